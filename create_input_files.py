@@ -1,0 +1,354 @@
+"""Prepare photos and captions for training: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
+
+import csv
+import hashlib
+import math
+import os
+import random
+import re
+import shutil
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from datasets import SPLITS, Vocabulary, load_image
+from utils import InputError, read_json, require_at_least, run_script, write_json
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Prepare a data set. Edit a value here or give it as flag: python create_input_files.py --image_size 224"""
+
+    dataset: str = "shapes"  # shapes draws its own scenes; any other name reads --captions and --images
+    captions: str = ""  # Karpathy's JSON (Flickr8k, Flickr30k, COCO) or Kaggle's captions.txt
+    images: str = ""  # the folder that the photos lie in
+    output: str = ""  # the folder to write; empty: data/<dataset>
+    image_size: int = 256  # side of the square images in pixels
+    min_word_freq: int = 5  # training captions must hold a word at least so often, or it becomes <unk>
+    skip_bad: bool = False  # leave broken and missing photos out, listed, instead of stopping
+    overwrite: bool = False  # replace a folder that was prepared otherwise
+    scenes: int = 3000  # shapes to draw for training; a tenth as many each for val and test
+    seed: int = 0  # of the shapes, and of the split where the captions have none
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image of a data set: where it is, which split it belongs to and what is said of it."""
+
+    path: Path
+    name: str  # as the captions file spells it
+    image_id: int
+    split: str
+    captions: list  # [{"words": [...], "raw": "..."}]
+    objects: list | None = None  # [{"words": [...], "box": [left, top, right, bottom]}] where they are known
+
+
+# ------------------------------------------------------------------------------------------- captions that exist
+
+
+def tokenize(caption):
+    """A caption to lower-case words without punctuation."""
+    return re.findall(r"\w+", caption.lower())
+
+
+def read_karpathy(path, images):
+    """Photos of Karpathy's JSON (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json)."""
+    content = read_json(path)
+    try:
+        photos = []
+        for number, image in enumerate(content["images"]):
+            name = os.path.join(image.get("filepath", ""), image["filename"])
+            split = "train" if image["split"] == "restval" else image["split"]
+            if split not in SPLITS:
+                raise InputError(f"{path}: {name} has the split {split!r}, not one of {' '.join(SPLITS)} restval")
+            captions = [{"words": list(one["tokens"]), "raw": one["raw"]} for one in image["sentences"]]
+            image_id = image.get("cocoid", image.get("imgid", number))
+            photos.append(Photo(images / name, name, image_id, split, captions, image.get("objects")))
+    except KeyError as error:
+        raise InputError(f"{path}: no key {error} in images[{len(photos)}], is this Karpathy's JSON?") from None
+    return photos
+
+
+def read_kaggle(path, images, seed):
+    """Photos of Kaggle's captions.txt, a CSV of image,caption; a tenth each of them for val and for test."""
+    captions = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if rows.fieldnames is None or not {"image", "caption"} <= set(rows.fieldnames):
+            raise InputError(f"{path} is neither JSON nor a CSV whose first line is image,caption")
+        for row in rows:
+            if not row["caption"]:
+                raise InputError(f"{path}, line {rows.line_num}: no caption for {row['image']!r}")
+            raw = row["caption"].strip()
+            captions.setdefault(row["image"], []).append({"words": tokenize(raw), "raw": raw})
+    names = sorted(captions)
+    random.Random(seed).shuffle(names)
+    tenth = math.ceil(len(names) / 10)
+    split = dict.fromkeys(names, "train") | dict.fromkeys(names[:tenth], "val")
+    split |= dict.fromkeys(names[tenth : 2 * tenth], "test")
+    print(f"{path} has no splits: {tenth} images each for val and test, chosen with seed {seed}")
+    return [Photo(images / name, name, i, split[name], captions[name]) for i, name in enumerate(captions)]
+
+
+# ---------------------------------------------------------------------------------------------- shapes, drawn here
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 40),
+    "orange": (245, 140, 30),
+    "purple": (140, 60, 170),
+    "pink": (245, 150, 190),
+}
+BACKGROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (20, 20, 20)}
+KINDS = ("circle", "square", "triangle", "star", "cross")
+RADII = {"small": 0.10, "large": 0.18}  # shares of the image's side
+POSITIONS = {
+    (0, 0): "top left", (1, 0): "top", (2, 0): "top right",
+    (0, 1): "left", (1, 1): "centre", (2, 1): "right",
+    (0, 2): "bottom left", (1, 2): "bottom", (2, 2): "bottom right",
+}  # fmt: skip
+
+
+def outline(kind, x, y, radius):
+    """The corners of a shape around its centre; a circle is a polygon of many."""
+    if kind == "cross":
+        arm = radius / 3
+        turns = [(arm, radius), (arm, arm), (radius, arm), (radius, -arm), (arm, -arm), (arm, -radius)]
+        return [(x + dx, y + dy) for dx, dy in turns + [(-dx, -dy) for dx, dy in turns]]
+    corners = {"circle": 60, "square": 4, "triangle": 3, "star": 10}[kind]
+    turn = math.pi / 4 if kind == "square" else 0
+    points = []
+    for corner in range(corners):
+        angle = turn + 2 * math.pi * corner / corners
+        length = radius / 2.4 if kind == "star" and corner % 2 else radius
+        points.append((x + length * math.sin(angle), y - length * math.cos(angle)))
+    return points
+
+
+def draw_scene(generator, size):
+    """Draw one or two shapes; returns the picture, five captions and the objects with their boxes.
+
+    A box is left, top, right, bottom as shares of the image's side.
+    """
+    background = generator.choice(list(BACKGROUNDS))
+    picture = Image.new("RGB", (4 * size, 4 * size), BACKGROUNDS[background])  # drawn large for smooth edges
+    pencil = ImageDraw.Draw(picture)
+    cells = sorted(generator.sample(list(POSITIONS), generator.choice((1, 2, 2))))
+    looks = generator.sample([(colour, kind) for colour in COLOURS for kind in KINDS], len(cells))
+    things, objects = [], []
+    for (column, row), (colour, kind) in zip(cells, looks, strict=True):
+        size_word = generator.choice(list(RADII))
+        x, y = (0.2 + 0.3 * place + generator.uniform(-0.02, 0.02) for place in (column, row))
+        points = outline(kind, x, y, RADII[size_word])
+        pencil.polygon([(4 * size * px, 4 * size * py) for px, py in points], fill=COLOURS[colour])
+        things.append((f"{size_word} {colour} {kind}", f"{colour} {kind}", POSITIONS[column, row], (column, row)))
+        (lefts, tops) = zip(*points, strict=True)
+        objects.append({"words": [size_word, colour, kind], "box": [min(lefts), min(tops), max(lefts), max(tops)]})
+    picture = picture.resize((size, size), Image.Resampling.BOX)
+    return picture, describe(things, background), objects
+
+
+def describe(things, background):
+    """Five captions of one or two shapes, given as (full name, short name, position words, (column, row))."""
+    full, short, position, (column, row) = things[0]
+    if len(things) == 1:
+        return [
+            f"a {full} at the {position}",
+            f"there is a {full} on a {background} background",
+            f"one {full} at the {position} of the picture",
+            f"a single {short} on a {background} background",
+            f"the picture shows a {full} at the {position}",
+        ]
+    other_full, other_short, other_position, (other_column, other_row) = things[1]
+    if abs(other_column - column) >= abs(other_row - row):
+        relation, inverse = "left of", "right of"  # the cells are sorted by column
+    else:
+        relation, inverse = ("above", "below") if row < other_row else ("below", "above")
+    return [
+        f"a {full} is {relation} a {other_full}",
+        f"a {other_full} is {inverse} a {full}",
+        f"a {full} at the {position} and a {other_full} at the {other_position}",
+        f"there is a {short} and a {other_short} on a {background} background",
+        f"the picture shows a {full} {relation} a {other_full}",
+    ]
+
+
+def draw_shapes(folder, scenes, size, seed):
+    """Draw a data set of shapes into a folder: photos/ and dataset_shapes.json in Karpathy's format, with boxes."""
+    generator = random.Random(seed)
+    (folder / "photos").mkdir()
+    held_out = max(1, scenes // 10)
+    splits = ["train"] * scenes + ["val"] * held_out + ["test"] * held_out
+    images = []
+    for number, split in enumerate(tqdm(splits, desc="drawing shapes", unit="scene")):
+        picture, captions, objects = draw_scene(generator, size)
+        name = f"{split}_{number:05d}.png"
+        picture.save(folder / "photos" / name)
+        sentences = [{"tokens": tokenize(caption), "raw": caption} for caption in captions]
+        images.append({"filename": name, "imgid": number, "split": split, "sentences": sentences, "objects": objects})
+    write_json(folder / "dataset_shapes.json", {"dataset": "shapes", "images": images})
+
+
+# --------------------------------------------------------------------------------------------- prepared folders
+
+
+def decode_all(photos, size, description):
+    """Decode photos on all cores, in order: yields (photo, uint8 pixels (3, S, S) or an InputError).
+
+    Pillow lets go of the interpreter while it decodes and resizes, so threads use every core; a few hundred photos
+    at a time keep the memory flat.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(photos), desc=description, unit="photo") as bar:
+
+        def decode(photo):
+            try:
+                return load_image(photo.path, size)
+            except InputError as error:
+                return error
+
+        for start in range(0, len(photos), 256):
+            part = photos[start : start + 256]
+            for photo, pixels in zip(part, pool.map(decode, part), strict=True):
+                yield photo, pixels
+                bar.update()
+
+
+def write_split(folder, split, photos, size):
+    """Write one split's images and captions; returns its line of dataset.json, the photos kept and what is bad."""
+    if not photos:
+        return {"images": 0, "captions": 0, "digest": ""}, [], []
+    kept, bad, digest = [], [], hashlib.sha256()
+    with h5py.File(folder / f"{split}_images.hdf5", "w") as file:
+        shape = (len(photos), 3, size, size)
+        images = file.create_dataset("images", shape, np.uint8, chunks=(1, *shape[1:]), maxshape=shape)
+        for photo, pixels in decode_all(photos, size, f"{split} photos"):
+            if isinstance(pixels, InputError):
+                bad.append(str(pixels))
+            elif not photo.captions:
+                bad.append(f"{photo.path}: has no captions")
+            else:
+                images[len(kept)] = pixels
+                digest.update(pixels.tobytes())
+                kept.append(photo)
+        images.resize(len(kept), axis=0)
+        file.attrs["digest"] = digest.hexdigest()
+    entries = [
+        {"image": photo.name, "image_id": photo.image_id, "captions": photo.captions}
+        | ({"objects": photo.objects} if photo.objects else {})
+        for photo in kept
+    ]
+    write_json(folder / f"{split}_captions.json", entries)
+    captions = sum(len(photo.captions) for photo in kept)
+    return {"images": len(kept), "captions": captions, "digest": digest.hexdigest()}, kept, bad
+
+
+def write_folder(folder, photos, settings):
+    """Write a whole prepared folder, dataset.json last. Raises InputError where photos are bad."""
+    splits, kept, bad = {}, {}, []
+    for split in SPLITS:
+        of_split = [photo for photo in photos if photo.split == split]
+        splits[split], kept[split], bad_of_split = write_split(folder, split, of_split, settings.image_size)
+        bad += bad_of_split
+    if bad:
+        print("\n".join(bad), file=sys.stderr)
+        if not settings.skip_bad:
+            raise InputError(f"{len(bad)} of {len(photos)} photos are bad, listed above: --skip_bad leaves them out")
+    if not any(kept.values()):
+        raise InputError("no photo is left to write")
+    counts = {
+        split: Counter(word for photo in kept[split] for caption in photo.captions for word in caption["words"])
+        for split in SPLITS
+    }
+    vocabulary = Vocabulary.from_counts(counts["train"], settings.min_word_freq)
+    write_json(folder / "word_map.json", vocabulary.numbers)
+    write_json(
+        folder / "dataset.json",
+        {
+            "dataset": settings.dataset,
+            "image_size": settings.image_size,
+            "words": len(vocabulary),
+            "splits": splits,
+            "made_from": fingerprint(settings),
+        },
+        indent=1,
+    )
+    print(f"{len(vocabulary)} words: four special ones and those at least {settings.min_word_freq} times in training")
+    for split in SPLITS:
+        unknown = sum(n for word, n in counts[split].items() if word not in vocabulary.numbers)
+        share = unknown / max(1, counts[split].total())
+        print(f"{split}: {splits[split]['images']} images, {splits[split]['captions']} captions, {share:.2%} <unk>")
+
+
+def fingerprint(settings):
+    """What a prepared folder is made from: the settings that shape it and the captions file's digest."""
+    made_from = asdict(settings)
+    for name in ("output", "overwrite"):
+        made_from.pop(name)
+    if settings.captions:
+        made_from["captions_digest"] = hashlib.sha256(Path(settings.captions).read_bytes()).hexdigest()
+    return made_from
+
+
+def read_photos(settings):
+    """The photos of a captions file, told apart by its content."""
+    captions, images = Path(settings.captions), Path(settings.images)
+    if not settings.captions or not settings.images:
+        raise InputError(f"--dataset {settings.dataset} needs --captions FILE and --images FOLDER")
+    if not captions.is_file():
+        raise InputError(f"--captions {captions}: no such file")
+    if not images.is_dir():
+        raise InputError(f"--images {images}: no such folder")
+    with open(captions, "rb") as file:
+        is_json = file.read(64).lstrip()[:1] in (b"{", b"[")
+    photos = read_karpathy(captions, images) if is_json else read_kaggle(captions, images, settings.seed)
+    if not photos:
+        raise InputError(f"{captions} names no images")
+    return photos
+
+
+def move_into_place(made, output):
+    """Let a complete folder take the place of what an earlier run wrote; dataset.json leaves first, comes last."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "dataset.json").unlink(missing_ok=True)
+    shutil.rmtree(output / "features", ignore_errors=True)  # they belong to the images that go
+    for source in sorted(made.iterdir(), key=lambda path: path.name == "dataset.json"):
+        if source.is_dir():
+            shutil.rmtree(output / source.name, ignore_errors=True)
+        os.replace(source, output / source.name)
+
+
+def main(settings):
+    """Write {train,val,test}_images.hdf5 and _captions.json, word_map.json and dataset.json."""
+    require_at_least(settings, 1, "image_size", "min_word_freq", "scenes")
+    output = Path(settings.output or f"data/{settings.dataset}")
+    photos = [] if settings.dataset == "shapes" else read_photos(settings)
+    if (output / "dataset.json").is_file() and not settings.overwrite:
+        if read_json(output / "dataset.json")["made_from"] == fingerprint(settings):
+            print(f"{output} is there already, made with the same settings")
+            return
+        raise InputError(f"{output} was made with other settings: --overwrite replaces it, or give another --output")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if settings.dataset == "shapes":
+            draw_shapes(partial, settings.scenes, settings.image_size, settings.seed)
+            photos = read_karpathy(partial / "dataset_shapes.json", partial / "photos")
+        write_folder(partial, photos, settings)
+        move_into_place(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{output} is ready: python train.py --data_folder {output}")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

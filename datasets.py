@@ -1,0 +1,255 @@
+"""Data as training reads it: words, photos, prepared folders, cached features and batches."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from utils import InputError, autocast, read_json, written_whole
+
+SPLITS = ("train", "val", "test")
+PAD, START, END, UNKNOWN = range(4)
+SPECIAL_WORDS = ["<pad>", "<start>", "<end>", "<unk>"]
+
+
+class Vocabulary:
+    """The words that a model knows; a word's number is its place in the list, the four special words first."""
+
+    def __init__(self, words):
+        if list(words[: len(SPECIAL_WORDS)]) != SPECIAL_WORDS:
+            raise InputError(f"a word map starts with {' '.join(SPECIAL_WORDS)}, not with {' '.join(words[:4])}")
+        self.words = list(words)
+        self.numbers = {word: number for number, word in enumerate(self.words)}
+
+    def __len__(self):
+        return len(self.words)
+
+    @classmethod
+    def from_counts(cls, counts, min_word_freq):
+        """The words counted at least min_word_freq times, most frequent first, ties in alphabetical order."""
+        kept = [word for word in counts if counts[word] >= min_word_freq and word not in SPECIAL_WORDS]
+        return cls(SPECIAL_WORDS + sorted(kept, key=lambda word: (-counts[word], word)))
+
+    @classmethod
+    def load(cls, data_folder):
+        """The vocabulary of a prepared folder's word_map.json."""
+        numbers = read_json(Path(data_folder) / "word_map.json")
+        return cls(sorted(numbers, key=numbers.get))
+
+    def encode(self, words):
+        """Words to numbers between <start> and <end>; a word that is not known becomes <unk>."""
+        return [START, *(self.numbers.get(word, UNKNOWN) for word in words), END]
+
+    def decode(self, numbers):
+        """Numbers to words, up to <end> and without special words."""
+        numbers = [int(number) for number in numbers]
+        if END in numbers:
+            numbers = numbers[: numbers.index(END)]
+        return [self.words[number] for number in numbers if number not in (PAD, START)]
+
+
+def load_image(path, size):
+    """Read a photo as training and captioning both see it: upright, RGB, squashed to a square.
+
+    Returns uint8 of shape (3, size, size). Raises InputError where the file is missing or is not a whole photo.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a photo") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable photo: {error}") from None
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------- prepared folders
+
+
+def read_card(data_folder):
+    """The dataset.json of a prepared folder: image_size and, for each split, images, captions and digest.
+
+    It is written last, so a folder without it is half-made. Raises InputError.
+    """
+    folder = Path(data_folder)
+    if not folder.is_dir():
+        raise InputError(f"no data folder {folder}: run create_input_files.py --output {folder} first")
+    if not (folder / "dataset.json").is_file():
+        raise InputError(f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py")
+    return read_json(folder / "dataset.json")
+
+
+def read_captions(data_folder, split):
+    """One split's images in order: [{"image", "image_id", "captions": [{"words", "raw"}]}], checked.
+
+    Raises InputError where the split is empty or the files are not those that dataset.json describes.
+    """
+    card = read_card(data_folder)
+    if not card["splits"][split]["images"]:
+        filled = " ".join(name for name in SPLITS if card["splits"][name]["images"])
+        raise InputError(f"the {split} split of {data_folder} is empty (filled: {filled})")
+    images_path = Path(data_folder) / f"{split}_images.hdf5"
+    entries = read_json(Path(data_folder) / f"{split}_captions.json")
+    try:
+        with h5py.File(images_path) as file:
+            found = (file["images"].shape[0], file.attrs.get("digest"), len(entries))
+    except (OSError, KeyError) as error:
+        raise InputError(f"{images_path} is missing or damaged ({error}): run create_input_files.py again") from None
+    wanted = (card["splits"][split]["images"], card["splits"][split]["digest"], card["splits"][split]["images"])
+    if found != wanted:
+        raise InputError(f"{images_path} is not the file that dataset.json describes: run create_input_files.py again")
+    return entries
+
+
+# --------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """Images with all their captions, the longest caption first in both directions.
+
+    Image b's captions stand in falling length, and so do the images by their longest caption: the captions that are
+    still unfinished at any word then fill a rectangle at the top left, and finished ones cost nothing.
+    """
+
+    images: torch.Tensor  # (B, 3, h, w) uint8, or cached regions (B, R, D) float16
+    words: torch.Tensor  # (B, C, T + 1) int64, <start> ... <end>, padded with <pad>
+    lengths: torch.Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0 where there is no caption
+    indices: list  # each image's place in the split
+
+
+class CaptionDataset(Dataset):
+    """One split: item i is (i, image, captions), captions being lists of word numbers.
+
+    The image is (3, S, S) uint8, or regions (R, D) float16 where `features` names a cache file. Files are opened at
+    the first item, by each process for itself: an open HDF5 handle must not cross a fork or a pickle.
+    """
+
+    def __init__(self, data_folder, split, vocabulary):
+        self.entries = read_captions(data_folder, split)
+        self.captions = [
+            [vocabulary.encode(caption["words"]) for caption in entry["captions"]] for entry in self.entries
+        ]
+        self.images_path = Path(data_folder) / f"{split}_images.hdf5"
+        self.has_boxes = all("objects" in entry for entry in self.entries)
+        self.features = None
+        self._opened = (None, None)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, index):
+        return index, torch.from_numpy(np.array(self._images()[index])), self.captions[index]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_opened": (None, None)}
+
+    def _images(self):
+        process, images = self._opened
+        if process != os.getpid():
+            if self.features:
+                images = np.load(self.features, mmap_mode="r")
+            else:
+                images = h5py.File(self.images_path)["images"]
+            self._opened = (os.getpid(), images)
+        return images
+
+
+def collate(items):
+    """Make a `Batch` of dataset items."""
+    items = [(index, image, sorted(captions, key=len, reverse=True)) for index, image, captions in items]
+    items.sort(key=lambda item: len(item[2][0]), reverse=True)
+    indices, images, captions = zip(*items, strict=True)
+    longest = len(captions[0][0])
+    words = torch.full((len(items), max(map(len, captions)), longest), PAD)
+    lengths = torch.zeros(words.shape[:2], dtype=torch.long)
+    for b, one_image in enumerate(captions):
+        for c, caption in enumerate(one_image):
+            words[b, c, : len(caption)] = torch.tensor(caption)
+            lengths[b, c] = len(caption) - 1
+    return Batch(torch.stack(images), words, lengths, list(indices))
+
+
+def make_loader(dataset, batch_size, order=None, workers=0, start_method=None):
+    """Batches in the order of the indices given (None: the dataset's own)."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=range(len(dataset)) if order is None else order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=start_method if workers else None,
+    )
+
+
+def epoch_order(length, seed, epoch):
+    """The shuffled order of one epoch: a function of seed and epoch alone, so that a resumed run sees the same."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------- feature cache
+
+
+def open_split(data_folder, split, vocabulary, captioner, cached, device, dtype):
+    """One split as a captioner takes it: photos, or where `cached` the regions of its frozen encoder."""
+    image_size = read_card(data_folder)["image_size"]
+    if image_size != captioner.image_size:
+        raise InputError(
+            f"{data_folder} has images of {image_size} pixels, the model was trained on {captioner.image_size}: run "
+            f"create_input_files.py --image_size {captioner.image_size}"
+        )
+    dataset = CaptionDataset(data_folder, split, vocabulary)
+    if cached:
+        dataset.features = cache_features(dataset, split, captioner.encoder, device, dtype)
+    return dataset
+
+
+def module_digest(module):
+    """A fingerprint of a module's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def cache_features(dataset, split, encoder, device, dtype, batch_size=32):
+    """The file of a frozen encoder's regions of all images, (I, R, D) float16; computed where there is none yet.
+
+    Its name is a fingerprint of the network, its layer and grid, its weights, the images and the number format, so
+    the features of anything else are never taken for these.
+    """
+    with h5py.File(dataset.images_path) as file:
+        images_digest = file.attrs["digest"]
+    made_from = (encoder.name, encoder.layer, encoder.grid_size, module_digest(encoder), images_digest, str(dtype))
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    path = dataset.images_path.parent / "features" / f"{split}_{encoder.name}_{encoder.layer}_{key}.npy"
+    if path.is_file():
+        return path
+    encoder.eval()
+    features = None
+    with (
+        written_whole(path) as temporary,
+        tqdm(total=len(dataset), desc=f"{encoder.name} features of {split}", unit="image") as bar,
+    ):
+        for batch in make_loader(dataset, batch_size):
+            with autocast(device, dtype):
+                regions = encoder(batch.images.to(device, non_blocking=True)).half().cpu().numpy()  # (B, R, D)
+            if features is None:
+                shape = (len(dataset), *regions.shape[1:])
+                features = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+            features[batch.indices] = regions
+            bar.update(len(regions))
+        features.flush()
+    return path

@@ -1,0 +1,386 @@
+"""The networks and the search: an image's regions, a decoder that attends to them, beam search over any decoder.
+
+Shapes: B images, R regions, D features of a region, C captions of an image (in a search K beams), T words,
+E units of a word's embedding, A of the attention, H of the hidden state, V words of the vocabulary.
+"""
+
+import math
+import urllib.error
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from datasets import END, PAD, START, UNKNOWN, Vocabulary
+from utils import InputError, first_line, load_state
+
+CHECKPOINT_FORMAT = 1
+
+# torchvision's first weights of each network, those behind the field's published numbers.
+IMAGENET_WEIGHTS = "IMAGENET1K_V1"
+
+# The settings of train.py that shape a model: what a checkpoint needs to be built again.
+MODEL_SETTINGS = (
+    "encoder",
+    "encoder_layer",
+    "grid_size",
+    "embedding_size",
+    "attention_size",
+    "hidden_size",
+    "dropout",
+)
+
+# The last layer of each family that still has a grid; its children's names begin like this.
+GRID_LAYERS = {
+    "resnet": "layer4",
+    "resnext": "layer4",
+    "wide_resnet": "layer4",
+    "vgg": "features",
+    "densenet": "features",
+    "mobilenet": "features",
+    "efficientnet": "features",
+    "convnext": "features",
+    "squeezenet": "features",
+    "mnasnet": "layers",
+    "shufflenet": "conv5",
+    "regnet": "trunk_output",
+    "inception": "Mixed_7c",
+    "googlenet": "inception5b",
+}
+
+
+class Encoder(nn.Module):
+    """A torchvision classification network up to a layer with a grid of features.
+
+    Args:
+        name: torchvision's name of the network, such as "resnet101".
+        layer: name of the layer to take, "" for the family's last one with a grid.
+        weights: "imagenet", "" (random) or the path of a torchvision state dict.
+        grid_size: pool the grid to grid_size x grid_size (the paper: 14), 0 keeps the network's own.
+
+    Raises InputError for a name, layer or weights that cannot be had.
+    """
+
+    def __init__(self, name, layer="", weights="", grid_size=0):
+        super().__init__()
+        if name not in torchvision.models.list_models(module=torchvision.models):
+            raise InputError(f"--encoder {name}: torchvision has no such classification network")
+        family = next((family for family in GRID_LAYERS if name.startswith(family)), None)
+        if not layer and not family:
+            raise InputError(f"--encoder {name}: give the layer to take as --encoder_layer")
+        self.name, self.layer, self.grid_size = name, layer or GRID_LAYERS[family], grid_size
+        self.pretrained = bool(weights)
+        network = build_network(name, weights)
+        try:
+            self.network = create_feature_extractor(network, {self.layer: "grid"})
+        except ValueError:
+            names = " ".join(child for child, _ in network.named_children())
+            raise InputError(f"--encoder_layer {self.layer}: {name} has {names} and their parts") from None
+        if weights not in ("", "imagenet"):
+            load_encoder_weights(self.network, weights)
+        self.network = self.network.to(memory_format=torch.channels_last)
+        preset = torchvision.models.get_model_weights(name)[IMAGENET_WEIGHTS].transforms()
+        self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1), persistent=False)
+        self.region_size = self._count_features(preset.crop_size[0])
+
+    def _count_features(self, image_size):
+        """Read D off a dry run."""
+        self.eval()
+        with torch.inference_mode():
+            grid = self.network(torch.zeros(1, 3, image_size, image_size))["grid"]
+        if grid.ndim != 4:
+            raise InputError(f"--encoder_layer {self.layer}: not a grid of features, its shape is {tuple(grid.shape)}")
+        self.train()
+        return grid.shape[1]
+
+    def train(self, mode=True):
+        """Keep the BatchNorm statistics of pretrained weights, which small batches of captioning would spoil."""
+        super().train(mode)
+        if self.pretrained:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, images):
+        """images (B, 3, h, w) uint8 -> regions (B, R, D), row by row."""
+        images = (images.float() / 255 - self.mean) / self.std
+        grid = self.network(images.contiguous(memory_format=torch.channels_last))["grid"]  # (B, D, rows, columns)
+        if self.grid_size:
+            grid = functional.adaptive_avg_pool2d(grid, self.grid_size)
+        return grid.flatten(2).transpose(1, 2)  # (B, R, D)
+
+
+def build_network(name, weights):
+    """A torchvision network, with its ImageNet weights where "imagenet" is asked for."""
+    # These two expect their own normalisation of colours and make it themselves when told to.
+    options = {"transform_input": True, "init_weights": not weights} if name in ("inception_v3", "googlenet") else {}
+    if weights != "imagenet":
+        return torchvision.models.get_model(name, weights=None, **options)
+    try:
+        return torchvision.models.get_model(name, weights=IMAGENET_WEIGHTS, **options)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        url = torchvision.models.get_model_weights(name)[IMAGENET_WEIGHTS].url
+        raise InputError(
+            f"the ImageNet weights of {name} cannot be downloaded ({first_line(error)}): fetch {url} where there is a "
+            f"network and give the file as --encoder_weights FILE"
+        ) from None
+
+
+def load_encoder_weights(network, path):
+    """Load a torchvision state dict; what lies behind the layer that is taken may be missing."""
+    state = load_state(path)
+    if not isinstance(state, dict):
+        raise InputError(f"--encoder_weights {path}: not a state dict of weights")
+    own = network.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if missing or wrong:
+        example = f"{missing[0]} is missing" if missing else f"{wrong[0]} has another shape"
+        raise InputError(f"--encoder_weights {path}: not the weights of this network, {example}")
+    network.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+
+
+class SoftAttention(nn.Module):
+    """Additive attention: a weighted mean of the regions.
+
+    Source: "Show, Attend and Tell" (Xu et al., 2015), equations 4 to 6 and 13; the scoring network is that of
+    Bahdanau et al. (2015).
+    """
+
+    def __init__(self, region_size, hidden_size, attention_size):
+        super().__init__()
+        self.keys = nn.Linear(region_size, attention_size)
+        self.query = nn.Linear(hidden_size, attention_size, bias=False)
+        self.score = nn.Linear(attention_size, 1, bias=False)  # softmax takes no notice of a bias
+
+    def forward(self, regions, keys, hidden):
+        """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, D), weights (B, C, R)."""
+        energy = keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)  # (B, C, R, A)
+        scores = self.score(energy.tanh()).squeeze(-1)  # (B, C, R)
+        weights = scores.float().softmax(dim=-1)  # (B, C, R)
+        return weights.to(regions.dtype) @ regions, weights  # (B, C, D), (B, C, R)
+
+
+class Decoder(nn.Module):
+    """An LSTM that looks at the regions before each word ("Show, Attend and Tell", sections 3.1.2 and 4.2).
+
+    `keys` and `first_state` run once an image, `step` once a word; teacher forcing and every search use these three.
+    """
+
+    def __init__(self, vocabulary_size, region_size, embedding_size, attention_size, hidden_size, dropout):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=PAD)
+        self.attention = SoftAttention(region_size, hidden_size, attention_size)
+        self.beta = nn.Linear(hidden_size, 1)
+        self.first_hidden = nn.Linear(region_size, hidden_size)
+        self.first_memory = nn.Linear(region_size, hidden_size)
+        # One LSTM cell in two products: the words' part is known for all steps at once, the rest step by step.
+        self.word_gates = nn.Linear(embedding_size, 4 * hidden_size)
+        self.step_gates = nn.Linear(region_size + hidden_size, 4 * hidden_size, bias=False)
+        self.hidden_output = nn.Linear(hidden_size, embedding_size)
+        self.context_output = nn.Linear(region_size, embedding_size, bias=False)
+        self.output = nn.Linear(embedding_size, vocabulary_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def keys(self, regions):
+        """The part of the attention that no word changes: regions (B, R, D) -> keys (B, R, A)."""
+        return self.attention.keys(regions)
+
+    def first_state(self, regions):
+        """The state before the first word, from the mean region: (B, R, D) -> two tensors (B, 1, H)."""
+        mean = regions.mean(dim=1, keepdim=True)  # (B, 1, D)
+        return self.first_hidden(mean).tanh(), self.first_memory(mean).tanh()
+
+    def step(self, words, regions, keys, state):
+        """Predict the next word of C captions an image.
+
+        words (B, C), regions (B, R, D), keys (B, R, A), state tuple of (B, C, H)
+        -> logits (B, C, V), weights (B, C, R), state.
+        """
+        embedded = self.dropout(self.embedding(words))  # (B, C, E)
+        context, weights, state = self._look_and_update(self.word_gates(embedded), regions, keys, state)
+        return self._logits(embedded, state[0], context), weights, state
+
+    def _look_and_update(self, word_gates, regions, keys, state):
+        """The recurrent half of a step: attend (equations 4 to 6, 13 and the gate beta), then the LSTM (1 to 3)."""
+        hidden, memory = state
+        context, weights = self.attention(regions, keys, hidden)  # (B, C, D), (B, C, R)
+        context = self.beta(hidden).sigmoid() * context  # section 4.2.1: how much to look, how much to just go on
+        gates = word_gates + self.step_gates(torch.cat([context, hidden], dim=-1))  # (B, C, 4H)
+        input_gate, forget_gate, output_gate, candidate = gates.chunk(4, dim=-1)  # each (B, C, H)
+        memory = forget_gate.sigmoid() * memory + input_gate.sigmoid() * candidate.tanh()
+        hidden = output_gate.sigmoid() * memory.tanh()
+        return context, weights, (hidden, memory)
+
+    def _logits(self, embedded, hidden, context):
+        """The deep output layer (equation 7); the authors' code has the tanh and the dropout."""
+        output = embedded + self.hidden_output(hidden) + self.context_output(context)  # (..., E)
+        return self.output(self.dropout(output.tanh()))  # (..., V)
+
+    def forward(self, regions, words, lengths):
+        """Teacher forcing: each word from the true words before it.
+
+        Args:
+            regions: (B, R, D).
+            words: (B, C, T + 1), <start> ... <end> and padding, sorted as `datasets.Batch` has them.
+            lengths: (B, C) on the CPU, the number of words to predict.
+
+        Returns logits (N, V) and targets (N,) of the N real words, step by step, and weights (T, B, C, R), which are
+        zero after a caption's end. Finished captions and padding are never computed.
+        """
+        keys, state = self.keys(regions), self.first_state(regions)
+        B, C = lengths.shape
+        state = tuple(part.expand(B, C, -1) for part in state)
+        real = torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths  # (T, B, C)
+        unfinished = [(int(step.any(dim=1).sum()), int(step.any(dim=0).sum())) for step in real]  # T rectangles
+        embedded = self.dropout(self.embedding(words[:, :, : len(real)]))  # (B, C, T, E)
+        word_gates = self.word_gates(embedded).unbind(2)  # T times (B, C, 4H)
+        hiddens, contexts, weights = [], [], []
+        for t, (b, c) in enumerate(unfinished):
+            state = tuple(part[:b, :c] for part in state)  # (b, c, H)
+            gates = word_gates[t][:b, :c]  # (b, c, 4H)
+            context, step_weights, state = self._look_and_update(gates, regions[:b], keys[:b], state)
+            hiddens.append(state[0].flatten(0, 1))  # (b c, H)
+            contexts.append(context.flatten(0, 1))  # (b c, D)
+            weights.append(functional.pad(step_weights, (0, 0, 0, C - c, 0, B - b)))  # (B, C, R)
+        # The rectangles hold some finished captions too: take the rows of real words, then predict all in one product.
+        rows = torch.cat([real[t, :b, :c].flatten() for t, (b, c) in enumerate(unfinished)]).nonzero().squeeze(1)
+        rows, real = rows.to(words.device), real.to(words.device)
+        hidden, context = torch.cat(hiddens)[rows], torch.cat(contexts)[rows]  # (N, H), (N, D)
+        logits = self._logits(embedded.permute(2, 0, 1, 3)[real], hidden, context)  # (N, V)
+        targets = words[:, :, 1 : len(real) + 1].permute(2, 0, 1)[real]  # (N,)
+        return logits, targets, torch.stack(weights) * real.unsqueeze(-1)
+
+
+class Captioner(nn.Module):
+    """An encoder and a decoder, and what both need to be used: `image_size`, the side of the photos trained on."""
+
+    def __init__(self, encoder, decoder, image_size):
+        super().__init__()
+        self.encoder, self.decoder, self.image_size = encoder, decoder, image_size
+
+    def regions(self, images):
+        """images (B, 3, h, w) uint8, or regions (B, R, D) from the feature cache -> regions (B, R, D)."""
+        return images.float() if images.ndim == 3 else self.encoder(images)
+
+    def forward(self, images, words, lengths):
+        """Teacher forcing, as `Decoder.forward`."""
+        return self.decoder(self.regions(images), words, lengths)
+
+
+def build_captioner(settings, vocabulary_size, image_size, encoder_weights):
+    """A new captioner of the settings named in MODEL_SETTINGS, a dictionary."""
+    encoder = Encoder(settings["encoder"], settings["encoder_layer"], encoder_weights, settings["grid_size"])
+    sizes = (settings["embedding_size"], settings["attention_size"], settings["hidden_size"])
+    return Captioner(encoder, Decoder(vocabulary_size, encoder.region_size, *sizes, settings["dropout"]), image_size)
+
+
+def load_captioner(path, device):
+    """Read what a checkpoint holds for inference: captioner in eval mode, vocabulary, settings of its training."""
+    checkpoint = load_checkpoint(path, device)
+    captioner, vocabulary = restore_captioner(checkpoint, path)
+    return captioner.to(device).eval(), vocabulary, checkpoint["settings"]
+
+
+def restore_captioner(checkpoint, path):
+    """Build a checkpoint's captioner and vocabulary; InputError where it is at odds with itself."""
+    vocabulary = Vocabulary(checkpoint["words"])
+    rows = len(checkpoint["model"]["decoder.embedding.weight"])
+    if rows != len(vocabulary):
+        raise InputError(f"{path} names {len(vocabulary)} words but its model has {rows}: it is not one run's file")
+    settings = checkpoint["settings"]
+    captioner = build_captioner(settings, rows, checkpoint["image_size"], encoder_weights="")
+    captioner.encoder.pretrained = bool(settings["encoder_weights"])
+    try:
+        captioner.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise InputError(f"{path}: its weights do not fit its settings: {first_line(error)}") from None
+    return captioner, vocabulary
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint of train.py as the dictionary that it is; InputError for any other file."""
+    checkpoint = load_state(path, device)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise InputError(f"{path} is not a checkpoint of train.py")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise InputError(f"{path} has checkpoint format {checkpoint['format']}, this code reads {CHECKPOINT_FORMAT}")
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------- search
+
+
+@torch.inference_mode()
+def beam_search(decoder, regions, beam_size=5, max_length=30, length_penalty=1.0):
+    """Search the most probable captions of all images at once.
+
+    Args:
+        decoder: anything with `keys`, `first_state` and `step`.
+        regions: (B, R, D).
+        beam_size: captions kept an image at each word, K; 1 is greedy decoding.
+        max_length: words at most, <end> included.
+        length_penalty: captions are ranked by log-probability / length ** length_penalty; 0 ranks by probability,
+            which favours short captions (Wu et al., 2016, section 7).
+
+    Returns words (B, K, T), best caption first, <end> repeated after its end, and log-probabilities (B, K), -inf
+    where there are fewer than K captions.
+
+    A finished caption stays in its beam and can only go on with <end> at no cost, so nothing is set aside and an
+    image none of whose captions ends within max_length still has one.
+    """
+    B, K = len(regions), beam_size
+    keys = decoder.keys(regions)
+    state = tuple(part.expand(-1, K, -1) for part in decoder.first_state(regions))  # (B, K, H)
+    words = torch.full((B, K), START, device=regions.device)
+    totals = torch.full((B, K), -math.inf, device=regions.device)
+    totals[:, 0] = 0  # all beams start alike: count only one
+    lengths = torch.zeros_like(words)
+    finished = torch.zeros_like(words, dtype=torch.bool)
+    captions = torch.empty((B, K, 0), dtype=torch.long, device=regions.device)
+    for _ in range(max_length):
+        logits, _, state = decoder.step(words, regions, keys, state)  # (B, K, V)
+        step = logits.float().log_softmax(dim=-1)
+        step[..., [PAD, START, UNKNOWN]] = -math.inf
+        step.masked_fill_(finished.unsqueeze(-1), -math.inf)
+        step[..., END].masked_fill_(finished, 0)
+        lengths = lengths + ~finished
+        candidates = (totals.unsqueeze(-1) + step).flatten(1)  # (B, K V)
+        ranks = candidates / lengths.float().pow(length_penalty).repeat_interleave(logits.shape[-1], dim=1)
+        chosen = ranks.topk(K, dim=1).indices  # (B, K)
+        parents, words = chosen // logits.shape[-1], chosen % logits.shape[-1]
+        totals = candidates.gather(1, chosen)
+        lengths = lengths.gather(1, parents)
+        captions = torch.cat([captions.gather(1, parents.unsqueeze(-1).expand_as(captions)), words.unsqueeze(-1)], -1)
+        state = tuple(part.gather(1, parents.unsqueeze(-1).expand_as(part)) for part in state)
+        finished = words == END
+        if finished.all():
+            break
+    return captions, totals
+
+
+@torch.inference_mode()
+def attend(decoder, regions, captions):
+    """Where a decoder looks at each word of given captions, and how probable it finds them.
+
+    Args:
+        regions: (B, R, D).
+        captions: (B, T) word numbers as `beam_search` returns them, without <start>.
+
+    Returns log-probabilities (B,) and weights (B, T, R), zero after a caption's <end>.
+    """
+    ends = (captions == END).cumsum(dim=1)
+    lengths = (ends - (captions == END).long() == 0).sum(dim=1).cpu()  # (B,), the first <end> included
+    order = lengths.argsort(descending=True)
+    words = functional.pad(captions, (1, 0), value=START)[order.to(captions.device)].unsqueeze(1)  # (B, 1, T + 1)
+    logits, targets, weights = decoder(regions[order.to(regions.device)], words, lengths[order].unsqueeze(1))
+    log_probabilities = logits.float().log_softmax(dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)  # (N,)
+    real = torch.arange(int(lengths.max())).unsqueeze(1) < lengths[order]  # (T, B)
+    owners = order[real.nonzero()[:, 1]].to(regions.device)  # (N,)
+    totals = torch.zeros(len(captions), device=regions.device).index_add_(0, owners, log_probabilities)
+    weights = weights.squeeze(2).transpose(0, 1)  # (B, T, R), in the sorted order
+    return totals, torch.empty_like(weights).index_copy_(0, order.to(weights.device), weights)

@@ -1,0 +1,246 @@
+"""Settings as flags, seeds and devices, files written whole, the run log: knows no model and no data set."""
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+
+
+class InputError(ValueError):
+    """What a user got wrong, in one line that names the thing, the value and the way on."""
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def parse_settings(Settings, arguments=None):
+    """Turn each field of a dataclass into a flag of the same name and return the filled dataclass.
+
+    The field gives the type, the default and, through Literal, the choices; the comment behind it is the help.
+    bool becomes --x/--no-x, a tuple takes several values, and a field without a default is positional.
+    """
+    parser = argparse.ArgumentParser(description=Settings.__doc__, allow_abbrev=False)
+    help_texts = dict(re.findall(r"^    (\w+): .*#\s+(.*)$", inspect.getsource(Settings), re.MULTILINE))
+    for name, kind in get_type_hints(Settings).items():
+        default = getattr(Settings, name, None)
+        options = {"help": help_texts.get(name, "").replace("%", "%%")}
+        if get_origin(kind) is Literal:
+            options.update(choices=get_args(kind))
+        elif kind is bool:
+            options.update(action=argparse.BooleanOptionalAction)
+        elif get_origin(kind) is tuple:
+            options.update(type=get_args(kind)[0], nargs="+", metavar=name.upper())
+        else:
+            options.update(type=kind, metavar=name.upper())
+        if default is None:
+            parser.add_argument(name, **options)
+        else:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            options["help"] += f" (default: {shown!r})" if shown == "" else f" (default: {shown})"
+            parser.add_argument(f"--{name}", default=default, **options)
+    values = vars(parser.parse_args(arguments))
+    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def run_script(main, Settings):
+    """Run `main` on the settings from the command line; what a user can mend ends in one line and exit status 2."""
+    settings = parse_settings(Settings)
+    try:
+        main(settings)
+    except InputError as error:
+        fail(error)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(error):
+    """End the script with exit status 2 and one line."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def require_at_least(settings, minimum, *names):
+    """Raise InputError where one of the named settings, a number or a tuple of numbers, is below the minimum."""
+    for name in names:
+        values = getattr(settings, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if not value >= minimum:  # also true of nan
+                raise InputError(f"--{name} {value}: must be at least {minimum}")
+
+
+# ------------------------------------------------------------------------------------------- seeds and devices
+
+
+def seed_everything(seed):
+    """Seed Python, numpy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def choose_device(name):
+    """The torch device of a setting; "auto" takes a CUDA device where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}: use --device cpu") from None
+
+
+def choose_dtype(precision, device):
+    """The autocast dtype of a precision setting.
+
+    "auto" is bfloat16 where the hardware multiplies it natively (CUDA from Ampere on; CPUs with AMX or AVX512-BF16)
+    and float32 elsewhere, where an emulated bfloat16 is several times slower.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def autocast(device, dtype):
+    """Mixed precision as a context: master weights and losses stay float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def random_state():
+    """The state of every generator that training draws from, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state):
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+# ------------------------------------------------------------------------------------------ files, always whole
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yield a temporary path beside `path` that replaces it once the block is through: never a half-written file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # figures are typed by their suffix
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content, indent=None):
+    """Write JSON whole, Unicode as it is."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8")
+
+
+def read_json(path):
+    """Read JSON; InputError where the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dictionary of plain containers and tensors, whole."""
+    with written_whole(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_state(path, device="cpu"):
+    """Read what torch.save wrote, executing nothing; InputError where the file is missing or is not that."""
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is refused, it is damaged or holds more than tensors: {first_line(error)}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged or is not a torch file: {first_line(error)}") from None
+
+
+def first_line(error):
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --------------------------------------------------------------------------------------------------- the run log
+
+
+def write_log(path, rows):
+    """Write a file of JSON lines anew, whole."""
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def append_log(path, row):
+    """Append one row to a file of JSON lines."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_log(path):
+    """The rows of a file of JSON lines."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def draw_curves(log_path, picture_path):
+    """Draw a run's loss and validation scores by epoch, from its log."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    rows = read_log(log_path)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss_axes, score_axes = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    loss_axes.plot(epochs, [row["loss"] for row in rows], marker="o", label="training loss")
+    for name, label in (("cider", "CIDEr"), ("bleu_4", "BLEU-4")):
+        score_axes.plot(epochs, [row[name] for row in rows], marker="o", label=f"validation {label}")
+    for axes in (loss_axes, score_axes):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with written_whole(picture_path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def git_revision():
+    """The commit of the code that runs, "" outside a checkout."""
+    with contextlib.suppress(OSError):
+        command = ["git", "rev-parse", "HEAD"]
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return result.stdout.strip()
+    return ""
