@@ -1,4 +1,4 @@
-"""Prepare photos and captions for training: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
+"""Prepare photos with captions: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
 
 import csv
 import hashlib

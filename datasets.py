@@ -55,21 +55,23 @@ class Vocabulary:
         return [self.words[number] for number in numbers if number not in (PAD, START)]
 
 
-def load_image(path, size):
-    """Read a photo as training and captioning both see it: upright, RGB, squashed to a square.
-
-    Returns uint8 of shape (3, size, size). Raises InputError where the file is missing or is not a whole photo.
-    """
+def open_photo(path):
+    """Read a photo upright and in RGB, as a Pillow image; InputError where it is missing or not a whole photo."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        with Image.open(path) as photo:
+            return ImageOps.exif_transpose(photo).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise InputError(f"{path}: not a photo") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable photo: {error}") from None
-    return np.asarray(image).transpose(2, 0, 1)
+
+
+def load_image(path, size):
+    """A photo as training and captioning both see it: squashed to a square, (3, size, size) uint8."""
+    square = open_photo(path).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(square).transpose(2, 0, 1).copy()
 
 
 # ------------------------------------------------------------------------------------------- prepared folders
@@ -154,14 +156,10 @@ class CaptionDataset(Dataset):
         return {**self.__dict__, "_opened": (None, None)}
 
     def _images(self):
-        process, images = self._opened
-        if process != os.getpid():
-            if self.features:
-                images = np.load(self.features, mmap_mode="r")
-            else:
-                images = h5py.File(self.images_path)["images"]
+        if self._opened[0] != os.getpid():
+            images = np.load(self.features, mmap_mode="r") if self.features else h5py.File(self.images_path)["images"]
             self._opened = (os.getpid(), images)
-        return images
+        return self._opened[1]
 
 
 def collate(items):

@@ -76,41 +76,49 @@ class Settings:
 FREE_ON_RESUME = {"resume", "data_folder", "run_folder", "overwrite", "epochs", "patience", "workers", "device"}
 
 
-def train_one_epoch(captioner, loader, optimizer, settings, device, dtype, epoch):
-    """One pass over the training images with all their captions; returns the mean loss of a word, perplexity's log.
+def train_step(captioner, optimizer, batch, settings, device, dtype):
+    """One step on a `datasets.Batch`; returns the mean cross-entropy of a word and the number of words.
 
-    The loss is the cross-entropy of the words plus the doubly stochastic term of "Show, Attend and Tell" (equation
-    14): over a caption, the weights of each region should add up to about one.
+    The loss is that cross-entropy plus the doubly stochastic term of "Show, Attend and Tell" (equation 14): over a
+    caption, the weights of each region should add up to about one. Raises FloatingPointError where it is not finite.
     """
+    images = batch.images.to(device, non_blocking=True)
+    words = batch.words.to(device, non_blocking=True)
+
+    with autocast(device, dtype):
+        logits, targets, weights = captioner(images, words, batch.lengths)
+    word_loss = functional.cross_entropy(logits.float(), targets)
+    looked = weights.sum(dim=0)[batch.lengths.to(device) > 0]  # (captions, R)
+    loss = word_loss + settings.doubly_stochastic * (1 - looked).square().mean()
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()}")
+
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    clip_grad_norm_(captioner.parameters(), settings.gradient_clip)
+    optimizer.step()
+    return word_loss.item(), len(targets)
+
+
+def train_one_epoch(captioner, loader, optimizer, settings, device, dtype, epoch):
+    """One pass over the training images with all their captions; returns the mean cross-entropy of a word."""
     captioner.train()
     total_loss = total_words = 0
     number_of_captions = sum(map(len, loader.dataset.captions))
     with tqdm(total=number_of_captions, desc=f"epoch {epoch}", unit="caption", leave=False) as bar:
         for step, batch in enumerate(loader, start=1):
-            images = batch.images.to(device, non_blocking=True)
-            words = batch.words.to(device, non_blocking=True)
-
-            with autocast(device, dtype):
-                logits, targets, weights = captioner(images, words, batch.lengths)
-            word_loss = functional.cross_entropy(logits.float(), targets)
-            looked = weights.float().sum(dim=0)[batch.lengths.to(device) > 0]  # (captions, R)
-            loss = word_loss + settings.doubly_stochastic * (1 - looked).square().mean()
-            if not math.isfinite(loss.item()):
+            try:
+                loss, words = train_step(captioner, optimizer, batch, settings, device, dtype)
+            except FloatingPointError as error:
                 rate = optimizer.param_groups[0]["lr"]
                 raise InputError(
-                    f"the loss is {loss.item()} at epoch {epoch}, step {step}, learning rate {rate:g}: "
+                    f"{error} at epoch {epoch}, step {step}, learning rate {rate:g}: "
                     f"lower --learning_rate or --gradient_clip, or try --precision fp32"
-                )
-
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            clip_grad_norm_(captioner.parameters(), settings.gradient_clip)
-            optimizer.step()
-
-            total_loss += word_loss.item() * len(targets)
-            total_words += len(targets)
+                ) from None
+            total_loss += loss * words
+            total_words += words
+            bar.set_postfix(loss=f"{total_loss / total_words:.3f}", refresh=False)
             bar.update(int((batch.lengths > 0).sum()))
-            bar.set_postfix(loss=f"{total_loss / total_words:.3f}")
     return total_loss / total_words
 
 

@@ -1,0 +1,182 @@
+"""Captions/s of a training step against the straightforward loop: python benchmarks/bench_train.py
+
+Both sides train the decoder on the frozen encoder's regions of the same photos, with the same weights, words and
+optimizer. The straightforward loop is that of most tutorials: the encoder runs in the step, once for each caption,
+the attention's keys are projected again at each word, logits are computed word by word, all in fp32. Photos and
+captions are random; the captions' lengths are distributed like Flickr8k's.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train
+from datasets import END, SPECIAL_WORDS, START, collate
+from models import build_captioner
+from utils import choose_device, choose_dtype, run_script, seed_everything
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time a training step against the straightforward loop, after checking that both compute the same."""
+
+    encoder: str = "resnet101"  # torchvision network, with random weights
+    image_size: int = 256  # side of the photos in pixels
+    batch_size: int = 32  # images a step
+    captions: int = 5  # of each image
+    vocabulary: int = 2541  # words; Flickr8k's at min_word_freq 5
+    steps: int = 10  # counted steps of the cached side
+    reference_steps: int = 1  # counted steps of the straightforward loop
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the cached side
+    device: str = "auto"  # auto, cpu or cuda
+    seed: int = 0  # of everything random
+
+
+def straightforward_loss(captioner, images, words, lengths, settings):
+    """The loss of train.py, computed the way of most tutorials: images and words are one row a caption."""
+    decoder = captioner.decoder
+    with torch.no_grad():
+        regions = captioner.encoder(images)  # (N, R, D)
+    lengths, order = lengths.sort(descending=True)
+    regions, words = regions[order], words[order]
+    hidden, memory = (part.squeeze(1) for part in decoder.first_state(regions))  # (N, H)
+    embedded = decoder.dropout(decoder.embedding(words))  # (N, T + 1, E)
+    steps = int(lengths[0])
+    predictions = regions.new_zeros(len(words), steps, decoder.output.out_features)
+    looked = regions.new_zeros(len(words), steps, regions.shape[1])
+    for t in range(steps):
+        n = int((lengths > t).sum())
+        hidden, memory = hidden[:n], memory[:n]
+        keys = decoder.attention.keys(regions[:n])  # (n, R, A)
+        energy = keys + decoder.attention.query(hidden).unsqueeze(1)
+        weights = decoder.attention.score(energy.tanh()).squeeze(2).softmax(dim=1)  # (n, R)
+        context = (weights.unsqueeze(2) * regions[:n]).sum(dim=1)  # (n, D)
+        context = decoder.beta(hidden).sigmoid() * context
+        word = embedded[:n, t]
+        gates = decoder.word_gates(word) + decoder.step_gates(torch.cat([context, hidden], dim=1))
+        input_gate, forget_gate, output_gate, candidate = gates.chunk(4, dim=1)
+        memory = forget_gate.sigmoid() * memory + input_gate.sigmoid() * candidate.tanh()
+        hidden = output_gate.sigmoid() * memory.tanh()
+        output = word + decoder.hidden_output(hidden) + decoder.context_output(context)
+        predictions[:n, t] = decoder.output(decoder.dropout(output.tanh()))
+        looked[:n, t] = weights
+    real = torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
+    word_loss = functional.cross_entropy(predictions[real], words[:, 1 : steps + 1][real])
+    return word_loss, word_loss + settings.doubly_stochastic * (1 - looked.sum(dim=1)).square().mean()
+
+
+def straightforward_step(captioner, optimizer, images, words, lengths, settings):
+    """One training step of the straightforward loop."""
+    word_loss, loss = straightforward_loss(captioner, images, words, lengths, settings)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    clip_grad_norm_(captioner.parameters(), settings.gradient_clip)
+    optimizer.step()
+    return word_loss.item()
+
+
+def random_captions(settings, generator):
+    """Captions of random words for each image; lengths of mean 11.8 and deviation 3.9 as Flickr8k's."""
+    captions = []
+    for _ in range(settings.batch_size):
+        sizes = (torch.randn(settings.captions, generator=generator) * 3.9 + 11.8).round().clamp(3, 36).int()
+        captions.append(
+            [
+                [
+                    START,
+                    *torch.randint(len(SPECIAL_WORDS), settings.vocabulary, (n,), generator=generator).tolist(),
+                    END,
+                ]
+                for n in sizes.tolist()
+            ]
+        )
+    return captions
+
+
+def seconds_each(step, count, device):
+    """Median seconds of a call after one that is not counted."""
+    times = []
+    for _ in range(count + 1):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[count // 2]
+
+
+def main(settings):
+    """Check that both sides agree, time them, print a table and one line of JSON."""
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.precision, device)
+    seed_everything(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    plan = train.Settings(encoder=settings.encoder, encoder_weights="", dropout=0.0)
+    captioner = build_captioner(asdict(plan), settings.vocabulary, settings.image_size, encoder_weights="")
+    captioner.encoder.pretrained = True  # a frozen encoder: BatchNorm stays as it is
+    captioner.to(device).train()
+    optimizer = train.make_optimizer(captioner, plan)
+
+    shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    captions = random_captions(settings, generator)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        regions = captioner.encoder(images.to(device)).half().cpu()
+        extraction = len(images) / (time.perf_counter() - start)
+    batch = collate([(i, regions[i].clone(), captions[i]) for i in range(len(images))])
+    plain = collate([(i, images[i], captions[i]) for i in range(len(images))])
+    rows = plain.lengths.numel()
+    words, lengths = plain.words.flatten(0, 1).to(device), plain.lengths.flatten().to(device)
+    repeated = plain.images.repeat_interleave(settings.captions, dim=0).to(device)
+
+    def gradient(loss):
+        captioner.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in captioner.decoder.parameters()])
+
+    logits, targets, weights = captioner(batch.images.to(device), batch.words.to(device), batch.lengths)
+    term = plan.doubly_stochastic * (1 - weights.sum(dim=0)).square().mean()
+    ours = functional.cross_entropy(logits, targets) + term
+    theirs = straightforward_loss(captioner, repeated, words, lengths, plan)[1]
+    gap = abs(ours.item() - theirs.item())
+    our_gradient, their_gradient = gradient(ours), gradient(theirs)
+    direction = functional.cosine_similarity(our_gradient, their_gradient, dim=0).item()
+    print(f"same loss within {gap:.1e} (cached features are float16), cosine of the two gradients {direction:.6f}")
+    assert gap < 1e-2 and direction > 0.999, "the two sides do not agree"
+
+    ours = seconds_each(
+        lambda: train.train_step(captioner, optimizer, batch, plan, device, dtype), settings.steps, device
+    )
+    theirs = seconds_each(
+        lambda: straightforward_step(captioner, optimizer, repeated, words, lengths, plan),
+        settings.reference_steps,
+        device,
+    )
+    ratio = theirs / ours
+    print(
+        f"{settings.encoder} at {settings.image_size} pixels, {batch.images.shape[1]} regions, {rows} captions a step,"
+    )
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"extracting the features once: {extraction:.1f} images/s"
+    )
+    print("| side | precision | s/step | captions/s |")
+    print("| --- | --- | ---: | ---: |")
+    print(f"| straightforward loop | fp32 | {theirs:.2f} | {rows / theirs:.1f} |")
+    print(f"| train.py, cached features | {str(dtype).split('.')[1]} | {ours:.2f} | {rows / ours:.1f} |")
+    print(
+        json.dumps({"ratio": ratio, "captions_per_second": rows / ours, "reference_captions_per_second": rows / theirs})
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

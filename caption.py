@@ -1,0 +1,110 @@
+"""Caption photos and draw where the model looks at each word: python caption.py photo.jpg --checkpoint best.pt"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from skimage.transform import pyramid_expand, resize
+from tqdm import tqdm
+
+from datasets import load_image, open_photo
+from models import attend, beam_search, load_captioner
+from utils import (
+    InputError,
+    autocast,
+    choose_device,
+    choose_dtype,
+    require_at_least,
+    run_script,
+    written_whole,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Caption photos and save a picture of each with the attention at every word."""
+
+    photos: tuple[str, ...]  # one or more image files
+    checkpoint: str = "runs/shapes/best.pt"  # what train.py wrote
+    output: str = "captions"  # folder of the pictures, each named after its photo
+    beam_size: int = 5  # captions kept while searching; 1 is greedy decoding
+    length_penalty: float = 1.0  # rank by log-probability / length ** this; 0 favours short captions
+    max_length: int = 30  # words of a caption at most
+    show: bool = False  # open each picture
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
+    device: str = "auto"  # auto, cpu or cuda
+
+
+def draw_attention(photo, words, weights):
+    """A figure of the photo and one tile a word: the photo, bright where the decoder looked.
+
+    photo is a Pillow image, words a list of T strings, weights (T, R) an array over a square grid of regions.
+    """
+    pixels = np.asarray(photo) / 255
+    side = math.isqrt(weights.shape[1])
+    columns = min(5, len(words) + 1)
+    rows = math.ceil((len(words) + 1) / columns)
+    tile_height = 2.3 * pixels.shape[0] / pixels.shape[1]
+    figure = Figure(figsize=(2.3 * columns, (tile_height + 0.3) * rows), layout="constrained")
+    tiles = figure.subplots(rows, columns, squeeze=False).flatten()
+    for tile in tiles:
+        tile.axis("off")
+    tiles[0].imshow(pixels)
+    for tile, word, look in zip(tiles[1:], words, weights, strict=False):
+        smooth = pyramid_expand(look.reshape(side, side), upscale=16, sigma=8)
+        smooth = resize(smooth, pixels.shape[:2], order=1)
+        light = (smooth - smooth.min()) / max(np.ptp(smooth), 1e-8)
+        tile.imshow(pixels * (0.2 + 0.8 * light[..., None]))
+        tile.set_title(word, fontsize=13)
+    return figure
+
+
+def picture_paths(photos, folder):
+    """Where each photo's picture goes: its stem, numbered where two photos share one."""
+    paths = []
+    for photo in photos:
+        path, number = Path(folder) / f"{Path(photo).stem}.png", 2
+        while path in paths:
+            path, number = Path(folder) / f"{Path(photo).stem}-{number}.png", number + 1
+        paths.append(path)
+    return paths
+
+
+def main(settings):
+    """Print each photo's caption with its log-probability and save its picture."""
+    require_at_least(settings, 1, "beam_size", "max_length")
+    require_at_least(settings, 0, "length_penalty")
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.precision, device)
+    captioner, vocabulary, _ = load_captioner(settings.checkpoint, device)
+    images = [load_image(photo, captioner.image_size) for photo in settings.photos]  # all are sound before any is drawn
+    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    jobs = zip(settings.photos, images, picture_paths(settings.photos, settings.output), strict=True)
+    for photo, image, path in tqdm(jobs, total=len(images), unit="photo", disable=len(images) == 1):
+        if path.resolve() == Path(photo).resolve():
+            raise InputError(f"--output {settings.output}: the picture would replace the photo {photo}")
+        with torch.inference_mode(), autocast(device, dtype):
+            regions = captioner.regions(torch.from_numpy(image).unsqueeze(0).to(device))  # (1, R, D)
+            captions, _ = beam_search(
+                captioner.decoder, regions, settings.beam_size, settings.max_length, settings.length_penalty
+            )
+            log_probability, weights = attend(captioner.decoder, regions, captions[:, 0])
+        words = vocabulary.decode(captions[0, 0])
+        tqdm.write(f"{photo}: {' '.join(words)} (log-probability {log_probability.item():.2f})")
+        shown = open_photo(photo)
+        shown.thumbnail((400, 400))
+        figure = draw_attention(shown, words, weights[0].float().cpu().numpy())
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, dpi=100)
+        tqdm.write(f"  {path}")
+        if settings.show:
+            Image.open(path).show()
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

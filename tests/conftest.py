@@ -1,0 +1,71 @@
+"""What the tests share: a small data set of shapes, a small trained run, and scripts run as their users run them."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import create_input_files
+import train
+import utils
+from models import Decoder
+
+SMALL = train.Settings(
+    encoder="resnet18",
+    encoder_layer="layer1",
+    encoder_weights="",
+    fine_tune_encoder=True,
+    grid_size=4,
+    embedding_size=16,
+    attention_size=16,
+    hidden_size=16,
+    batch_size=8,
+    epochs=2,
+    learning_rate=1e-2,
+    max_length=6,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A prepared folder of 24 training, 2 val and 2 test scenes of 32 pixels."""
+    output = tmp_path_factory.mktemp("data") / "shapes"
+    create_input_files.main(create_input_files.Settings(output=str(output), scenes=24, image_size=32, min_word_freq=1))
+    return output
+
+
+@pytest.fixture(scope="session")
+def run_folder(shapes, tmp_path_factory):
+    """A run of two epochs on those shapes."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(folder)))
+    return folder
+
+
+@pytest.fixture
+def tiny_decoder():
+    """A random decoder of 7 words, 3 of them real, for regions of 6 features."""
+    torch.manual_seed(0)
+    decoder = Decoder(7, 6, 5, 4, 8, dropout=0.5).eval()
+    for parameter in decoder.parameters():
+        parameter.data *= 4  # far from uniform, so that orders are clear
+    return decoder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script's command line in this process: (module, arguments) -> exit status, stdout, stderr."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            utils.run_script(module.main, module.Settings)
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -1,0 +1,34 @@
+"""The house: who imports whom, and nothing happens at import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "utils": set(),
+    "datasets": {"utils"},
+    "models": {"utils", "datasets"},
+    "create_input_files": {"utils", "datasets"},
+    "eval": {"utils", "datasets", "models"},
+    "train": {"utils", "datasets", "models", "eval"},
+    "caption": {"utils", "datasets", "models"},
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_imports_point_one_way(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported & set(ALLOWED) <= ALLOWED[name]
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_nothing_runs_at_import(name):
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr)
+    for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+        guard = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert guard or docstring or isinstance(node, allowed[:-1]), f"{name}.py, line {node.lineno}"

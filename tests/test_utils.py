@@ -1,0 +1,99 @@
+"""Settings as flags, files written whole, the run log."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+
+import utils
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example."""
+
+    photos: tuple[str, ...]  # the photos
+    rate: float = 0.5  # a share, 100% at most
+    cell: Literal["lstm", "gru"] = "lstm"  # the cell
+    sizes: tuple[int, ...] = (1, 3)  # some sizes
+    fast: bool = True  # whether to hurry
+
+
+def test_every_field_becomes_a_flag():
+    arguments = ["a.jpg", "b.jpg", "--rate", "1", "--cell", "gru", "--sizes", "2", "4", "--no-fast"]
+    assert utils.parse_settings(Example, arguments) == Example(("a.jpg", "b.jpg"), 1.0, "gru", (2, 4), False)
+    assert utils.parse_settings(Example, ["a.jpg"]) == Example(("a.jpg",))
+
+
+def test_help_shows_comment_default_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        utils.parse_settings(Example, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("a share, 100% at most (default: 0.5)", "{lstm,gru}", "(default: 1 3)", "--no-fast", "the photos"):
+        assert part in text
+
+
+@pytest.mark.parametrize("arguments", [["a", "--rat", "1"], ["a", "--cell", "rnn"], ["a", "--rate", "x"], []])
+def test_wrong_flags_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as stop:
+        utils.parse_settings(Example, arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_require_at_least_names_the_setting(value):
+    with pytest.raises(utils.InputError, match=f"--rate {value}: must be at least 0"):
+        utils.require_at_least(Example(("a",), rate=value), 0, "rate")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.json"
+    utils.write_json(path, {"old": True})
+    with pytest.raises(RuntimeError), utils.written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert utils.read_json(path) == {"old": True}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_nothing_that_is_loaded_executes_code(tmp_path):
+    torch.save({"format": 1, "model": Malicious(str(tmp_path / "owned"))}, tmp_path / "bad.pt")
+    with pytest.raises(utils.InputError, match=r"bad\.pt is refused"):
+        utils.load_state(tmp_path / "bad.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip"])
+def test_damaged_files_are_named(tmp_path, content):
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(utils.InputError, match=r"bad\.pt"):
+        utils.load_state(tmp_path / "bad.pt")
+
+
+def test_random_state_comes_back():
+    state = utils.random_state()
+    first = torch.rand(3)
+    utils.set_random_state(state)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_auto_precision_is_float32_where_bfloat16_is_emulated():
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert utils.choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+    assert utils.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_unknown_devices_are_refused():
+    with pytest.raises(utils.InputError, match="--device nowhere"):
+        utils.choose_device("nowhere")
