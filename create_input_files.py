@@ -60,9 +60,8 @@ def tokenize(caption):
 
 def read_karpathy(path, images):
     """Photos of Karpathy's JSON (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json)."""
-    content = read_json(path)
+    content, photos = read_json(path), []
     try:
-        photos = []
         for number, image in enumerate(content["images"]):
             name = os.path.join(image.get("filepath", ""), image["filename"])
             split = "train" if image["split"] == "restval" else image["split"]
@@ -73,21 +72,26 @@ def read_karpathy(path, images):
             photos.append(Photo(images / name, name, image_id, split, captions, image.get("objects")))
     except KeyError as error:
         raise InputError(f"{path}: no key {error} in images[{len(photos)}], is this Karpathy's JSON?") from None
+    except (TypeError, AttributeError):
+        raise InputError(f"{path}: images[{len(photos)}] has another form, is this Karpathy's JSON?") from None
     return photos
 
 
 def read_kaggle(path, images, seed):
     """Photos of Kaggle's captions.txt, a CSV of image,caption; a tenth each of them for val and for test."""
     captions = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames is None or not {"image", "caption"} <= set(rows.fieldnames):
-            raise InputError(f"{path} is neither JSON nor a CSV whose first line is image,caption")
-        for row in rows:
-            if not row["caption"]:
-                raise InputError(f"{path}, line {rows.line_num}: no caption for {row['image']!r}")
-            raw = row["caption"].strip()
-            captions.setdefault(row["image"], []).append({"words": tokenize(raw), "raw": raw})
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            if rows.fieldnames is None or not {"image", "caption"} <= set(rows.fieldnames):
+                raise InputError(f"{path} is neither JSON nor a CSV whose first line is image,caption")
+            for row in rows:
+                if not row["caption"]:
+                    raise InputError(f"{path}, line {rows.line_num}: no caption for {row['image']!r}")
+                raw = row["caption"].strip()
+                captions.setdefault(row["image"], []).append({"words": tokenize(raw), "raw": raw})
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not a CSV in UTF-8: {error}") from None
     names = sorted(captions)
     random.Random(seed).shuffle(names)
     tenth = math.ceil(len(names) / 10)
@@ -159,13 +163,14 @@ def draw_scene(generator, size):
 
 def describe(things, background):
     """Five captions of one or two shapes, given as (full name, short name, position words, (column, row))."""
+    things = [(full, f"an {short}" if short[0] == "o" else f"a {short}", *rest) for full, short, *rest in things]
     full, short, position, (column, row) = things[0]
     if len(things) == 1:
         return [
             f"a {full} at the {position}",
             f"there is a {full} on a {background} background",
             f"one {full} at the {position} of the picture",
-            f"a single {short} on a {background} background",
+            f"there is just {short} on a {background} background",
             f"the picture shows a {full} at the {position}",
         ]
     other_full, other_short, other_position, (other_column, other_row) = things[1]
@@ -177,7 +182,7 @@ def describe(things, background):
         f"a {full} is {relation} a {other_full}",
         f"a {other_full} is {inverse} a {full}",
         f"a {full} at the {position} and a {other_full} at the {other_position}",
-        f"there is a {short} and a {other_short} on a {background} background",
+        f"there is {short} and {other_short} on a {background} background",
         f"the picture shows a {full} {relation} a {other_full}",
     ]
 

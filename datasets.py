@@ -40,6 +40,7 @@ class Vocabulary:
     @classmethod
     def load(cls, data_folder):
         """The vocabulary of a prepared folder's word_map.json."""
+        read_card(data_folder)
         numbers = read_json(Path(data_folder) / "word_map.json")
         return cls(sorted(numbers, key=numbers.get))
 
@@ -136,14 +137,14 @@ class CaptionDataset(Dataset):
     the first item, by each process for itself: an open HDF5 handle must not cross a fork or a pickle.
     """
 
-    def __init__(self, data_folder, split, vocabulary):
+    def __init__(self, data_folder, split, vocabulary, features=None):
         self.entries = read_captions(data_folder, split)
         self.captions = [
             [vocabulary.encode(caption["words"]) for caption in entry["captions"]] for entry in self.entries
         ]
         self.images_path = Path(data_folder) / f"{split}_images.hdf5"
         self.has_boxes = all("objects" in entry for entry in self.entries)
-        self.features = None
+        self.features = features
         self._opened = (None, None)
 
     def __len__(self):
@@ -186,6 +187,7 @@ def make_loader(dataset, batch_size, order=None, workers=0, start_method=None):
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # a loader must not draw from the generator of the dropout
         multiprocessing_context=start_method if workers else None,
     )
 
@@ -206,10 +208,11 @@ def open_split(data_folder, split, vocabulary, captioner, cached, device, dtype)
             f"{data_folder} has images of {image_size} pixels, the model was trained on {captioner.image_size}: run "
             f"create_input_files.py --image_size {captioner.image_size}"
         )
-    dataset = CaptionDataset(data_folder, split, vocabulary)
-    if cached:
-        dataset.features = cache_features(dataset, split, captioner.encoder, device, dtype)
-    return dataset
+    photos = CaptionDataset(data_folder, split, vocabulary)
+    if not cached:
+        return photos
+    features = cache_features(photos, split, captioner.encoder, device, dtype)
+    return CaptionDataset(data_folder, split, vocabulary, features)
 
 
 def module_digest(module):

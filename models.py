@@ -97,9 +97,9 @@ class Encoder(nn.Module):
         return grid.shape[1]
 
     def train(self, mode=True):
-        """Keep the BatchNorm statistics of pretrained weights, which small batches of captioning would spoil."""
+        """Keep the BatchNorm statistics of pretrained weights, which small batches would spoil, and of frozen ones."""
         super().train(mode)
-        if self.pretrained:
+        if self.pretrained or not any(parameter.requires_grad for parameter in self.parameters()):
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()

@@ -224,6 +224,8 @@ def main(settings):
     require_at_least(settings, 1, "epochs", "batch_size", "patience", "max_length")
     require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers", "grid_size")
+    if not 0 <= settings.dropout < 1:
+        raise InputError(f"--dropout {settings.dropout}: must be below 1 and at least 0")
     settings, checkpoint = prepare_run(settings)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.precision, device)

@@ -185,10 +185,9 @@ def load_state(path, device="cpu"):
         raise InputError(f"no such file: {path}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused, it is damaged or holds more than tensors: {first_line(error)}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged or is not a torch file: {first_line(error)}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        # torch's own message advises to load such a file unsafely.
+        raise InputError(f"{path} is refused: it is damaged, or holds more than tensors and plain containers") from None
 
 
 def first_line(error):

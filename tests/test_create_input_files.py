@@ -1,0 +1,172 @@
+"""Reading captions, drawing shapes, writing folders whole."""
+
+import json
+import re
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+import create_input_files
+from create_input_files import tokenize
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three photos in a folder."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, name in enumerate(("a b.jpg", "é.png", "c.jpg")):
+        Image.new("RGB", (20, 10), (80 * number, 0, 0)).save(folder / name)
+    return folder
+
+
+def karpathy(path, splits=("train", "restval", "test"), **extra):
+    """Write Karpathy's JSON for the three photos; a split of None leaves the photo out."""
+    sentences = [{"tokens": ["a", "cat"], "raw": "A cat."}, {"tokens": ["a", "dog"], "raw": "A dog!"}]
+    images = [
+        {"filename": name, "split": split, "imgid": 7, "sentences": sentences, **extra}
+        for name, split in zip(("a b.jpg", "é.png", "c.jpg"), splits, strict=True)
+        if split
+    ]
+    path.write_text(json.dumps({"images": images}))
+    return path
+
+
+def prepare(command, tmp_path, captions, images, *more):
+    arguments = ("--dataset", "own", "--captions", captions, "--images", images, "--output", tmp_path / "out")
+    return command(create_input_files, *arguments, "--image_size", 8, "--min_word_freq", 1, *more)
+
+
+def test_karpathy_json(command, tmp_path, photos):
+    status, out, _ = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos)
+    assert status == 0, out
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert [card["splits"][split]["images"] for split in ("train", "val", "test")] == [2, 0, 1]
+    entries = json.loads((tmp_path / "out" / "train_captions.json").read_text())
+    assert entries[1] == {
+        "image": "é.png",
+        "image_id": 7,
+        "captions": [{"words": ["a", "cat"], "raw": "A cat."}, {"words": ["a", "dog"], "raw": "A dog!"}],
+    }
+    with h5py.File(tmp_path / "out" / "train_images.hdf5") as file:
+        assert file["images"].shape == (2, 3, 8, 8) and file["images"].dtype == np.uint8
+        assert file["images"][1, 0].min() == 80
+    words = json.loads((tmp_path / "out" / "word_map.json").read_text())
+    assert words == {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4, "cat": 5, "dog": 6}
+
+
+def test_coco_has_its_photos_in_folders(command, tmp_path, photos):
+    (tmp_path / "coco").mkdir()
+    shutil.move(photos, tmp_path / "coco" / "val2014")
+    captions = karpathy(tmp_path / "captions.json", filepath="val2014", cocoid=42)
+    status, _, _ = prepare(command, tmp_path, captions, tmp_path / "coco")
+    entries = json.loads((tmp_path / "out" / "test_captions.json").read_text())
+    assert status == 0 and entries[0]["image_id"] == 42 and entries[0]["image"] == "val2014/c.jpg"
+
+
+def test_a_test_split_alone_is_a_good_folder(command, tmp_path, photos):
+    captions = karpathy(tmp_path / "captions.json", (None, None, "test"))
+    assert prepare(command, tmp_path, captions, photos)[0] == 0
+
+
+def test_kaggle_csv_is_split_by_image(command, tmp_path, photos):
+    lines = ["image,caption", 'c.jpg,"A ""big"" cat, sleeping ."', "é.png,Two dogs .", "c.jpg,A cat's nap", "a b.jpg,X"]
+    (tmp_path / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
+    status, out, _ = prepare(command, tmp_path, tmp_path / "captions.txt", photos)
+    assert status == 0 and "no splits: 1 images each for val and test, chosen with seed 0" in out
+    entries = [
+        entry
+        for split in ("train", "val", "test")
+        for entry in json.loads((tmp_path / "out" / f"{split}_captions.json").read_text())
+    ]
+    captions = {entry["image"]: [one["raw"] for one in entry["captions"]] for entry in entries}
+    assert captions["c.jpg"] == ['A "big" cat, sleeping .', "A cat's nap"] and len(captions) == 3
+
+
+def test_tokenize():
+    assert tokenize("Two dogs, don't  run... Élan-vital 42!") == [
+        "two",
+        "dogs",
+        "don",
+        "t",
+        "run",
+        "élan",
+        "vital",
+        "42",
+    ]
+
+
+def test_bad_photos_stop_the_run_or_are_left_out(command, tmp_path, photos):
+    (photos / "c.jpg").write_text("no photo")
+    (photos / "a b.jpg").unlink()
+    captions = karpathy(tmp_path / "captions.json", ("train", "train", "train"))
+    status, _, err = prepare(command, tmp_path, captions, photos)
+    assert status == 2 and "c.jpg: not a photo" in err and "a b.jpg: no such file" in err
+    assert "2 of 3 photos are bad, listed above: --skip_bad leaves them out" in err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    status, _, err = prepare(command, tmp_path, captions, photos, "--skip_bad")
+    assert status == 0 and "c.jpg: not a photo" in err
+    with h5py.File(tmp_path / "out" / "train_images.hdf5") as file:
+        assert file["images"].shape == (1, 3, 8, 8)
+
+
+def test_the_same_settings_do_nothing_and_others_ask(command, tmp_path, photos):
+    captions = karpathy(tmp_path / "captions.json")
+    assert prepare(command, tmp_path, captions, photos)[0] == 0
+    written = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
+    (tmp_path / "out" / "features").mkdir()
+    assert "is there already" in prepare(command, tmp_path, captions, photos)[1]
+    assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == written
+    status, _, err = prepare(command, tmp_path, captions, photos, "--seed", 1)
+    assert status == 2 and "--overwrite replaces it" in err
+    assert prepare(command, tmp_path, captions, photos, "--seed", 1, "--overwrite")[0] == 0
+    assert not (tmp_path / "out" / "features").exists()
+
+
+def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        create_input_files.draw_shapes(tmp_path / name, 20, 64, seed=3)
+    first, second = ((tmp_path / name / "dataset_shapes.json").read_text() for name in ("one", "two"))
+    assert first == second
+    for image in json.loads(first)["images"]:
+        pixels = np.asarray(Image.open(tmp_path / "one" / "photos" / image["filename"])).astype(int)
+        background = pixels[-1, 0]
+        inside = np.zeros(pixels.shape[:2], bool)
+        for thing in image["objects"]:
+            left, top, right, bottom = (round(64 * side) for side in thing["box"])
+            assert (pixels[top:bottom, left:right] != background).any()
+            inside[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = True
+            assert sum(thing["words"][-1] in sentence["tokens"] for sentence in image["sentences"]) >= 4
+        assert (pixels[~inside] == background).all(), image["filename"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ('{"pictures": []}', "no key 'images'"),
+        ('{"images": []}', "names no images"),
+        ('{"images": [{"filename": "c.jpg", "sentences": []}]}', r"no key 'split' in images\[0\]"),
+        ('{"images": [{"filename": "c.jpg", "split": "dev", "sentences": []}]}', "has the split 'dev'"),
+        ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": [{"raw": "x"}]}]}', "no key 'tokens'"),
+        ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": []}]}', "photos are bad"),
+        ("", "neither JSON nor a CSV"),
+        ("photo;text\nc.jpg;hello", "neither JSON nor a CSV"),
+        ("image,caption\nc.jpg", "line 2: no caption for 'c.jpg'"),
+        ("[1, 2]", "images.0. has another form, is this Karpathy's JSON"),
+        ('{"images": [3]}', "is this Karpathy's JSON"),
+        (b"\xff\xfe\x00", "is not a CSV in UTF-8"),
+    ],
+)
+def test_captions_that_cannot_be_read_end_in_one_line(command, tmp_path, photos, content, message):
+    captions = tmp_path / "captions.any"
+    captions.write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, _, err = prepare(command, tmp_path, captions, photos)
+    line = err.strip().splitlines()[-1]
+    assert status == 2 and line.startswith("create_input_files.py: error: ")
+    assert re.search(message, line), line
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,156 @@
+"""Words, photos, prepared folders, the feature cache and batches."""
+
+import json
+import shutil
+from collections import Counter
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from datasets import END, PAD, START, UNKNOWN, CaptionDataset, Vocabulary, collate, make_loader
+from models import Captioner, Decoder, Encoder
+from utils import InputError
+
+
+@pytest.fixture
+def copied(shapes, tmp_path):
+    """A copy of the shapes that a test may spoil."""
+    return shutil.copytree(shapes, tmp_path / "copy")
+
+
+def test_vocabulary_counts_at_least_and_breaks_ties_by_alphabet():
+    vocabulary = Vocabulary.from_counts(Counter({"b": 2, "a": 2, "c": 3, "rare": 1}), 2)
+    assert vocabulary.words == ["<pad>", "<start>", "<end>", "<unk>", "c", "a", "b"]
+    assert vocabulary.encode(["a", "rare"]) == [START, 5, UNKNOWN, END]
+    assert vocabulary.decode([START, 5, 4, END, 6]) == ["a", "c"]
+
+
+def test_every_photo_becomes_upright_rgb(tmp_path):
+    grey, palette = Image.new("L", (9, 5), 100), Image.new("P", (9, 5))
+    for name, image in {"grey.png": grey, "palette.png": palette, "cmyk.jpg": Image.new("CMYK", (9, 5))}.items():
+        image.save(tmp_path / name)
+        assert datasets.load_image(tmp_path / name, 4).shape == (3, 4, 4)
+    turned = Image.new("RGB", (8, 8))
+    turned.paste((255, 255, 255), (0, 0, 8, 4))  # the upper half is white
+    exif = turned.getexif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "turned.png", exif=exif)
+    pixels = datasets.load_image(tmp_path / "turned.png", 8)
+    assert pixels.dtype == np.uint8 and pixels[:, 0].max() == 0 and pixels[:, -1].min() == 255
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_broken_photos_are_named(tmp_path, content):
+    path = tmp_path / "photo.jpg"
+    if content is None:  # a photo cut in half
+        Image.effect_noise((64, 64), 50).save(path)
+        content = path.read_bytes()[:800]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"photo\.jpg: not a"):
+        datasets.load_image(path, 8)
+
+
+def test_the_image_of_training_is_the_image_of_captioning(shapes):
+    dataset = CaptionDataset(shapes, "val", Vocabulary.load(shapes))
+    for index, image, _ in (dataset[i] for i in range(len(dataset))):
+        photo = shapes / "photos" / dataset.entries[index]["image"]
+        assert np.array_equal(image.numpy(), datasets.load_image(photo, 32))
+
+
+def test_batches_are_sorted_both_ways_and_padded():
+    captions = [[[START, 4, END]], [[START, 5, END], [START, 5, 5, 5, END]]]
+    batch = collate([(i, torch.full((2, 2), i), one) for i, one in enumerate(captions)])
+    assert batch.indices == [1, 0] and batch.images[:, 0, 0].tolist() == [1, 0]
+    assert batch.lengths.tolist() == [[4, 2], [2, 0]]
+    assert batch.words[0].tolist() == [[START, 5, 5, 5, END], [START, 5, END, PAD, PAD]]
+    assert batch.words[1].tolist() == [[START, 4, END, PAD, PAD], [PAD] * 5]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_give_the_same_batches(shapes, start_method):
+    dataset = CaptionDataset(shapes, "train", Vocabulary.load(shapes))
+    dataset[0]  # a handle is open before the workers start
+    order = datasets.epoch_order(len(dataset), seed=1, epoch=0)
+    alone = list(make_loader(dataset, 8, order))
+    shared = list(make_loader(dataset, 8, order, workers=2, start_method=start_method))
+    assert sorted(index for batch in alone for index in batch.indices) == list(range(len(dataset)))
+    for one, other in zip(alone, shared, strict=True):
+        assert one.indices == other.indices
+        for name in ("images", "words", "lengths"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_the_order_depends_on_seed_and_epoch():
+    orders = {tuple(datasets.epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert datasets.epoch_order(20, 1, 2) == datasets.epoch_order(20, 1, 2)
+
+
+def small_captioner(weights_seed=0, grid_size=0):
+    torch.manual_seed(weights_seed)
+    encoder = Encoder("resnet18", "layer1", grid_size=grid_size).eval()
+    return Captioner(encoder, Decoder(10, 64, 4, 4, 4, 0.0), 32)
+
+
+def open_cached(folder, captioner, cached=True):
+    vocabulary = Vocabulary.load(folder)
+    return datasets.open_split(folder, "val", vocabulary, captioner, cached, torch.device("cpu"), torch.float32)
+
+
+def test_cached_features_are_the_encoders(copied):
+    captioner = small_captioner()
+    cached, photos = open_cached(copied, captioner), open_cached(copied, captioner, cached=False)
+    images = torch.stack([image for _, image, _ in photos])
+    with torch.inference_mode():
+        expected = captioner.regions(images)
+    found = captioner.regions(torch.stack([regions for _, regions, _ in cached]))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_cache_is_reused_but_never_for_anything_else(copied):
+    path = open_cached(copied, small_captioner()).features
+    written = path.stat().st_mtime_ns
+    assert open_cached(copied, small_captioner()).features == path and path.stat().st_mtime_ns == written
+    assert open_cached(copied, small_captioner(weights_seed=1)).features != path
+    assert open_cached(copied, small_captioner(grid_size=2)).features != path
+    with h5py.File(copied / "val_images.hdf5", "a") as file:
+        file["images"][0] = 0
+        file.attrs["digest"] = "another"
+    card = json.loads((copied / "dataset.json").read_text())
+    card["splits"]["val"]["digest"] = "another"
+    (copied / "dataset.json").write_text(json.dumps(card))
+    assert open_cached(copied, small_captioner()).features != path
+
+
+def test_another_image_size_is_refused(copied):
+    captioner = small_captioner()
+    captioner.image_size = 64
+    with pytest.raises(InputError, match=r"images of 32 pixels.*trained on 64"):
+        open_cached(copied, captioner)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "dataset.json").unlink(), "not a complete data folder"),
+        (lambda folder: (folder / "val_images.hdf5").unlink(), "val_images.hdf5 is missing or damaged"),
+        (lambda folder: truncate(folder / "val_images.hdf5"), "val_images.hdf5 is missing or damaged"),
+        (lambda folder: truncate(folder / "val_captions.json"), "val_captions.json is not valid JSON"),
+        (lambda folder: (folder / "val_captions.json").unlink(), "no such file: .*val_captions.json"),
+        (lambda folder: (folder / "word_map.json").unlink(), "no such file: .*word_map.json"),
+        (lambda folder: shutil.copy(folder / "test_images.hdf5", folder / "val_images.hdf5"), "not the file that"),
+        (shutil.rmtree, "no data folder"),
+    ],
+)
+def test_half_made_folders_are_refused(copied, spoil, message):
+    spoil(copied)
+    with pytest.raises(InputError, match=message):
+        open_cached(copied, small_captioner())
