@@ -1,0 +1,28 @@
+# make demo, make test, make lint and make bench each create .venv and install what they need by themselves.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test lint bench
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest ruff
+	touch $@
+
+demo: .venv/installed
+	$(RUN) create_input_files.py --image_size 64
+	$(RUN) train.py --overwrite --encoder resnet18 --encoder_layer layer2 --encoder_weights "" --fine_tune_encoder
+	$(RUN) eval.py --beam_sizes 3
+	$(RUN) caption.py data/shapes/photos/test_03300.png
+
+test: .venv/installed
+	$(RUN) -m pytest -q
+
+lint: .venv/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: .venv/installed
+	$(RUN) benchmarks/bench_train.py
+	$(RUN) benchmarks/bench_caption.py
