@@ -114,7 +114,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (20, 20, 20)}
 KINDS = ("circle", "square", "triangle", "star", "cross")
-RADII = {"small": 0.10, "large": 0.18}  # shares of the image's side
+RADII = {"small": 0.12, "large": 0.18}  # shares of the image's side
 POSITIONS = {
     (0, 0): "top left", (1, 0): "top", (2, 0): "top right",
     (0, 1): "left", (1, 1): "centre", (2, 1): "right",

@@ -26,6 +26,7 @@ MODEL_SETTINGS = (
     "encoder",
     "encoder_layer",
     "grid_size",
+    "region_dim",
     "embedding_size",
     "attention_size",
     "hidden_size",
@@ -178,9 +179,7 @@ class Decoder(nn.Module):
         self.beta = nn.Linear(hidden_size, 1)
         self.first_hidden = nn.Linear(region_size, hidden_size)
         self.first_memory = nn.Linear(region_size, hidden_size)
-        # One LSTM cell in two products: the words' part is known for all steps at once, the rest step by step.
-        self.word_gates = nn.Linear(embedding_size, 4 * hidden_size)
-        self.step_gates = nn.Linear(region_size + hidden_size, 4 * hidden_size, bias=False)
+        self.cell = nn.LSTMCell(embedding_size + region_size, hidden_size)
         self.hidden_output = nn.Linear(hidden_size, embedding_size)
         self.context_output = nn.Linear(region_size, embedding_size, bias=False)
         self.output = nn.Linear(embedding_size, vocabulary_size)
@@ -202,19 +201,16 @@ class Decoder(nn.Module):
         -> logits (B, C, V), weights (B, C, R), state.
         """
         embedded = self.dropout(self.embedding(words))  # (B, C, E)
-        context, weights, state = self._look_and_update(self.word_gates(embedded), regions, keys, state)
+        context, weights, state = self._look_and_update(embedded, regions, keys, state)
         return self._logits(embedded, state[0], context), weights, state
 
-    def _look_and_update(self, word_gates, regions, keys, state):
-        """The recurrent half of a step: attend (equations 4 to 6, 13 and the gate beta), then the LSTM (1 to 3)."""
-        hidden, memory = state
-        context, weights = self.attention(regions, keys, hidden)  # (B, C, D), (B, C, R)
-        context = self.beta(hidden).sigmoid() * context  # section 4.2.1: how much to look, how much to just go on
-        gates = word_gates + self.step_gates(torch.cat([context, hidden], dim=-1))  # (B, C, 4H)
-        input_gate, forget_gate, output_gate, candidate = gates.chunk(4, dim=-1)  # each (B, C, H)
-        memory = forget_gate.sigmoid() * memory + input_gate.sigmoid() * candidate.tanh()
-        hidden = output_gate.sigmoid() * memory.tanh()
-        return context, weights, (hidden, memory)
+    def _look_and_update(self, embedded, regions, keys, state):
+        """The recurrent half of a step: attend (equations 4 to 6 and 13), then the LSTM (equations 1 to 3)."""
+        context, weights = self.attention(regions, keys, state[0])  # (B, C, D), (B, C, R)
+        context = self.beta(state[0]).sigmoid() * context  # section 4.2.1: how much to look, how much to just go on
+        rows = torch.cat([embedded, context], dim=-1).flatten(0, 1)  # the cell takes one caption a row
+        state = self.cell(rows, tuple(part.flatten(0, 1) for part in state))
+        return context, weights, tuple(part.unflatten(0, context.shape[:2]) for part in state)  # state (B, C, H)
 
     def _logits(self, embedded, hidden, context):
         """The deep output layer (equation 7); the authors' code has the tanh and the dropout."""
@@ -238,12 +234,10 @@ class Decoder(nn.Module):
         real = torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths  # (T, B, C)
         unfinished = [(int(step.any(dim=1).sum()), int(step.any(dim=0).sum())) for step in real]  # T rectangles
         embedded = self.dropout(self.embedding(words[:, :, : len(real)]))  # (B, C, T, E)
-        word_gates = self.word_gates(embedded).unbind(2)  # T times (B, C, 4H)
         hiddens, contexts, weights = [], [], []
-        for t, (b, c) in enumerate(unfinished):
+        for word, (b, c) in zip(embedded.unbind(2), unfinished, strict=True):
             state = tuple(part[:b, :c] for part in state)  # (b, c, H)
-            gates = word_gates[t][:b, :c]  # (b, c, 4H)
-            context, step_weights, state = self._look_and_update(gates, regions[:b], keys[:b], state)
+            context, step_weights, state = self._look_and_update(word[:b, :c], regions[:b], keys[:b], state)
             hiddens.append(state[0].flatten(0, 1))  # (b c, H)
             contexts.append(context.flatten(0, 1))  # (b c, D)
             weights.append(functional.pad(step_weights, (0, 0, 0, C - c, 0, B - b)))  # (B, C, R)
@@ -257,15 +251,18 @@ class Decoder(nn.Module):
 
 
 class Captioner(nn.Module):
-    """An encoder and a decoder, and what both need to be used: `image_size`, the side of the photos trained on."""
+    """An encoder and a decoder with a dense layer on the regions between them.
 
-    def __init__(self, encoder, decoder, image_size):
+    `image_size` is the side in pixels of the photos that it was trained on.
+    """
+
+    def __init__(self, encoder, region_layer, decoder, image_size):
         super().__init__()
-        self.encoder, self.decoder, self.image_size = encoder, decoder, image_size
+        self.encoder, self.region_layer, self.decoder, self.image_size = encoder, region_layer, decoder, image_size
 
     def regions(self, images):
-        """images (B, 3, h, w) uint8, or regions (B, R, D) from the feature cache -> regions (B, R, D)."""
-        return images.float() if images.ndim == 3 else self.encoder(images)
+        """images (B, 3, h, w) uint8, or features (B, R, D) from the cache -> regions for the decoder (B, R, D)."""
+        return self.region_layer(images.float() if images.ndim == 3 else self.encoder(images))
 
     def forward(self, images, words, lengths):
         """Teacher forcing, as `Decoder.forward`."""
@@ -275,8 +272,13 @@ class Captioner(nn.Module):
 def build_captioner(settings, vocabulary_size, image_size, encoder_weights):
     """A new captioner of the settings named in MODEL_SETTINGS, a dictionary."""
     encoder = Encoder(settings["encoder"], settings["encoder_layer"], encoder_weights, settings["grid_size"])
+    dropout = settings["dropout"]
+    region_size, region_layer = encoder.region_size, nn.Identity()
+    if settings["region_dim"]:
+        region_size = settings["region_dim"]
+        region_layer = nn.Sequential(nn.Linear(encoder.region_size, region_size), nn.ReLU(), nn.Dropout(dropout))
     sizes = (settings["embedding_size"], settings["attention_size"], settings["hidden_size"])
-    return Captioner(encoder, Decoder(vocabulary_size, encoder.region_size, *sizes, settings["dropout"]), image_size)
+    return Captioner(encoder, region_layer, Decoder(vocabulary_size, region_size, *sizes, dropout), image_size)
 
 
 def load_captioner(path, device):

@@ -50,10 +50,11 @@ class Settings:
     fine_tune_encoder: bool = False  # train the encoder too; frozen, its features are computed once and cached
     grid_size: int = 0  # pool the features to a grid of this side (the paper: 14); 0 keeps the network's own
 
+    region_dim: int = 512  # units of a dense layer on the features; 0: none, the decoder sees them as they are
     embedding_size: int = 512  # units of a word
     attention_size: int = 512  # units of the attention
     hidden_size: int = 512  # units of the LSTM
-    dropout: float = 0.5  # on words and on the output layer
+    dropout: float = 0.5  # on words, regions and the output layer
 
     epochs: int = 20  # passes over the training images
     batch_size: int = 32  # images a step, each with all its captions
@@ -163,9 +164,10 @@ def prepare_run(settings):
 
 
 def make_optimizer(captioner, settings):
-    """Adam over the decoder and, where it is fine-tuned, the encoder with its own learning rate."""
+    """Adam over what decodes and, where it is fine-tuned, the encoder with its own learning rate."""
     captioner.encoder.requires_grad_(settings.fine_tune_encoder)
-    groups = [{"params": captioner.decoder.parameters(), "lr": settings.learning_rate}]
+    decoding = [*captioner.region_layer.parameters(), *captioner.decoder.parameters()]
+    groups = [{"params": decoding, "lr": settings.learning_rate}]
     if settings.fine_tune_encoder:
         groups.append({"params": captioner.encoder.parameters(), "lr": settings.encoder_learning_rate})
     return torch.optim.Adam(groups, fused=True)
@@ -223,7 +225,8 @@ def main(settings):
     """Train until the validation score stops rising; write last.pt, best.pt, log.jsonl and curves.png."""
     require_at_least(settings, 1, "epochs", "batch_size", "patience", "max_length")
     require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
-    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers", "grid_size")
+    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
+    require_at_least(settings, 0, "grid_size", "region_dim")
     if not 0 <= settings.dropout < 1:
         raise InputError(f"--dropout {settings.dropout}: must be below 1 and at least 0")
     settings, checkpoint = prepare_run(settings)

@@ -44,7 +44,8 @@ def straightforward_loss(captioner, images, words, lengths, settings):
     """The loss of train.py, computed the way of most tutorials: images and words are one row a caption."""
     decoder = captioner.decoder
     with torch.no_grad():
-        regions = captioner.encoder(images)  # (N, R, D)
+        features = captioner.encoder(images)
+    regions = captioner.region_layer(features)  # (N, R, D)
     lengths, order = lengths.sort(descending=True)
     regions, words = regions[order], words[order]
     hidden, memory = (part.squeeze(1) for part in decoder.first_state(regions))  # (N, H)
@@ -61,10 +62,7 @@ def straightforward_loss(captioner, images, words, lengths, settings):
         context = (weights.unsqueeze(2) * regions[:n]).sum(dim=1)  # (n, D)
         context = decoder.beta(hidden).sigmoid() * context
         word = embedded[:n, t]
-        gates = decoder.word_gates(word) + decoder.step_gates(torch.cat([context, hidden], dim=1))
-        input_gate, forget_gate, output_gate, candidate = gates.chunk(4, dim=1)
-        memory = forget_gate.sigmoid() * memory + input_gate.sigmoid() * candidate.tanh()
-        hidden = output_gate.sigmoid() * memory.tanh()
+        hidden, memory = decoder.cell(torch.cat([word, context], dim=1), (hidden, memory))
         output = word + decoder.hidden_output(hidden) + decoder.context_output(context)
         predictions[:n, t] = decoder.output(decoder.dropout(output.tanh()))
         looked[:n, t] = weights

@@ -93,7 +93,7 @@ def test_the_order_depends_on_seed_and_epoch():
 def small_captioner(weights_seed=0, grid_size=0):
     torch.manual_seed(weights_seed)
     encoder = Encoder("resnet18", "layer1", grid_size=grid_size).eval()
-    return Captioner(encoder, Decoder(10, 64, 4, 4, 4, 0.0), 32)
+    return Captioner(encoder, torch.nn.Identity(), Decoder(10, 64, 4, 4, 4, 0.0), 32)
 
 
 def open_cached(folder, captioner, cached=True):
