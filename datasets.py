@@ -88,7 +88,10 @@ def read_card(data_folder):
         raise InputError(f"no data folder {folder}: run create_input_files.py --output {folder} first")
     if not (folder / "dataset.json").is_file():
         raise InputError(f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py")
-    return read_json(folder / "dataset.json")
+    card = read_json(folder / "dataset.json")
+    if not {"image_size", "splits"} <= card.keys():
+        raise InputError(f"{folder / 'dataset.json'} was not written by create_input_files.py: run it again")
+    return card
 
 
 def read_captions(data_folder, split):

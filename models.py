@@ -17,6 +17,7 @@ from datasets import END, PAD, START, UNKNOWN, Vocabulary
 from utils import InputError, first_line, load_state
 
 CHECKPOINT_FORMAT = 1
+CHECKPOINT_KEYS = {"format", "model", "image_size", "words", "settings"}  # what inference needs
 
 # torchvision's first weights of each network, those behind the field's published numbers.
 IMAGENET_WEIGHTS = "IMAGENET1K_V1"
@@ -307,7 +308,7 @@ def restore_captioner(checkpoint, path):
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint of train.py as the dictionary that it is; InputError for any other file."""
     checkpoint = load_state(path, device)
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
         raise InputError(f"{path} is not a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise InputError(f"{path} has checkpoint format {checkpoint['format']}, this code reads {CHECKPOINT_FORMAT}")

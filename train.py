@@ -26,6 +26,7 @@ from utils import (
     random_state,
     read_log,
     require_at_least,
+    require_writable,
     run_script,
     save_checkpoint,
     seed_everything,
@@ -230,6 +231,7 @@ def main(settings):
     if not 0 <= settings.dropout < 1:
         raise InputError(f"--dropout {settings.dropout}: must be below 1 and at least 0")
     settings, checkpoint = prepare_run(settings)
+    require_writable(settings.run_folder)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.precision, device)
     seed_everything(settings.seed)

@@ -60,10 +60,8 @@ def run_script(main, Settings):
         main(settings)
     except InputError as error:
         fail(error)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except OSError as error:  # no permission, no space: the system names the file and the reason
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -157,6 +155,13 @@ def written_whole(path):
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder):
+    """Raise InputError where files cannot be written into a folder, be it there already or not; makes nothing."""
+    nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{folder} cannot be written: {nearest} is not a folder that you may write into")
+
+
 def write_json(path, content, indent=None):
     """Write JSON whole, Unicode as it is."""
     with written_whole(path) as temporary:
@@ -175,8 +180,8 @@ def read_json(path):
 
 def save_checkpoint(path, checkpoint):
     """Write a dictionary of plain containers and tensors, whole."""
-    with written_whole(path) as temporary:
-        torch.save(checkpoint, temporary)
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def load_state(path, device="cpu"):

@@ -161,7 +161,7 @@ def flags(shapes, run_folder):
         (("--resume", "{run}/last.pt", "--hidden_size", "99"), "--hidden_size 99 does not go with"),
         (("--init_from", "{run}/best.pt", "--hidden_size", "99"), "which was trained with 16"),
         (("--run_folder", "{run}"), "holds a run: continue it with --resume"),
-        (("--run_folder", "{run}/last.pt/run"), "Not a directory"),
+        (("--run_folder", "{run}/last.pt/run"), "last.pt/run cannot be written"),
         (("--encoder", "resnet999"), "--encoder resnet999"),
         (("--encoder_weights", "missing.pth"), "missing.pth"),
         (("--encoder_weights", "{run}/log.jsonl"), "log.jsonl is refused"),
