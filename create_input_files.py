@@ -114,12 +114,8 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (20, 20, 20)}
 KINDS = ("circle", "square", "triangle", "star", "cross")
-RADII = {"small": 0.12, "large": 0.18}  # shares of the image's side
-POSITIONS = {
-    (0, 0): "top left", (1, 0): "top", (2, 0): "top right",
-    (0, 1): "left", (1, 1): "centre", (2, 1): "right",
-    (0, 2): "bottom left", (1, 2): "bottom", (2, 2): "bottom right",
-}  # fmt: skip
+RADII = {"small": 0.12, "large": 0.2}  # shares of the image's side
+POSITIONS = {(0, 0): "top left", (1, 0): "top right", (0, 1): "bottom left", (1, 1): "bottom right"}  # (column, row)
 
 
 def outline(kind, x, y, radius):
@@ -151,10 +147,10 @@ def draw_scene(generator, size):
     things, objects = [], []
     for (column, row), (colour, kind) in zip(cells, looks, strict=True):
         size_word = generator.choice(list(RADII))
-        x, y = (0.2 + 0.3 * place + generator.uniform(-0.02, 0.02) for place in (column, row))
+        x, y = (0.27 + 0.46 * place + generator.uniform(-0.03, 0.03) for place in (column, row))
         points = outline(kind, x, y, RADII[size_word])
         pencil.polygon([(4 * size * px, 4 * size * py) for px, py in points], fill=COLOURS[colour])
-        things.append((f"{size_word} {colour} {kind}", f"{colour} {kind}", POSITIONS[column, row], (column, row)))
+        things.append((size_word, f"{colour} {kind}", POSITIONS[column, row], (column, row)))
         (lefts, tops) = zip(*points, strict=True)
         objects.append({"words": [size_word, colour, kind], "box": [min(lefts), min(tops), max(lefts), max(tops)]})
     picture = picture.resize((size, size), Image.Resampling.BOX)
@@ -162,28 +158,29 @@ def draw_scene(generator, size):
 
 
 def describe(things, background):
-    """Five captions of one or two shapes, given as (full name, short name, position words, (column, row))."""
-    things = [(full, f"an {short}" if short[0] == "o" else f"a {short}", *rest) for full, short, *rest in things]
-    full, short, position, (column, row) = things[0]
+    """Five captions of one or two shapes, given as (size, colour and kind, position words, (column, row))."""
+    full = [f"a {size} {name}" for size, name, _, _ in things]
+    short = [f"an {name}" if name.startswith("o") else f"a {name}" for _, name, _, _ in things]
+    positions = [position for _, _, position, _ in things]
     if len(things) == 1:
         return [
-            f"a {full} at the {position}",
-            f"there is a {full} on a {background} background",
-            f"one {full} at the {position} of the picture",
-            f"there is just {short} on a {background} background",
-            f"the picture shows a {full} at the {position}",
+            f"{full[0]} at the {positions[0]}",
+            f"{short[0]} at the {positions[0]}",
+            f"{full[0]} on a {background} background",
+            f"{short[0]} on a {background} background",
+            f"just {full[0]}",
         ]
-    other_full, other_short, other_position, (other_column, other_row) = things[1]
-    if abs(other_column - column) >= abs(other_row - row):
-        relation, inverse = "left of", "right of"  # the cells are sorted by column
+    columns = [column for *_, (column, _) in things]
+    if columns[0] < columns[1]:  # the cells are sorted by column
+        relation, inverse = "left of", "right of"
     else:
-        relation, inverse = ("above", "below") if row < other_row else ("below", "above")
+        relation, inverse = "above", "below"
     return [
-        f"a {full} is {relation} a {other_full}",
-        f"a {other_full} is {inverse} a {full}",
-        f"a {full} at the {position} and a {other_full} at the {other_position}",
-        f"there is {short} and {other_short} on a {background} background",
-        f"the picture shows a {full} {relation} a {other_full}",
+        f"{full[0]} {relation} {full[1]}",
+        f"{full[1]} {inverse} {full[0]}",
+        f"{full[0]} and {full[1]}",
+        f"{short[0]} at the {positions[0]} and {short[1]} at the {positions[1]}",
+        f"{short[0]} and {short[1]} on a {background} background",
     ]
 
 

@@ -352,11 +352,11 @@ def beam_search(decoder, regions, beam_size=5, max_length=30, length_penalty=1.0
         step.masked_fill_(finished.unsqueeze(-1), -math.inf)
         step[..., END].masked_fill_(finished, 0)
         lengths = lengths + ~finished
-        candidates = (totals.unsqueeze(-1) + step).flatten(1)  # (B, K V)
-        ranks = candidates / lengths.float().pow(length_penalty).repeat_interleave(logits.shape[-1], dim=1)
-        chosen = ranks.topk(K, dim=1).indices  # (B, K)
-        parents, words = chosen // logits.shape[-1], chosen % logits.shape[-1]
-        totals = candidates.gather(1, chosen)
+        candidates = totals.unsqueeze(-1) + step  # (B, K, V)
+        ranks = candidates / lengths.unsqueeze(-1) ** length_penalty
+        chosen = ranks.flatten(1).topk(K).indices  # (B, K)
+        parents, words = chosen // step.shape[-1], chosen % step.shape[-1]
+        totals = candidates.flatten(1).gather(1, chosen)
         lengths = lengths.gather(1, parents)
         captions = torch.cat([captions.gather(1, parents.unsqueeze(-1).expand_as(captions)), words.unsqueeze(-1)], -1)
         state = tuple(part.gather(1, parents.unsqueeze(-1).expand_as(part)) for part in state)
@@ -376,14 +376,16 @@ def attend(decoder, regions, captions):
 
     Returns log-probabilities (B,) and weights (B, T, R), zero after a caption's <end>.
     """
-    ends = (captions == END).cumsum(dim=1)
-    lengths = (ends - (captions == END).long() == 0).sum(dim=1).cpu()  # (B,), the first <end> included
-    order = lengths.argsort(descending=True)
-    words = functional.pad(captions, (1, 0), value=START)[order.to(captions.device)].unsqueeze(1)  # (B, 1, T + 1)
-    logits, targets, weights = decoder(regions[order.to(regions.device)], words, lengths[order].unsqueeze(1))
-    log_probabilities = logits.float().log_softmax(dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)  # (N,)
-    real = torch.arange(int(lengths.max())).unsqueeze(1) < lengths[order]  # (T, B)
-    owners = order[real.nonzero()[:, 1]].to(regions.device)  # (N,)
-    totals = torch.zeros(len(captions), device=regions.device).index_add_(0, owners, log_probabilities)
-    weights = weights.squeeze(2).transpose(0, 1)  # (B, T, R), in the sorted order
-    return totals, torch.empty_like(weights).index_copy_(0, order.to(weights.device), weights)
+    keys, state = decoder.keys(regions), decoder.first_state(regions)
+    words = torch.full((len(captions), 1), START, device=captions.device)
+    totals = torch.zeros(len(captions), device=regions.device)
+    unfinished = torch.ones_like(totals)
+    weights = []
+    for following in captions.split(1, dim=1):  # (B, 1)
+        logits, look, state = decoder.step(words, regions, keys, state)
+        log_probabilities = logits.squeeze(1).float().log_softmax(dim=-1).gather(1, following).squeeze(1)  # (B,)
+        totals += unfinished * log_probabilities
+        weights.append(unfinished.unsqueeze(1) * look.squeeze(1))  # (B, R)
+        unfinished = unfinished * (following.squeeze(1) != END)
+        words = following
+    return totals, torch.stack(weights, dim=1)

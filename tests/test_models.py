@@ -145,16 +145,19 @@ def test_special_words_never_appear_and_nothing_has_to_end(tiny_decoder, max_len
 
 
 @pytest.mark.parametrize("max_length", [2, 8])
-def test_attend_gives_the_beams_log_probability(tiny_decoder, max_length):
+def test_the_beams_log_probability_is_that_of_teacher_forcing(tiny_decoder, max_length):
     regions = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(1)) * 2
     captions, log_probabilities = beam_search(tiny_decoder, regions, 3, max_length)
     totals, weights = attend(tiny_decoder, regions, captions[:, 0])
     torch.testing.assert_close(totals, log_probabilities[:, 0])
     for b, caption in enumerate(captions[:, 0].tolist()):
         length = caption.index(END) + 1 if END in caption else len(caption)
-        torch.testing.assert_close(
-            weights[b, :length], step_by_step(tiny_decoder, regions[b : b + 1], caption[:length])[1]
-        )
+        words = torch.tensor([[[START, *caption[:length]]]])
+        logits, targets, looks = tiny_decoder(regions[b : b + 1], words, torch.tensor([[length]]))
+        forced = logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum()
+        torch.testing.assert_close(forced, log_probabilities[b, 0])
+        torch.testing.assert_close(weights[b, :length], looks[:, 0, 0])
+        assert weights[b, length:].abs().sum() == 0
 
 
 def test_longer_captions_win_with_length_normalisation(tiny_decoder):
