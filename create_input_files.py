@@ -110,11 +110,10 @@ COLOURS = {
     "yellow": (240, 210, 40),
     "orange": (245, 140, 30),
     "purple": (140, 60, 170),
-    "pink": (245, 150, 190),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (20, 20, 20)}
-KINDS = ("circle", "square", "triangle", "star", "cross")
-RADII = {"small": 0.12, "large": 0.2}  # shares of the image's side
+KINDS = ("circle", "square", "triangle", "cross")
+RADII = {"small": 0.14, "large": 0.22}  # shares of the image's side
 POSITIONS = {(0, 0): "top left", (1, 0): "top right", (0, 1): "bottom left", (1, 1): "bottom right"}  # (column, row)
 
 
@@ -124,13 +123,12 @@ def outline(kind, x, y, radius):
         arm = radius / 3
         turns = [(arm, radius), (arm, arm), (radius, arm), (radius, -arm), (arm, -arm), (arm, -radius)]
         return [(x + dx, y + dy) for dx, dy in turns + [(-dx, -dy) for dx, dy in turns]]
-    corners = {"circle": 60, "square": 4, "triangle": 3, "star": 10}[kind]
+    corners = {"circle": 60, "square": 4, "triangle": 3}[kind]
     turn = math.pi / 4 if kind == "square" else 0
     points = []
     for corner in range(corners):
         angle = turn + 2 * math.pi * corner / corners
-        length = radius / 2.4 if kind == "star" and corner % 2 else radius
-        points.append((x + length * math.sin(angle), y - length * math.cos(angle)))
+        points.append((x + radius * math.sin(angle), y - radius * math.cos(angle)))
     return points
 
 
@@ -161,13 +159,13 @@ def describe(things, background):
     """Five captions of one or two shapes, given as (size, colour and kind, position words, (column, row))."""
     full = [f"a {size} {name}" for size, name, _, _ in things]
     short = [f"an {name}" if name.startswith("o") else f"a {name}" for _, name, _, _ in things]
-    positions = [position for _, _, position, _ in things]
     if len(things) == 1:
+        position = things[0][2]
         return [
-            f"{full[0]} at the {positions[0]}",
-            f"{short[0]} at the {positions[0]}",
-            f"{full[0]} on a {background} background",
-            f"{short[0]} on a {background} background",
+            f"{full[0]} at the {position}",
+            f"{short[0]} at the {position}",
+            f"{full[0]} on {background}",
+            f"{short[0]} on {background}",
             f"just {full[0]}",
         ]
     columns = [column for *_, (column, _) in things]
@@ -179,8 +177,8 @@ def describe(things, background):
         f"{full[0]} {relation} {full[1]}",
         f"{full[1]} {inverse} {full[0]}",
         f"{full[0]} and {full[1]}",
-        f"{short[0]} at the {positions[0]} and {short[1]} at the {positions[1]}",
-        f"{short[0]} and {short[1]} on a {background} background",
+        f"{short[0]} {relation} {short[1]}",
+        f"{short[0]} and {short[1]} on {background}",
     ]
 
 

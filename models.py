@@ -158,6 +158,8 @@ class SoftAttention(nn.Module):
         self.keys = nn.Linear(region_size, attention_size)
         self.query = nn.Linear(hidden_size, attention_size, bias=False)
         self.score = nn.Linear(attention_size, 1, bias=False)  # softmax takes no notice of a bias
+        for layer in (self.keys, self.query, self.score):  # torch's own start is so close to uniform that it lasts
+            nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, regions, keys, hidden):
         """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, D), weights (B, C, R)."""

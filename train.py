@@ -55,11 +55,11 @@ class Settings:
     embedding_size: int = 512  # units of a word
     attention_size: int = 512  # units of the attention
     hidden_size: int = 512  # units of the LSTM
-    dropout: float = 0.5  # on words, regions and the output layer
+    dropout: float = 0.4  # on words, regions and the output layer
 
-    epochs: int = 20  # passes over the training images
-    batch_size: int = 32  # images a step, each with all its captions
-    learning_rate: float = 5e-4  # of the decoder (Adam)
+    epochs: int = 15  # passes over the training images
+    batch_size: int = 16  # images a step, each with all its captions
+    learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
     learning_rate_decay: float = 0.5  # factor on both after an epoch without a better score
     gradient_clip: float = 5.0  # norm of the gradient at most
