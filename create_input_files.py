@@ -34,7 +34,7 @@ class Settings:
     min_word_freq: int = 5  # training captions must hold a word at least so often, or it becomes <unk>
     skip_bad: bool = False  # leave broken and missing photos out, listed, instead of stopping
     overwrite: bool = False  # replace a folder that was prepared otherwise
-    scenes: int = 3000  # shapes to draw for training; a tenth as many each for val and test
+    scenes: int = 4000  # shapes to draw for training; a tenth as many each for val and test
     seed: int = 0  # of the shapes, and of the split where the captions have none
 
 
@@ -113,23 +113,23 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (20, 20, 20)}
 KINDS = ("circle", "square", "triangle", "cross")
-RADII = {"small": 0.14, "large": 0.22}  # shares of the image's side
+RADII = {"small": 0.16, "large": 0.22}  # shares of the image's side
 POSITIONS = {(0, 0): "top left", (1, 0): "top right", (0, 1): "bottom left", (1, 1): "bottom right"}  # (column, row)
 
 
 def outline(kind, x, y, radius):
-    """The corners of a shape around its centre; a circle is a polygon of many."""
-    if kind == "cross":
-        arm = radius / 3
-        turns = [(arm, radius), (arm, arm), (radius, arm), (radius, -arm), (arm, -arm), (arm, -radius)]
-        return [(x + dx, y + dy) for dx, dy in turns + [(-dx, -dy) for dx, dy in turns]]
-    corners = {"circle": 60, "square": 4, "triangle": 3}[kind]
-    turn = math.pi / 4 if kind == "square" else 0
-    points = []
-    for corner in range(corners):
-        angle = turn + 2 * math.pi * corner / corners
-        points.append((x + radius * math.sin(angle), y - radius * math.cos(angle)))
-    return points
+    """The corners of a shape around its centre, `radius` from it to each side; a circle is a polygon of many."""
+    third = radius / 3
+    corners = {
+        "circle": [(radius * math.sin(turn), radius * math.cos(turn)) for turn in np.linspace(0, 2 * math.pi, 60)],
+        "square": [(-radius, -radius), (radius, -radius), (radius, radius), (-radius, radius)],
+        "triangle": [(0, -radius), (radius, radius), (-radius, radius)],
+        "cross": [
+            (-third, -radius), (third, -radius), (third, -third), (radius, -third), (radius, third), (third, third),
+            (third, radius), (-third, radius), (-third, third), (-radius, third), (-radius, -third), (-third, -third),
+        ],
+    }  # fmt: skip
+    return [(x + dx, y + dy) for dx, dy in corners[kind]]
 
 
 def draw_scene(generator, size):
@@ -145,12 +145,13 @@ def draw_scene(generator, size):
     things, objects = [], []
     for (column, row), (colour, kind) in zip(cells, looks, strict=True):
         size_word = generator.choice(list(RADII))
-        x, y = (0.27 + 0.46 * place + generator.uniform(-0.03, 0.03) for place in (column, row))
-        points = outline(kind, x, y, RADII[size_word])
-        pencil.polygon([(4 * size * px, 4 * size * py) for px, py in points], fill=COLOURS[colour])
+        x, y = (0.26 + 0.48 * place + generator.uniform(-0.02, 0.02) for place in (column, row))
+        radius = RADII[size_word]
+        points = [(4 * size * px, 4 * size * py) for px, py in outline(kind, x, y, radius)]
+        pencil.polygon(points, fill=COLOURS[colour])
         things.append((size_word, f"{colour} {kind}", POSITIONS[column, row], (column, row)))
-        (lefts, tops) = zip(*points, strict=True)
-        objects.append({"words": [size_word, colour, kind], "box": [min(lefts), min(tops), max(lefts), max(tops)]})
+        box = [x - radius, y - radius, x + radius, y + radius]
+        objects.append({"words": [size_word, colour, kind], "box": box})
     picture = picture.resize((size, size), Image.Resampling.BOX)
     return picture, describe(things, background), objects
 
