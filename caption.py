@@ -83,11 +83,13 @@ def main(settings):
     dtype = choose_dtype(settings.precision, device)
     captioner, vocabulary, _ = load_captioner(settings.checkpoint, device)
     images = [load_image(photo, captioner.image_size) for photo in settings.photos]  # all are sound before any is drawn
+    paths = picture_paths(settings.photos, settings.output)
+    replaced = {path.resolve() for path in paths} & {Path(photo).resolve() for photo in settings.photos}
+    if replaced:
+        raise InputError(f"--output {settings.output}: a picture would replace the photo {replaced.pop()}")
     Path(settings.output).mkdir(parents=True, exist_ok=True)
-    jobs = zip(settings.photos, images, picture_paths(settings.photos, settings.output), strict=True)
+    jobs = zip(settings.photos, images, paths, strict=True)
     for photo, image, path in tqdm(jobs, total=len(images), unit="photo", disable=len(images) == 1):
-        if path.resolve() == Path(photo).resolve():
-            raise InputError(f"--output {settings.output}: the picture would replace the photo {photo}")
         with torch.inference_mode(), autocast(device, dtype):
             regions = captioner.regions(torch.from_numpy(image).unsqueeze(0).to(device))  # (1, R, D)
             captions, _ = beam_search(

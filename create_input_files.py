@@ -1,5 +1,6 @@
 """Prepare photos with captions: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
 
+import codecs
 import csv
 import hashlib
 import math
@@ -18,8 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets import SPLITS, Vocabulary, load_image
-from utils import InputError, read_json, require_at_least, run_script, write_json
+from datasets import SPLITS, Vocabulary, load_image, read_card
+from utils import InputError, read_json, require_at_least, require_writable, run_script, write_json
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,15 @@ def read_karpathy(path, images):
     content, photos = read_json(path), []
     try:
         for number, image in enumerate(content["images"]):
-            name = os.path.join(image.get("filepath", ""), image["filename"])
+            name = f"{image['filepath']}/{image['filename']}" if image.get("filepath") else image["filename"]
             split = "train" if image["split"] == "restval" else image["split"]
             if split not in SPLITS:
                 raise InputError(f"{path}: {name} has the split {split!r}, not one of {' '.join(SPLITS)} restval")
-            captions = [{"words": list(one["tokens"]), "raw": one["raw"]} for one in image["sentences"]]
+            captions = [{"words": one["tokens"], "raw": one["raw"]} for one in image["sentences"] if one["tokens"]]
+            if not all(isinstance(word, str) for one in captions for word in (one["raw"], *one["words"])):
+                raise TypeError
+            if any(isinstance(one["words"], str) for one in captions):
+                raise TypeError
             image_id = image.get("cocoid", image.get("imgid", number))
             photos.append(Photo(images / name, name, image_id, split, captions, image.get("objects")))
     except KeyError as error:
@@ -81,15 +86,19 @@ def read_kaggle(path, images, seed):
     """Photos of Kaggle's captions.txt, a CSV of image,caption; a tenth each of them for val and for test."""
     captions = {}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if rows.fieldnames is None or not {"image", "caption"} <= set(rows.fieldnames):
                 raise InputError(f"{path} is neither JSON nor a CSV whose first line is image,caption")
             for row in rows:
+                if None in row:
+                    raise InputError(f"{path}, line {rows.line_num}: a caption with commas must stand in quotes")
                 if not row["caption"]:
                     raise InputError(f"{path}, line {rows.line_num}: no caption for {row['image']!r}")
                 raw = row["caption"].strip()
-                captions.setdefault(row["image"], []).append({"words": tokenize(raw), "raw": raw})
+                of_image = captions.setdefault(row["image"], [])
+                if tokenize(raw):
+                    of_image.append({"words": tokenize(raw), "raw": raw})
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a CSV in UTF-8: {error}") from None
     names = sorted(captions)
@@ -309,7 +318,7 @@ def read_photos(settings):
     if not images.is_dir():
         raise InputError(f"--images {images}: no such folder")
     with open(captions, "rb") as file:
-        is_json = file.read(64).lstrip()[:1] in (b"{", b"[")
+        is_json = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
     photos = read_karpathy(captions, images) if is_json else read_kaggle(captions, images, settings.seed)
     if not photos:
         raise InputError(f"{captions} names no images")
@@ -330,14 +339,19 @@ def move_into_place(made, output):
 def main(settings):
     """Write {train,val,test}_images.hdf5 and _captions.json, word_map.json and dataset.json."""
     require_at_least(settings, 1, "image_size", "min_word_freq", "scenes")
+    if settings.dataset == "shapes" and (settings.captions or settings.images):
+        raise InputError("--dataset shapes draws its own scenes: name the data set that --captions and --images are of")
     output = Path(settings.output or f"data/{settings.dataset}")
+    require_writable(output)
     photos = [] if settings.dataset == "shapes" else read_photos(settings)
-    if (output / "dataset.json").is_file() and not settings.overwrite:
-        if read_json(output / "dataset.json")["made_from"] == fingerprint(settings):
+    if output.exists() and any(output.iterdir()) and not settings.overwrite:
+        if not (output / "dataset.json").is_file():
+            raise InputError(f"{output} holds other files: give another --output, or --overwrite to write into it")
+        if read_card(output)["made_from"] == fingerprint(settings):
             print(f"{output} is there already, made with the same settings")
             return
         raise InputError(f"{output} was made with other settings: --overwrite replaces it, or give another --output")
-    partial = output.with_name(f".{output.name}.partial")
+    partial = output.resolve().with_name(f".{output.resolve().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -49,7 +49,7 @@ class Vocabulary:
         return [START, *(self.numbers.get(word, UNKNOWN) for word in words), END]
 
     def decode(self, numbers):
-        """Numbers to words, up to <end> and without special words."""
+        """Numbers to words, up to <end> and without <start> and padding."""
         numbers = [int(number) for number in numbers]
         if END in numbers:
             numbers = numbers[: numbers.index(END)]
@@ -60,12 +60,15 @@ def open_photo(path):
     """Read a photo upright and in RGB, as a Pillow image; InputError where it is missing or not a whole photo."""
     try:
         with Image.open(path) as photo:
-            return ImageOps.exif_transpose(photo).convert("RGB")
+            photo = ImageOps.exif_transpose(photo)
+            if photo.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8 instead of scaling
+                photo = Image.fromarray((np.asarray(photo).clip(0, 65535) // 256).astype(np.uint8))
+            return photo.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise InputError(f"{path}: not a photo") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable photo: {error}") from None
 
 
@@ -89,7 +92,7 @@ def read_card(data_folder):
     if not (folder / "dataset.json").is_file():
         raise InputError(f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py")
     card = read_json(folder / "dataset.json")
-    if not {"image_size", "splits"} <= card.keys():
+    if not isinstance(card, dict) or not card.keys() >= {"image_size", "splits", "made_from"}:
         raise InputError(f"{folder / 'dataset.json'} was not written by create_input_files.py: run it again")
     return card
 
@@ -132,6 +135,10 @@ class Batch:
     lengths: torch.Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0 where there is no caption
     indices: list  # each image's place in the split
 
+    def pin_memory(self):
+        """Let the loader put the batch where a GPU fetches it without waiting."""
+        return replace(self, images=self.images.pin_memory(), words=self.words.pin_memory())
+
 
 class CaptionDataset(Dataset):
     """One split: item i is (i, image, captions), captions being lists of word numbers.
@@ -140,14 +147,14 @@ class CaptionDataset(Dataset):
     the first item, by each process for itself: an open HDF5 handle must not cross a fork or a pickle.
     """
 
-    def __init__(self, data_folder, split, vocabulary, features=None):
+    def __init__(self, data_folder, split, vocabulary):
         self.entries = read_captions(data_folder, split)
         self.captions = [
             [vocabulary.encode(caption["words"]) for caption in entry["captions"]] for entry in self.entries
         ]
         self.images_path = Path(data_folder) / f"{split}_images.hdf5"
         self.has_boxes = all("objects" in entry for entry in self.entries)
-        self.features = features
+        self.features = None
         self._opened = (None, None)
 
     def __len__(self):
@@ -158,6 +165,10 @@ class CaptionDataset(Dataset):
 
     def __getstate__(self):
         return {**self.__dict__, "_opened": (None, None)}
+
+    def use_features(self, path):
+        """Yield the regions of a cache file from now on."""
+        self.features, self._opened = path, (None, None)
 
     def _images(self):
         if self._opened[0] != os.getpid():
@@ -197,7 +208,7 @@ def make_loader(dataset, batch_size, order=None, workers=0, start_method=None):
 
 def epoch_order(length, seed, epoch):
     """The shuffled order of one epoch: a function of seed and epoch alone, so that a resumed run sees the same."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+    return torch.randperm(length, generator=torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)).tolist()
 
 
 # ---------------------------------------------------------------------------------------------- feature cache
@@ -211,11 +222,10 @@ def open_split(data_folder, split, vocabulary, captioner, cached, device, dtype)
             f"{data_folder} has images of {image_size} pixels, the model was trained on {captioner.image_size}: run "
             f"create_input_files.py --image_size {captioner.image_size}"
         )
-    photos = CaptionDataset(data_folder, split, vocabulary)
-    if not cached:
-        return photos
-    features = cache_features(photos, split, captioner.encoder, device, dtype)
-    return CaptionDataset(data_folder, split, vocabulary, features)
+    dataset = CaptionDataset(data_folder, split, vocabulary)
+    if cached:
+        dataset.use_features(cache_features(dataset, split, captioner.encoder, device, dtype))
+    return dataset
 
 
 def module_digest(module):
@@ -256,4 +266,5 @@ def cache_features(dataset, split, encoder, device, dtype, batch_size=32):
             features[batch.indices] = regions
             bar.update(len(regions))
         features.flush()
+        del features  # Windows renames no file that is open
     return path

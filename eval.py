@@ -1,6 +1,7 @@
 """Score a checkpoint on a prepared folder: python eval.py --checkpoint runs/shapes/best.pt --data_folder data/shapes"""
 
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from datasets import make_loader, open_split
 from models import attend, beam_search, load_captioner
-from utils import autocast, choose_device, choose_dtype, require_at_least, run_script, write_json
+from utils import autocast, choose_device, choose_dtype, require_at_least, require_writable, run_script, write_json
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,25 @@ def format_table(rows):
     return "\n".join(lines)
 
 
+def has_java():
+    """Whether METEOR's Java program can run; some systems have a `java` that only says where to get one."""
+    java = shutil.which("java")
+    return java is not None and subprocess.run([java, "-version"], capture_output=True).returncode == 0
+
+
 def main(settings):
     """Evaluate one checkpoint at each beam size; write scores.json and results.json (of the last beam size)."""
     require_at_least(settings, 1, "beam_sizes", "max_length", "batch_size")
     require_at_least(settings, 0, "length_penalty")
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.precision, device)
+    output = Path(settings.output or Path(settings.checkpoint).parent)
+    require_writable(output)
     captioner, vocabulary, trained = load_captioner(settings.checkpoint, device)
     cached = not trained["fine_tune_encoder"]
     dataset = open_split(settings.data_folder, settings.split, vocabulary, captioner, cached, device, dtype)
-    output = Path(settings.output or Path(settings.checkpoint).parent)
     output.mkdir(parents=True, exist_ok=True)
-    meteor = shutil.which("java") is not None
+    meteor = has_java()
     if not meteor:
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
     rows = []

@@ -5,6 +5,7 @@ E units of a word's embedding, A of the attention, H of the hidden state, V word
 """
 
 import math
+import re
 import urllib.error
 
 import torch
@@ -18,9 +19,6 @@ from utils import InputError, first_line, load_state
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_KEYS = {"format", "model", "image_size", "words", "settings"}  # what inference needs
-
-# torchvision's first weights of each network, those behind the field's published numbers.
-IMAGENET_WEIGHTS = "IMAGENET1K_V1"
 
 # The settings of train.py that shape a model: what a checkpoint needs to be built again.
 MODEL_SETTINGS = (
@@ -61,11 +59,12 @@ class Encoder(nn.Module):
         layer: name of the layer to take, "" for the family's last one with a grid.
         weights: "imagenet", "" (random) or the path of a torchvision state dict.
         grid_size: pool the grid to grid_size x grid_size (the paper: 14), 0 keeps the network's own.
+        image_size: side in pixels of the images to come.
 
     Raises InputError for a name, layer or weights that cannot be had.
     """
 
-    def __init__(self, name, layer="", weights="", grid_size=0):
+    def __init__(self, name, layer="", weights="", grid_size=0, image_size=224):
         super().__init__()
         if name not in torchvision.models.list_models(module=torchvision.models):
             raise InputError(f"--encoder {name}: torchvision has no such classification network")
@@ -83,17 +82,20 @@ class Encoder(nn.Module):
         if weights not in ("", "imagenet"):
             load_encoder_weights(self.network, weights)
         self.network = self.network.to(memory_format=torch.channels_last)
-        preset = torchvision.models.get_model_weights(name)[IMAGENET_WEIGHTS].transforms()
+        preset = imagenet_weights(name).transforms()
         self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1), persistent=False)
-        self.region_size = self._count_features(preset.crop_size[0])
+        self.region_size = self._count_features(image_size)
 
     def _count_features(self, image_size):
         """Read D off a dry run."""
         self.eval()
-        with torch.inference_mode():
-            grid = self.network(torch.zeros(1, 3, image_size, image_size))["grid"]
-        if grid.ndim != 4:
+        try:
+            with torch.inference_mode():
+                grid = self.network(torch.zeros(1, 3, image_size, image_size))["grid"]
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"{self.name} does not take images of {image_size} pixels: {first_line(error)}") from None
+        if grid.ndim != 4 or grid.shape[2] != grid.shape[3]:
             raise InputError(f"--encoder_layer {self.layer}: not a grid of features, its shape is {tuple(grid.shape)}")
         self.train()
         return grid.shape[1]
@@ -116,6 +118,12 @@ class Encoder(nn.Module):
         return grid.flatten(2).transpose(1, 2)  # (B, R, D)
 
 
+def imagenet_weights(name):
+    """torchvision's first ImageNet weights of a network, those behind the field's published numbers."""
+    known = torchvision.models.get_model_weights(name)
+    return known["IMAGENET1K_V1"] if "IMAGENET1K_V1" in known.__members__ else known.DEFAULT
+
+
 def build_network(name, weights):
     """A torchvision network, with its ImageNet weights where "imagenet" is asked for."""
     # These two expect their own normalisation of colours and make it themselves when told to.
@@ -123,12 +131,11 @@ def build_network(name, weights):
     if weights != "imagenet":
         return torchvision.models.get_model(name, weights=None, **options)
     try:
-        return torchvision.models.get_model(name, weights=IMAGENET_WEIGHTS, **options)
+        return torchvision.models.get_model(name, weights=imagenet_weights(name), **options)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        url = torchvision.models.get_model_weights(name)[IMAGENET_WEIGHTS].url
         raise InputError(
-            f"the ImageNet weights of {name} cannot be downloaded ({first_line(error)}): fetch {url} where there is a "
-            f"network and give the file as --encoder_weights FILE"
+            f"the ImageNet weights of {name} cannot be downloaded ({first_line(error)}): fetch "
+            f"{imagenet_weights(name).url} where there is a network and give the file as --encoder_weights FILE"
         ) from None
 
 
@@ -137,6 +144,8 @@ def load_encoder_weights(network, path):
     state = load_state(path)
     if not isinstance(state, dict):
         raise InputError(f"--encoder_weights {path}: not a state dict of weights")
+    # The files of DenseNet spell some names as torchvision did before 0.3.
+    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): state[name] for name in state}
     own = network.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
@@ -274,7 +283,9 @@ class Captioner(nn.Module):
 
 def build_captioner(settings, vocabulary_size, image_size, encoder_weights):
     """A new captioner of the settings named in MODEL_SETTINGS, a dictionary."""
-    encoder = Encoder(settings["encoder"], settings["encoder_layer"], encoder_weights, settings["grid_size"])
+    encoder = Encoder(
+        settings["encoder"], settings["encoder_layer"], encoder_weights, settings["grid_size"], image_size
+    )
     dropout = settings["dropout"]
     region_size, region_layer = encoder.region_size, nn.Identity()
     if settings["region_dim"]:

@@ -29,7 +29,6 @@ from utils import (
     require_writable,
     run_script,
     save_checkpoint,
-    seed_everything,
     set_random_state,
     write_log,
 )
@@ -62,7 +61,7 @@ class Settings:
     learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
     learning_rate_decay: float = 0.5  # factor on both after an epoch without a better score
-    gradient_clip: float = 5.0  # norm of the gradient at most
+    gradient_clip: float = 5.0  # norm of the gradient at most; 0: as it is
     doubly_stochastic: float = 1.0  # weight of the term that asks to look everywhere once
     score: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
     patience: int = 5  # stop after this many epochs without a better score
@@ -74,30 +73,35 @@ class Settings:
     device: str = "auto"  # auto, cpu or cuda
 
 
-# What may differ when a run is resumed; everything else must be as it was.
-FREE_ON_RESUME = {"resume", "data_folder", "run_folder", "overwrite", "epochs", "patience", "workers", "device"}
+def captioning_loss(logits, targets, weights, lengths, doubly_stochastic):
+    """The loss of teacher forcing and, of it, the mean cross-entropy of a word.
+
+    The rest is the doubly stochastic term of "Show, Attend and Tell" (equation 14): over a caption, the weights of
+    each region should add up to about one. Arguments as `models.Decoder.forward` takes and returns them.
+    """
+    word_loss = functional.cross_entropy(logits.float(), targets)
+    looked = weights.sum(dim=0)[lengths.to(weights.device) > 0]  # (captions, R)
+    return word_loss + doubly_stochastic * (1 - looked).square().mean(), word_loss
 
 
 def train_step(captioner, optimizer, batch, settings, device, dtype):
     """One step on a `datasets.Batch`; returns the mean cross-entropy of a word and the number of words.
 
-    The loss is that cross-entropy plus the doubly stochastic term of "Show, Attend and Tell" (equation 14): over a
-    caption, the weights of each region should add up to about one. Raises FloatingPointError where it is not finite.
+    Raises FloatingPointError where the loss is not finite.
     """
     images = batch.images.to(device, non_blocking=True)
     words = batch.words.to(device, non_blocking=True)
 
     with autocast(device, dtype):
         logits, targets, weights = captioner(images, words, batch.lengths)
-    word_loss = functional.cross_entropy(logits.float(), targets)
-    looked = weights.sum(dim=0)[batch.lengths.to(device) > 0]  # (captions, R)
-    loss = word_loss + settings.doubly_stochastic * (1 - looked).square().mean()
+    loss, word_loss = captioning_loss(logits, targets, weights, batch.lengths, settings.doubly_stochastic)
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss is {loss.item()}")
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    clip_grad_norm_(captioner.parameters(), settings.gradient_clip)
+    if settings.gradient_clip:
+        clip_grad_norm_(captioner.parameters(), settings.gradient_clip)
     optimizer.step()
     return word_loss.item(), len(targets)
 
@@ -227,19 +231,19 @@ def main(settings):
     require_at_least(settings, 1, "epochs", "batch_size", "patience", "max_length")
     require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
-    require_at_least(settings, 0, "grid_size", "region_dim")
+    require_at_least(settings, 0, "grid_size", "region_dim", "gradient_clip", "learning_rate_decay")
     if not 0 <= settings.dropout < 1:
         raise InputError(f"--dropout {settings.dropout}: must be below 1 and at least 0")
     settings, checkpoint = prepare_run(settings)
     require_writable(settings.run_folder)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.precision, device)
-    seed_everything(settings.seed)
+    torch.manual_seed(settings.seed)
     run = start_run(settings, checkpoint, device)
     cached = not settings.fine_tune_encoder
-    training, validation = (
+    validation, training = (
         open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype)
-        for split in ("train", "val")
+        for split in ("val", "train")
     )
     evaluation = EvaluationSettings(batch_size=settings.batch_size, max_length=settings.max_length)
 
@@ -248,10 +252,15 @@ def main(settings):
     if settings.resume:
         rows = [row for row in read_log(log_path) if row["epoch"] <= checkpoint["epoch"]]
         run.restore(checkpoint)
+    else:
+        for name in ("best.pt", "curves.png"):  # of a run that --overwrite replaces
+            (Path(settings.run_folder) / name).unlink(missing_ok=True)
     write_log(log_path, rows)
     run.save("last.pt", resumable=True)
     print(f"{len(training)} training images, {len(run.vocabulary)} words, {device}, {str(dtype).split('.')[1]}")
 
+    if run.epoch >= settings.epochs or run.waited >= settings.patience:
+        print(f"nothing to do after {run.epoch} of {settings.epochs} epochs: --epochs N trains longer")
     while run.epoch < settings.epochs and run.waited < settings.patience:
         order = epoch_order(len(training), settings.seed, run.epoch)
         loader = make_loader(training, settings.batch_size, order, settings.workers)

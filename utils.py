@@ -5,15 +5,12 @@ import contextlib
 import inspect
 import json
 import os
-import pickle
-import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 
 
@@ -83,13 +80,6 @@ def require_at_least(settings, minimum, *names):
 
 
 # ------------------------------------------------------------------------------------------- seeds and devices
-
-
-def seed_everything(seed):
-    """Seed Python, numpy and torch (every device)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def choose_device(name):
@@ -171,7 +161,7 @@ def write_json(path, content, indent=None):
 def read_json(path):
     """Read JSON; InputError where the file is missing or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except ValueError as error:
@@ -190,8 +180,9 @@ def load_state(path, device="cpu"):
         raise InputError(f"no such file: {path}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        # torch's own message advises to load such a file unsafely.
+    except OSError:
+        raise
+    except Exception:  # a damaged file raises almost anything, and torch's own message advises to load it unsafely
         raise InputError(f"{path} is refused: it is damaged, or holds more than tensors and plain containers") from None
 
 
@@ -216,9 +207,12 @@ def append_log(path, row):
 
 
 def read_log(path):
-    """The rows of a file of JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The rows of a file of JSON lines, without one at the end that a killed run left unfinished."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, ValueError), open(path, encoding="utf-8") as file:
+        for line in file:
+            rows.append(json.loads(line))
+    return rows
 
 
 def draw_curves(log_path, picture_path):

@@ -60,7 +60,7 @@ def test_several_photos_of_one_name_get_a_picture_each(command, shapes, run_fold
         (("{photo}", "--beam_size", "0"), "--beam_size 0: must be at least 1"),
         (("{photo}", "--max_length", "0"), "--max_length 0: must be at least 1"),
         (("{photo}", "--output", "{photo}"), "File exists"),
-        (("{photo}", "--output", "{folder}"), "the picture would replace the photo"),
+        (("{photo}", "--output", "{folder}"), "a picture would replace the photo"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_draws_nothing(command, shapes, run_folder, tmp_path, arguments, message):

@@ -86,6 +86,17 @@ def test_kaggle_csv_is_split_by_image(command, tmp_path, photos):
     assert captions["c.jpg"] == ['A "big" cat, sleeping .', "A cat's nap"] and len(captions) == 3
 
 
+def test_other_peoples_files_are_left_alone(command, tmp_path, photos):
+    status, _, err = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos, "--output", photos)
+    assert status == 2 and "photos holds other files: give another --output" in err
+    assert len(list(photos.iterdir())) == 3
+
+
+def test_captions_without_a_name_are_not_ignored(command, tmp_path):
+    status, _, err = command(create_input_files, "--captions", "a.json", "--output", tmp_path / "out")
+    assert status == 2 and "name the data set that --captions and --images are of" in err
+
+
 def test_tokenize():
     assert tokenize("Two dogs, don't  run... Élan-vital 42!") == [
         "two",
@@ -157,6 +168,11 @@ def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):
         ("", "neither JSON nor a CSV"),
         ("photo;text\nc.jpg;hello", "neither JSON nor a CSV"),
         ("image,caption\nc.jpg", "line 2: no caption for 'c.jpg'"),
+        ("image,caption\nc.jpg,A dog, a cat", "line 2: a caption with commas must stand in quotes"),
+        (
+            '{"images": [{"filename": "c.jpg", "split": "val", "sentences": [{"raw": "x", "tokens": "x"}]}]}',
+            "other form",
+        ),
         ("[1, 2]", "images.0. has another form, is this Karpathy's JSON"),
         ('{"images": [3]}', "is this Karpathy's JSON"),
         (b"\xff\xfe\x00", "is not a CSV in UTF-8"),

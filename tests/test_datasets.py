@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import caption
+import create_input_files
 import datasets
 from datasets import END, PAD, START, UNKNOWN, CaptionDataset, Vocabulary, collate, make_loader
 from models import Captioner, Decoder, Encoder
@@ -54,11 +56,31 @@ def test_broken_photos_are_named(tmp_path, content):
         datasets.load_image(path, 8)
 
 
-def test_the_image_of_training_is_the_image_of_captioning(shapes):
-    dataset = CaptionDataset(shapes, "val", Vocabulary.load(shapes))
-    for index, image, _ in (dataset[i] for i in range(len(dataset))):
-        photo = shapes / "photos" / dataset.entries[index]["image"]
-        assert np.array_equal(image.numpy(), datasets.load_image(photo, 32))
+def test_the_image_of_training_is_the_image_of_captioning(tmp_path):
+    photo = Image.effect_noise((90, 50), 60).convert("RGB")
+    exif = photo.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    (tmp_path / "captions.txt").write_text("image,caption\nphoto.jpg,some noise\n")
+    create_input_files.main(
+        create_input_files.Settings(
+            dataset="own",
+            captions=str(tmp_path / "captions.txt"),
+            images=str(tmp_path),
+            output=str(tmp_path / "data"),
+            image_size=32,
+        )
+    )
+    (_, image, _), *_ = CaptionDataset(tmp_path / "data", "val", Vocabulary.load(tmp_path / "data"))
+    assert image.float().std() > 5
+    assert np.array_equal(image.numpy(), caption.load_image(tmp_path / "photo.jpg", 32))
+
+
+def test_16_bit_photos_keep_their_brightness(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    for name, pixels in {"a.png": ramp.astype(np.uint16), "b.tif": ramp.astype(np.int32)}.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert datasets.load_image(tmp_path / name, 8).mean() == pytest.approx(127, abs=2)
 
 
 def test_batches_are_sorted_both_ways_and_padded():

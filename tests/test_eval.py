@@ -121,7 +121,7 @@ def test_without_java_all_but_meteor_works(command, shapes, run_folder, tmp_path
         (("--beam_sizes", "0"), "--beam_sizes 0: must be at least 1"),
         (("--batch_size", "0"), "--batch_size 0: must be at least 1"),
         (("--device", "nowhere"), "--device nowhere"),
-        (("--output", __file__), "File exists"),
+        (("--output", __file__), "cannot be written"),
     ],
 )
 def test_bad_input_ends_in_one_line(command, shapes, run_folder, arguments, message):

@@ -1,7 +1,6 @@
 """The decoder against plain computations, the search against exhaustive search, encoders and checkpoints."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -167,7 +166,7 @@ def test_longer_captions_win_with_length_normalisation(tiny_decoder):
         captions = beam_search(tiny_decoder, regions, 5, 8, penalty)[0][:, 0]
         return ((captions != END).sum(1) + 1).clamp(max=8).float().mean()
 
-    assert mean_length(1.0) >= mean_length(0.0)
+    assert mean_length(1.0) > mean_length(0.0)
 
 
 def test_encoder_equals_torchvision(tmp_path):
@@ -208,6 +207,8 @@ def test_batch_norm_of_pretrained_weights_never_moves(tmp_path):
         (("resnet18", "layer9"), "--encoder_layer layer9"),
         (("resnet18", "avgpool.nothing"), "--encoder_layer avgpool.nothing"),
         (("resnet18", "fc"), "not a grid"),
+        (("swin_t", "features"), "not a grid"),
+        (("vgg11", "", "", 0, 16), "vgg11 does not take images of 16 pixels"),
         (("resnet18", "", "missing.pth"), "missing.pth"),
     ],
 )
@@ -242,8 +243,8 @@ def test_a_checkpoint_of_another_vocabulary_names_both_sizes(run_folder, tmp_pat
 
 
 def test_a_checkpoint_gives_back_the_same_model(run_folder):
-    first, second = (load_captioner(run_folder / "best.pt", "cpu")[0] for _ in range(2))
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(first.regions(images), second.regions(images))
-    assert not first.training
-    assert math.prod(first.regions(images).shape) > 0
+    captioner, vocabulary, _ = load_captioner(run_folder / "best.pt", "cpu")
+    saved = torch.load(run_folder / "best.pt", weights_only=True)
+    assert vocabulary.words == saved["words"] and not captioner.training
+    for name, tensor in captioner.state_dict().items():
+        assert torch.equal(tensor, saved["model"][name]), name

@@ -11,7 +11,7 @@ from utils import parse_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^python (\w+)\.py ?(.*)$", README.replace("\\\n", " "), re.MULTILINE)
+COMMANDS = re.findall(r"^python (\w+)\.py ?(.*)$", re.sub(r" \\\n\s*", " ", README), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("script", "arguments"), COMMANDS)
@@ -21,13 +21,12 @@ def test_every_command_parses(script, arguments):
 
 
 def test_the_demo_is_what_the_readme_shows():
-    makefile = (ROOT / "Makefile").read_text().replace("\\\n\t", "\\\n")
-    demo = re.findall(
-        r"^\t\$\(RUN\) ((?:create_input_files|train|eval|caption)\.py(?:.*\\\n)*.*)$", makefile, re.MULTILINE
-    )
+    makefile = re.sub(r" \\\n\s*", " ", (ROOT / "Makefile").read_text())
+    demo = re.findall(r"^\t\$\(RUN\) ((?:create_input_files|train|eval|caption)\.py.*)$", makefile, re.MULTILINE)
     assert len(demo) == 4
+    shown = re.sub(r" \\\n\s*", " ", README)
     for command in demo:
-        assert f"python {command}\n" in README
+        assert f"python {command}\n" in shown
 
 
 def test_the_file_tree_names_every_file():

@@ -90,6 +90,23 @@ def test_training_overfits_four_images():
     assert losses[0] > 1.5 and losses[-1] < 0.1
 
 
+def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
+    captions = [[[1, 4, 5, 2], [1, 6, 2]], [[1, 5, 5, 5, 2]]]  # the second image has one caption only
+    regions = torch.rand(2, 4, 6)
+    batch = collate([(i, regions[i], captions[i]) for i in range(2)])
+    outputs = tiny_decoder(batch.images, batch.words, batch.lengths)
+    loss, word_loss = train.captioning_loss(*outputs, batch.lengths, 0.7)
+    log_probability, words, terms = 0.0, 0, []
+    for image, caption in ((0, captions[0][0]), (0, captions[0][1]), (1, captions[1][0])):
+        tensors = (regions[image : image + 1], torch.tensor([[caption]]), torch.tensor([[len(caption) - 1]]))
+        logits, targets, weights = tiny_decoder(*tensors)
+        log_probability += logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum()
+        words += len(targets)
+        terms.append((1 - weights[:, 0, 0].sum(0)).square().mean())
+    torch.testing.assert_close(word_loss, -log_probability / words)
+    torch.testing.assert_close(loss, word_loss + 0.7 * torch.stack(terms).mean())
+
+
 def test_a_frozen_encoder_stays_as_it_is_and_runs_once_an_image(shapes, tmp_path, monkeypatch):
     encoded = []
 
@@ -118,6 +135,14 @@ def test_init_from_starts_a_new_run_with_the_weights_words_and_model_settings(co
     assert status == 0, out
     started, trained = weights(tmp_path / "best.pt"), weights(run_folder / "best.pt")
     assert all(torch.equal(started[name], trained[name]) for name in trained if name.startswith("decoder"))
+
+
+def test_a_torn_log_does_not_block_a_resumed_run(shapes, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"epoch": 3, "lo')
+    train.main(train.Settings(resume=str(folder / "last.pt"), epochs=3))
+    assert [row["epoch"] for row in read_log(folder / "log.jsonl")] == [1, 2, 3]
 
 
 def test_early_stopping_and_decay(shapes, tmp_path):
