@@ -16,7 +16,7 @@ demo: .venv/installed
 	    --fine_tune_encoder --encoder_learning_rate 2e-3 --grid_size 4 --region_dim 128 --embedding_size 128 \
 	    --attention_size 64 --hidden_size 128 --dropout 0.1 --doubly_stochastic 0 --learning_rate 2e-3 --epochs 8
 	$(RUN) eval.py --beam_sizes 3
-	$(RUN) caption.py data/shapes/photos/test_04400.png
+	$(RUN) caption.py data/shapes/photos/test_04401.png
 
 test: .venv/installed
 	$(RUN) -m pytest -q

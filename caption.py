@@ -33,7 +33,7 @@ class Settings:
     checkpoint: str = "runs/shapes/best.pt"  # what train.py wrote
     output: str = "captions"  # folder of the pictures, each named after its photo
     beam_size: int = 5  # captions kept while searching; 1 is greedy decoding
-    length_penalty: float = 1.0  # rank by log-probability / length ** this; 0 favours short captions
+    length_penalty: float = 0.5  # rank by log-probability / length ** this; 0 favours short captions
     max_length: int = 30  # words of a caption at most
     show: bool = False  # open each picture
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it

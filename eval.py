@@ -29,7 +29,7 @@ class Settings:
     data_folder: str = "data/shapes"  # what create_input_files.py wrote
     split: Literal["train", "val", "test"] = "test"  # which images to caption
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # captions kept an image while searching; 1 is greedy decoding
-    length_penalty: float = 1.0  # rank by log-probability / length ** this; 0 favours short captions
+    length_penalty: float = 0.5  # rank by log-probability / length ** this; 0 favours short captions
     max_length: int = 30  # words of a caption at most
     batch_size: int = 32  # images decoded at once
     output: str = ""  # folder of scores.json and results.json; empty: the checkpoint's folder

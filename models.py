@@ -332,7 +332,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 @torch.inference_mode()
-def beam_search(decoder, regions, beam_size=5, max_length=30, length_penalty=1.0):
+def beam_search(decoder, regions, beam_size=5, max_length=30, length_penalty=0.5):
     """Search the most probable captions of all images at once.
 
     Args:
