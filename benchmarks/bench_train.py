@@ -119,12 +119,18 @@ def main(settings):
     generator = torch.Generator().manual_seed(settings.seed)
     plan = train.Settings(encoder=settings.encoder, encoder_weights="", dropout=0.0)
     captioner = build_captioner(asdict(plan), settings.vocabulary, settings.image_size, encoder_weights="")
-    captioner.encoder.pretrained = True  # a frozen encoder: BatchNorm stays as it is
     captioner.to(device).train()
-    optimizer = train.make_optimizer(captioner, plan)
 
     shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    # One pass in training mode gives BatchNorm statistics that fit: without, a hundred random layers overflow.
+    for module in captioner.encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        captioner.encoder(images[:4].to(device))
+    optimizer = train.make_optimizer(captioner, plan)
+    captioner.train()  # the encoder is frozen from here on
     captions = random_captions(settings, generator)
     with torch.inference_mode():
         start = time.perf_counter()
