@@ -172,8 +172,8 @@ class SoftAttention(nn.Module):
 
     def forward(self, regions, keys, hidden):
         """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, D), weights (B, C, R)."""
-        energy = keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)  # (B, C, R, A)
-        scores = self.score(energy.tanh()).squeeze(-1)  # (B, C, R)
+        energy = (keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)).tanh_()  # (B, C, R, A), the largest tensor
+        scores = self.score(energy).squeeze(-1)  # (B, C, R)
         weights = scores.float().softmax(dim=-1)  # (B, C, R)
         return weights.to(regions.dtype) @ regions, weights  # (B, C, D), (B, C, R)
 
@@ -358,17 +358,18 @@ def beam_search(decoder, regions, beam_size=5, max_length=30, length_penalty=0.5
     lengths = torch.zeros_like(words)
     finished = torch.zeros_like(words, dtype=torch.bool)
     captions = torch.empty((B, K, 0), dtype=torch.long, device=regions.device)
-    for _ in range(max_length):
+    for t in range(max_length):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, K, V)
         step = logits.float().log_softmax(dim=-1)
-        step[..., [PAD, START, UNKNOWN]] = -math.inf
+        step[..., [PAD, START, UNKNOWN] if t else [PAD, START, UNKNOWN, END]] = -math.inf  # and no empty caption
         step.masked_fill_(finished.unsqueeze(-1), -math.inf)
         step[..., END].masked_fill_(finished, 0)
         lengths = lengths + ~finished
-        candidates = totals.unsqueeze(-1) + step  # (B, K, V)
+        best = step.topk(min(K, step.shape[-1]))  # (B, K, W): no more than K captions can come from one beam
+        candidates = totals.unsqueeze(-1) + best.values  # (B, K, W)
         ranks = candidates / lengths.unsqueeze(-1) ** length_penalty
         chosen = ranks.flatten(1).topk(K).indices  # (B, K)
-        parents, words = chosen // step.shape[-1], chosen % step.shape[-1]
+        parents, words = chosen // ranks.shape[-1], best.indices.flatten(1).gather(1, chosen)
         totals = candidates.flatten(1).gather(1, chosen)
         lengths = lengths.gather(1, parents)
         captions = torch.cat([captions.gather(1, parents.unsqueeze(-1).expand_as(captions)), words.unsqueeze(-1)], -1)

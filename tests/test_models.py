@@ -92,11 +92,11 @@ def test_attention_weights_sum_to_one(tiny_decoder):
 
 
 def exhaustive_best(decoder, regions, max_length, length_penalty):
-    """The best of all captions of up to max_length words, those that never end included."""
+    """The best of all captions of 1 to max_length words, those that never end included and the empty one not."""
     candidates = []
     for length in range(1, max_length + 1):
         for caption in itertools.product(REAL_WORDS, repeat=length):
-            if END not in caption[:-1] and (caption[-1] == END or length == max_length):
+            if caption != (END,) and END not in caption[:-1] and (caption[-1] == END or length == max_length):
                 total, _ = step_by_step(decoder, regions, caption)
                 candidates.append((total / length**length_penalty, total, caption))
     return max(candidates)
@@ -129,7 +129,7 @@ def test_a_beam_of_one_is_greedy(tiny_decoder):
     greedy, word = [], START
     while len(greedy) < 8 and word != END:
         logits, _, state = tiny_decoder.step(torch.tensor([[word]]), regions, keys, state)
-        word = max(REAL_WORDS, key=lambda number: logits[0, 0, number].item())
+        word = max(REAL_WORDS if greedy else REAL_WORDS[1:], key=lambda number: logits[0, 0, number].item())
         greedy.append(word)
     assert beam_search(tiny_decoder, regions, 1, 8)[0][0, 0].tolist() == greedy
 
