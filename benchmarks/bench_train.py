@@ -30,7 +30,7 @@ class Settings:
 
     encoder: str = "resnet101"  # torchvision network, with random weights
     image_size: int = 256  # side of the photos in pixels
-    batch_size: int = 16  # images a step
+    batch_size: int = 32  # images a step
     captions: int = 5  # of each image
     vocabulary: int = 2541  # words; Flickr8k's at min_word_freq 5
     steps: int = 10  # counted steps of the cached side
@@ -145,7 +145,7 @@ def main(settings):
     def gradient(loss):
         captioner.zero_grad()
         loss.backward()
-        return torch.cat([p.grad.flatten() for p in captioner.decoder.parameters()])
+        return torch.cat([p.grad.flatten() for p in captioner.decoder.parameters()]).double()
 
     outputs = captioner(batch.images.to(device), batch.words.to(device), batch.lengths)
     ours = train.captioning_loss(*outputs, batch.lengths, plan.doubly_stochastic)[0]
