@@ -69,10 +69,11 @@ def read_karpathy(path, images):
             if split not in SPLITS:
                 raise InputError(f"{path}: {name} has the split {split!r}, not one of {' '.join(SPLITS)} restval")
             captions = [{"words": one["tokens"], "raw": one["raw"]} for one in image["sentences"] if one["tokens"]]
-            if not all(isinstance(word, str) for one in captions for word in (one["raw"], *one["words"])):
-                raise TypeError
-            if any(isinstance(one["words"], str) for one in captions):
-                raise TypeError
+            for one in captions:
+                if not isinstance(one["words"], list) or not all(
+                    isinstance(x, str) for x in (one["raw"], *one["words"])
+                ):
+                    raise TypeError
             image_id = image.get("cocoid", image.get("imgid", number))
             photos.append(Photo(images / name, name, image_id, split, captions, image.get("objects")))
     except KeyError as error:
@@ -96,9 +97,10 @@ def read_kaggle(path, images, seed):
                 if not row["caption"]:
                     raise InputError(f"{path}, line {rows.line_num}: no caption for {row['image']!r}")
                 raw = row["caption"].strip()
+                words = tokenize(raw)
                 of_image = captions.setdefault(row["image"], [])
-                if tokenize(raw):
-                    of_image.append({"words": tokenize(raw), "raw": raw})
+                if words:
+                    of_image.append({"words": words, "raw": raw})
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a CSV in UTF-8: {error}") from None
     names = sorted(captions)
