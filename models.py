@@ -7,6 +7,7 @@ E units of a word's embedding, A of the attention, H of the hidden state, V word
 import math
 import re
 import urllib.error
+from contextlib import contextmanager
 
 import torch
 import torchvision
@@ -155,6 +156,91 @@ def load_encoder_weights(network, path):
     network.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
 
 
+class _WeightOverTime(torch.autograd.Function):
+    """Hands out a weight for the applications at all words; backward multiplies out all of its gradient at once."""
+
+    @staticmethod
+    def forward(ctx, weight, applications):
+        ctx.applications = applications
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, _):
+        rows, gradients = (torch.cat(parts) for parts in zip(*ctx.applications, strict=True))
+        ctx.applications.clear()
+        return gradients.t() @ rows, None
+
+
+class _ApplyOnce(torch.autograd.Function):
+    """rows (N, I) @ weight (O, I).T, whose part of the weight's gradient is left to _WeightOverTime."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, applications):
+        ctx.save_for_backward(rows, weight)
+        ctx.applications = applications
+        return rows @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, weight = ctx.saved_tensors
+        ctx.applications.append((rows, gradient))
+        return gradient @ weight, None, None
+
+
+class LinearOverTime(nn.Linear):
+    """A linear layer without bias that is applied at every word.
+
+    Within `over_time` the gradient of its weight is one product over all words. autograd alone makes a product a
+    word and adds them up, which for the last words of a long caption, a few rows, is nearly all of the work.
+    """
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+        self.applications = None
+
+    @contextmanager
+    def over_time(self):
+        """Collect the applications of one sequence."""
+        self.applications = []
+        weight = self.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+        self.shared = _WeightOverTime.apply(weight, self.applications)
+        try:
+            yield
+        finally:
+            self.applications = self.shared = None
+
+    def forward(self, rows):
+        """rows (..., I) -> (..., O)."""
+        if self.applications is None:
+            return super().forward(rows)
+        flat = rows.flatten(0, -2).to(self.shared.dtype)
+        return _ApplyOnce.apply(flat, self.shared, self.applications).unflatten(0, rows.shape[:-1])
+
+
+class LSTMCell(nn.Module):
+    """torch's LSTMCell ("Show, Attend and Tell", equations 1 to 3) with the words' part of the gates apart.
+
+    That part, `words`, depends on no state: teacher forcing computes it for all words in one product.
+    """
+
+    def __init__(self, embedding_size, region_size, hidden_size):
+        super().__init__()
+        self.words = nn.Linear(embedding_size, 4 * hidden_size)
+        self.context = LinearOverTime(region_size, 4 * hidden_size)
+        self.hidden = LinearOverTime(hidden_size, 4 * hidden_size)
+
+    def forward(self, words, context, state):
+        """words (..., 4 H) as `words` makes them, context (..., D), state tuple of (..., H) -> state."""
+        hidden, memory = state
+        gates = words + self.context(context) + self.hidden(hidden)
+        take, keep, new, show = gates.chunk(4, dim=-1)
+        memory = keep.sigmoid() * memory + take.sigmoid() * new.tanh()
+        return show.sigmoid() * memory.tanh(), memory
+
+
 class SoftAttention(nn.Module):
     """Additive attention: a weighted mean of the regions.
 
@@ -165,7 +251,7 @@ class SoftAttention(nn.Module):
     def __init__(self, region_size, hidden_size, attention_size):
         super().__init__()
         self.keys = nn.Linear(region_size, attention_size)
-        self.query = nn.Linear(hidden_size, attention_size, bias=False)
+        self.query = LinearOverTime(hidden_size, attention_size)
         self.score = nn.Linear(attention_size, 1, bias=False)  # softmax takes no notice of a bias
         for layer in (self.keys, self.query, self.score):  # torch's own start is so close to uniform that it lasts
             nn.init.xavier_uniform_(layer.weight)
@@ -191,7 +277,7 @@ class Decoder(nn.Module):
         self.beta = nn.Linear(hidden_size, 1)
         self.first_hidden = nn.Linear(region_size, hidden_size)
         self.first_memory = nn.Linear(region_size, hidden_size)
-        self.cell = nn.LSTMCell(embedding_size + region_size, hidden_size)
+        self.cell = LSTMCell(embedding_size, region_size, hidden_size)
         self.hidden_output = nn.Linear(hidden_size, embedding_size)
         self.context_output = nn.Linear(region_size, embedding_size, bias=False)
         self.output = nn.Linear(embedding_size, vocabulary_size)
@@ -213,16 +299,14 @@ class Decoder(nn.Module):
         -> logits (B, C, V), weights (B, C, R), state.
         """
         embedded = self.dropout(self.embedding(words))  # (B, C, E)
-        context, weights, state = self._look_and_update(embedded, regions, keys, state)
+        context, weights, state = self._look_and_update(self.cell.words(embedded), regions, keys, state)
         return self._logits(embedded, state[0], context), weights, state
 
-    def _look_and_update(self, embedded, regions, keys, state):
+    def _look_and_update(self, words, regions, keys, state):
         """The recurrent half of a step: attend (equations 4 to 6 and 13), then the LSTM (equations 1 to 3)."""
         context, weights = self.attention(regions, keys, state[0])  # (B, C, D), (B, C, R)
         context = self.beta(state[0]).sigmoid() * context  # section 4.2.1: how much to look, how much to just go on
-        rows = torch.cat([embedded, context], dim=-1).flatten(0, 1)  # the cell takes one caption a row
-        state = self.cell(rows, tuple(part.flatten(0, 1) for part in state))
-        return context, weights, tuple(part.unflatten(0, context.shape[:2]) for part in state)  # state (B, C, H)
+        return context, weights, self.cell(words, context, state)  # (B, C, D), (B, C, R), state (B, C, H)
 
     def _logits(self, embedded, hidden, context):
         """The deep output layer (equation 7); the authors' code has the tanh and the dropout."""
@@ -244,20 +328,26 @@ class Decoder(nn.Module):
         B, C = lengths.shape
         state = tuple(part.expand(B, C, -1) for part in state)
         real = torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths  # (T, B, C)
-        unfinished = [(int(step.any(dim=1).sum()), int(step.any(dim=0).sum())) for step in real]  # T rectangles
-        embedded = self.dropout(self.embedding(words[:, :, : len(real)]))  # (B, C, T, E)
+        # At each word the unfinished captions fill a corner of (B, C), up to a few: M of them over all words.
+        corners = [(int(step.any(dim=1).sum()), int(step.any(dim=0).sum())) for step in real]
+        inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(corners)])  # (M,)
+        embedded = self.dropout(self.embedding(inputs))  # (M, E)
+        cell_words = self.cell.words(embedded).split([b * c for b, c in corners])  # T of (b c, 4 H)
         hiddens, contexts, weights = [], [], []
-        for word, (b, c) in zip(embedded.unbind(2), unfinished, strict=True):
-            state = tuple(part[:b, :c] for part in state)  # (b, c, H)
-            context, step_weights, state = self._look_and_update(word[:b, :c], regions[:b], keys[:b], state)
-            hiddens.append(state[0].flatten(0, 1))  # (b c, H)
-            contexts.append(context.flatten(0, 1))  # (b c, D)
-            weights.append(functional.pad(step_weights, (0, 0, 0, C - c, 0, B - b)))  # (B, C, R)
-        # The rectangles hold some finished captions too: take the rows of real words, then predict all in one product.
-        rows = torch.cat([real[t, :b, :c].flatten() for t, (b, c) in enumerate(unfinished)]).nonzero().squeeze(1)
+        with self.attention.query.over_time(), self.cell.context.over_time(), self.cell.hidden.over_time():
+            for word, (b, c) in zip(cell_words, corners, strict=True):
+                if b < len(regions):  # slice what is sliced already: less to fill with zeros on the way back
+                    regions, keys = regions[:b], keys[:b]
+                if (b, c) != state[0].shape[:2]:
+                    state = tuple(part[:b, :c] for part in state)  # (b, c, H)
+                context, step_weights, state = self._look_and_update(word.view(b, c, -1), regions, keys, state)
+                hiddens.append(state[0].flatten(0, 1))  # (b c, H)
+                contexts.append(context.flatten(0, 1))  # (b c, D)
+                weights.append(functional.pad(step_weights, (0, 0, 0, C - c, 0, B - b)))  # (B, C, R)
+        # Drop the few that had ended, then predict all words in one product.
+        rows = torch.cat([real[t, :b, :c].flatten() for t, (b, c) in enumerate(corners)]).nonzero().squeeze(1)
         rows, real = rows.to(words.device), real.to(words.device)
-        hidden, context = torch.cat(hiddens)[rows], torch.cat(contexts)[rows]  # (N, H), (N, D)
-        logits = self._logits(embedded.permute(2, 0, 1, 3)[real], hidden, context)  # (N, V)
+        logits = self._logits(embedded[rows], torch.cat(hiddens)[rows], torch.cat(contexts)[rows])  # (N, V)
         targets = words[:, :, 1 : len(real) + 1].permute(2, 0, 1)[real]  # (N,)
         return logits, targets, torch.stack(weights) * real.unsqueeze(-1)
 
