@@ -18,7 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from datasets import END, PAD, START, UNKNOWN, Vocabulary
 from utils import InputError, first_line, load_state
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 CHECKPOINT_KEYS = {"format", "model", "image_size", "words", "settings"}  # what inference needs
 
 # The settings of train.py that shape a model: what a checkpoint needs to be built again.

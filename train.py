@@ -1,5 +1,6 @@
 """Train a captioner: python train.py --data_folder data/flickr8k --run_folder runs/flickr8k"""
 
+import copy
 import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from datasets import Vocabulary, epoch_order, make_loader, open_split, read_card
@@ -26,6 +28,7 @@ from utils import (
     random_state,
     read_log,
     require_at_least,
+    require_below_one,
     require_writable,
     run_script,
     save_checkpoint,
@@ -60,9 +63,13 @@ class Settings:
     batch_size: int = 16  # images a step, each with all its captions
     learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
-    learning_rate_decay: float = 0.5  # factor on both after an epoch without a better score
+    warm_up: float = 0.1  # share of all steps over which both learning rates rise to these values
+    schedule: Literal["cosine", "step"] = "cosine"  # meanwhile they fall to 0 along a cosine, or by a factor an epoch
+    learning_rate_decay: float = 0.8  # that factor
     gradient_clip: float = 5.0  # norm of the gradient at most; 0: as it is
     doubly_stochastic: float = 1.0  # weight of the term that asks to look everywhere once
+    label_smoothing: float = 0.1  # share of a target's probability that is spread over all words
+    weight_average: float = 0.999  # decay of the moving average of weights that best.pt holds; 0: none
     score: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
     patience: int = 5  # stop after this many epochs without a better score
     max_length: int = 30  # words at most of a caption generated for validation
@@ -73,15 +80,53 @@ class Settings:
     device: str = "auto"  # auto, cpu or cuda
 
 
-def captioning_loss(logits, targets, weights, lengths, doubly_stochastic):
-    """The loss of teacher forcing and, of it, the mean cross-entropy of a word.
+def captioning_loss(logits, targets, weights, lengths, doubly_stochastic, label_smoothing=0.0):
+    """The loss of teacher forcing and, of it, the mean cross-entropy of a word without label smoothing.
 
     The rest is the doubly stochastic term of "Show, Attend and Tell" (equation 14): over a caption, the weights of
-    each region should add up to about one. Arguments as `models.Decoder.forward` takes and returns them.
+    each region should add up to about one. Label smoothing is that of Szegedy et al. (2016, section 7). Arguments as
+    `models.Decoder.forward` takes and returns them.
     """
-    word_loss = functional.cross_entropy(logits.float(), targets)
+    log_probabilities = logits.float().log_softmax(dim=-1)  # (N, V)
+    word_loss = functional.nll_loss(log_probabilities, targets)
+    smoothed_loss = word_loss
+    if label_smoothing:
+        smoothed_loss = (1 - label_smoothing) * word_loss - label_smoothing * log_probabilities.mean()
     looked = weights.sum(dim=0)[lengths.to(weights.device) > 0]  # (captions, R)
-    return word_loss + doubly_stochastic * (1 - looked).square().mean(), word_loss
+    return smoothed_loss + doubly_stochastic * (1 - looked).square().mean(), word_loss
+
+
+def learning_rate_factor(settings, step, steps_per_epoch):
+    """The factor on the learning rates at a step, counted from 0 over all epochs."""
+    steps = settings.epochs * steps_per_epoch
+    warm_up = min(1, (step + 1) / max(1, settings.warm_up * steps))
+    if settings.schedule == "step":
+        return warm_up * settings.learning_rate_decay ** (step // steps_per_epoch)
+    return warm_up * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class WeightAverage:
+    """A captioner whose weights are the exponential moving average of those that are trained.
+
+    The average forgets faster while it is young, so that the random start does not linger in it.
+    """
+
+    def __init__(self, captioner, decay):
+        frozen = not any(parameter.requires_grad for parameter in captioner.encoder.parameters())
+        shared = {id(captioner.encoder): captioner.encoder} if frozen else {}
+        self.captioner, self.decay = copy.deepcopy(captioner, shared), decay
+        pairs = zip(self.captioner.parameters(), captioner.parameters(), strict=True)
+        self.averages, self.weights = zip(*((own, new) for own, new in pairs if new.requires_grad), strict=True)
+        pairs = zip(self.captioner.buffers(), captioner.buffers(), strict=True)
+        self.buffers = [(own, new) for own, new in pairs if own is not new]
+
+    @torch.no_grad()
+    def update(self, step):
+        """Take in the weights after a step, counted from 0 over all epochs."""
+        average = get_ema_multi_avg_fn(min(self.decay, (step + 1) / (step + 10)))
+        average(self.averages, self.weights, None)
+        for own, new in self.buffers:
+            own.copy_(new)
 
 
 def train_step(captioner, optimizer, batch, settings, device, dtype):
@@ -94,7 +139,9 @@ def train_step(captioner, optimizer, batch, settings, device, dtype):
 
     with autocast(device, dtype):
         logits, targets, weights = captioner(images, words, batch.lengths)
-    loss, word_loss = captioning_loss(logits, targets, weights, batch.lengths, settings.doubly_stochastic)
+    loss, word_loss = captioning_loss(
+        logits, targets, weights, batch.lengths, settings.doubly_stochastic, settings.label_smoothing
+    )
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss is {loss.item()}")
 
@@ -106,21 +153,26 @@ def train_step(captioner, optimizer, batch, settings, device, dtype):
     return word_loss.item(), len(targets)
 
 
-def train_one_epoch(captioner, loader, optimizer, settings, device, dtype, epoch):
+def train_one_epoch(run, loader, device, dtype):
     """One pass over the training images with all their captions; returns the mean cross-entropy of a word."""
-    captioner.train()
+    run.captioner.train()
     total_loss = total_words = 0
     number_of_captions = sum(map(len, loader.dataset.captions))
-    with tqdm(total=number_of_captions, desc=f"epoch {epoch}", unit="caption", leave=False) as bar:
-        for step, batch in enumerate(loader, start=1):
+    with tqdm(total=number_of_captions, desc=f"epoch {run.epoch + 1}", unit="caption", leave=False) as bar:
+        for place, batch in enumerate(loader):
+            step = run.epoch * len(loader) + place
+            factor = learning_rate_factor(run.settings, step, len(loader))
+            for group in run.optimizer.param_groups:
+                group["lr"] = factor * group["initial_lr"]
             try:
-                loss, words = train_step(captioner, optimizer, batch, settings, device, dtype)
+                loss, words = train_step(run.captioner, run.optimizer, batch, run.settings, device, dtype)
             except FloatingPointError as error:
-                rate = optimizer.param_groups[0]["lr"]
+                rate = run.optimizer.param_groups[0]["lr"]
                 raise InputError(
-                    f"{error} at epoch {epoch}, step {step}, learning rate {rate:g}: "
+                    f"{error} at epoch {run.epoch + 1}, step {place + 1}, learning rate {rate:g}: "
                     f"lower --learning_rate or --gradient_clip, or try --precision fp32"
                 ) from None
+            run.average.update(step)
             total_loss += loss * words
             total_words += words
             bar.set_postfix(loss=f"{total_loss / total_words:.3f}", refresh=False)
@@ -175,6 +227,8 @@ def make_optimizer(captioner, settings):
     groups = [{"params": decoding, "lr": settings.learning_rate}]
     if settings.fine_tune_encoder:
         groups.append({"params": captioner.encoder.parameters(), "lr": settings.encoder_learning_rate})
+    for group in groups:
+        group["initial_lr"] = group["lr"]  # what the schedule starts from
     return torch.optim.Adam(groups, fused=True)
 
 
@@ -186,15 +240,17 @@ class Run:
     captioner: Captioner
     vocabulary: Vocabulary
     optimizer: torch.optim.Optimizer
+    average: WeightAverage
     epoch: int = 0  # epochs done
     best_score: float = -1.0
     waited: int = 0  # epochs since the best score
 
     def save(self, name, resumable):
-        """Write a checkpoint: what inference needs and, where it is resumable, what only a resumed run needs."""
+        """Write a checkpoint: the averaged weights or, where it is resumable, all that a resumed run needs."""
+        captioner = self.captioner if resumable else self.average.captioner
         checkpoint = {
             "format": CHECKPOINT_FORMAT,
-            "model": self.captioner.state_dict(),
+            "model": captioner.state_dict(),
             "image_size": self.captioner.image_size,
             "words": self.vocabulary.words,
             "settings": asdict(self.settings),
@@ -204,6 +260,7 @@ class Run:
         }
         if resumable:
             checkpoint.update(optimizer=self.optimizer.state_dict(), patience=self.waited, rng=random_state())
+            checkpoint.update(average=[own.detach() for own in self.average.averages])
         save_checkpoint(Path(self.settings.run_folder) / name, checkpoint)
 
     def restore(self, checkpoint):
@@ -211,6 +268,8 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.epoch, self.best_score = checkpoint["epoch"], checkpoint["best_score"]
         self.waited = checkpoint["patience"]
+        for own, saved in zip(self.average.averages, checkpoint["average"], strict=True):
+            own.data.copy_(saved)
         set_random_state(checkpoint["rng"])
 
 
@@ -223,7 +282,8 @@ def start_run(settings, checkpoint, device):
         image_size = read_card(settings.data_folder)["image_size"]
         captioner = build_captioner(asdict(settings), len(vocabulary), image_size, settings.encoder_weights)
     captioner.to(device)
-    return Run(settings, captioner, vocabulary, make_optimizer(captioner, settings))
+    optimizer = make_optimizer(captioner, settings)
+    return Run(settings, captioner, vocabulary, optimizer, WeightAverage(captioner, settings.weight_average))
 
 
 def main(settings):
@@ -232,8 +292,7 @@ def main(settings):
     require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
     require_at_least(settings, 0, "grid_size", "region_dim", "gradient_clip", "learning_rate_decay")
-    if not 0 <= settings.dropout < 1:
-        raise InputError(f"--dropout {settings.dropout}: must be below 1 and at least 0")
+    require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average")
     settings, checkpoint = prepare_run(settings)
     require_writable(settings.run_folder)
     device = choose_device(settings.device)
@@ -265,9 +324,9 @@ def main(settings):
         order = epoch_order(len(training), settings.seed, run.epoch)
         loader = make_loader(training, settings.batch_size, order, settings.workers)
         start = time.perf_counter()
-        loss = train_one_epoch(run.captioner, loader, run.optimizer, settings, device, dtype, run.epoch + 1)
+        loss = train_one_epoch(run, loader, device, dtype)
         seconds = time.perf_counter() - start
-        scores, captions = evaluate(run.captioner, run.vocabulary, validation, evaluation, 1, device, dtype)
+        scores, captions = evaluate(run.average.captioner, run.vocabulary, validation, evaluation, 1, device, dtype)
 
         run.epoch += 1
         row = {
@@ -285,8 +344,6 @@ def main(settings):
             run.save("best.pt", resumable=False)
         else:
             run.waited += 1
-            for group in run.optimizer.param_groups:
-                group["lr"] *= settings.learning_rate_decay
         run.save("last.pt", resumable=True)
         draw_curves(log_path, Path(settings.run_folder) / "curves.png")
         print(

@@ -79,6 +79,13 @@ def require_at_least(settings, minimum, *names):
                 raise InputError(f"--{name} {value}: must be at least {minimum}")
 
 
+def require_below_one(settings, *names):
+    """Raise InputError where one of the named settings, a share, is not in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise InputError(f"--{name} {getattr(settings, name)}: must be below 1 and at least 0")
+
+
 # ------------------------------------------------------------------------------------------- seeds and devices
 
 

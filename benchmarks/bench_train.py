@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
@@ -50,6 +52,15 @@ def straightforward_loss(captioner, images, words, lengths, settings):
     regions, words = regions[order], words[order]
     hidden, memory = (part.squeeze(1) for part in decoder.first_state(regions))  # (N, H)
     embedded = decoder.dropout(decoder.embedding(words))  # (N, T + 1, E)
+    cell = decoder.cell
+    with torch.device("meta"):  # torch's own cell, on our weights
+        lstm_cell = nn.LSTMCell(cell.words.in_features + cell.context.in_features, cell.hidden.in_features)
+    cell_weights = {
+        "weight_ih": torch.cat([cell.words.weight, cell.context.weight], dim=1),
+        "weight_hh": cell.hidden.weight,
+        "bias_ih": cell.words.bias,
+        "bias_hh": torch.zeros_like(cell.words.bias),
+    }
     steps = int(lengths[0])
     predictions = regions.new_zeros(len(words), steps, decoder.output.out_features)
     looked = regions.new_zeros(len(words), steps, regions.shape[1])
@@ -62,7 +73,8 @@ def straightforward_loss(captioner, images, words, lengths, settings):
         context = (weights.unsqueeze(2) * regions[:n]).sum(dim=1)  # (n, D)
         context = decoder.beta(hidden).sigmoid() * context
         word = embedded[:n, t]
-        hidden, memory = decoder.cell(torch.cat([word, context], dim=1), (hidden, memory))
+        rows = torch.cat([word, context], dim=1)
+        hidden, memory = functional_call(lstm_cell, cell_weights, (rows, (hidden, memory)))
         output = word + decoder.hidden_output(hidden) + decoder.context_output(context)
         predictions[:n, t] = decoder.output(decoder.dropout(output.tanh()))
         looked[:n, t] = weights
@@ -117,7 +129,7 @@ def main(settings):
     dtype = choose_dtype(settings.precision, device)
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    plan = train.Settings(encoder=settings.encoder, encoder_weights="", dropout=0.0)
+    plan = train.Settings(encoder=settings.encoder, encoder_weights="", dropout=0.0, label_smoothing=0.0)
     captioner = build_captioner(asdict(plan), settings.vocabulary, settings.image_size, encoder_weights="")
     captioner.to(device).train()
 

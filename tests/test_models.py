@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 import torchvision
+from torch.nn import functional
 
 from datasets import END, START, collate
-from models import Encoder, attend, beam_search, load_captioner
+from models import Encoder, LSTMCell, attend, beam_search, load_captioner
 from utils import InputError
 
 REAL_WORDS = (END, 4, 5, 6)
@@ -82,6 +83,40 @@ def test_every_parameter_gets_a_gradient(tiny_decoder):
     (torch.nn.functional.cross_entropy(logits, targets) + weights.square().mean()).backward()
     for name, parameter in tiny_decoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_the_gradient_equals_that_of_stepping_word_by_word(tiny_decoder):
+    batch = random_batch(CAPTIONS)
+    logits, targets, _ = tiny_decoder(batch.images, batch.words, batch.lengths)
+    functional.cross_entropy(logits, targets, reduction="sum").backward()
+    gathered = {name: parameter.grad.clone() for name, parameter in tiny_decoder.named_parameters()}
+    tiny_decoder.zero_grad()
+    for b, c in itertools.product(range(3), range(3)):  # one caption at a time, a word at a time: autograd alone
+        regions, length = batch.images[b : b + 1], int(batch.lengths[b, c])
+        keys, state = tiny_decoder.keys(regions), tiny_decoder.first_state(regions)
+        losses = []
+        for previous, following in itertools.pairwise(batch.words[b, c, : length + 1]):
+            logits, _, state = tiny_decoder.step(previous.view(1, 1), regions, keys, state)
+            losses.append(functional.cross_entropy(logits[0], following.view(1)))
+        if losses:
+            sum(losses).backward()
+    for name, parameter in tiny_decoder.named_parameters():
+        torch.testing.assert_close(gathered[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_the_cell_is_torchs():
+    cell, reference = LSTMCell(5, 6, 8), torch.nn.LSTMCell(11, 8)
+    reference.load_state_dict(
+        {
+            "weight_ih": torch.cat([cell.words.weight, cell.context.weight], dim=1),
+            "weight_hh": cell.hidden.weight,
+            "bias_ih": cell.words.bias,
+            "bias_hh": torch.zeros(32),
+        }
+    )
+    words, context, state = torch.randn(3, 5), torch.randn(3, 6), (torch.randn(3, 8), torch.randn(3, 8))
+    expected = reference(torch.cat([words, context], dim=1), state)
+    torch.testing.assert_close(cell(cell.words(words), context, state), expected)
 
 
 def test_attention_weights_sum_to_one(tiny_decoder):

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 import train
 from conftest import SMALL
@@ -35,7 +36,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shapes, tmp_path,
         epochs=3,
         fine_tune_encoder=fine_tune,
         precision=precision,
-        learning_rate_decay=0.9,
+        schedule="step",  # a cosine would know at the first epoch how many are to come
     )
     train.main(replace(settings, run_folder=str(tmp_path / "whole")))
     train.main(replace(settings, run_folder=str(tmp_path / "parts"), epochs=1))
@@ -72,7 +73,7 @@ def test_a_run_leaves_its_files_and_checkpoints_hold_only_plain_things(run_folde
     assert {path.name for path in run_folder.iterdir()} == {"last.pt", "best.pt", "log.jsonl", "curves.png"}
     best = torch.load(run_folder / "best.pt", weights_only=True)
     last = torch.load(run_folder / "last.pt", weights_only=True)
-    assert {"optimizer", "rng", "patience"} == last.keys() - best.keys()
+    assert {"optimizer", "rng", "patience", "average"} == last.keys() - best.keys()
     assert best["words"][:4] == ["<pad>", "<start>", "<end>", "<unk>"] and best["image_size"] == 32
     assert [row["epoch"] for row in read_log(run_folder / "log.jsonl")] == [1, 2]
 
@@ -82,7 +83,7 @@ def test_training_overfits_four_images():
     captions = [[[1, *words, 2]] for words in ([4, 5, 6], [5, 5, 4, 6, 4], [6], [4, 4, 4, 4])]
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     batch = collate([(i, images[i], captions[i]) for i in range(4)])
-    settings = replace(SMALL, dropout=0.0, doubly_stochastic=0.0)
+    settings = replace(SMALL, dropout=0.0, doubly_stochastic=0.0, label_smoothing=0.0)
     captioner = build_captioner(asdict(settings), 7, 32, "").train()
     optimizer = train.make_optimizer(captioner, settings)
     arguments = (captioner, optimizer, batch, settings, torch.device("cpu"), torch.float32)
@@ -149,9 +150,40 @@ def test_early_stopping_and_decay(shapes, tmp_path):
     settings = replace(
         SMALL, data_folder=str(shapes), run_folder=str(tmp_path), epochs=9, patience=2, learning_rate=1e-9
     )
-    train.main(replace(settings, fine_tune_encoder=False))
+    train.main(replace(settings, fine_tune_encoder=False, schedule="step", learning_rate_decay=0.5))
     rows = read_log(tmp_path / "log.jsonl")
-    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-9, 1e-9, 0.5e-9])
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-9, 0.5e-9, 0.25e-9])
+
+
+def test_the_learning_rate_rises_and_falls():
+    cosine = train.Settings(epochs=10, warm_up=0.2)  # of 100 steps
+    factors = [train.learning_rate_factor(cosine, step, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 20, rel=1e-2) and factors.index(max(factors)) == 19
+    assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 0.001
+    falling = replace(cosine, warm_up=0.0, schedule="step", learning_rate_decay=0.5)
+    assert [train.learning_rate_factor(falling, step, 10) for step in (0, 9, 10, 35)] == [1, 1, 0.5, 0.125]
+
+
+def test_label_smoothing_is_that_of_torch():
+    logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
+    weights, lengths = torch.rand(4, 1, 2, 3), torch.tensor([[4, 2]])
+    loss, word_loss = train.captioning_loss(logits, targets, weights, lengths, 0.0, 0.3)
+    torch.testing.assert_close(loss, functional.cross_entropy(logits, targets, label_smoothing=0.3))
+    torch.testing.assert_close(word_loss, functional.cross_entropy(logits, targets))
+
+
+@pytest.mark.parametrize("fine_tune", [True, False])
+def test_the_average_follows_the_weights_and_leaves_a_frozen_encoder_alone(fine_tune):
+    captioner = build_captioner(asdict(SMALL), 7, 32, "")
+    captioner.encoder.requires_grad_(fine_tune)
+    average = train.WeightAverage(captioner, 0.5)
+    assert (average.captioner.encoder is captioner.encoder) != fine_tune
+    bias, start = captioner.decoder.beta.bias, captioner.decoder.beta.bias.item()
+    for step, following in enumerate((start + 1, start + 2)):
+        bias.data.fill_(following)
+        average.update(step)  # keeps 1/10 of the old at the first step, 2/11 at the second
+    expected = 2 / 11 * (0.1 * start + 0.9 * (start + 1)) + 9 / 11 * (start + 2)
+    assert average.captioner.decoder.beta.bias.item() == pytest.approx(expected)
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shapes, tmp_path, monkeypatch):
@@ -193,6 +225,7 @@ def flags(shapes, run_folder):
         (("--epochs", "0"), "--epochs 0: must be at least 1"),
         (("--learning_rate", "nan"), "--learning_rate nan: must be at least 0"),
         (("--dropout", "1.5"), "--dropout 1.5: must be below 1"),
+        (("--label_smoothing", "1"), "--label_smoothing 1.0: must be below 1"),
         (("--device", "cuda:99"), "--device cuda:99"),
     ],
 )
