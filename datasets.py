@@ -1,5 +1,6 @@
 """Data as training reads it: words, photos, prepared folders, cached features and batches."""
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils import InputError, autocast, read_json, written_whole
+from utils import InputError, autocast, barrier, gather, rank, read_json, world_size, written_whole
 
 SPLITS = ("train", "val", "test")
 PAD, START, END, UNKNOWN = range(4)
@@ -139,6 +140,18 @@ class Batch:
         """Let the loader put the batch where a GPU fetches it without waiting."""
         return replace(self, images=self.images.pin_memory(), words=self.words.pin_memory())
 
+    def totals(self):
+        """The number of words to predict and of captions."""
+        return int(self.lengths.sum()), int((self.lengths > 0).sum())
+
+    def split(self, parts):
+        """As many Batches of about equal work; fewer where there are fewer images."""
+        parts = min(parts, len(self.indices))
+        return [
+            Batch(self.images[i::parts], self.words[i::parts], self.lengths[i::parts], self.indices[i::parts])
+            for i in range(parts)
+        ]
+
 
 class CaptionDataset(Dataset):
     """One split: item i is (i, image, captions), captions being lists of word numbers.
@@ -192,18 +205,25 @@ def collate(items):
     return Batch(torch.stack(images), words, lengths, list(indices))
 
 
-def make_loader(dataset, batch_size, order=None, workers=0, start_method=None):
-    """Batches in the order of the indices given (None: the dataset's own)."""
+def make_loader(dataset, batches, workers=0, start_method=None):
+    """A loader of batches, each given as a list of indices; where several processes train, of this one's share."""
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=range(len(dataset)) if order is None else order,
+        batch_sampler=[batch[rank() :: world_size()] for batch in batches],
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # a loader must not draw from the generator of the dropout
         multiprocessing_context=start_method if workers else None,
     )
+
+
+def split_order(order, batch_size):
+    """Cut a list of indices into batches; the last may be smaller, yet gives each process an image."""
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if len(batches) > 1 and len(batches[-1]) < world_size():
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches
 
 
 def epoch_order(length, seed, epoch):
@@ -252,19 +272,28 @@ def cache_features(dataset, split, encoder, device, dtype, batch_size=32):
     if path.is_file():
         return path
     encoder.eval()
-    features = None
-    with (
-        written_whole(path) as temporary,
-        tqdm(total=len(dataset), desc=f"{encoder.name} features of {split}", unit="image") as bar,
-    ):
-        for batch in make_loader(dataset, batch_size):
-            with autocast(device, dtype):
-                regions = encoder(batch.images.to(device, non_blocking=True)).half().cpu().numpy()  # (B, R, D)
-            if features is None:
-                shape = (len(dataset), *regions.shape[1:])
-                features = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-            features[batch.indices] = regions
-            bar.update(len(regions))
-        features.flush()
-        del features  # Windows renames no file that is open
+    shape = (len(dataset), encoder.number_of_regions, encoder.region_size)
+    batches = split_order(list(range(len(dataset))), batch_size)
+    title = f"{encoder.name} features of {split}"
+    with written_whole(path) if rank() == 0 else contextlib.nullcontext() as temporary:
+        temporary = gather([temporary])[0]  # the first process's: all write their rows into one file
+        if rank() == 0:
+            np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+        barrier()
+        with (
+            open(temporary, "rb+") as file,  # written and not mapped: a full disk is then an error and not a crash
+            tqdm(total=len(dataset), desc=title, unit="image", disable=rank() > 0) as bar,
+        ):
+            row_size = encoder.number_of_regions * encoder.region_size * 2  # bytes
+            first_row = os.path.getsize(temporary) - len(dataset) * row_size
+            for batch in make_loader(dataset, batches):
+                with autocast(device, dtype):
+                    regions = encoder(batch.images.to(device, non_blocking=True)).half().cpu().numpy()  # (B, R, D)
+                assert regions.shape[1:] == shape[1:], "the photos are not of the encoder's image size"
+                for index, row in zip(batch.indices, regions, strict=True):
+                    file.seek(first_row + index * row_size)
+                    file.write(row.tobytes())
+                bar.update(len(regions) * world_size())
+        barrier()
+    barrier()
     return path

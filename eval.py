@@ -16,9 +16,20 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from tqdm import tqdm
 
-from datasets import make_loader, open_split
+from datasets import make_loader, open_split, split_order
 from models import attend, beam_search, load_captioner
-from utils import autocast, choose_device, choose_dtype, require_at_least, require_writable, run_script, write_json
+from utils import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    gather,
+    rank,
+    require_at_least,
+    require_writable,
+    run_script,
+    world_size,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -46,9 +57,11 @@ def generate(captioner, vocabulary, dataset, settings, beam_size, device, dtype)
     """
     captioner.eval()
     captions, looks = [None] * len(dataset), [None] * len(dataset)
-    loader = make_loader(dataset, settings.batch_size)
-    with torch.inference_mode(), tqdm(total=len(dataset), desc=f"beam {beam_size}", unit="image", leave=False) as bar:
-        for batch in loader:
+    found_here = []
+    batches = split_order(list(range(len(dataset))), max(settings.batch_size, world_size()))
+    bar = tqdm(total=len(dataset), desc=f"beam {beam_size}", unit="image", leave=False, disable=rank() > 0)
+    with torch.inference_mode(), bar:
+        for batch in make_loader(dataset, batches):
             with autocast(device, dtype):
                 regions = captioner.regions(batch.images.to(device, non_blocking=True))
                 found, _ = beam_search(
@@ -56,9 +69,11 @@ def generate(captioner, vocabulary, dataset, settings, beam_size, device, dtype)
                 )
                 weights = attend(captioner.decoder, regions, found[:, 0])[1] if dataset.has_boxes else None
             for place, index in enumerate(batch.indices):
-                captions[index] = vocabulary.decode(found[place, 0])
-                looks[index] = None if weights is None else weights[place].float().cpu()
-            bar.update(len(batch.indices))
+                look = None if weights is None else weights[place].float().cpu()
+                found_here.append((index, vocabulary.decode(found[place, 0]), look))
+            bar.update(len(batch.indices) * world_size())
+    for index, caption, look in gather(found_here):
+        captions[index], looks[index] = caption, look
     return captions, looks
 
 

@@ -86,10 +86,10 @@ class Encoder(nn.Module):
         preset = imagenet_weights(name).transforms()
         self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1), persistent=False)
-        self.region_size = self._count_features(image_size)
+        self.number_of_regions, self.region_size = self._dry_run(image_size)
 
-    def _count_features(self, image_size):
-        """Read D off a dry run."""
+    def _dry_run(self, image_size):
+        """Read R and D off a photo's way through."""
         self.eval()
         try:
             with torch.inference_mode():
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         if grid.ndim != 4 or grid.shape[2] != grid.shape[3]:
             raise InputError(f"--encoder_layer {self.layer}: not a grid of features, its shape is {tuple(grid.shape)}")
         self.train()
-        return grid.shape[1]
+        return (self.grid_size or grid.shape[2]) ** 2, grid.shape[1]
 
     def train(self, mode=True):
         """Keep the BatchNorm statistics of pretrained weights, which small batches would spoil, and of frozen ones."""

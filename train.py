@@ -1,31 +1,40 @@
 """Train a captioner: python train.py --data_folder data/flickr8k --run_folder runs/flickr8k"""
 
+import contextlib
 import copy
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from datasets import Vocabulary, epoch_order, make_loader, open_split, read_card
+from datasets import Vocabulary, epoch_order, make_loader, open_split, read_card, split_order
 from eval import Settings as EvaluationSettings
 from eval import evaluate
 from models import CHECKPOINT_FORMAT, MODEL_SETTINGS, Captioner, build_captioner, load_checkpoint, restore_captioner
 from utils import (
     InputError,
+    Stopped,
+    add_up,
     append_log,
     autocast,
-    choose_device,
     choose_dtype,
     draw_curves,
+    first_line,
+    gather,
     git_revision,
+    processes,
     random_state,
+    rank,
     read_log,
     require_at_least,
     require_below_one,
@@ -33,6 +42,8 @@ from utils import (
     run_script,
     save_checkpoint,
     set_random_state,
+    stop_signals,
+    world_size,
     write_log,
 )
 
@@ -60,7 +71,8 @@ class Settings:
     dropout: float = 0.4  # on words, regions and the output layer
 
     epochs: int = 15  # passes over the training images
-    batch_size: int = 16  # images a step, each with all its captions
+    batch_size: int = 16  # images a step, each with all its captions; over all processes
+    accumulate: int = 1  # parts a batch is computed in, one after the other: less memory, the same gradient
     learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
     warm_up: float = 0.1  # share of all steps over which both learning rates rise to these values
@@ -73,6 +85,7 @@ class Settings:
     score: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
     patience: int = 5  # stop after this many epochs without a better score
     max_length: int = 30  # words at most of a caption generated for validation
+    save_minutes: float = 10.0  # write last.pt this often within an epoch, too
 
     seed: int = 0  # of weights, order and dropout
     workers: int = 0  # processes that load batches; 0: the main one
@@ -80,20 +93,26 @@ class Settings:
     device: str = "auto"  # auto, cpu or cuda
 
 
-def captioning_loss(logits, targets, weights, lengths, doubly_stochastic, label_smoothing=0.0):
-    """The loss of teacher forcing and, of it, the mean cross-entropy of a word without label smoothing.
+def captioning_loss(outputs, lengths, settings, words, captions):
+    """The loss of teacher forcing and, of it, the cross-entropy of all words, added up and without label smoothing.
 
     The rest is the doubly stochastic term of "Show, Attend and Tell" (equation 14): over a caption, the weights of
-    each region should add up to about one. Label smoothing is that of Szegedy et al. (2016, section 7). Arguments as
-    `models.Decoder.forward` takes and returns them.
+    each region should add up to about one. Label smoothing is that of Szegedy et al. (2016, section 7).
+
+    Args:
+        outputs: what `models.Decoder.forward` returns.
+        lengths: (B, C) as it takes them.
+        settings: label_smoothing and doubly_stochastic.
+        words, captions: the numbers to divide by, those of the whole step where this is a part of it.
     """
+    logits, targets, weights = outputs
     log_probabilities = logits.float().log_softmax(dim=-1)  # (N, V)
-    word_loss = functional.nll_loss(log_probabilities, targets)
-    smoothed_loss = word_loss
-    if label_smoothing:
-        smoothed_loss = (1 - label_smoothing) * word_loss - label_smoothing * log_probabilities.mean()
+    cross_entropy = smoothed = functional.nll_loss(log_probabilities, targets, reduction="sum")
+    if share := settings.label_smoothing:
+        smoothed = (1 - share) * cross_entropy - share * log_probabilities.mean(dim=-1).sum()
     looked = weights.sum(dim=0)[lengths.to(weights.device) > 0]  # (captions, R)
-    return smoothed_loss + doubly_stochastic * (1 - looked).square().mean(), word_loss
+    once = (1 - looked).square().mean(dim=-1).sum()
+    return smoothed / words + settings.doubly_stochastic * once / captions, cross_entropy
 
 
 def learning_rate_factor(settings, step, steps_per_epoch):
@@ -129,55 +148,157 @@ class WeightAverage:
             own.copy_(new)
 
 
-def train_step(captioner, optimizer, batch, settings, device, dtype):
-    """One step on a `datasets.Batch`; returns the mean cross-entropy of a word and the number of words.
+def train_step(network, optimizer, batch, settings, device, dtype, totals=None):
+    """One step on a `datasets.Batch`; returns the cross-entropy of its words, added up, and their number.
 
-    Raises FloatingPointError where the loss is not finite.
+    `network` is a Captioner, or one in DistributedDataParallel: then `totals` are the words and captions of all
+    processes. Raises FloatingPointError where the loss is not finite.
     """
-    images = batch.images.to(device, non_blocking=True)
-    words = batch.words.to(device, non_blocking=True)
-
-    with autocast(device, dtype):
-        logits, targets, weights = captioner(images, words, batch.lengths)
-    loss, word_loss = captioning_loss(
-        logits, targets, weights, batch.lengths, settings.doubly_stochastic, settings.label_smoothing
-    )
-    if not math.isfinite(loss.item()):
-        raise FloatingPointError(f"the loss is {loss.item()}")
-
+    words, captions = totals or batch.totals()
+    sum_of_losses = 0.0
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    parts = batch.split(settings.accumulate)
+    for part in parts:
+        images = part.images.to(device, non_blocking=True)
+        numbers = part.words.to(device, non_blocking=True)
+        # Between processes gradients are averaged, once a step.
+        wait = network.no_sync() if world_size() > 1 and part is not parts[-1] else contextlib.nullcontext()
+        with wait:
+            with autocast(device, dtype):
+                outputs = network(images, numbers, part.lengths)
+            loss, cross_entropy = captioning_loss(outputs, part.lengths, settings, words, captions)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the loss is {loss.item()}")
+            (loss * world_size()).backward()
+        sum_of_losses += cross_entropy.item()
     if settings.gradient_clip:
-        clip_grad_norm_(captioner.parameters(), settings.gradient_clip)
+        clip_grad_norm_(network.parameters(), settings.gradient_clip)
     optimizer.step()
-    return word_loss.item(), len(targets)
+    return sum_of_losses, batch.totals()[0]
 
 
-def train_one_epoch(run, loader, device, dtype):
-    """One pass over the training images with all their captions; returns the mean cross-entropy of a word."""
+@dataclass
+class Run:
+    """All that a training run changes as it goes, and so all that it must save."""
+
+    settings: Settings
+    captioner: Captioner
+    vocabulary: Vocabulary
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage
+    network: nn.Module  # the captioner, in DistributedDataParallel where there are several processes
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps done of the epoch under way
+    seconds: float = 0.0  # that they took
+    loss: float = 0.0  # cross-entropy of this process's words in them, added up
+    words: int = 0  # number of these words
+    best_score: float = -1.0
+    waited: int = 0  # epochs since the best score
+
+    PROGRESS = ("epoch", "step", "seconds", "best_score", "waited")
+
+    def save(self, name, resumable):
+        """Write a checkpoint: the averaged weights or, where it is resumable, all that a resumed run needs.
+
+        Every process calls it, the first one writes.
+        """
+        captioner = self.captioner if resumable else self.average.captioner
+        loss, words = add_up([self.loss, self.words])
+        checkpoint = {
+            "format": CHECKPOINT_FORMAT,
+            "model": captioner.state_dict(),
+            "image_size": self.captioner.image_size,
+            "words": self.vocabulary.words,
+            "settings": asdict(self.settings),
+            "epoch": self.epoch,
+            "best_score": self.best_score,
+            "git": git_revision(),
+        }
+        if resumable:
+            checkpoint["progress"] = {name: getattr(self, name) for name in self.PROGRESS} | {
+                "loss": loss,
+                "words": words,
+            }
+            checkpoint["optimizer"] = self.optimizer.state_dict()
+            checkpoint["average"] = [own.detach() for own in self.average.averages]
+            checkpoint["rng"] = gather([random_state()])
+        if rank() == 0:
+            save_checkpoint(Path(self.settings.run_folder) / name, checkpoint)
+
+    def restore(self, checkpoint):
+        """Take over what `save` wrote beside the model, the random numbers last."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for own, saved in zip(self.average.averages, checkpoint["average"], strict=True):
+            own.data.copy_(saved)
+        for name in self.PROGRESS:
+            setattr(self, name, checkpoint["progress"][name])
+        if rank() == 0:  # sums over all processes, however many there were
+            self.loss, self.words = checkpoint["progress"]["loss"], checkpoint["progress"]["words"]
+        if rank() < len(checkpoint["rng"]):
+            set_random_state(checkpoint["rng"][rank()])
+
+
+def train_one_epoch(run, training, device, dtype):
+    """What is left of a pass over the training images with all their captions.
+
+    Adds up in `run` as it goes. Ctrl-C and SIGTERM end the program after a step, with all of it in last.pt.
+    """
+    settings = run.settings
     run.captioner.train()
-    total_loss = total_words = 0
-    number_of_captions = sum(map(len, loader.dataset.captions))
-    with tqdm(total=number_of_captions, desc=f"epoch {run.epoch + 1}", unit="caption", leave=False) as bar:
-        for place, batch in enumerate(loader):
-            step = run.epoch * len(loader) + place
-            factor = learning_rate_factor(run.settings, step, len(loader))
+    order = epoch_order(len(training), settings.seed, run.epoch)
+    batches = split_order(order, settings.batch_size)
+    loader = make_loader(training, batches[run.step :], settings.workers)
+    done = sum(len(training.captions[index]) for batch in batches[: run.step] for index in batch)
+    start = saved = time.perf_counter()
+    seconds_before = run.seconds
+    with (
+        stop_signals() as caught,
+        tqdm(
+            total=sum(map(len, training.captions)),
+            initial=done,
+            desc=f"epoch {run.epoch + 1}",
+            unit="caption",
+            leave=False,
+            disable=rank() > 0,
+        ) as bar,
+    ):
+        for batch in loader:
+            save_now = rank() == 0 and time.perf_counter() - saved > settings.save_minutes * 60
+            words, captions, stop, save_now = add_up([*batch.totals(), bool(caught), save_now])
+            if stop or save_now:
+                run.save("last.pt", resumable=True)
+                saved = time.perf_counter()
+            if stop:
+                path = Path(settings.run_folder) / "last.pt"
+                number = caught[0] if caught else signal.SIGTERM  # another process caught it
+                raise Stopped(number, f"stopped in epoch {run.epoch + 1}: python train.py --resume {path} goes on")
+
+            step = run.epoch * len(batches) + run.step
+            factor = learning_rate_factor(settings, step, len(batches))
             for group in run.optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
             try:
-                loss, words = train_step(run.captioner, run.optimizer, batch, run.settings, device, dtype)
+                loss, own_words = train_step(
+                    run.network, run.optimizer, batch, settings, device, dtype, (words, captions)
+                )
             except FloatingPointError as error:
                 rate = run.optimizer.param_groups[0]["lr"]
                 raise InputError(
-                    f"{error} at epoch {run.epoch + 1}, step {place + 1}, learning rate {rate:g}: "
+                    f"{error} at epoch {run.epoch + 1}, step {run.step + 1}, learning rate {rate:g}: "
                     f"lower --learning_rate or --gradient_clip, or try --precision fp32"
                 ) from None
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"{first_line(error)} With --batch_size {settings.batch_size} --accumulate "
+                    f"{settings.accumulate}: double --accumulate, or halve --batch_size"
+                ) from None
             run.average.update(step)
-            total_loss += loss * words
-            total_words += words
-            bar.set_postfix(loss=f"{total_loss / total_words:.3f}", refresh=False)
-            bar.update(int((batch.lengths > 0).sum()))
-    return total_loss / total_words
+            run.step += 1
+            run.loss += loss
+            run.words += own_words
+            run.seconds = seconds_before + time.perf_counter() - start
+            bar.set_postfix(loss=f"{run.loss / run.words:.3f}", refresh=False)
+            bar.update(captions)
 
 
 def settings_from(checkpoint, path, settings, names, free=()):
@@ -232,49 +353,9 @@ def make_optimizer(captioner, settings):
     return torch.optim.Adam(groups, fused=True)
 
 
-@dataclass
-class Run:
-    """All that a training run changes as it goes, and so all that it must save."""
-
-    settings: Settings
-    captioner: Captioner
-    vocabulary: Vocabulary
-    optimizer: torch.optim.Optimizer
-    average: WeightAverage
-    epoch: int = 0  # epochs done
-    best_score: float = -1.0
-    waited: int = 0  # epochs since the best score
-
-    def save(self, name, resumable):
-        """Write a checkpoint: the averaged weights or, where it is resumable, all that a resumed run needs."""
-        captioner = self.captioner if resumable else self.average.captioner
-        checkpoint = {
-            "format": CHECKPOINT_FORMAT,
-            "model": captioner.state_dict(),
-            "image_size": self.captioner.image_size,
-            "words": self.vocabulary.words,
-            "settings": asdict(self.settings),
-            "epoch": self.epoch,
-            "best_score": self.best_score,
-            "git": git_revision(),
-        }
-        if resumable:
-            checkpoint.update(optimizer=self.optimizer.state_dict(), patience=self.waited, rng=random_state())
-            checkpoint.update(average=[own.detach() for own in self.average.averages])
-        save_checkpoint(Path(self.settings.run_folder) / name, checkpoint)
-
-    def restore(self, checkpoint):
-        """Take over what `save` wrote beside the model, the random numbers last."""
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.epoch, self.best_score = checkpoint["epoch"], checkpoint["best_score"]
-        self.waited = checkpoint["patience"]
-        for own, saved in zip(self.average.averages, checkpoint["average"], strict=True):
-            own.data.copy_(saved)
-        set_random_state(checkpoint["rng"])
-
-
 def start_run(settings, checkpoint, device):
-    """Build the model, new or from a checkpoint, and its optimizer."""
+    """Build the model, new or from a checkpoint, its optimizer and its average."""
+    torch.manual_seed(settings.seed)
     if checkpoint:
         captioner, vocabulary = restore_captioner(checkpoint, settings.resume or settings.init_from)
     else:
@@ -283,75 +364,97 @@ def start_run(settings, checkpoint, device):
         captioner = build_captioner(asdict(settings), len(vocabulary), image_size, settings.encoder_weights)
     captioner.to(device)
     optimizer = make_optimizer(captioner, settings)
-    return Run(settings, captioner, vocabulary, optimizer, WeightAverage(captioner, settings.weight_average))
+    average = WeightAverage(captioner, settings.weight_average)
+    network = DistributedDataParallel(captioner) if world_size() > 1 else captioner
+    if rank() > 0:
+        torch.manual_seed(settings.seed + rank())  # the same weights, but dropout of its own
+    run = Run(settings, captioner, vocabulary, optimizer, average, network)
+    if settings.resume:
+        run.restore(checkpoint)
+    return run
+
+
+def start_files(run, checkpoint):
+    """Bring the run folder to where the run starts: of a resumed one, no later rows than its checkpoint's."""
+    folder, rows = Path(run.settings.run_folder), []
+    if run.settings.resume:
+        rows = [row for row in read_log(folder / "log.jsonl") if row["epoch"] <= checkpoint["epoch"]]
+    elif rank() == 0:
+        for name in ("best.pt", "curves.png"):  # of a run that --overwrite replaces
+            (folder / name).unlink(missing_ok=True)
+    if rank() == 0:
+        write_log(folder / "log.jsonl", rows)
+    run.save("last.pt", resumable=True)
+
+
+def finish_epoch(run, training, validation, device, dtype):
+    """Validate, then write log.jsonl, best.pt, last.pt and curves.png."""
+    settings = run.settings
+    evaluation = EvaluationSettings(batch_size=settings.batch_size, max_length=settings.max_length)
+    scores, captions = evaluate(run.average.captioner, run.vocabulary, validation, evaluation, 1, device, dtype)
+    loss, words = add_up([run.loss, run.words])
+    row = {
+        "epoch": run.epoch + 1,
+        "loss": loss / words,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "seconds": run.seconds,
+        "captions_per_second": sum(map(len, training.captions)) / run.seconds,
+        **scores,
+    }
+    run.epoch, run.step, run.seconds, run.loss, run.words = run.epoch + 1, 0, 0.0, 0.0, 0
+    better = scores[settings.score] > run.best_score
+    run.waited = 0 if better else run.waited + 1
+    run.best_score = max(run.best_score, scores[settings.score])
+    folder = Path(settings.run_folder)
+    if rank() == 0:
+        append_log(folder / "log.jsonl", row)
+    if better:
+        run.save("best.pt", resumable=False)
+    run.save("last.pt", resumable=True)
+    if rank() == 0:
+        draw_curves([folder / "log.jsonl"], folder / "curves.png")
+    print(
+        f"epoch {run.epoch}: loss {row['loss']:.3f}, BLEU-4 {scores['bleu_4']:.4f}, CIDEr {scores['cider']:.4f}, "
+        f"{row['captions_per_second']:.0f} captions/s, {row['seconds']:.0f} s{', best' if better else ''}"
+    )
+    print(f"  {validation.entries[0]['image']}: {' '.join(captions[0])}")
+
+
+def check(settings):
+    """Raise InputError for a number out of its range."""
+    require_at_least(settings, 1, "epochs", "batch_size", "accumulate", "patience", "max_length")
+    require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
+    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
+    require_at_least(settings, 0, "grid_size", "region_dim", "gradient_clip", "learning_rate_decay", "save_minutes")
+    require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average")
+    if settings.batch_size < world_size() * settings.accumulate:
+        raise InputError(
+            f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "
+            f"--accumulate {settings.accumulate} parts: give at least {world_size() * settings.accumulate}"
+        )
 
 
 def main(settings):
-    """Train until the validation score stops rising; write last.pt, best.pt, log.jsonl and curves.png."""
-    require_at_least(settings, 1, "epochs", "batch_size", "patience", "max_length")
-    require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
-    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
-    require_at_least(settings, 0, "grid_size", "region_dim", "gradient_clip", "learning_rate_decay")
-    require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average")
-    settings, checkpoint = prepare_run(settings)
-    require_writable(settings.run_folder)
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.precision, device)
-    torch.manual_seed(settings.seed)
-    run = start_run(settings, checkpoint, device)
-    cached = not settings.fine_tune_encoder
-    validation, training = (
-        open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype)
-        for split in ("val", "train")
-    )
-    evaluation = EvaluationSettings(batch_size=settings.batch_size, max_length=settings.max_length)
-
-    log_path = Path(settings.run_folder) / "log.jsonl"
-    rows = []
-    if settings.resume:
-        rows = [row for row in read_log(log_path) if row["epoch"] <= checkpoint["epoch"]]
-        run.restore(checkpoint)
-    else:
-        for name in ("best.pt", "curves.png"):  # of a run that --overwrite replaces
-            (Path(settings.run_folder) / name).unlink(missing_ok=True)
-    write_log(log_path, rows)
-    run.save("last.pt", resumable=True)
-    print(f"{len(training)} training images, {len(run.vocabulary)} words, {device}, {str(dtype).split('.')[1]}")
-
-    if run.epoch >= settings.epochs or run.waited >= settings.patience:
-        print(f"nothing to do after {run.epoch} of {settings.epochs} epochs: --epochs N trains longer")
-    while run.epoch < settings.epochs and run.waited < settings.patience:
-        order = epoch_order(len(training), settings.seed, run.epoch)
-        loader = make_loader(training, settings.batch_size, order, settings.workers)
-        start = time.perf_counter()
-        loss = train_one_epoch(run, loader, device, dtype)
-        seconds = time.perf_counter() - start
-        scores, captions = evaluate(run.average.captioner, run.vocabulary, validation, evaluation, 1, device, dtype)
-
-        run.epoch += 1
-        row = {
-            "epoch": run.epoch,
-            "loss": loss,
-            "learning_rate": run.optimizer.param_groups[0]["lr"],
-            "seconds": seconds,
-            "captions_per_second": sum(map(len, training.captions)) / seconds,
-            **scores,
-        }
-        append_log(log_path, row)
-        better = scores[settings.score] > run.best_score
-        if better:
-            run.best_score, run.waited = scores[settings.score], 0
-            run.save("best.pt", resumable=False)
-        else:
-            run.waited += 1
-        run.save("last.pt", resumable=True)
-        draw_curves(log_path, Path(settings.run_folder) / "curves.png")
-        print(
-            f"epoch {run.epoch}: loss {loss:.3f}, BLEU-4 {scores['bleu_4']:.4f}, CIDEr {scores['cider']:.4f}, "
-            f"{row['captions_per_second']:.0f} captions/s, {seconds:.0f} s{', best' if better else ''}"
+    """Train until the validation score stops rising, or on each of several processes its share (torchrun)."""
+    with processes(settings.device) as device:
+        check(settings)
+        settings, checkpoint = prepare_run(settings)
+        require_writable(settings.run_folder)
+        dtype = choose_dtype(settings.precision, device)
+        run = start_run(settings, checkpoint, device)
+        cached = not settings.fine_tune_encoder
+        validation, training = (
+            open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype)
+            for split in ("val", "train")
         )
-        print(f"  {validation.entries[0]['image']}: {' '.join(captions[0])}")
-    print(f"best {settings.score} {run.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
+        start_files(run, checkpoint)
+        print(f"{len(training)} training images, {len(run.vocabulary)} words, {device}, {str(dtype).split('.')[1]}")
+        if run.epoch >= settings.epochs or run.waited >= settings.patience:
+            print(f"nothing to do after {run.epoch} of {settings.epochs} epochs: --epochs N trains longer")
+        while run.epoch < settings.epochs and run.waited < settings.patience:
+            train_one_epoch(run, training, device, dtype)
+            finish_epoch(run, training, validation, device, dtype)
+        print(f"best {settings.score} {run.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 import argparse
 import contextlib
 import inspect
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
+from torch import distributed
 
 
 class InputError(ValueError):
@@ -59,6 +62,9 @@ def run_script(main, Settings):
         fail(error)
     except OSError as error:  # no permission, no space: the system names the file and the reason
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -84,6 +90,90 @@ def require_below_one(settings, *names):
     for name in names:
         if not 0 <= getattr(settings, name) < 1:
             raise InputError(f"--{name} {getattr(settings, name)}: must be below 1 and at least 0")
+
+
+class Stopped(Exception):
+    """A program that ended itself in order because a signal asked it to."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list that Ctrl-C and SIGTERM append their number to, instead of stopping at once; a second one does."""
+    caught = []
+
+    def catch(number, _):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in former.items():
+            if handler is not signal.SIG_IGN:  # a program under nohup or & shall not be stopped
+                signal.signal(number, catch)
+        yield caught
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------- several processes
+
+
+def rank():
+    """The number of this process, 0 for the first or only one: the one that writes files and prints."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes that train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def processes(device_name):
+    """Yield this process's device, having joined the others where torchrun started several."""
+    if not distributed.is_torchelastic_launched():
+        yield choose_device(device_name)
+        return
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    output = io.StringIO() if rank() else sys.stdout  # one voice
+    try:
+        with contextlib.redirect_stdout(output):
+            yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+def add_up(numbers):
+    """A list of numbers, each the sum over all processes."""
+    if world_size() == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return [type(number)(value) for number, value in zip(numbers, total.tolist(), strict=True)]
+
+
+def gather(items):
+    """The lists of all processes as one, in their order."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size()
+    distributed.all_gather_object(lists, items)
+    return [item for one in lists for item in one]
+
+
+def barrier():
+    """Wait until all processes are here."""
+    gather([])
 
 
 # ------------------------------------------------------------------------------------------- seeds and devices
@@ -222,22 +312,25 @@ def read_log(path):
     return rows
 
 
-def draw_curves(log_path, picture_path):
-    """Draw a run's loss and validation scores by epoch, from its log."""
+def draw_curves(log_paths, picture_path):
+    """Draw the loss and the validation scores of one run or several by epoch, from their logs."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    rows = read_log(log_path)
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss_axes, score_axes = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    loss_axes.plot(epochs, [row["loss"] for row in rows], marker="o", label="training loss")
-    for name, label in (("cider", "CIDEr"), ("bleu_4", "BLEU-4")):
-        score_axes.plot(epochs, [row[name] for row in rows], marker="o", label=f"validation {label}")
-    for axes in (loss_axes, score_axes):
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    panels = list(zip(figure.subplots(1, 3), ("loss", "cider", "bleu_4"), strict=True))
+    titles = {"loss": "training loss", "cider": "validation CIDEr", "bleu_4": "validation BLEU-4"}
+    for path in log_paths:
+        rows = read_log(path)
+        for axes, name in panels:
+            epochs, values = [row["epoch"] for row in rows], [row[name] for row in rows]
+            axes.plot(epochs, values, marker="o", markersize=3, label=str(Path(path).parent))
+    for axes, name in panels:
+        axes.set_title(titles[name])
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+    if len(log_paths) > 1:
+        panels[0][0].legend()
     with written_whole(picture_path) as temporary:
         figure.savefig(temporary, dpi=100)
 

@@ -160,7 +160,7 @@ def main(settings):
         return torch.cat([p.grad.flatten() for p in captioner.decoder.parameters()]).double()
 
     outputs = captioner(batch.images.to(device), batch.words.to(device), batch.lengths)
-    ours = train.captioning_loss(*outputs, batch.lengths, plan.doubly_stochastic)[0]
+    ours = train.captioning_loss(outputs, batch.lengths, plan, *batch.totals())[0]
     theirs = straightforward_loss(captioner, repeated, words, lengths, plan)[1]
     gap = abs(ours.item() - theirs.item())
     our_gradient, their_gradient = gradient(ours), gradient(theirs)

@@ -96,9 +96,9 @@ def test_batches_are_sorted_both_ways_and_padded():
 def test_workers_give_the_same_batches(shapes, start_method):
     dataset = CaptionDataset(shapes, "train", Vocabulary.load(shapes))
     dataset[0]  # a handle is open before the workers start
-    order = datasets.epoch_order(len(dataset), seed=1, epoch=0)
-    alone = list(make_loader(dataset, 8, order))
-    shared = list(make_loader(dataset, 8, order, workers=2, start_method=start_method))
+    batches = datasets.split_order(datasets.epoch_order(len(dataset), seed=1, epoch=0), 8)
+    alone = list(make_loader(dataset, batches))
+    shared = list(make_loader(dataset, batches, workers=2, start_method=start_method))
     assert sorted(index for batch in alone for index in batch.indices) == list(range(len(dataset)))
     for one, other in zip(alone, shared, strict=True):
         assert one.indices == other.indices
@@ -114,7 +114,7 @@ def test_the_order_depends_on_seed_and_epoch():
 
 def small_captioner(weights_seed=0, grid_size=0):
     torch.manual_seed(weights_seed)
-    encoder = Encoder("resnet18", "layer1", grid_size=grid_size).eval()
+    encoder = Encoder("resnet18", "layer1", grid_size=grid_size, image_size=32).eval()
     return Captioner(encoder, torch.nn.Identity(), Decoder(10, 64, 4, 4, 4, 0.0), 32)
 
 

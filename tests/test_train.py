@@ -1,8 +1,12 @@
 """Training: it learns, resumes exactly, and refuses what cannot be."""
 
+import errno
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -26,6 +30,15 @@ def assert_same_weights(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
+def assert_same_run(whole, parts):
+    """Two run folders hold the same weights and the same log, times aside."""
+    for name in ("last.pt", "best.pt"):
+        assert_same_weights(weights(whole / name), weights(parts / name))
+    for one, other in zip(read_log(whole / "log.jsonl"), read_log(parts / "log.jsonl"), strict=True):
+        for name in one.keys() - {"seconds", "captions_per_second", "images_per_second"}:
+            assert one[name] == other[name], name
+
+
 @pytest.mark.parametrize("fine_tune", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shapes, tmp_path, fine_tune, precision):
@@ -42,38 +55,115 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shapes, tmp_path,
     train.main(replace(settings, run_folder=str(tmp_path / "parts"), epochs=1))
     torch.rand(7)  # whatever happened in between
     train.main(train.Settings(resume=str(tmp_path / "parts" / "last.pt"), epochs=3))
-    assert_same_weights(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "parts" / "last.pt"))
-    assert_same_weights(weights(tmp_path / "whole" / "best.pt"), weights(tmp_path / "parts" / "best.pt"))
-    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
-    for one, other in zip(*logs, strict=True):
-        for name in one.keys() - {"seconds", "captions_per_second", "images_per_second"}:
-            assert one[name] == other[name], name
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("step", [2, 5])  # in the first epoch of three steps, and in the second
-def test_an_interrupted_run_leaves_a_usable_last_pt(shapes, tmp_path, monkeypatch, step):
-    settings = replace(SMALL, data_folder=str(shapes))
-    train.main(replace(settings, run_folder=str(tmp_path / "whole")))
+def after_step(monkeypatch, step, act):
+    """Let training `act` after so many steps."""
     steps = []
 
-    def interrupted(*arguments, original=train.train_step):
+    def acting(*arguments, original=train.train_step):
+        result = original(*arguments)
         steps.append(1)
         if len(steps) == step:
-            raise KeyboardInterrupt
-        return original(*arguments)
+            act()
+        return result
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train, "train_step", acting)
+
+
+@pytest.mark.parametrize("step", [2, 4])  # in the first epoch of three steps, and in the second
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole(
+    shapes, tmp_path, monkeypatch, command, step, workers, number
+):
+    settings = replace(SMALL, data_folder=str(shapes), workers=workers)
+    train.main(replace(settings, run_folder=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        after_step(patch, step, lambda: signal.raise_signal(number))
+        status, _, err = command(train, *flags(shapes, tmp_path / "parts"), "--workers", workers)
+    last = tmp_path / "parts" / "last.pt"
+    assert status == 128 + number and err.splitlines()[-1].endswith(f"python train.py --resume {last} goes on")
+    assert torch.load(last, weights_only=True)["progress"]["step"] == step % 3
+    train.main(train.Settings(resume=str(last)))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(shapes, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """What no code catches."""
+
+    def kill():
+        raise Killed
+
+    settings = replace(SMALL, data_folder=str(shapes), save_minutes=0.0)  # before every step
+    train.main(replace(settings, run_folder=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        after_step(patch, 5, kill)
         train.main(replace(settings, run_folder=str(tmp_path / "parts")))
+    progress = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 1)
     train.main(train.Settings(resume=str(tmp_path / "parts" / "last.pt")))
-    assert_same_weights(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "parts" / "last.pt"))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(shapes, run_folder, tmp_path, monkeypatch, command):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    before = (folder / "last.pt").read_bytes()
+
+    def full(checkpoint, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", file.name)
+
+    monkeypatch.setattr(torch, "save", full)
+    status, _, err = command(train, "--resume", folder / "last.pt", "--epochs", 3)
+    assert status == 2 and err.splitlines()[-1].endswith("No space left on device"), err
+    assert (folder / "last.pt").read_bytes() == before and not list(folder.glob(".*"))
+
+
+def test_accumulating_gives_the_same_step(shapes):
+    settings = replace(SMALL, dropout=0.0, encoder_weights="", fine_tune_encoder=False)
+    torch.manual_seed(0)
+    captions = [[[1, *range(4, 4 + n), 2] for n in lengths] for lengths in ((3, 1), (2, 2), (5,), (1, 1, 2))]
+    batch = collate([(i, torch.rand(4, 64).half(), one) for i, one in enumerate(captions)])
+    gradients = []
+    for parts in (1, 3, 9):
+        torch.manual_seed(0)
+        captioner = build_captioner(asdict(settings), 12, 32, "").train()
+        optimizer = train.make_optimizer(captioner, settings)
+        chosen = replace(settings, accumulate=parts, gradient_clip=0.0)
+        loss, words = train.train_step(captioner, optimizer, batch, chosen, torch.device("cpu"), torch.float32)
+        gradients.append((loss, words, [one.grad for one in captioner.decoder.parameters()]))
+    for one in gradients[1:]:
+        torch.testing.assert_close(one, gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_train_as_one_does(shapes, tmp_path):
+    """The same batches on two processes of torchrun: the same losses, scores and features."""
+    folder = shutil.copytree(shapes, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
+    arguments = [*flags(folder, tmp_path / "two"), "--no-fine_tune_encoder", "--dropout", "0", "--accumulate", "2"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", train.__file__, *arguments]
+    result = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("24 training images") == 1
+    cached = {path.name: path.read_bytes() for path in (folder / "features").iterdir()}
+    shutil.rmtree(folder / "features")
+    settings = replace(SMALL, data_folder=str(folder), fine_tune_encoder=False, dropout=0.0)
+    train.main(replace(settings, run_folder=str(tmp_path / "one")))
+    assert cached.keys() == {path.name for path in (folder / "features").iterdir()}
+    for one, two in zip(
+        read_log(tmp_path / "one" / "log.jsonl"), read_log(tmp_path / "two" / "log.jsonl"), strict=True
+    ):
+        for name in ("loss", "cider", "bleu_4", "rouge_l"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
 def test_a_run_leaves_its_files_and_checkpoints_hold_only_plain_things(run_folder):
     assert {path.name for path in run_folder.iterdir()} == {"last.pt", "best.pt", "log.jsonl", "curves.png"}
     best = torch.load(run_folder / "best.pt", weights_only=True)
     last = torch.load(run_folder / "last.pt", weights_only=True)
-    assert {"optimizer", "rng", "patience", "average"} == last.keys() - best.keys()
+    assert {"optimizer", "rng", "progress", "average"} == last.keys() - best.keys()
     assert best["words"][:4] == ["<pad>", "<start>", "<end>", "<unk>"] and best["image_size"] == 32
     assert [row["epoch"] for row in read_log(run_folder / "log.jsonl")] == [1, 2]
 
@@ -87,7 +177,7 @@ def test_training_overfits_four_images():
     captioner = build_captioner(asdict(settings), 7, 32, "").train()
     optimizer = train.make_optimizer(captioner, settings)
     arguments = (captioner, optimizer, batch, settings, torch.device("cpu"), torch.float32)
-    losses = [train.train_step(*arguments)[0] for _ in range(150)]
+    losses = [loss / words for loss, words in (train.train_step(*arguments) for _ in range(150))]
     assert losses[0] > 1.5 and losses[-1] < 0.1
 
 
@@ -96,7 +186,8 @@ def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
     regions = torch.rand(2, 4, 6)
     batch = collate([(i, regions[i], captions[i]) for i in range(2)])
     outputs = tiny_decoder(batch.images, batch.words, batch.lengths)
-    loss, word_loss = train.captioning_loss(*outputs, batch.lengths, 0.7)
+    settings = replace(SMALL, doubly_stochastic=0.7, label_smoothing=0.0)
+    loss, cross_entropy = train.captioning_loss(outputs, batch.lengths, settings, *batch.totals())
     log_probability, words, terms = 0.0, 0, []
     for image, caption in ((0, captions[0][0]), (0, captions[0][1]), (1, captions[1][0])):
         tensors = (regions[image : image + 1], torch.tensor([[caption]]), torch.tensor([[len(caption) - 1]]))
@@ -104,8 +195,8 @@ def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
         log_probability += logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum()
         words += len(targets)
         terms.append((1 - weights[:, 0, 0].sum(0)).square().mean())
-    torch.testing.assert_close(word_loss, -log_probability / words)
-    torch.testing.assert_close(loss, word_loss + 0.7 * torch.stack(terms).mean())
+    torch.testing.assert_close(cross_entropy, -log_probability)
+    torch.testing.assert_close(loss, cross_entropy / words + 0.7 * torch.stack(terms).mean())
 
 
 def test_a_frozen_encoder_stays_as_it_is_and_runs_once_an_image(shapes, tmp_path, monkeypatch):
@@ -167,9 +258,10 @@ def test_the_learning_rate_rises_and_falls():
 def test_label_smoothing_is_that_of_torch():
     logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
     weights, lengths = torch.rand(4, 1, 2, 3), torch.tensor([[4, 2]])
-    loss, word_loss = train.captioning_loss(logits, targets, weights, lengths, 0.0, 0.3)
+    settings = replace(SMALL, doubly_stochastic=0.0, label_smoothing=0.3)
+    loss, cross_entropy = train.captioning_loss((logits, targets, weights), lengths, settings, 6, 2)
     torch.testing.assert_close(loss, functional.cross_entropy(logits, targets, label_smoothing=0.3))
-    torch.testing.assert_close(word_loss, functional.cross_entropy(logits, targets))
+    torch.testing.assert_close(cross_entropy, functional.cross_entropy(logits, targets, reduction="sum"))
 
 
 @pytest.mark.parametrize("fine_tune", [True, False])
