@@ -156,6 +156,13 @@ def load_encoder_weights(network, path):
     network.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
 
 
+def start_linear(layer):
+    """Start a linear layer as Glorot and Bengio (2010) do."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 class _WeightOverTime(torch.autograd.Function):
     """Hands out a weight for the applications at all words; backward multiplies out all of its gradient at once."""
 
@@ -232,6 +239,12 @@ class LSTMCell(nn.Module):
         self.context = LinearOverTime(region_size, 4 * hidden_size)
         self.hidden = LinearOverTime(hidden_size, 4 * hidden_size)
 
+    def start(self):
+        """Forget nothing at first (Jozefowicz et al., 2015), and let the state turn without growing or fading."""
+        for gate in self.hidden.weight.data.chunk(4):
+            nn.init.orthogonal_(gate)
+        self.words.bias.data.chunk(4)[1].fill_(1)
+
     def forward(self, words, context, state):
         """words (..., 4 H) as `words` makes them, context (..., D), state tuple of (..., H) -> state."""
         hidden, memory = state
@@ -253,8 +266,6 @@ class SoftAttention(nn.Module):
         self.keys = nn.Linear(region_size, attention_size)
         self.query = LinearOverTime(hidden_size, attention_size)
         self.score = nn.Linear(attention_size, 1, bias=False)  # softmax takes no notice of a bias
-        for layer in (self.keys, self.query, self.score):  # torch's own start is so close to uniform that it lasts
-            nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, regions, keys, hidden):
         """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, D), weights (B, C, R)."""
@@ -282,6 +293,14 @@ class Decoder(nn.Module):
         self.context_output = nn.Linear(region_size, embedding_size, bias=False)
         self.output = nn.Linear(embedding_size, vocabulary_size)
         self.dropout = nn.Dropout(dropout)
+        # torch's own start would draw the words ten times larger, and drown the regions in them for epochs; it would
+        # also leave the attention so close to uniform that it stays so for long.
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.embedding.weight.data[PAD] = 0
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                start_linear(layer)
+        self.cell.start()
 
     def keys(self, regions):
         """The part of the attention that no word changes: regions (B, R, D) -> keys (B, R, A)."""
@@ -381,6 +400,7 @@ def build_captioner(settings, vocabulary_size, image_size, encoder_weights):
     if settings["region_dim"]:
         region_size = settings["region_dim"]
         region_layer = nn.Sequential(nn.Linear(encoder.region_size, region_size), nn.ReLU(), nn.Dropout(dropout))
+        start_linear(region_layer[0])
     sizes = (settings["embedding_size"], settings["attention_size"], settings["hidden_size"])
     return Captioner(encoder, region_layer, Decoder(vocabulary_size, region_size, *sizes, dropout), image_size)
 

@@ -57,6 +57,7 @@ class Settings:
     overwrite: bool = False  # start anew in a run folder that holds a run
     resume: str = ""  # a last.pt: continue that run exactly, in its folder and with its settings
     init_from: str = ""  # a best.pt: a new run from its weights, words and model settings
+    look: tuple[str, ...] = ()  # run folders: draw their curves into one picture and stop
 
     encoder: str = "resnet101"  # any torchvision classification network
     encoder_layer: str = ""  # layer whose grid the decoder sees; empty: the network's last grid
@@ -91,6 +92,9 @@ class Settings:
     workers: int = 0  # processes that load batches; 0: the main one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
     device: str = "auto"  # auto, cpu or cuda
+
+
+NOT_OF_THE_RUN = ("resume", "run_folder", "overwrite", "look")  # settings that a resumed run does not take over
 
 
 def captioning_loss(outputs, lengths, settings, words, captions):
@@ -326,7 +330,7 @@ def prepare_run(settings):
         if "optimizer" not in checkpoint:
             raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
         settings = replace(settings, run_folder=str(Path(settings.resume).parent))
-        names = [field.name for field in fields(Settings) if field.name not in ("resume", "run_folder", "overwrite")]
+        names = [field.name for field in fields(Settings) if field.name not in NOT_OF_THE_RUN]
         free = ("data_folder", "epochs", "patience", "workers", "device")
         return settings_from(checkpoint, settings.resume, settings, names, free), checkpoint
     if (run_folder / "last.pt").exists() and not settings.overwrite:
@@ -434,8 +438,22 @@ def check(settings):
         )
 
 
+def draw_runs(folders):
+    """Draw the curves of several runs into curves.png beside the first; returns its path."""
+    for folder in folders:
+        if not read_log(Path(folder) / "log.jsonl"):
+            raise InputError(f"--look {folder}: no run there, it has no log.jsonl with an epoch")
+    picture = Path(folders[0]).resolve().parent / "curves.png"
+    require_writable(picture.parent)
+    draw_curves([Path(folder) / "log.jsonl" for folder in folders], picture)
+    return picture
+
+
 def main(settings):
     """Train until the validation score stops rising, or on each of several processes its share (torchrun)."""
+    if settings.look:
+        print(draw_runs(settings.look))
+        return
     with processes(settings.device) as device:
         check(settings)
         settings, checkpoint = prepare_run(settings)

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 import train
@@ -229,6 +230,14 @@ def test_init_from_starts_a_new_run_with_the_weights_words_and_model_settings(co
     assert all(torch.equal(started[name], trained[name]) for name in trained if name.startswith("decoder"))
 
 
+def test_look_draws_several_runs_into_one_picture(command, run_folder, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(run_folder, tmp_path / name)
+    status, out, _ = command(train, "--look", tmp_path / "a", tmp_path / "b")
+    assert status == 0 and out == f"{tmp_path / 'curves.png'}\n"
+    assert Image.open(tmp_path / "curves.png").size == (1200, 350)
+
+
 def test_a_torn_log_does_not_block_a_resumed_run(shapes, run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     with open(folder / "log.jsonl", "a") as file:
@@ -314,6 +323,7 @@ def flags(shapes, run_folder):
         (("--encoder", "resnet999"), "--encoder resnet999"),
         (("--encoder_weights", "missing.pth"), "missing.pth"),
         (("--encoder_weights", "{run}/log.jsonl"), "log.jsonl is refused"),
+        (("--look", "{run}", "missing"), "--look missing: no run there"),
         (("--epochs", "0"), "--epochs 0: must be at least 1"),
         (("--learning_rate", "nan"), "--learning_rate nan: must be at least 0"),
         (("--dropout", "1.5"), "--dropout 1.5: must be below 1"),
