@@ -69,18 +69,18 @@ class Settings:
     embedding_size: int = 512  # units of a word
     attention_size: int = 512  # units of the attention
     hidden_size: int = 512  # units of the LSTM
-    dropout: float = 0.4  # on words, regions and the output layer
+    dropout: float = 0.5  # on words, regions and the output layer
 
-    epochs: int = 15  # passes over the training images
-    batch_size: int = 16  # images a step, each with all its captions; over all processes
+    epochs: int = 10  # passes over the training images
+    batch_size: int = 8  # images a step, each with all its captions; over all processes
     accumulate: int = 1  # parts a batch is computed in, one after the other: less memory, the same gradient
     learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
-    warm_up: float = 0.1  # share of all steps over which both learning rates rise to these values
+    warm_up: float = 0.05  # share of all steps over which both learning rates rise to these values
     schedule: Literal["cosine", "step"] = "cosine"  # meanwhile they fall to 0 along a cosine, or by a factor an epoch
     learning_rate_decay: float = 0.8  # that factor
     gradient_clip: float = 5.0  # norm of the gradient at most; 0: as it is
-    doubly_stochastic: float = 1.0  # weight of the term that asks to look everywhere once
+    doubly_stochastic: float = 0.0  # weight of the term that asks to look everywhere once
     label_smoothing: float = 0.1  # share of a target's probability that is spread over all words
     weight_average: float = 0.999  # decay of the moving average of weights that best.pt holds; 0: none
     score: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early

@@ -1,15 +1,17 @@
-"""Captions/s of a training step against the straightforward loop: python benchmarks/bench_train.py
+"""Captions/s of a training step against the straightforward loop and the machine's limit: benchmarks/bench_train.py
 
 Both sides train the decoder on the frozen encoder's regions of the same photos, with the same weights, words and
 optimizer. The straightforward loop is that of most tutorials: the encoder runs in the step, once for each caption,
 the attention's keys are projected again at each word, logits are computed word by word, all in fp32. Photos and
-captions are random; the captions' lengths are distributed like Flickr8k's.
+captions are random; the captions' lengths are distributed like Flickr8k's. The limit is a large matrix product: its
+operations a second, times the operations that torch counts in a step.
 """
 
 import json
+import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
@@ -36,6 +39,7 @@ class Settings:
     captions: int = 5  # of each image
     vocabulary: int = 2541  # words; Flickr8k's at min_word_freq 5
     steps: int = 10  # counted steps of the cached side
+    fine_tune_steps: int = 1  # counted steps that train the encoder, too; 0 leaves them out
     reference_steps: int = 1  # counted steps of the straightforward loop
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the cached side
     device: str = "auto"  # auto, cpu or cuda
@@ -112,7 +116,7 @@ def random_captions(settings, generator):
 
 
 def seconds_each(step, count, device):
-    """Median seconds of a call after one that is not counted."""
+    """Median seconds of a call after one that is not counted: NaN for none."""
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
@@ -120,7 +124,27 @@ def seconds_each(step, count, device):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[count // 2]
+    return sorted(times[1:])[count // 2] if count else math.nan
+
+
+def operations_per_second(device, dtype, side=4096):
+    """What a large matrix product reaches: the limit of all that a step computes."""
+    one, other = torch.randn(2, side, side, device=device, dtype=dtype)
+    return 2 * side**3 / seconds_each(lambda: one @ other, 5, device)
+
+
+def bytes_per_second(device, size=2**28):
+    """What a large copy reaches, counted as read and written."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds_each(lambda: target.copy_(source), 5, device)
+
+
+def operations(step):
+    """The operations of a step's matrix products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def main(settings):
@@ -168,15 +192,31 @@ def main(settings):
     print(f"same loss within {gap:.1e} (cached features are float16), cosine of the two gradients {direction:.6f}")
     assert gap < 1e-2 and direction > 0.999, "the two sides do not agree"
 
-    ours = seconds_each(
-        lambda: train.train_step(captioner, optimizer, batch, plan, device, dtype), settings.steps, device
-    )
+    def step():
+        return train.train_step(captioner, optimizer, batch, plan, device, dtype)
+
+    def fine_tuning_step():
+        return train.train_step(captioner, fine_tuning_optimizer, plain, tuned, device, dtype)
+
+    limit = operations_per_second(device, dtype)
+    counted = operations(step)
+    ours = seconds_each(step, settings.steps, device)
     theirs = seconds_each(
         lambda: straightforward_step(captioner, optimizer, repeated, words, lengths, plan),
         settings.reference_steps,
         device,
     )
-    ratio = theirs / ours
+    rows_of_table = [
+        ("straightforward loop", "fp32", theirs, None),
+        ("train.py, cached features", dtype, ours, counted),
+    ]
+    if settings.fine_tune_steps:
+        tuned = replace(plan, fine_tune_encoder=True)
+        fine_tuning_optimizer = train.make_optimizer(captioner, tuned)
+        counted_tuning = operations(fine_tuning_step)
+        tuning = seconds_each(fine_tuning_step, settings.fine_tune_steps, device)
+        rows_of_table.append(("train.py --fine_tune_encoder", dtype, tuning, counted_tuning))
+
     print(
         f"{settings.encoder} at {settings.image_size} pixels, {batch.images.shape[1]} regions, {rows} captions a step,"
     )
@@ -184,13 +224,23 @@ def main(settings):
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"extracting the features once: {extraction:.1f} images/s"
     )
-    print("| side | precision | s/step | captions/s |")
-    print("| --- | --- | ---: | ---: |")
-    print(f"| straightforward loop | fp32 | {theirs:.2f} | {rows / theirs:.1f} |")
-    print(f"| train.py, cached features | {str(dtype).split('.')[1]} | {ours:.2f} | {rows / ours:.1f} |")
-    print(
-        json.dumps({"ratio": ratio, "captions_per_second": rows / ours, "reference_captions_per_second": rows / theirs})
-    )
+    print(f"limit: {limit / 1e9:.0f} GFLOP/s in a product, {bytes_per_second(device) / 1e9:.1f} GB/s in a copy")
+    print("| side | precision | s/step | captions/s | images/s | GFLOP/step | of the limit |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for side, precision, seconds, count in rows_of_table:
+        share = f"{count / 1e9:.0f} | {count / seconds / limit:.0%}" if count else "- | -"
+        rates = f"{seconds:.3f} | {rows / seconds:.1f} | {len(images) / seconds:.1f}"
+        print(f"| {side} | {str(precision).removeprefix('torch.')} | {rates} | {share} |")
+    result = {
+        "ratio": theirs / ours,
+        "captions_per_second": rows / ours,
+        "reference_captions_per_second": rows / theirs,
+        "share_of_limit": counted / ours / limit,
+    }
+    if settings.fine_tune_steps:
+        result["fine_tuned_images_per_second"] = len(images) / tuning
+        result["fine_tuned_share_of_limit"] = counted_tuning / tuning / limit
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
