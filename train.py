@@ -26,6 +26,7 @@ from utils import (
     Stopped,
     add_up,
     append_log,
+    append_tensorboard,
     autocast,
     choose_dtype,
     draw_curves,
@@ -412,6 +413,7 @@ def finish_epoch(run, training, validation, device, dtype):
     folder = Path(settings.run_folder)
     if rank() == 0:
         append_log(folder / "log.jsonl", row)
+        append_tensorboard(folder / "tensorboard", row)
     if better:
         run.save("best.pt", resumable=False)
     run.save("last.pt", resumable=True)

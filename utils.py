@@ -312,6 +312,18 @@ def read_log(path):
     return rows
 
 
+def append_tensorboard(folder, row):
+    """Add a row's numbers to TensorBoard's files in a folder, where the package tensorboard is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(folder) as writer:
+        for name in row.keys() - {"epoch", "beam_size"}:
+            if row[name] is not None:
+                writer.add_scalar(name, row[name], row["epoch"])
+
+
 def draw_curves(log_paths, picture_path):
     """Draw the loss and the validation scores of one run or several by epoch, from their logs."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +237,30 @@ def test_look_draws_several_runs_into_one_picture(command, run_folder, tmp_path)
     status, out, _ = command(train, "--look", tmp_path / "a", tmp_path / "b")
     assert status == 0 and out == f"{tmp_path / 'curves.png'}\n"
     assert Image.open(tmp_path / "curves.png").size == (1200, 350)
+
+
+def test_tensorboard_gets_each_epochs_numbers_where_it_is_installed(shapes, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def add_scalar(self, name, value, epoch):
+            written.append((self.folder, name, value, epoch))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path), fine_tune_encoder=False))
+    rows = read_log(tmp_path / "log.jsonl")
+    for name in ("loss", "learning_rate", "cider"):
+        expected = [(tmp_path / "tensorboard", name, row[name], row["epoch"]) for row in rows]
+        assert [one for one in written if one[1] == name] == expected
 
 
 def test_a_torn_log_does_not_block_a_resumed_run(shapes, run_folder, tmp_path):
