@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import glob
 import inspect
 import io
 import json
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -232,6 +234,9 @@ def written_whole(path):
     """Yield a temporary path beside `path` that replaces it once the block is through: never a half-written file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
+        if time.time() - leftover.stat().st_mtime > 3600:  # whoever wrote it was killed
+            leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # figures are typed by their suffix
     try:
         yield temporary

@@ -31,6 +31,10 @@ SMALL = train.Settings(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often tests/test_kill.py kills a run")
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A prepared folder of 24 training, 2 val and 2 test scenes of 32 pixels."""

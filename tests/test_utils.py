@@ -1,5 +1,6 @@
 """Settings as flags, files written whole, the run log."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert utils.read_json(path) == {"old": True}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_program_left_is_removed_in_time(tmp_path):
+    old, new = tmp_path / ".file.123.json", tmp_path / ".file.456.json"
+    for path in (old, new):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    utils.write_json(tmp_path / "file.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"file.json", ".file.456.json"}
 
 
 class Malicious:
