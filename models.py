@@ -332,13 +332,19 @@ class Decoder(nn.Module):
         output = embedded + self.hidden_output(hidden) + self.context_output(context)  # (..., E)
         return self.output(self.dropout(output.tanh()))  # (..., V)
 
-    def forward(self, regions, words, lengths):
+    @torch.no_grad()
+    def _draw(self, *arguments):
+        """Draw words as probable as `_logits` of these arguments makes them."""
+        return self._logits(*arguments).float().softmax(dim=-1).multinomial(1).squeeze(-1)
+
+    def forward(self, regions, words, lengths, sampling=0.0):
         """Teacher forcing: each word from the true words before it.
 
         Args:
             regions: (B, R, D).
             words: (B, C, T + 1), <start> ... <end> and padding, sorted as `datasets.Batch` has them.
             lengths: (B, C) on the CPU, the number of words to predict.
+            sampling: share of the words before that the model draws itself (scheduled sampling, Bengio et al., 2015).
 
         Returns logits (N, V) and targets (N,) of the N real words, step by step, and weights (T, B, C, R), which are
         zero after a caption's end. Finished captions and padding are never computed.
@@ -350,11 +356,19 @@ class Decoder(nn.Module):
         # At each word the unfinished captions fill a corner of (B, C), up to a few: M of them over all words.
         corners = [(int(step.any(dim=1).sum()), int(step.any(dim=0).sum())) for step in real]
         inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(corners)])  # (M,)
+        sizes = [b * c for b, c in corners]
         embedded = self.dropout(self.embedding(inputs))  # (M, E)
-        cell_words = self.cell.words(embedded).split([b * c for b, c in corners])  # T of (b c, 4 H)
+        cell_words = self.cell.words(embedded).split(sizes)  # T of (b c, 4 H)
+        embedded = list(embedded.split(sizes))  # T of (b c, E)
         hiddens, contexts, weights = [], [], []
         with self.attention.query.over_time(), self.cell.context.over_time(), self.cell.hidden.over_time():
-            for word, (b, c) in zip(cell_words, corners, strict=True):
+            for t, (word, (b, c)) in enumerate(zip(cell_words, corners, strict=True)):
+                if sampling and t:
+                    drawn = self._draw(embedded[t - 1], hiddens[-1], contexts[-1])  # (b c of the step before)
+                    drawn = drawn.view(corners[t - 1])[:b, :c]
+                    own = torch.rand_like(drawn, dtype=torch.float) < sampling
+                    embedded[t] = self.dropout(self.embedding(drawn.where(own, words[:b, :c, t]).flatten()))
+                    word = self.cell.words(embedded[t])
                 if b < len(regions):  # slice what is sliced already: less to fill with zeros on the way back
                     regions, keys = regions[:b], keys[:b]
                 if (b, c) != state[0].shape[:2]:
@@ -366,7 +380,7 @@ class Decoder(nn.Module):
         # Drop the few that had ended, then predict all words in one product.
         rows = torch.cat([real[t, :b, :c].flatten() for t, (b, c) in enumerate(corners)]).nonzero().squeeze(1)
         rows, real = rows.to(words.device), real.to(words.device)
-        logits = self._logits(embedded[rows], torch.cat(hiddens)[rows], torch.cat(contexts)[rows])  # (N, V)
+        logits = self._logits(torch.cat(embedded)[rows], torch.cat(hiddens)[rows], torch.cat(contexts)[rows])  # (N, V)
         targets = words[:, :, 1 : len(real) + 1].permute(2, 0, 1)[real]  # (N,)
         return logits, targets, torch.stack(weights) * real.unsqueeze(-1)
 
@@ -385,9 +399,9 @@ class Captioner(nn.Module):
         """images (B, 3, h, w) uint8, or features (B, R, D) from the cache -> regions for the decoder (B, R, D)."""
         return self.region_layer(images.float() if images.ndim == 3 else self.encoder(images))
 
-    def forward(self, images, words, lengths):
+    def forward(self, images, words, lengths, sampling=0.0):
         """Teacher forcing, as `Decoder.forward`."""
-        return self.decoder(self.regions(images), words, lengths)
+        return self.decoder(self.regions(images), words, lengths, sampling)
 
 
 def build_captioner(settings, vocabulary_size, image_size, encoder_weights):

@@ -83,6 +83,7 @@ class Settings:
     gradient_clip: float = 5.0  # norm of the gradient at most; 0: as it is
     doubly_stochastic: float = 0.0  # weight of the term that asks to look everywhere once
     label_smoothing: float = 0.1  # share of a target's probability that is spread over all words
+    scheduled_sampling: float = 0.0  # share of words, at the end, that follow the model's own word and not the true one
     weight_average: float = 0.999  # decay of the moving average of weights that best.pt holds; 0: none
     score: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
     patience: int = 5  # stop after this many epochs without a better score
@@ -153,11 +154,11 @@ class WeightAverage:
             own.copy_(new)
 
 
-def train_step(network, optimizer, batch, settings, device, dtype, totals=None):
+def train_step(network, optimizer, batch, settings, device, dtype, totals=None, sampling=0.0):
     """One step on a `datasets.Batch`; returns the cross-entropy of its words, added up, and their number.
 
     `network` is a Captioner, or one in DistributedDataParallel: then `totals` are the words and captions of all
-    processes. Raises FloatingPointError where the loss is not finite.
+    processes. `sampling` is that of `models.Decoder.forward`. Raises FloatingPointError where the loss is not finite.
     """
     words, captions = totals or batch.totals()
     sum_of_losses = 0.0
@@ -170,7 +171,7 @@ def train_step(network, optimizer, batch, settings, device, dtype, totals=None):
         wait = network.no_sync() if world_size() > 1 and part is not parts[-1] else contextlib.nullcontext()
         with wait:
             with autocast(device, dtype):
-                outputs = network(images, numbers, part.lengths)
+                outputs = network(images, numbers, part.lengths, sampling)
             loss, cross_entropy = captioning_loss(outputs, part.lengths, settings, words, captions)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"the loss is {loss.item()}")
@@ -282,9 +283,11 @@ def train_one_epoch(run, training, device, dtype):
             factor = learning_rate_factor(settings, step, len(batches))
             for group in run.optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
+            sampling = settings.scheduled_sampling * step / (settings.epochs * len(batches))  # rising along a line
             try:
+                totals = (words, captions)
                 loss, own_words = train_step(
-                    run.network, run.optimizer, batch, settings, device, dtype, (words, captions)
+                    run.network, run.optimizer, batch, settings, device, dtype, totals, sampling
                 )
             except FloatingPointError as error:
                 rate = run.optimizer.param_groups[0]["lr"]
@@ -432,7 +435,7 @@ def check(settings):
     require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
     require_at_least(settings, 0, "grid_size", "region_dim", "gradient_clip", "learning_rate_decay", "save_minutes")
-    require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average")
+    require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average", "scheduled_sampling")
     if settings.batch_size < world_size() * settings.accumulate:
         raise InputError(
             f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "

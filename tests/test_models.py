@@ -119,6 +119,34 @@ def test_the_cell_is_torchs():
     torch.testing.assert_close(cell(cell.words(words), context, state), expected)
 
 
+def test_scheduled_sampling_follows_the_models_own_words(tiny_decoder):
+    captions = [[START, 4, 5, 6, 4, 5, END], [START, 6, 4, 5, END], [START, 5, END]]
+    batch = random_batch([captions[:2], captions[2:]])
+    drawn = []
+
+    def draw(*arguments, original=tiny_decoder._draw):
+        drawn.append(original(*arguments).fill_(6))  # always the same word
+        return drawn[-1]
+
+    tiny_decoder._draw = draw
+    logits, targets, _ = tiny_decoder(batch.images, batch.words, batch.lengths, sampling=1.0)
+    assert len(drawn) == 5 and torch.equal(targets, tiny_decoder(batch.images, batch.words, batch.lengths)[1])
+    follow = batch.words.clone()
+    follow[:, :, 1:] = 6
+    expected = tiny_decoder(batch.images, follow, batch.lengths)[0]
+    torch.testing.assert_close(logits, expected)
+    true = tiny_decoder(batch.images, batch.words, batch.lengths)[0]
+    assert (tiny_decoder(batch.images, batch.words, batch.lengths, sampling=0.5)[0] - true).abs().max() > 0.1
+
+
+def test_words_are_drawn_as_probable_as_they_are(tiny_decoder):
+    torch.manual_seed(0)
+    arguments = torch.randn(1, 5), torch.randn(1, 8), torch.randn(1, 6)
+    expected = tiny_decoder._logits(*arguments).softmax(-1)[0]
+    drawn = tiny_decoder._draw(*(one.expand(20_000, -1) for one in arguments))
+    torch.testing.assert_close(torch.bincount(drawn, minlength=7) / 20_000, expected, atol=0.015, rtol=0)
+
+
 def test_attention_weights_sum_to_one(tiny_decoder):
     regions = torch.rand(2, 4, 6)
     context, weights = tiny_decoder.attention(regions, tiny_decoder.keys(regions), torch.rand(2, 3, 8))

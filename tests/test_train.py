@@ -82,11 +82,13 @@ def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole
 ):
     former = signal.signal(number, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     request.addfinalizer(lambda: signal.signal(number, former))
-    settings = replace(SMALL, data_folder=str(shapes), workers=workers)
+    settings = replace(SMALL, data_folder=str(shapes), workers=workers, scheduled_sampling=0.5)
     train.main(replace(settings, run_folder=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
         after_step(patch, step, lambda: signal.raise_signal(number))
-        status, _, err = command(train, *flags(shapes, tmp_path / "parts"), "--workers", workers)
+        status, _, err = command(
+            train, *flags(shapes, tmp_path / "parts"), "--workers", workers, "--scheduled_sampling", 0.5
+        )
     last = tmp_path / "parts" / "last.pt"
     assert status == 128 + number and err.splitlines()[-1].endswith(f"python train.py --resume {last} goes on")
     assert torch.load(last, weights_only=True)["progress"]["step"] == step % 3
