@@ -207,9 +207,10 @@ def collate(items):
 
 def make_loader(dataset, batches, workers=0, start_method=None):
     """A loader of batches, each given as a list of indices; where several processes train, of this one's share."""
+    shares = [batch[rank() :: world_size()] for batch in batches]
     return DataLoader(
         dataset,
-        batch_sampler=[batch[rank() :: world_size()] for batch in batches],
+        batch_sampler=[share for share in shares if share],
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

@@ -58,7 +58,7 @@ def generate(captioner, vocabulary, dataset, settings, beam_size, device, dtype)
     captioner.eval()
     captions, looks = [None] * len(dataset), [None] * len(dataset)
     found_here = []
-    batches = split_order(list(range(len(dataset))), max(settings.batch_size, world_size()))
+    batches = split_order(list(range(len(dataset))), settings.batch_size)
     bar = tqdm(total=len(dataset), desc=f"beam {beam_size}", unit="image", leave=False, disable=rank() > 0)
     with torch.inference_mode(), bar:
         for batch in make_loader(dataset, batches):

@@ -373,7 +373,9 @@ def start_run(settings, checkpoint, device):
     captioner.to(device)
     optimizer = make_optimizer(captioner, settings)
     average = WeightAverage(captioner, settings.weight_average)
-    network = DistributedDataParallel(captioner) if world_size() > 1 else captioner
+    network = captioner
+    if world_size() > 1:
+        network = DistributedDataParallel(captioner, broadcast_buffers=settings.fine_tune_encoder)
     if rank() > 0:
         torch.manual_seed(settings.seed + rank())  # the same weights, but dropout of its own
     run = Run(settings, captioner, vocabulary, optimizer, average, network)
@@ -398,7 +400,7 @@ def start_files(run, checkpoint):
 def finish_epoch(run, training, validation, device, dtype):
     """Validate, then write log.jsonl, best.pt, last.pt and curves.png."""
     settings = run.settings
-    evaluation = EvaluationSettings(batch_size=settings.batch_size, max_length=settings.max_length)
+    evaluation = EvaluationSettings(max_length=settings.max_length)
     scores, captions = evaluate(run.average.captioner, run.vocabulary, validation, evaluation, 1, device, dtype)
     loss, words = add_up([run.loss, run.words])
     row = {
@@ -470,6 +472,8 @@ def main(settings):
             open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype)
             for split in ("val", "train")
         )
+        if len(training) < world_size():
+            raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
         start_files(run, checkpoint)
         print(f"{len(training)} training images, {len(run.vocabulary)} words, {device}, {str(dtype).split('.')[1]}")
         if run.epoch >= settings.epochs or run.waited >= settings.patience:
