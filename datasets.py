@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -205,6 +206,13 @@ def collate(items):
     return Batch(torch.stack(images), words, lengths, list(indices))
 
 
+def leave_signals_to_the_parent(_):
+    """Let a worker outlive a Ctrl-C or SIGTERM to the whole group: the main process finishes its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
+        os.setsid()
+
+
 def make_loader(dataset, batches, workers=0, start_method=None):
     """A loader of batches, each given as a list of indices; where several processes train, of this one's share."""
     shares = [batch[rank() :: world_size()] for batch in batches]
@@ -214,6 +222,7 @@ def make_loader(dataset, batches, workers=0, start_method=None):
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # a loader must not draw from the generator of the dropout
         multiprocessing_context=start_method if workers else None,
     )
@@ -270,7 +279,7 @@ def cache_features(dataset, split, encoder, device, dtype, batch_size=32):
     made_from = (encoder.name, encoder.layer, encoder.grid_size, module_digest(encoder), images_digest, str(dtype))
     key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     path = dataset.images_path.parent / "features" / f"{split}_{encoder.name}_{encoder.layer}_{key}.npy"
-    if path.is_file():
+    if gather([path.is_file()])[0]:  # the first process decides for all
         return path
     encoder.eval()
     shape = (len(dataset), encoder.number_of_regions, encoder.region_size)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 import torchvision
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -173,6 +174,7 @@ class _WeightOverTime(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _):
         rows, gradients = (torch.cat(parts) for parts in zip(*ctx.applications, strict=True))
         ctx.applications.clear()
@@ -189,9 +191,11 @@ class _ApplyOnce(torch.autograd.Function):
         return rows @ weight.t()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         rows, weight = ctx.saved_tensors
-        ctx.applications.append((rows, gradient))
+        if ctx.needs_input_grad[1]:  # without, nobody would ever clear the list
+            ctx.applications.append((rows.detach(), gradient))
         return gradient @ weight, None, None
 
 
@@ -208,7 +212,7 @@ class LinearOverTime(nn.Linear):
 
     @contextmanager
     def over_time(self):
-        """Collect the applications of one sequence."""
+        """Collect the applications of one sequence, which is to be differentiated as a whole."""
         self.applications = []
         weight = self.weight
         if torch.is_autocast_enabled(weight.device.type):
@@ -334,8 +338,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def _draw(self, *arguments):
-        """Draw words as probable as `_logits` of these arguments makes them."""
-        return self._logits(*arguments).float().softmax(dim=-1).multinomial(1).squeeze(-1)
+        """Draw words as probable as `_logits` of these arguments makes them, of those that can follow."""
+        logits = self._logits(*arguments).float()
+        logits[..., [PAD, START]] = -math.inf
+        return logits.softmax(dim=-1).multinomial(1).squeeze(-1)
 
     def forward(self, regions, words, lengths, sampling=0.0):
         """Teacher forcing: each word from the true words before it.
@@ -448,7 +454,9 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
         raise InputError(f"{path} is not a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise InputError(f"{path} has checkpoint format {checkpoint['format']}, this code reads {CHECKPOINT_FORMAT}")
+        raise InputError(
+            f"{path} has checkpoint format {checkpoint['format']}, this code reads {CHECKPOINT_FORMAT}: train it anew"
+        )
     return checkpoint
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,7 +27,6 @@ from utils import (
     Stopped,
     add_up,
     append_log,
-    append_tensorboard,
     autocast,
     choose_dtype,
     draw_curves,
@@ -44,8 +44,10 @@ from utils import (
     save_checkpoint,
     set_random_state,
     stop_signals,
+    take_from_first,
     world_size,
     write_log,
+    write_tensorboard,
 )
 
 
@@ -74,7 +76,9 @@ class Settings:
 
     epochs: int = 10  # passes over the training images
     batch_size: int = 8  # images a step, each with all its captions; over all processes
-    accumulate: int = 1  # parts a batch is computed in, one after the other: less memory, the same gradient
+    accumulate: int = (
+        1  # parts a batch is computed in, one after the other: less memory, the same gradient but for BatchNorm
+    )
     learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
     warm_up: float = 0.05  # share of all steps over which both learning rates rise to these values
@@ -244,10 +248,11 @@ class Run:
             set_random_state(checkpoint["rng"][rank()])
 
 
-def train_one_epoch(run, training, device, dtype):
-    """What is left of a pass over the training images with all their captions.
+def train_one_epoch(run, training, device, dtype, caught):
+    """What is left of a pass over the training images with all their captions; adds up in `run` as it goes.
 
-    Adds up in `run` as it goes. Ctrl-C and SIGTERM end the program after a step, with all of it in last.pt.
+    A signal in the list `caught`, of `utils.stop_signals`, ends the program before the next step, with all steps until
+    then in last.pt.
     """
     settings = run.settings
     run.captioner.train()
@@ -257,17 +262,14 @@ def train_one_epoch(run, training, device, dtype):
     done = sum(len(training.captions[index]) for batch in batches[: run.step] for index in batch)
     start = saved = time.perf_counter()
     seconds_before = run.seconds
-    with (
-        stop_signals() as caught,
-        tqdm(
-            total=sum(map(len, training.captions)),
-            initial=done,
-            desc=f"epoch {run.epoch + 1}",
-            unit="caption",
-            leave=False,
-            disable=rank() > 0,
-        ) as bar,
-    ):
+    with tqdm(
+        total=sum(map(len, training.captions)),
+        initial=done,
+        desc=f"epoch {run.epoch + 1}",
+        unit="caption",
+        leave=False,
+        disable=rank() > 0,
+    ) as bar:
         for batch in loader:
             save_now = rank() == 0 and time.perf_counter() - saved > settings.save_minutes * 60
             words, captions, stop, save_now = add_up([*batch.totals(), bool(caught), save_now])
@@ -335,7 +337,7 @@ def prepare_run(settings):
             raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
         settings = replace(settings, run_folder=str(Path(settings.resume).parent))
         names = [field.name for field in fields(Settings) if field.name not in NOT_OF_THE_RUN]
-        free = ("data_folder", "epochs", "patience", "workers", "device")
+        free = ("data_folder", "epochs", "patience", "workers", "device", "accumulate", "save_minutes")
         return settings_from(checkpoint, settings.resume, settings, names, free), checkpoint
     if (run_folder / "last.pt").exists() and not settings.overwrite:
         raise InputError(
@@ -394,12 +396,17 @@ def start_files(run, checkpoint):
             (folder / name).unlink(missing_ok=True)
     if rank() == 0:
         write_log(folder / "log.jsonl", rows)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        if rows:
+            write_tensorboard(folder / "tensorboard", rows)
     run.save("last.pt", resumable=True)
 
 
 def finish_epoch(run, training, validation, device, dtype):
     """Validate, then write log.jsonl, best.pt, last.pt and curves.png."""
     settings = run.settings
+    run.save("last.pt", resumable=True)  # validation takes its time, too
+    take_from_first([own for own, _ in run.average.buffers])  # BatchNorm's statistics are each process's own
     evaluation = EvaluationSettings(max_length=settings.max_length)
     scores, captions = evaluate(run.average.captioner, run.vocabulary, validation, evaluation, 1, device, dtype)
     loss, words = add_up([run.loss, run.words])
@@ -418,7 +425,7 @@ def finish_epoch(run, training, validation, device, dtype):
     folder = Path(settings.run_folder)
     if rank() == 0:
         append_log(folder / "log.jsonl", row)
-        append_tensorboard(folder / "tensorboard", row)
+        write_tensorboard(folder / "tensorboard", [row])
     if better:
         run.save("best.pt", resumable=False)
     run.save("last.pt", resumable=True)
@@ -462,8 +469,8 @@ def main(settings):
         print(draw_runs(settings.look))
         return
     with processes(settings.device) as device:
-        check(settings)
         settings, checkpoint = prepare_run(settings)
+        check(settings)
         require_writable(settings.run_folder)
         dtype = choose_dtype(settings.precision, device)
         run = start_run(settings, checkpoint, device)
@@ -476,11 +483,14 @@ def main(settings):
             raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
         start_files(run, checkpoint)
         print(f"{len(training)} training images, {len(run.vocabulary)} words, {device}, {str(dtype).split('.')[1]}")
-        if run.epoch >= settings.epochs or run.waited >= settings.patience:
-            print(f"nothing to do after {run.epoch} of {settings.epochs} epochs: --epochs N trains longer")
-        while run.epoch < settings.epochs and run.waited < settings.patience:
-            train_one_epoch(run, training, device, dtype)
-            finish_epoch(run, training, validation, device, dtype)
+        if run.waited >= settings.patience:
+            print(f"nothing to do: {run.waited} epochs brought no better score, --patience N waits longer")
+        elif run.epoch >= settings.epochs:
+            print(f"nothing to do after {run.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
+        with stop_signals() as caught:
+            while run.epoch < settings.epochs and run.waited < settings.patience:
+                train_one_epoch(run, training, device, dtype, caught)
+                finish_epoch(run, training, validation, device, dtype)
         print(f"best {settings.score} {run.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
 
 

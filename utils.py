@@ -142,9 +142,10 @@ def processes(device_name):
     if not distributed.is_torchelastic_launched():
         yield choose_device(device_name)
         return
+    if device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available()):
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = choose_device(device_name)
     if device.type == "cuda":
-        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     output = io.StringIO() if rank() else sys.stdout  # one voice
@@ -171,6 +172,13 @@ def gather(items):
     lists = [None] * world_size()
     distributed.all_gather_object(lists, items)
     return [item for one in lists for item in one]
+
+
+def take_from_first(tensors):
+    """Overwrite tensors with those of the first process."""
+    if world_size() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, 0)
 
 
 def barrier():
@@ -235,8 +243,9 @@ def written_whole(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
-        if time.time() - leftover.stat().st_mtime > 3600:  # whoever wrote it was killed
-            leftover.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another program may be done with it just now
+            if time.time() - leftover.stat().st_mtime > 3600:  # whoever wrote it was killed
+                leftover.unlink()
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # figures are typed by their suffix
     try:
         yield temporary
@@ -317,16 +326,17 @@ def read_log(path):
     return rows
 
 
-def append_tensorboard(folder, row):
-    """Add a row's numbers to TensorBoard's files in a folder, where the package tensorboard is installed."""
+def write_tensorboard(folder, rows):
+    """Add the numbers of rows to TensorBoard's files in a folder, where the package tensorboard is installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return
     with SummaryWriter(folder) as writer:
-        for name in row.keys() - {"epoch", "beam_size"}:
-            if row[name] is not None:
-                writer.add_scalar(name, row[name], row["epoch"])
+        for row in rows:
+            for name in row.keys() - {"epoch", "beam_size"}:
+                if row[name] is not None:
+                    writer.add_scalar(name, row[name], row["epoch"])
 
 
 def draw_curves(log_paths, picture_path):

@@ -3,10 +3,12 @@
 import errno
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -74,7 +76,7 @@ def after_step(monkeypatch, step, act):
     monkeypatch.setattr(train, "train_step", acting)
 
 
-@pytest.mark.parametrize("step", [2, 4])  # in the first epoch of three steps, and in the second
+@pytest.mark.parametrize("step", [2, 3, 4])  # in the first epoch of three steps, at its end, in the second
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole(
@@ -91,9 +93,22 @@ def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole
         )
     last = tmp_path / "parts" / "last.pt"
     assert status == 128 + number and err.splitlines()[-1].endswith(f"python train.py --resume {last} goes on")
-    assert torch.load(last, weights_only=True)["progress"]["step"] == step % 3
+    progress = torch.load(last, weights_only=True)["progress"]
+    assert 3 * progress["epoch"] + progress["step"] == step
     train.main(train.Settings(resume=str(last)))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_alone(shapes, tmp_path):
+    arguments = [*flags(shapes, tmp_path / "run"), "--workers", "2", "--epochs", "99", "--patience", "99"]
+    process = subprocess.Popen(
+        [sys.executable, train.__file__, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not read_log(tmp_path / "run" / "log.jsonl"):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and err.rstrip().endswith("goes on"), err
 
 
 def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(shapes, tmp_path, monkeypatch):
