@@ -32,7 +32,7 @@ SMALL = train.Settings(
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often tests/test_kill.py kills a run")
+    parser.addoption("--kills", type=int, default=2, help="how often tests/test_kill.py kills a run")
 
 
 @pytest.fixture(scope="session")

@@ -76,9 +76,10 @@ def after_step(monkeypatch, step, act):
     monkeypatch.setattr(train, "train_step", acting)
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])  # in the first epoch of three steps, at its end, in the second
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("step", "workers", "number"),  # in the first epoch of three steps, at its end, in the second
+    [(2, 0, signal.SIGINT), (3, 0, signal.SIGTERM), (4, 2, signal.SIGTERM)],
+)
 def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole(
     shapes, tmp_path, monkeypatch, command, request, step, workers, number
 ):
