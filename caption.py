@@ -13,7 +13,8 @@ from skimage.transform import pyramid_expand, resize
 from tqdm import tqdm
 
 from datasets import load_image, open_photo
-from models import attend, beam_search, load_captioner
+from models import load_captioner
+from search import attend, beam_search
 from utils import (
     InputError,
     autocast,

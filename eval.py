@@ -17,7 +17,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 from tqdm import tqdm
 
 from datasets import make_loader, open_split, split_order
-from models import attend, beam_search, load_captioner
+from models import load_captioner
+from search import attend, beam_search
 from utils import (
     autocast,
     choose_device,

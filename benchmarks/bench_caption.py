@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from models import Decoder, beam_search
+from decoders import Decoder
+from search import beam_search
 from utils import choose_device, run_script
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from datasets import END, SPECIAL_WORDS, START, collate
 from models import build_captioner
+from optimization import captioning_loss, make_optimizer
 from utils import choose_device, choose_dtype, run_script
 
 
@@ -165,7 +166,7 @@ def main(settings):
             module.momentum = 1.0
     with torch.no_grad():
         captioner.encoder(images[:4].to(device))
-    optimizer = train.make_optimizer(captioner, plan)
+    optimizer = make_optimizer(captioner, plan)
     captioner.train()  # the encoder is frozen from here on
     captions = random_captions(settings, generator)
     with torch.inference_mode():
@@ -184,7 +185,7 @@ def main(settings):
         return torch.cat([p.grad.flatten() for p in captioner.decoder.parameters()]).double()
 
     outputs = captioner(batch.images.to(device), batch.words.to(device), batch.lengths)
-    ours = train.captioning_loss(outputs, batch.lengths, plan, *batch.totals())[0]
+    ours = captioning_loss(outputs, batch.lengths, plan, *batch.totals())[0]
     theirs = straightforward_loss(captioner, repeated, words, lengths, plan)[1]
     gap = abs(ours.item() - theirs.item())
     our_gradient, their_gradient = gradient(ours), gradient(theirs)
@@ -212,7 +213,7 @@ def main(settings):
     ]
     if settings.fine_tune_steps:
         tuned = replace(plan, fine_tune_encoder=True)
-        fine_tuning_optimizer = train.make_optimizer(captioner, tuned)
+        fine_tuning_optimizer = make_optimizer(captioner, tuned)
         counted_tuning = operations(fine_tuning_step)
         tuning = seconds_each(fine_tuning_step, settings.fine_tune_steps, device)
         rows_of_table.append(("train.py --fine_tune_encoder", dtype, tuning, counted_tuning))

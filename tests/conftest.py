@@ -1,7 +1,7 @@
 """What the tests share: a small data set of shapes, a small trained run, and scripts run as their users run them."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ import torch
 import create_input_files
 import train
 import utils
-from datasets import END
-from models import Decoder
+from datasets import END, START
+from decoders import Decoder
 
 SMALL = train.Settings(
     encoder="resnet18",
@@ -29,6 +29,34 @@ SMALL = train.Settings(
     max_length=6,
     device="cpu",
 )
+
+
+def step_by_step(decoder, regions, caption):
+    """Log-probability of a caption (numbers after <start>) of one image, and its weights, with `step` alone."""
+    keys, state = decoder.keys(regions), decoder.first_state(regions)
+    total, weights, previous = 0.0, [], START
+    for word in caption:
+        logits, look, state = decoder.step(torch.tensor([[previous]]), regions, keys, state)
+        total += logits[0, 0].log_softmax(0)[word].item()
+        weights.append(look[0, 0])
+        previous = word
+    return total, torch.stack(weights)
+
+
+def flags(shapes, run_folder):
+    """The command line of the SMALL settings."""
+    values = asdict(replace(SMALL, data_folder=str(shapes), run_folder=str(run_folder)))
+    switches = {True: "--{}", False: "--no-{}"}
+    arguments = []
+    del values["look"]  # that draws and does not train
+    for name, value in values.items():
+        arguments += [switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return arguments
+
+
+def weights(path):
+    """The model's weights in a checkpoint."""
+    return torch.load(path, weights_only=True)["model"]
 
 
 def pytest_addoption(parser):

@@ -9,11 +9,17 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "utils": set(),
     "datasets": {"utils"},
-    "models": {"utils", "datasets"},
     "create_input_files": {"utils", "datasets"},
-    "eval": {"utils", "datasets", "models"},
-    "train": {"utils", "datasets", "models", "eval"},
-    "caption": {"utils", "datasets", "models"},
+    "encoders": {"utils"},
+    "layers": set(),
+    "decoders": {"datasets", "layers"},
+    "models": {"utils", "datasets", "encoders", "layers", "decoders"},
+    "search": {"datasets"},
+    "eval": {"utils", "datasets", "models", "search"},
+    "optimization": set(),
+    "runs": {"utils", "datasets", "models", "optimization"},
+    "train": {"utils", "datasets", "eval", "optimization", "runs"},
+    "caption": {"utils", "datasets", "models", "search"},
 }
 
 

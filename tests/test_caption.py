@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import caption
-from models import beam_search, load_captioner
+from models import load_captioner
+from search import beam_search
 
 
 def photo_of(shapes, number=0):

@@ -14,7 +14,9 @@ import caption
 import create_input_files
 import datasets
 from datasets import END, PAD, START, UNKNOWN, CaptionDataset, Vocabulary, collate, make_loader
-from models import Captioner, Decoder, Encoder
+from decoders import Decoder
+from encoders import Encoder
+from models import Captioner
 from utils import InputError
 
 

@@ -10,10 +10,10 @@ import sys
 import time
 from dataclasses import replace
 
-from test_train import assert_same_run, flags
+from test_resume import assert_same_run
 
 import train
-from conftest import SMALL
+from conftest import SMALL, flags
 from utils import read_log
 
 

@@ -1,0 +1,63 @@
+"""The loss against torch's and against captions alone, the learning rate, the average of the weights."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+import train
+from conftest import SMALL
+from datasets import collate
+from models import build_captioner
+from optimization import WeightAverage, captioning_loss, learning_rate_factor
+
+
+def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
+    captions = [[[1, 4, 5, 2], [1, 6, 2]], [[1, 5, 5, 5, 2]]]  # the second image has one caption only
+    regions = torch.rand(2, 4, 6)
+    batch = collate([(i, regions[i], captions[i]) for i in range(2)])
+    outputs = tiny_decoder(batch.images, batch.words, batch.lengths)
+    settings = replace(SMALL, doubly_stochastic=0.7, label_smoothing=0.0)
+    loss, cross_entropy = captioning_loss(outputs, batch.lengths, settings, *batch.totals())
+    log_probability, words, terms = 0.0, 0, []
+    for image, caption in ((0, captions[0][0]), (0, captions[0][1]), (1, captions[1][0])):
+        tensors = (regions[image : image + 1], torch.tensor([[caption]]), torch.tensor([[len(caption) - 1]]))
+        logits, targets, weights = tiny_decoder(*tensors)
+        log_probability += logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum()
+        words += len(targets)
+        terms.append((1 - weights[:, 0, 0].sum(0)).square().mean())
+    torch.testing.assert_close(cross_entropy, -log_probability)
+    torch.testing.assert_close(loss, cross_entropy / words + 0.7 * torch.stack(terms).mean())
+
+
+def test_the_learning_rate_rises_and_falls():
+    cosine = train.Settings(epochs=10, warm_up=0.2)  # of 100 steps
+    factors = [learning_rate_factor(cosine, step, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 20, rel=1e-2) and factors.index(max(factors)) == 19
+    assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 0.001
+    falling = replace(cosine, warm_up=0.0, schedule="step", learning_rate_decay=0.5)
+    assert [learning_rate_factor(falling, step, 10) for step in (0, 9, 10, 35)] == [1, 1, 0.5, 0.125]
+
+
+def test_label_smoothing_is_that_of_torch():
+    logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
+    weights, lengths = torch.rand(4, 1, 2, 3), torch.tensor([[4, 2]])
+    settings = replace(SMALL, doubly_stochastic=0.0, label_smoothing=0.3)
+    loss, cross_entropy = captioning_loss((logits, targets, weights), lengths, settings, 6, 2)
+    torch.testing.assert_close(loss, functional.cross_entropy(logits, targets, label_smoothing=0.3))
+    torch.testing.assert_close(cross_entropy, functional.cross_entropy(logits, targets, reduction="sum"))
+
+
+@pytest.mark.parametrize("fine_tune", [True, False])
+def test_the_average_follows_the_weights_and_leaves_a_frozen_encoder_alone(fine_tune):
+    captioner = build_captioner(asdict(SMALL), 7, 32, "")
+    captioner.encoder.requires_grad_(fine_tune)
+    average = WeightAverage(captioner, 0.5)
+    assert (average.captioner.encoder is captioner.encoder) != fine_tune
+    bias, start = captioner.decoder.beta.bias, captioner.decoder.beta.bias.item()
+    for step, following in enumerate((start + 1, start + 2)):
+        bias.data.fill_(following)
+        average.update(step)  # keeps 1/10 of the old at the first step, 2/11 at the second
+    expected = 2 / 11 * (0.1 * start + 0.9 * (start + 1)) + 9 / 11 * (start + 2)
+    assert average.captioner.decoder.beta.bias.item() == pytest.approx(expected)
