@@ -127,7 +127,8 @@ class SoftAttention(nn.Module):
 
     def forward(self, regions, keys, hidden):
         """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, D), weights (B, C, R)."""
-        energy = (keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)).tanh_()  # (B, C, R, A), the largest tensor
-        scores = self.score(energy).squeeze(-1)  # (B, C, R)
+        energy = keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)  # (B, C, R, A), the largest tensor
+        # tanh(x) = 2 sigmoid(2 x) - 1, several times as fast on CPUs; of the 1, softmax takes no notice.
+        scores = 2 * self.score(energy.mul_(2).sigmoid_()).squeeze(-1)  # (B, C, R)
         weights = scores.float().softmax(dim=-1)  # (B, C, R)
         return weights.to(regions.dtype) @ regions, weights  # (B, C, D), (B, C, R)

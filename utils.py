@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import glob
 import inspect
 import io
@@ -58,6 +59,7 @@ def parse_settings(Settings, arguments=None):
 def run_script(main, Settings):
     """Run `main` on the settings from the command line; what a user can mend ends in one line and exit status 2."""
     settings = parse_settings(Settings)
+    keep_freed_memory()
     try:
         main(settings)
     except InputError as error:
@@ -70,6 +72,19 @@ def run_script(main, Settings):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def keep_freed_memory():
+    """Let glibc keep the large blocks that a program frees, to use them again.
+
+    It gives them back to the system at once otherwise, and a training step, which takes the same blocks each time,
+    spends a tenth to a third of its time on page faults.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def fail(error):
