@@ -19,6 +19,7 @@ from utils import InputError, autocast, barrier, gather, rank, read_json, world_
 SPLITS = ("train", "val", "test")
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = ["<pad>", "<start>", "<end>", "<unk>"]
+MIRRORED_WORDS = {"left": "right", "right": "left"}
 
 
 class Vocabulary:
@@ -145,6 +146,14 @@ class Batch:
         """The number of words to predict and of captions."""
         return int(self.lengths.sum()), int((self.lengths > 0).sum())
 
+    def captions(self):
+        """For each image its captions as lists of word numbers, without <start>, <end> and padding."""
+        images = zip(self.words.tolist(), self.lengths.tolist(), strict=True)
+        return [
+            [[word for word in caption[1 : n + 1] if word != END] for caption, n in zip(*image, strict=True) if n]
+            for image in images
+        ]
+
     def split(self, parts):
         """As many Batches of about equal work; fewer where there are fewer images."""
         parts = min(parts, len(self.indices))
@@ -157,8 +166,10 @@ class Batch:
 class CaptionDataset(Dataset):
     """One split: item i is (i, image, captions), captions being lists of word numbers.
 
-    The image is (3, S, S) uint8, or regions (R, D) float16 where `features` names a cache file. Files are opened at
-    the first item, by each process for itself: an open HDF5 handle must not cross a fork or a pickle.
+    Item ~i (that is -1 - i) is image i as in a mirror, its captions with left and right exchanged. The image is
+    (3, S, S) uint8, or regions (R, D) float16 where `features` names cache files, of the images and of their mirror
+    images. Files are opened at the first item, by each process for itself: an open HDF5 handle must not cross a fork
+    or a pickle.
     """
 
     def __init__(self, data_folder, split, vocabulary):
@@ -168,26 +179,38 @@ class CaptionDataset(Dataset):
         ]
         self.images_path = Path(data_folder) / f"{split}_images.hdf5"
         self.has_boxes = all("objects" in entry for entry in self.entries)
-        self.features = None
+        numbers = vocabulary.numbers
+        self.mirrored_words = {
+            numbers[word]: numbers.get(other, UNKNOWN) for word, other in MIRRORED_WORDS.items() if word in numbers
+        }
+        self.features = []
         self._opened = (None, None)
 
     def __len__(self):
         return len(self.entries)
 
     def __getitem__(self, index):
-        return index, torch.from_numpy(np.array(self._images()[index])), self.captions[index]
+        mirrored, place = index < 0, max(index, ~index)
+        captions = self.captions[place]
+        if mirrored:
+            captions = [[self.mirrored_words.get(word, word) for word in caption] for caption in captions]
+        if self.features:
+            image = self._images()[mirrored][place]
+        else:
+            image = self._images()[place][..., :: -1 if mirrored else 1]
+        return index, torch.from_numpy(np.array(image)), captions
 
     def __getstate__(self):
         return {**self.__dict__, "_opened": (None, None)}
 
-    def use_features(self, path):
-        """Yield the regions of a cache file from now on."""
-        self.features, self._opened = path, (None, None)
+    def use_features(self, paths):
+        """Yield the regions of cache files from now on: of the images and, where wanted, of their mirror images."""
+        self.features, self._opened = paths, (None, None)
 
     def _images(self):
         if self._opened[0] != os.getpid():
-            images = np.load(self.features, mmap_mode="r") if self.features else h5py.File(self.images_path)["images"]
-            self._opened = (os.getpid(), images)
+            maps = [np.load(path, mmap_mode="r") for path in self.features]
+            self._opened = (os.getpid(), maps or h5py.File(self.images_path)["images"])
         return self._opened[1]
 
 
@@ -236,16 +259,26 @@ def split_order(order, batch_size):
     return batches
 
 
-def epoch_order(length, seed, epoch):
-    """The shuffled order of one epoch: a function of seed and epoch alone, so that a resumed run sees the same."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)).tolist()
+def epoch_order(length, seed, epoch, mirror=False):
+    """The shuffled items of one epoch, half of them mirror images if asked for.
+
+    A function of these arguments alone, so that a resumed run sees the same.
+    """
+    generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)
+    order = torch.randperm(length, generator=generator)
+    if mirror:
+        order = torch.where(torch.rand(length, generator=generator) < 0.5, ~order, order)
+    return order.tolist()
 
 
 # ---------------------------------------------------------------------------------------------- feature cache
 
 
-def open_split(data_folder, split, vocabulary, captioner, cached, device, dtype):
-    """One split as a captioner takes it: photos, or where `cached` the regions of its frozen encoder."""
+def open_split(data_folder, split, vocabulary, captioner, cached, device, dtype, mirror=False):
+    """One split as a captioner takes it: photos, or where `cached` the regions of its frozen encoder.
+
+    `mirror` makes the regions of mirror images, too; those of photos need no preparation.
+    """
     image_size = read_card(data_folder)["image_size"]
     if image_size != captioner.image_size:
         raise InputError(
@@ -254,7 +287,8 @@ def open_split(data_folder, split, vocabulary, captioner, cached, device, dtype)
         )
     dataset = CaptionDataset(data_folder, split, vocabulary)
     if cached:
-        dataset.use_features(cache_features(dataset, split, captioner.encoder, device, dtype))
+        kinds = (False, True) if mirror else (False,)
+        dataset.use_features([cache_features(dataset, split, captioner.encoder, device, dtype, kind) for kind in kinds])
     return dataset
 
 
@@ -268,23 +302,24 @@ def module_digest(module):
 
 
 @torch.inference_mode()
-def cache_features(dataset, split, encoder, device, dtype, batch_size=32):
+def cache_features(dataset, split, encoder, device, dtype, mirrored=False, batch_size=32):
     """The file of a frozen encoder's regions of all images, (I, R, D) float16; computed where there is none yet.
 
-    Its name is a fingerprint of the network, its layer and grid, its weights, the images and the number format, so
-    the features of anything else are never taken for these.
+    Its name is a fingerprint of the network, its layer and grid, its weights, the images, whether they are mirrored,
+    and the number format, so the features of anything else are never taken for these.
     """
     with h5py.File(dataset.images_path) as file:
         images_digest = file.attrs["digest"]
     made_from = (encoder.name, encoder.layer, encoder.grid_size, module_digest(encoder), images_digest, str(dtype))
-    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    path = dataset.images_path.parent / "features" / f"{split}_{encoder.name}_{encoder.layer}_{key}.npy"
+    key = hashlib.sha256(repr((*made_from, mirrored)).encode()).hexdigest()[:16]
+    kind = f"{split}_mirrored" if mirrored else split
+    path = dataset.images_path.parent / "features" / f"{kind}_{encoder.name}_{encoder.layer}_{key}.npy"
     if gather([path.is_file()])[0]:  # the first process decides for all
         return path
     encoder.eval()
     shape = (len(dataset), encoder.number_of_regions, encoder.region_size)
-    batches = split_order(list(range(len(dataset))), batch_size)
-    title = f"{encoder.name} features of {split}"
+    batches = split_order([~i if mirrored else i for i in range(len(dataset))], batch_size)
+    title = f"{encoder.name} features of {kind}"
     with written_whole(path) if rank() == 0 else contextlib.nullcontext() as temporary:
         temporary = gather([temporary])[0]  # the first process's: all write their rows into one file
         if rank() == 0:
@@ -301,7 +336,7 @@ def cache_features(dataset, split, encoder, device, dtype, batch_size=32):
                     regions = encoder(batch.images.to(device, non_blocking=True)).half().cpu().numpy()  # (B, R, D)
                 assert regions.shape[1:] == shape[1:], "the photos are not of the encoder's image size"
                 for index, row in zip(batch.indices, regions, strict=True):
-                    file.seek(first_row + index * row_size)
+                    file.seek(first_row + max(index, ~index) * row_size)
                     file.write(row.tobytes())
                 bar.update(len(regions) * world_size())
         barrier()

@@ -7,6 +7,11 @@ import torch
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from datasets import PAD, START, UNKNOWN
+
+# Captions drawn at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
+TEMPERATURE = 0.5
+
 
 def captioning_loss(outputs, lengths, settings, words, captions):
     """The loss of teacher forcing and, of it, the cross-entropy of all words, added up and without label smoothing.
@@ -25,9 +30,34 @@ def captioning_loss(outputs, lengths, settings, words, captions):
     cross_entropy = smoothed = functional.nll_loss(log_probabilities, targets, reduction="sum")
     if share := settings.label_smoothing:
         smoothed = (1 - share) * cross_entropy - share * log_probabilities.mean(dim=-1).sum()
-    looked = weights.sum(dim=0)[lengths.to(weights.device) > 0]  # (captions, R)
-    once = (1 - looked).square().mean(dim=-1).sum()
-    return smoothed / words + settings.doubly_stochastic * once / captions, cross_entropy
+    loss = smoothed / words
+    if settings.doubly_stochastic:
+        looked = weights.sum(dim=0)[lengths.to(weights.device) > 0]  # (captions, R)
+        once = (1 - looked).square().mean(dim=-1).sum()
+        loss = loss + settings.doubly_stochastic * once / captions
+    return loss, cross_entropy
+
+
+def self_critical_loss(outputs, lengths, rewards, words):
+    """The loss whose gradient makes those captions more probable that were rewarded more than others of their image.
+
+    Source: "Self-critical Sequence Training" (Rennie et al., 2017), equation 7; what a caption is compared with is the
+    mean reward of the image's other captions ("Buy 4 REINFORCE samples", Kool et al., 2019).
+
+    Args:
+        outputs: what `decoders.Decoder.forward` returns for the captions drawn at TEMPERATURE.
+        lengths: (B, C) as it takes them.
+        rewards: (B, C) of the captions, C at least 2.
+        words: the number to divide by, of the whole step.
+    """
+    logits, targets, weights = outputs
+    logits = logits.float() / TEMPERATURE
+    logits[:, [PAD, START, UNKNOWN]] = -math.inf  # as they were drawn
+    cross_entropy = functional.cross_entropy(logits, targets, reduction="none")  # (N,)
+    others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    real = torch.arange(len(weights)).view(-1, 1, 1) < lengths  # (T, B, C), in whose order the N words are
+    advantages = (rewards - others).expand(real.shape)[real].to(logits.device)  # (N,)
+    return (advantages * cross_entropy).sum() / words
 
 
 def make_optimizer(captioner, settings):

@@ -94,13 +94,13 @@ class Run:
 
 
 def settings_from(checkpoint, path, settings, names, free=()):
-    """Settings with the named ones as a checkpoint has them.
+    """Settings with the named ones as a checkpoint has them; one that was unknown when it was written stays.
 
     One given otherwise on the command line counts where it is free to differ, and is an InputError elsewhere.
     """
     defaults = type(settings)()
     for name in names:
-        given, saved = getattr(settings, name), checkpoint["settings"][name]
+        given, saved = getattr(settings, name), checkpoint["settings"].get(name, getattr(defaults, name))
         if given == getattr(defaults, name):
             settings = replace(settings, **{name: saved})
         elif name not in free and given != saved:

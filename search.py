@@ -59,6 +59,34 @@ def beam_search(decoder, regions, beam_size=5, max_length=30, length_penalty=0.5
     return captions, totals
 
 
+@torch.no_grad()
+def sample(decoder, regions, number, max_length=30, temperature=1.0):
+    """Draw captions of all images at once, each word as probable as softmax(logits / temperature) makes it.
+
+    Args:
+        decoder, max_length: as in `beam_search`.
+        regions: (B, R, D).
+        number: captions drawn an image, K.
+
+    Returns words (B, K, T), <end> repeated after a caption's end; <pad>, <start> and <unk> are never drawn.
+    """
+    keys = decoder.keys(regions)
+    state = tuple(part.expand(-1, number, -1) for part in decoder.first_state(regions))  # (B, K, H)
+    words = torch.full((len(regions), number), START, device=regions.device)
+    finished = torch.zeros_like(words, dtype=torch.bool)
+    captions = []
+    for _ in range(max_length):
+        logits, _, state = decoder.step(words, regions, keys, state)  # (B, K, V)
+        logits = logits.float() / temperature
+        logits[..., [PAD, START, UNKNOWN]] = -math.inf
+        words = logits.softmax(dim=-1).flatten(0, 1).multinomial(1).view_as(words).masked_fill(finished, END)
+        captions.append(words)
+        finished = words == END
+        if finished.all():
+            break
+    return torch.stack(captions, dim=-1)
+
+
 @torch.inference_mode()
 def attend(decoder, regions, captions):
     """Where a decoder looks at each word of given captions, and how probable it finds them.

@@ -12,11 +12,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from datasets import epoch_order, make_loader, open_split, split_order
+from datasets import END, START, collate, epoch_order, make_loader, open_split, split_order
 from eval import Settings as EvaluationSettings
 from eval import evaluate
-from optimization import captioning_loss, learning_rate_factor
+from optimization import TEMPERATURE, captioning_loss, learning_rate_factor, self_critical_loss
+from rewards import CiderReward
 from runs import draw_runs, prepare_run, start_files, start_run
+from search import sample
 from utils import (
     InputError,
     Stopped,
@@ -62,11 +64,13 @@ class Settings:
     hidden_size: int = 512  # units of the LSTM
     dropout: float = 0.5  # on words, regions and the output layer
 
+    objective: Literal["cross_entropy", "cider"] = "cross_entropy"  # of true captions; or CIDEr of captions it draws
     epochs: int = 10  # passes over the training images
     batch_size: int = 8  # images a step, each with all its captions; over all processes
     accumulate: int = (
         1  # parts a batch is computed in, one after the other: less memory, the same gradient but for BatchNorm
     )
+    mirror: bool = False  # show half of the images as in a mirror, "left" and "right" exchanged in their captions
     learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
     warm_up: float = 0.05  # share of all steps over which both learning rates rise to these values
@@ -88,47 +92,72 @@ class Settings:
     device: str = "auto"  # auto, cpu or cuda
 
 
-def train_step(network, optimizer, batch, settings, device, dtype, totals=None, sampling=0.0):
+def draw_captions(captioner, batch, reward, max_length, device, dtype):
+    """A Batch of captions that a captioner draws itself for the images of another, and their rewards (B, C).
+
+    There are as many of each image as it has true ones at the most, and at least two.
+    """
+    number = max(2, batch.words.shape[1])
+    with torch.inference_mode(), autocast(device, dtype):
+        regions = captioner.regions(batch.images.to(device, non_blocking=True))
+        drawn = sample(captioner.decoder, regions, number, max_length, TEMPERATURE).tolist()
+    drawn = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in image] for image in drawn]
+    own = collate(list(zip(batch.indices, batch.images, drawn, strict=True)))
+    true = dict(zip(batch.indices, batch.captions(), strict=True))
+    rewards = [reward(true[index], captions) for index, captions in zip(own.indices, own.captions(), strict=True)]
+    return own, torch.tensor(rewards)
+
+
+def train_step(network, optimizer, batch, settings, device, dtype, totals=None, sampling=0.0, reward=None):
     """One step on a `datasets.Batch`; returns the cross-entropy of its words, added up, and their number.
 
     `network` is a Captioner, or one in DistributedDataParallel: then `totals` are the words and captions of all
-    processes. `sampling` is that of `decoders.Decoder.forward`. Raises FloatingPointError where the loss is not finite.
+    processes. `sampling` is that of `decoders.Decoder.forward`. With a `reward` the step is on captions that the
+    captioner draws itself, and returns minus their rewards, added up, and their number. Raises FloatingPointError
+    where the loss is not finite.
     """
     words, captions = totals or batch.totals()
-    sum_of_losses = 0.0
+    sum_of_losses, number = 0.0, 0
     optimizer.zero_grad(set_to_none=True)
     parts = batch.split(settings.accumulate)
-    for part in parts:
+    for i, part in enumerate(parts, start=1):
+        if reward:
+            captioner = network.module if world_size() > 1 else network
+            part, rewards = draw_captions(captioner, part, reward, settings.max_length, device, dtype)
         images = part.images.to(device, non_blocking=True)
         numbers = part.words.to(device, non_blocking=True)
         # Between processes gradients are averaged, once a step.
-        wait = network.no_sync() if world_size() > 1 and part is not parts[-1] else contextlib.nullcontext()
+        wait = network.no_sync() if world_size() > 1 and i < len(parts) else contextlib.nullcontext()
         with wait:
             with autocast(device, dtype):
                 outputs = network(images, numbers, part.lengths, sampling)
-            loss, cross_entropy = captioning_loss(outputs, part.lengths, settings, words, captions)
+            if reward:
+                loss = self_critical_loss(outputs, part.lengths, rewards, words)
+                sum_of_losses, number = sum_of_losses - rewards.sum().item(), number + rewards.numel()
+            else:
+                loss, cross_entropy = captioning_loss(outputs, part.lengths, settings, words, captions)
+                sum_of_losses, number = sum_of_losses + cross_entropy.item(), number + part.totals()[0]
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"the loss is {loss.item()}")
             (loss * world_size()).backward()
-        sum_of_losses += cross_entropy.item()
     if settings.gradient_clip:
         clip_grad_norm_(network.parameters(), settings.gradient_clip)
     optimizer.step()
-    return sum_of_losses, batch.totals()[0]
+    return sum_of_losses, number
 
 
-def train_one_epoch(run, training, device, dtype, caught):
+def train_one_epoch(run, training, device, dtype, caught, reward):
     """What is left of a pass over the training images with all their captions; adds up in `run` as it goes.
 
     A signal in the list `caught`, of `utils.stop_signals`, ends the program before the next step, with all steps until
-    then in last.pt.
+    then in last.pt. `reward` is that of `train_step`.
     """
     settings = run.settings
-    run.captioner.train()
-    order = epoch_order(len(training), settings.seed, run.epoch)
+    run.captioner.train(not reward)  # captions are as probable as they were when they were drawn
+    order = epoch_order(len(training), settings.seed, run.epoch, settings.mirror)
     batches = split_order(order, settings.batch_size)
     loader = make_loader(training, batches[run.step :], settings.workers)
-    done = sum(len(training.captions[index]) for batch in batches[: run.step] for index in batch)
+    done = sum(len(training.captions[max(item, ~item)]) for batch in batches[: run.step] for item in batch)
     start = saved = time.perf_counter()
     seconds_before = run.seconds
     with tqdm(
@@ -157,8 +186,8 @@ def train_one_epoch(run, training, device, dtype, caught):
             sampling = settings.scheduled_sampling * step / (settings.epochs * len(batches))  # rising along a line
             try:
                 totals = (words, captions)
-                loss, own_words = train_step(
-                    run.network, run.optimizer, batch, settings, device, dtype, totals, sampling
+                loss, number = train_step(
+                    run.network, run.optimizer, batch, settings, device, dtype, totals, sampling, reward
                 )
             except FloatingPointError as error:
                 rate = run.optimizer.param_groups[0]["lr"]
@@ -174,7 +203,7 @@ def train_one_epoch(run, training, device, dtype, caught):
             run.average.update(step)
             run.step += 1
             run.loss += loss
-            run.words += own_words
+            run.words += number
             run.seconds = seconds_before + time.perf_counter() - start
             bar.set_postfix(loss=f"{run.loss / run.words:.3f}", refresh=False)
             bar.update(captions)
@@ -223,6 +252,8 @@ def check(settings):
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
     require_at_least(settings, 0, "grid_size", "region_dim", "gradient_clip", "learning_rate_decay", "save_minutes")
     require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average", "scheduled_sampling")
+    if settings.objective == "cider" and not (settings.init_from or settings.resume):
+        raise InputError("--objective cider needs a model that can caption already: give its best.pt as --init_from")
     if settings.batch_size < world_size() * settings.accumulate:
         raise InputError(
             f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "
@@ -243,8 +274,8 @@ def main(settings):
         run = start_run(settings, checkpoint, device)
         cached = not settings.fine_tune_encoder
         validation, training = (
-            open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype)
-            for split in ("val", "train")
+            open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype, mirror)
+            for split, mirror in (("val", False), ("train", settings.mirror))
         )
         if len(training) < world_size():
             raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
@@ -254,9 +285,12 @@ def main(settings):
             print(f"nothing to do: {run.waited} epochs brought no better score, --patience N waits longer")
         elif run.epoch >= settings.epochs:
             print(f"nothing to do after {run.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
+        reward = None
+        if settings.objective == "cider":
+            reward = CiderReward([[caption[1:-1] for caption in one_image] for one_image in training.captions])
         with stop_signals() as caught:
             while run.epoch < settings.epochs and run.waited < settings.patience:
-                train_one_epoch(run, training, device, dtype, caught)
+                train_one_epoch(run, training, device, dtype, caught, reward)
                 finish_epoch(run, training, validation, device, dtype)
         print(f"best {settings.score} {run.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
 

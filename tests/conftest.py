@@ -27,6 +27,7 @@ SMALL = train.Settings(
     learning_rate=1e-2,
     warm_up=0.0,
     max_length=6,
+    precision="fp32",  # the same on every machine
     device="cpu",
 )
 

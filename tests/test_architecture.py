@@ -16,9 +16,10 @@ ALLOWED = {
     "models": {"utils", "datasets", "encoders", "layers", "decoders"},
     "search": {"datasets"},
     "eval": {"utils", "datasets", "models", "search"},
-    "optimization": set(),
+    "optimization": {"datasets"},
+    "rewards": set(),
     "runs": {"utils", "datasets", "models", "optimization"},
-    "train": {"utils", "datasets", "eval", "optimization", "runs"},
+    "train": {"utils", "datasets", "eval", "optimization", "rewards", "runs", "search"},
     "caption": {"utils", "datasets", "models", "search"},
 }
 

@@ -120,9 +120,9 @@ def small_captioner(weights_seed=0, grid_size=0):
     return Captioner(encoder, torch.nn.Identity(), Decoder(10, 64, 4, 4, 4, 0.0), 32)
 
 
-def open_cached(folder, captioner, cached=True):
+def open_cached(folder, captioner, cached=True, mirror=False):
     vocabulary = Vocabulary.load(folder)
-    return datasets.open_split(folder, "val", vocabulary, captioner, cached, torch.device("cpu"), torch.float32)
+    return datasets.open_split(folder, "val", vocabulary, captioner, cached, torch.device("cpu"), torch.float32, mirror)
 
 
 def test_cached_features_are_the_encoders(copied):
@@ -135,19 +135,43 @@ def test_cached_features_are_the_encoders(copied):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_mirror_images_have_left_and_right_exchanged(copied):
+    captioner = small_captioner()
+    cached, photos = open_cached(copied, captioner, mirror=True), open_cached(copied, captioner, cached=False)
+    numbers, seen = Vocabulary.load(copied).numbers, set()
+    exchanged = {numbers["left"]: numbers["right"], numbers["right"]: numbers["left"]}
+    for i in range(len(photos)):
+        index, image, captions = photos[~i]
+        assert index == ~i and torch.equal(image, photos[i][1].flip(-1))
+        assert captions == [[exchanged.get(word, word) for word in caption] for caption in photos[i][2]]
+        assert captions == cached[~i][2] and photos[i][2] == cached[i][2]
+        seen.update(word for caption in captions for word in caption)
+        for item in (i, ~i):
+            with torch.inference_mode():
+                expected = captioner.regions(photos[item][1].unsqueeze(0))[0]
+            torch.testing.assert_close(cached[item][1].float(), expected, rtol=1e-3, atol=1e-3)
+    assert seen & exchanged.keys()
+
+
+def test_half_of_an_epoch_is_mirrored():
+    order = datasets.epoch_order(1000, 1, 2, mirror=True)
+    assert sorted(max(item, ~item) for item in order) == list(range(1000))
+    assert 450 < sum(item < 0 for item in order) < 550 and order == datasets.epoch_order(1000, 1, 2, mirror=True)
+
+
 def test_the_cache_is_reused_but_never_for_anything_else(copied):
-    path = open_cached(copied, small_captioner()).features
+    (path,) = open_cached(copied, small_captioner()).features
     written = path.stat().st_mtime_ns
-    assert open_cached(copied, small_captioner()).features == path and path.stat().st_mtime_ns == written
-    assert open_cached(copied, small_captioner(weights_seed=1)).features != path
-    assert open_cached(copied, small_captioner(grid_size=2)).features != path
+    assert open_cached(copied, small_captioner()).features == [path] and path.stat().st_mtime_ns == written
+    assert open_cached(copied, small_captioner(weights_seed=1)).features != [path]
+    assert open_cached(copied, small_captioner(grid_size=2)).features != [path]
     with h5py.File(copied / "val_images.hdf5", "a") as file:
         file["images"][0] = 0
         file.attrs["digest"] = "another"
     card = json.loads((copied / "dataset.json").read_text())
     card["splits"]["val"]["digest"] = "another"
     (copied / "dataset.json").write_text(json.dumps(card))
-    assert open_cached(copied, small_captioner()).features != path
+    assert open_cached(copied, small_captioner()).features != [path]
 
 
 def test_another_image_size_is_refused(copied):

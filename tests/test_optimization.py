@@ -8,9 +8,10 @@ from torch.nn import functional
 
 import train
 from conftest import SMALL
-from datasets import collate
+from datasets import END, START, collate
 from models import build_captioner
-from optimization import WeightAverage, captioning_loss, learning_rate_factor
+from optimization import TEMPERATURE, WeightAverage, captioning_loss, learning_rate_factor, self_critical_loss
+from search import sample
 
 
 def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
@@ -61,3 +62,33 @@ def test_the_average_follows_the_weights_and_leaves_a_frozen_encoder_alone(fine_
         average.update(step)  # keeps 1/10 of the old at the first step, 2/11 at the second
     expected = 2 / 11 * (0.1 * start + 0.9 * (start + 1)) + 9 / 11 * (start + 2)
     assert average.captioner.decoder.beta.bias.item() == pytest.approx(expected)
+
+
+def test_the_self_critical_gradient_is_that_of_the_expected_reward(tiny_decoder):
+    torch.manual_seed(0)
+    tiny_decoder.output.weight.data /= 4  # captions of all kinds
+    regions, words = torch.rand(1, 4, 6), (END, 4, 5, 6)
+    captions = [(END,), *((first, second) for first in words[1:] for second in words)]  # all of at most two words
+    worth = {caption: float(5 * caption.count(5) - 9 * caption.count(4)) for caption in captions}
+
+    def forced(captions):
+        batch = collate([(0, regions[0], [[START, *caption] for caption in captions])])
+        return batch, tiny_decoder(batch.images, batch.words, batch.lengths)
+
+    loss = 0.0
+    for caption in captions:
+        _, (logits, targets, _) = forced([caption])
+        log_probabilities = (logits[:, list(words)] / TEMPERATURE).log_softmax(1)
+        probability = sum(log_probabilities[t, words.index(word)] for t, word in enumerate(targets)).exp()
+        loss = loss - probability * worth[caption]
+    loss.backward()
+    exact = tiny_decoder.output.bias.grad.clone()
+    tiny_decoder.zero_grad()
+
+    drawn = sample(tiny_decoder, regions, 20_000, 2, TEMPERATURE)[0].tolist()
+    batch, outputs = forced([caption[:1] if caption[0] == END else caption for caption in drawn])
+    rows = zip(batch.words[0].tolist(), batch.lengths[0].tolist(), strict=True)
+    rewards = torch.tensor([[worth[tuple(row[1 : n + 1])] for row, n in rows]])
+    self_critical_loss(outputs, batch.lengths, rewards, len(drawn)).backward()
+    assert exact.abs().max() > 1
+    torch.testing.assert_close(tiny_decoder.output.bias.grad, exact, atol=0.1, rtol=0)

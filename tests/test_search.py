@@ -7,7 +7,7 @@ import torch
 
 from conftest import step_by_step
 from datasets import END, START
-from search import attend, beam_search
+from search import attend, beam_search, sample
 
 REAL_WORDS = (END, 4, 5, 6)
 
@@ -88,3 +88,23 @@ def test_longer_captions_win_with_length_normalisation(tiny_decoder):
         return ((captions != END).sum(1) + 1).clamp(max=8).float().mean()
 
     assert mean_length(1.0) > mean_length(0.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_captions_are_drawn_as_probable_as_they_are(tiny_decoder, temperature):
+    torch.manual_seed(0)
+    tiny_decoder.output.weight.data /= 4  # captions of all kinds
+    regions = torch.rand(2, 4, 6)
+    drawn = sample(tiny_decoder, regions, 4000, 3, temperature)
+    assert drawn.shape == (2, 4000, 3) and set(drawn.flatten().tolist()) == set(REAL_WORDS)
+    for b in range(2):
+        keys, state = tiny_decoder.keys(regions[b : b + 1]), tiny_decoder.first_state(regions[b : b + 1])
+        first, _, state = tiny_decoder.step(torch.tensor([[START]]), regions[b : b + 1], keys, state)
+        second, _, _ = tiny_decoder.step(torch.tensor([[5]]), regions[b : b + 1], keys, state)
+        for logits, words in ((first, drawn[b, :, 0]), (second, drawn[b, drawn[b, :, 0] == 5, 1])):
+            expected = (logits[0, 0, list(REAL_WORDS)] / temperature).softmax(0)
+            shares = torch.stack([(words == word).float().mean() for word in REAL_WORDS])
+            assert len(words) > 200
+            torch.testing.assert_close(shares, expected, atol=0.05, rtol=0)
+        ended = drawn[b, drawn[b, :, 0] == END]
+        assert len(ended) and (ended == END).all()

@@ -116,6 +116,15 @@ def test_init_from_starts_a_new_run_with_the_weights_words_and_model_settings(co
     assert all(torch.equal(started[name], trained[name]) for name in trained if name.startswith("decoder"))
 
 
+def test_cider_as_objective_raises_the_reward_of_the_captions_drawn(command, shapes, run_folder, tmp_path):
+    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--max_length", 12, "--epochs", 8)
+    start = ("--init_from", run_folder / "best.pt", "--learning_rate", 5e-3, "--patience", 8, "--accumulate", 2)
+    status, _, err = command(train, *arguments, *start, "--objective", "cider", "--fine_tune_encoder")
+    assert status == 0, err
+    rewards = [-row["loss"] for row in read_log(tmp_path / "run" / "log.jsonl")]
+    assert 0 < rewards[0] < 0.8 * rewards[-1]
+
+
 def test_look_draws_several_runs_into_one_picture(command, run_folder, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(run_folder, tmp_path / name)
@@ -184,6 +193,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shape
         (("--encoder_weights", "missing.pth"), "missing.pth"),
         (("--encoder_weights", "{run}/log.jsonl"), "log.jsonl is refused"),
         (("--look", "{run}", "missing"), "--look missing: no run there"),
+        (("--objective", "cider"), "--objective cider needs a model that can caption already"),
         (("--epochs", "0"), "--epochs 0: must be at least 1"),
         (("--learning_rate", "nan"), "--learning_rate nan: must be at least 0"),
         (("--dropout", "1.5"), "--dropout 1.5: must be below 1"),
