@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from datasets import PAD, START
-from layers import LSTMCell, SoftAttention, start_linear
+from layers import Dropout, LSTMCell, SoftAttention, start_linear
 
 
 class Decoder(nn.Module):
@@ -31,7 +31,7 @@ class Decoder(nn.Module):
         self.hidden_output = nn.Linear(hidden_size, embedding_size)
         self.context_output = nn.Linear(region_size, embedding_size, bias=False)
         self.output = nn.Linear(embedding_size, vocabulary_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # torch's own start would draw the words ten times larger, and drown the regions in them for epochs; it would
         # also leave the attention so close to uniform that it stays so for long.
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)

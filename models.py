@@ -8,7 +8,7 @@ from torch import nn
 from datasets import Vocabulary
 from decoders import Decoder
 from encoders import Encoder
-from layers import start_linear
+from layers import Dropout, start_linear
 from utils import InputError, first_line, load_state
 
 CHECKPOINT_FORMAT = 2
@@ -55,7 +55,7 @@ def build_captioner(settings, vocabulary_size, image_size, encoder_weights):
     region_size, region_layer = encoder.region_size, nn.Identity()
     if settings["region_dim"]:
         region_size = settings["region_dim"]
-        region_layer = nn.Sequential(nn.Linear(encoder.region_size, region_size), nn.ReLU(), nn.Dropout(dropout))
+        region_layer = nn.Sequential(nn.Linear(encoder.region_size, region_size), nn.ReLU(), Dropout(dropout))
         start_linear(region_layer[0])
     sizes = (settings["embedding_size"], settings["attention_size"], settings["hidden_size"])
     return Captioner(encoder, region_layer, Decoder(vocabulary_size, region_size, *sizes, dropout), image_size)

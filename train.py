@@ -65,7 +65,7 @@ class Settings:
     dropout: float = 0.5  # on words, regions and the output layer
 
     objective: Literal["cross_entropy", "cider"] = "cross_entropy"  # of true captions; or CIDEr of captions it draws
-    epochs: int = 10  # passes over the training images
+    epochs: int = 8  # passes over the training images
     batch_size: int = 8  # images a step, each with all its captions; over all processes
     accumulate: int = (
         1  # parts a batch is computed in, one after the other: less memory, the same gradient but for BatchNorm
@@ -254,6 +254,8 @@ def check(settings):
     require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average", "scheduled_sampling")
     if settings.objective == "cider" and not (settings.init_from or settings.resume):
         raise InputError("--objective cider needs a model that can caption already: give its best.pt as --init_from")
+    if settings.objective == "cider" and settings.scheduled_sampling:
+        raise InputError(f"--scheduled_sampling {settings.scheduled_sampling} does not go with --objective cider")
     if settings.batch_size < world_size() * settings.accumulate:
         raise InputError(
             f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "

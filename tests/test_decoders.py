@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from conftest import step_by_step
 from datasets import END, START, collate
-from layers import LSTMCell
+from layers import Dropout, LSTMCell
 
 
 def random_batch(captions, seed=0):
@@ -139,3 +139,14 @@ def test_attention_weights_sum_to_one(tiny_decoder):
     context, weights = tiny_decoder.attention(regions, tiny_decoder.keys(regions), torch.rand(2, 3, 8))
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
     torch.testing.assert_close(context, torch.einsum("bcr,brd->bcd", weights, regions))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_dropout_drops_a_share_and_keeps_the_mean(share):
+    torch.manual_seed(0)
+    dropout, x = Dropout(share), torch.ones(200, 500, requires_grad=True)
+    found = dropout(x)
+    assert (found == 0).float().mean().item() == pytest.approx(share, abs=0.01)
+    torch.testing.assert_close(found, (found > 0) / (1 - share))
+    found.sum().backward()
+    assert torch.equal(x.grad, found) and torch.equal(dropout.eval()(x), x)
