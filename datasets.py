@@ -147,12 +147,9 @@ class Batch:
         return int(self.lengths.sum()), int((self.lengths > 0).sum())
 
     def captions(self):
-        """For each image its captions as lists of word numbers, without <start>, <end> and padding."""
+        """For each image its captions as lists of word numbers, <end> included, without <start> and padding."""
         images = zip(self.words.tolist(), self.lengths.tolist(), strict=True)
-        return [
-            [[word for word in caption[1 : n + 1] if word != END] for caption, n in zip(*image, strict=True) if n]
-            for image in images
-        ]
+        return [[caption[1 : n + 1] for caption, n in zip(*image, strict=True) if n] for image in images]
 
     def split(self, parts):
         """As many Batches of about equal work; fewer where there are fewer images."""

@@ -19,11 +19,11 @@ def start_linear(layer):
 
 
 class Dropout(nn.Dropout):
-    """torch's dropout, whose random numbers take five times as long on a CPU as these."""
+    """torch's dropout, which takes half as long again on a CPU as this."""
 
     def forward(self, x):
         """x -> the same shape."""
-        if x.is_cuda or not self.training or not self.p:
+        if x.device.type != "cpu" or not self.training or not self.p:
             return super().forward(x)
         return x.masked_fill(torch.rand(x.shape) < self.p, 0) / (1 - self.p)
 
@@ -138,7 +138,10 @@ class SoftAttention(nn.Module):
     def forward(self, regions, keys, hidden):
         """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, D), weights (B, C, R)."""
         energy = keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)  # (B, C, R, A), the largest tensor
-        # tanh(x) = 2 sigmoid(2 x) - 1, several times as fast on CPUs; of the 1, softmax takes no notice.
-        scores = 2 * self.score(energy.mul_(2).sigmoid_()).squeeze(-1)  # (B, C, R)
+        if energy.device.type == "cpu":
+            # tanh(x) = 2 sigmoid(2 x) - 1, in a third of the time there; of the 1, softmax takes no notice.
+            scores = 2 * self.score(energy.mul_(2).sigmoid_()).squeeze(-1)  # (B, C, R)
+        else:
+            scores = self.score(energy.tanh_()).squeeze(-1)  # (B, C, R)
         weights = scores.float().softmax(dim=-1)  # (B, C, R)
         return weights.to(regions.dtype) @ regions, weights  # (B, C, D), (B, C, R)

@@ -45,8 +45,8 @@ class Run:
     epoch: int = 0  # epochs done
     step: int = 0  # steps done of the epoch under way
     seconds: float = 0.0  # that they took
-    loss: float = 0.0  # cross-entropy of this process's words in them, added up
-    words: int = 0  # number of these words
+    loss: float = 0.0  # cross-entropy of this process's words in them, or minus rewards of captions, added up
+    words: int = 0  # number of these words, or captions
     best_score: float = -1.0
     waited: int = 0  # epochs since the best score
 

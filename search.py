@@ -1,4 +1,4 @@
-"""Beam search over any decoder, and where a decoder looks at each word of a caption.
+"""Beam search over any decoder, captions drawn from it, and where it looks at each word of a caption.
 
 Shapes: B images, R regions, D features of a region, K beams, T words, V words of the vocabulary.
 """

@@ -67,9 +67,7 @@ class Settings:
     objective: Literal["cross_entropy", "cider"] = "cross_entropy"  # of true captions; or CIDEr of captions it draws
     epochs: int = 8  # passes over the training images
     batch_size: int = 8  # images a step, each with all its captions; over all processes
-    accumulate: int = (
-        1  # parts a batch is computed in, one after the other: less memory, the same gradient but for BatchNorm
-    )
+    accumulate: int = 1  # parts that a batch is computed in: less memory, the same gradient but for BatchNorm
     mirror: bool = False  # show half of the images as in a mirror, "left" and "right" exchanged in their captions
     learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
@@ -83,7 +81,7 @@ class Settings:
     weight_average: float = 0.999  # decay of the moving average of weights that best.pt holds; 0: none
     score: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
     patience: int = 5  # stop after this many epochs without a better score
-    max_length: int = 30  # words at most of a caption generated for validation
+    max_length: int = 30  # words at most of a caption generated for validation, or for the objective cider
     save_minutes: float = 10.0  # write last.pt this often within an epoch, too
 
     seed: int = 0  # of weights, order and dropout
@@ -95,7 +93,7 @@ class Settings:
 def draw_captions(captioner, batch, reward, max_length, device, dtype):
     """A Batch of captions that a captioner draws itself for the images of another, and their rewards (B, C).
 
-    There are as many of each image as it has true ones at the most, and at least two.
+    There are as many of each image as any of them has true ones, and at least two.
     """
     number = max(2, batch.words.shape[1])
     with torch.inference_mode(), autocast(device, dtype):
@@ -254,8 +252,9 @@ def check(settings):
     require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average", "scheduled_sampling")
     if settings.objective == "cider" and not (settings.init_from or settings.resume):
         raise InputError("--objective cider needs a model that can caption already: give its best.pt as --init_from")
-    if settings.objective == "cider" and settings.scheduled_sampling:
-        raise InputError(f"--scheduled_sampling {settings.scheduled_sampling} does not go with --objective cider")
+    for name in ("scheduled_sampling", "doubly_stochastic"):
+        if settings.objective == "cider" and getattr(settings, name):
+            raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective cider")
     if settings.batch_size < world_size() * settings.accumulate:
         raise InputError(
             f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "
@@ -289,7 +288,8 @@ def main(settings):
             print(f"nothing to do after {run.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
         reward = None
         if settings.objective == "cider":
-            reward = CiderReward([[caption[1:-1] for caption in one_image] for one_image in training.captions])
+            # <end> counts as a word: captions that break off would cost nothing otherwise.
+            reward = CiderReward([[caption[1:] for caption in one_image] for one_image in training.captions])
         with stop_signals() as caught:
             while run.epoch < settings.epochs and run.waited < settings.patience:
                 train_one_epoch(run, training, device, dtype, caught, reward)

@@ -44,9 +44,9 @@ def step_by_step(decoder, regions, caption):
     return total, torch.stack(weights)
 
 
-def flags(shapes, run_folder):
-    """The command line of the SMALL settings."""
-    values = asdict(replace(SMALL, data_folder=str(shapes), run_folder=str(run_folder)))
+def flags(data_folder, run_folder, settings=SMALL):
+    """The command line of settings with these folders."""
+    values = asdict(replace(settings, data_folder=str(data_folder), run_folder=str(run_folder)))
     switches = {True: "--{}", False: "--no-{}"}
     arguments = []
     del values["look"]  # that draws and does not train

@@ -67,21 +67,25 @@ def after_step(monkeypatch, step, act):
 
 
 @pytest.mark.parametrize(
-    ("step", "workers", "number"),  # in the first epoch of three steps, at its end, in the second
-    [(2, 0, signal.SIGINT), (3, 0, signal.SIGTERM), (4, 2, signal.SIGTERM)],
+    ("step", "workers", "number", "others"),  # in the first epoch of three steps, at its end, in the second
+    [
+        (2, 0, signal.SIGINT, {"objective": "cider", "accumulate": 2}),
+        (3, 0, signal.SIGTERM, {"scheduled_sampling": 0.5}),
+        (4, 2, signal.SIGTERM, {"mirror": True}),
+    ],
 )
 def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole(
-    shapes, tmp_path, monkeypatch, command, request, step, workers, number
+    shapes, run_folder, tmp_path, monkeypatch, command, request, step, workers, number, others
 ):
     former = signal.signal(number, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     request.addfinalizer(lambda: signal.signal(number, former))
-    settings = replace(SMALL, data_folder=str(shapes), workers=workers, scheduled_sampling=0.5)
+    if "objective" in others:
+        others["init_from"] = str(run_folder / "best.pt")
+    settings = replace(SMALL, data_folder=str(shapes), workers=workers, **others)
     train.main(replace(settings, run_folder=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
         after_step(patch, step, lambda: signal.raise_signal(number))
-        status, _, err = command(
-            train, *flags(shapes, tmp_path / "parts"), "--workers", workers, "--scheduled_sampling", 0.5
-        )
+        status, _, err = command(train, *flags(shapes, tmp_path / "parts", settings))
     last = tmp_path / "parts" / "last.pt"
     assert status == 128 + number and err.splitlines()[-1].endswith(f"python train.py --resume {last} goes on")
     progress = torch.load(last, weights_only=True)["progress"]
