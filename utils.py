@@ -77,8 +77,8 @@ def run_script(main, Settings):
 def keep_freed_memory():
     """Let glibc keep the large blocks that a program frees, to use them again.
 
-    It gives them back to the system at once otherwise, and a training step, which takes the same blocks each time,
-    spends a tenth to a third of its time on page faults.
+    It gives most of them back to the system otherwise, and a training step, which takes the same blocks each time,
+    spends a sixth of its time and more on page faults (benchmarks/README.md).
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
