@@ -262,39 +262,44 @@ def check(settings):
         )
 
 
+def train(settings, device):
+    """Train until the validation score stops rising."""
+    settings, checkpoint = prepare_run(settings)
+    check(settings)
+    require_writable(settings.run_folder)
+    dtype = choose_dtype(settings.precision, device)
+    run = start_run(settings, checkpoint, device)
+    cached = not settings.fine_tune_encoder
+    validation, training = (
+        open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype, mirror)
+        for split, mirror in (("val", False), ("train", settings.mirror))
+    )
+    if len(training) < world_size():
+        raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
+    start_files(run, checkpoint)
+    print(f"{len(training)} training images, {len(run.vocabulary)} words, {device}, {str(dtype).split('.')[1]}")
+    if run.waited >= settings.patience:
+        print(f"nothing to do: {run.waited} epochs brought no better score, --patience N waits longer")
+    elif run.epoch >= settings.epochs:
+        print(f"nothing to do after {run.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
+    reward = None
+    if settings.objective == "cider":
+        # <end> counts as a word: captions that break off would cost nothing otherwise.
+        reward = CiderReward([[caption[1:] for caption in one_image] for one_image in training.captions])
+    with stop_signals() as caught:
+        while run.epoch < settings.epochs and run.waited < settings.patience:
+            train_one_epoch(run, training, device, dtype, caught, reward)
+            finish_epoch(run, training, validation, device, dtype)
+    print(f"best {settings.score} {run.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
+
+
 def main(settings):
-    """Train until the validation score stops rising, or on each of several processes its share (torchrun)."""
+    """Train, on each of several processes its share (torchrun), or draw the curves of runs."""
     if settings.look:
         print(draw_runs(settings.look))
         return
     with processes(settings.device) as device:
-        settings, checkpoint = prepare_run(settings)
-        check(settings)
-        require_writable(settings.run_folder)
-        dtype = choose_dtype(settings.precision, device)
-        run = start_run(settings, checkpoint, device)
-        cached = not settings.fine_tune_encoder
-        validation, training = (
-            open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype, mirror)
-            for split, mirror in (("val", False), ("train", settings.mirror))
-        )
-        if len(training) < world_size():
-            raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
-        start_files(run, checkpoint)
-        print(f"{len(training)} training images, {len(run.vocabulary)} words, {device}, {str(dtype).split('.')[1]}")
-        if run.waited >= settings.patience:
-            print(f"nothing to do: {run.waited} epochs brought no better score, --patience N waits longer")
-        elif run.epoch >= settings.epochs:
-            print(f"nothing to do after {run.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
-        reward = None
-        if settings.objective == "cider":
-            # <end> counts as a word: captions that break off would cost nothing otherwise.
-            reward = CiderReward([[caption[1:] for caption in one_image] for one_image in training.captions])
-        with stop_signals() as caught:
-            while run.epoch < settings.epochs and run.waited < settings.patience:
-                train_one_epoch(run, training, device, dtype, caught, reward)
-                finish_epoch(run, training, validation, device, dtype)
-        print(f"best {settings.score} {run.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
+        train(settings, device)  # all that uses the processes' connection is gone when it is closed
 
 
 if __name__ == "__main__":
