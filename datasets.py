@@ -19,6 +19,7 @@ from utils import InputError, autocast, barrier, gather, rank, read_json, world_
 SPLITS = ("train", "val", "test")
 PAD, START, END, UNKNOWN = range(4)
 SPECIAL_WORDS = ["<pad>", "<start>", "<end>", "<unk>"]
+NEVER_WRITTEN = [PAD, START, UNKNOWN]  # the words that no caption of a model holds
 MIRRORED_WORDS = {"left": "right", "right": "left"}
 
 
@@ -187,7 +188,7 @@ class CaptionDataset(Dataset):
         return len(self.entries)
 
     def __getitem__(self, index):
-        mirrored, place = index < 0, max(index, ~index)
+        mirrored, place = index < 0, place_of(index)
         captions = self.captions[place]
         if mirrored:
             captions = [[self.mirrored_words.get(word, word) for word in caption] for caption in captions]
@@ -209,6 +210,11 @@ class CaptionDataset(Dataset):
             maps = [np.load(path, mmap_mode="r") for path in self.features]
             self._opened = (os.getpid(), maps or h5py.File(self.images_path)["images"])
         return self._opened[1]
+
+
+def place_of(item):
+    """The place in its split of a dataset's item: i of both i and ~i, its mirror image."""
+    return max(item, ~item)
 
 
 def collate(items):
@@ -333,7 +339,7 @@ def cache_features(dataset, split, encoder, device, dtype, mirrored=False, batch
                     regions = encoder(batch.images.to(device, non_blocking=True)).half().cpu().numpy()  # (B, R, D)
                 assert regions.shape[1:] == shape[1:], "the photos are not of the encoder's image size"
                 for index, row in zip(batch.indices, regions, strict=True):
-                    file.seek(first_row + max(index, ~index) * row_size)
+                    file.seek(first_row + place_of(index) * row_size)
                     file.write(row.tobytes())
                 bar.update(len(regions) * world_size())
         barrier()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from datasets import PAD, START, UNKNOWN
+from datasets import NEVER_WRITTEN
 
 # Captions drawn at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
 TEMPERATURE = 0.5
@@ -52,7 +52,7 @@ def self_critical_loss(outputs, lengths, rewards, words):
     """
     logits, targets, weights = outputs
     logits = logits.float() / TEMPERATURE
-    logits[:, [PAD, START, UNKNOWN]] = -math.inf  # as they were drawn
+    logits[:, NEVER_WRITTEN] = -math.inf  # as they were drawn
     cross_entropy = functional.cross_entropy(logits, targets, reduction="none")  # (N,)
     others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     real = torch.arange(len(weights)).view(-1, 1, 1) < lengths  # (T, B, C), in whose order the N words are

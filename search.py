@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from datasets import END, PAD, START, UNKNOWN
+from datasets import END, NEVER_WRITTEN, START
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def beam_search(decoder, regions, beam_size=5, max_length=30, length_penalty=0.5
     for t in range(max_length):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, K, V)
         step = logits.float().log_softmax(dim=-1)
-        step[..., [PAD, START, UNKNOWN] if t else [PAD, START, UNKNOWN, END]] = -math.inf  # and no empty caption
+        step[..., NEVER_WRITTEN if t else [*NEVER_WRITTEN, END]] = -math.inf  # and no empty caption
         step.masked_fill_(finished.unsqueeze(-1), -math.inf)
         step[..., END].masked_fill_(finished, 0)
         lengths = lengths + ~finished
@@ -78,7 +78,7 @@ def sample(decoder, regions, number, max_length=30, temperature=1.0):
     for _ in range(max_length):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, K, V)
         logits = logits.float() / temperature
-        logits[..., [PAD, START, UNKNOWN]] = -math.inf
+        logits[..., NEVER_WRITTEN] = -math.inf
         words = logits.softmax(dim=-1).flatten(0, 1).multinomial(1).view_as(words).masked_fill(finished, END)
         captions.append(words)
         finished = words == END

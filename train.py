@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from datasets import END, START, collate, epoch_order, make_loader, open_split, split_order
+from datasets import END, START, collate, epoch_order, make_loader, open_split, place_of, split_order
 from eval import Settings as EvaluationSettings
 from eval import evaluate
 from optimization import TEMPERATURE, captioning_loss, learning_rate_factor, self_critical_loss
@@ -155,7 +155,7 @@ def train_one_epoch(run, training, device, dtype, caught, reward):
     order = epoch_order(len(training), settings.seed, run.epoch, settings.mirror)
     batches = split_order(order, settings.batch_size)
     loader = make_loader(training, batches[run.step :], settings.workers)
-    done = sum(len(training.captions[max(item, ~item)]) for batch in batches[: run.step] for item in batch)
+    done = sum(len(training.captions[place_of(item)]) for batch in batches[: run.step] for item in batch)
     start = saved = time.perf_counter()
     seconds_before = run.seconds
     with tqdm(
