@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from datasets import SPLITS, Vocabulary, load_image, read_card
+from datasets import SPLITS, load_image, read_card
 from utils import InputError, read_json, require_at_least, require_writable, run_script, write_json
+from vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Settings:
     output: str = ""  # the folder to write; empty: data/<dataset>
     image_size: int = 256  # side of the square images in pixels
     min_word_freq: int = 5  # training captions must hold a word at least so often, or it becomes <unk>
+    max_words: int = 0  # and only so many words are kept, the most frequent ones; 0: all
+    limit: int = 0  # training images at most, chosen with the seed; 0: all
     skip_bad: bool = False  # leave broken and missing photos out, listed, instead of stopping
     overwrite: bool = False  # replace a folder that was prepared otherwise
     scenes: int = 4000  # shapes to draw for training; a tenth as many each for val and test
-    seed: int = 0  # of the shapes, and of the split where the captions have none
+    seed: int = 0  # of the shapes, of the split where the captions have none, and of what limit chooses
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,10 @@ def write_folder(folder, photos, settings):
     splits, kept, bad = {}, {}, []
     for split in SPLITS:
         of_split = [photo for photo in photos if photo.split == split]
+        if split == "train" and 0 < settings.limit < len(of_split):
+            chosen = sorted(random.Random(settings.seed).sample(range(len(of_split)), settings.limit))
+            print(f"{settings.limit} of {len(of_split)} training images, chosen with seed {settings.seed}")
+            of_split = [of_split[place] for place in chosen]
         splits[split], kept[split], bad_of_split = write_split(folder, split, of_split, settings.image_size)
         bad += bad_of_split
     if bad:
@@ -280,7 +287,7 @@ def write_folder(folder, photos, settings):
         split: Counter(word for photo in kept[split] for caption in photo.captions for word in caption["words"])
         for split in SPLITS
     }
-    vocabulary = Vocabulary.from_counts(counts["train"], settings.min_word_freq)
+    vocabulary = Vocabulary.from_counts(counts["train"], settings.min_word_freq, settings.max_words)
     write_json(folder / "word_map.json", vocabulary.numbers)
     write_json(
         folder / "dataset.json",
@@ -341,6 +348,7 @@ def move_into_place(made, output):
 def main(settings):
     """Write {train,val,test}_images.hdf5 and _captions.json, word_map.json and dataset.json."""
     require_at_least(settings, 1, "image_size", "min_word_freq", "scenes")
+    require_at_least(settings, 0, "max_words", "limit")
     if settings.dataset == "shapes" and (settings.captions or settings.images):
         raise InputError("--dataset shapes draws its own scenes: name the data set that --captions and --images are of")
     output = Path(settings.output or f"data/{settings.dataset}")

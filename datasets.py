@@ -1,4 +1,4 @@
-"""Data as training reads it: words, photos, prepared folders, cached features and batches."""
+"""Data as training reads it: photos, prepared folders, cached features and batches."""
 
 import contextlib
 import hashlib
@@ -15,49 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils import InputError, autocast, barrier, gather, rank, read_json, world_size, written_whole
+from vocabulary import PAD, UNKNOWN
 
 SPLITS = ("train", "val", "test")
-PAD, START, END, UNKNOWN = range(4)
-SPECIAL_WORDS = ["<pad>", "<start>", "<end>", "<unk>"]
-NEVER_WRITTEN = [PAD, START, UNKNOWN]  # the words that no caption of a model holds
 MIRRORED_WORDS = {"left": "right", "right": "left"}
-
-
-class Vocabulary:
-    """The words that a model knows; a word's number is its place in the list, the four special words first."""
-
-    def __init__(self, words):
-        if list(words[: len(SPECIAL_WORDS)]) != SPECIAL_WORDS:
-            raise InputError(f"a word map starts with {' '.join(SPECIAL_WORDS)}, not with {' '.join(words[:4])}")
-        self.words = list(words)
-        self.numbers = {word: number for number, word in enumerate(self.words)}
-
-    def __len__(self):
-        return len(self.words)
-
-    @classmethod
-    def from_counts(cls, counts, min_word_freq):
-        """The words counted at least min_word_freq times, most frequent first, ties in alphabetical order."""
-        kept = [word for word in counts if counts[word] >= min_word_freq and word not in SPECIAL_WORDS]
-        return cls(SPECIAL_WORDS + sorted(kept, key=lambda word: (-counts[word], word)))
-
-    @classmethod
-    def load(cls, data_folder):
-        """The vocabulary of a prepared folder's word_map.json."""
-        read_card(data_folder)
-        numbers = read_json(Path(data_folder) / "word_map.json")
-        return cls(sorted(numbers, key=numbers.get))
-
-    def encode(self, words):
-        """Words to numbers between <start> and <end>; a word that is not known becomes <unk>."""
-        return [START, *(self.numbers.get(word, UNKNOWN) for word in words), END]
-
-    def decode(self, numbers):
-        """Numbers to words, up to <end> and without <start> and padding."""
-        numbers = [int(number) for number in numbers]
-        if END in numbers:
-            numbers = numbers[: numbers.index(END)]
-        return [self.words[number] for number in numbers if number not in (PAD, START)]
 
 
 def open_photo(path):

@@ -1,8 +1,9 @@
 """Encoders: any torchvision classification network up to a layer with a grid, as regions of a photo.
 
-Shapes: B images, R regions, D features of a region.
+Shapes: B images, R regions, F features of a region.
 """
 
+import math
 import re
 import urllib.error
 
@@ -30,6 +31,10 @@ GRID_LAYERS = {
     "regnet": "trunk_output",
     "inception": "Mixed_7c",
     "googlenet": "inception5b",
+    "alexnet": "features",
+    "swin": "permute",
+    "maxvit": "blocks",
+    "vit": "encoder",
 }
 
 
@@ -50,9 +55,7 @@ class Encoder(nn.Module):
         super().__init__()
         if name not in torchvision.models.list_models(module=torchvision.models):
             raise InputError(f"--encoder {name}: torchvision has no such classification network")
-        family = next((family for family in GRID_LAYERS if name.startswith(family)), None)
-        if not layer and not family:
-            raise InputError(f"--encoder {name}: give the layer to take as --encoder_layer")
+        family = next(family for family in GRID_LAYERS if name.startswith(family))
         self.name, self.layer, self.grid_size = name, layer or GRID_LAYERS[family], grid_size
         self.pretrained = bool(weights)
         network = build_network(name, weights)
@@ -70,11 +73,11 @@ class Encoder(nn.Module):
         self.number_of_regions, self.region_size = self._dry_run(image_size)
 
     def _dry_run(self, image_size):
-        """Read R and D off a photo's way through."""
+        """Read R and F off a photo's way through."""
         self.eval()
         try:
             with torch.inference_mode():
-                grid = self.network(torch.zeros(1, 3, image_size, image_size))["grid"]
+                grid = self._grid(torch.zeros(1, 3, image_size, image_size))
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"{self.name} does not take images of {image_size} pixels: {first_line(error)}") from None
         if grid.ndim != 4 or grid.shape[2] != grid.shape[3]:
@@ -91,13 +94,34 @@ class Encoder(nn.Module):
                     module.eval()
         return self
 
+    def train_from(self, block):
+        """Train the part named `block` (layer3, features.10, ...) and all behind it; "" trains everything.
+
+        Raises InputError where the network has no such part with weights.
+        """
+        started = not block
+        for name, parameter in self.network.named_parameters():  # in the order in which they are used
+            started = started or name.startswith(f"{block}.")
+            parameter.requires_grad_(started)
+        if not started:
+            names = dict.fromkeys(name.split(".")[0] for name, _ in self.network.named_parameters())
+            raise InputError(f"--fine_tune_from {block}: {self.name} has {' '.join(names)} and their parts")
+
     def forward(self, images):
-        """images (B, 3, h, w) uint8 -> regions (B, R, D), row by row."""
+        """images (B, 3, h, w) uint8 -> regions (B, R, F), row by row."""
         images = (images.float() / 255 - self.mean) / self.std
-        grid = self.network(images.contiguous(memory_format=torch.channels_last))["grid"]  # (B, D, rows, columns)
+        grid = self._grid(images.contiguous(memory_format=torch.channels_last))  # (B, F, rows, columns)
         if self.grid_size:
             grid = functional.adaptive_avg_pool2d(grid, self.grid_size)
-        return grid.flatten(2).transpose(1, 2)  # (B, R, D)
+        return grid.flatten(2).transpose(1, 2)  # (B, R, F)
+
+    def _grid(self, images):
+        """The layer's output; of a transformer's tokens those of the patches, row by row as they lie in the photo."""
+        grid = self.network(images)["grid"]
+        side = math.isqrt(grid.shape[1] - 1)
+        if grid.ndim == 3 and grid.shape[1] == 1 + side**2:  # the class token stands first
+            grid = grid[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        return grid
 
 
 def imagenet_weights(name):

@@ -5,13 +5,14 @@ Shapes: B images, R regions, D features of a region.
 
 from torch import nn
 
-from datasets import Vocabulary
 from decoders import Decoder
 from encoders import Encoder
+from graph import RegionGraph
 from layers import Dropout, start_linear
 from utils import InputError, first_line, load_state
+from vocabulary import Vocabulary
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 CHECKPOINT_KEYS = {"format", "model", "image_size", "words", "settings"}  # what inference needs
 
 # The settings of train.py that shape a model: what a checkpoint needs to be built again.
@@ -20,6 +21,11 @@ MODEL_SETTINGS = (
     "encoder_layer",
     "grid_size",
     "region_dim",
+    "graph_layers",
+    "graph_neighbours",
+    "graph_heads",
+    "cell",
+    "attention",
     "embedding_size",
     "attention_size",
     "hidden_size",
@@ -28,18 +34,24 @@ MODEL_SETTINGS = (
 
 
 class Captioner(nn.Module):
-    """An encoder and a decoder with a dense layer on the regions between them.
+    """An encoder and a decoder, between them a dense layer and graph layers on the regions.
 
     `image_size` is the side in pixels of the photos that it was trained on.
     """
 
-    def __init__(self, encoder, region_layer, decoder, image_size):
+    def __init__(self, encoder, region_layer, graph, decoder, image_size):
         super().__init__()
-        self.encoder, self.region_layer, self.decoder, self.image_size = encoder, region_layer, decoder, image_size
+        self.encoder, self.region_layer, self.graph, self.decoder = encoder, region_layer, graph, decoder
+        self.image_size = image_size
 
     def regions(self, images):
-        """images (B, 3, h, w) uint8, or features (B, R, D) from the cache -> regions for the decoder (B, R, D)."""
-        return self.region_layer(images.float() if images.ndim == 3 else self.encoder(images))
+        """images (B, 3, h, w) uint8, or features (B, R, F) from the cache -> regions for the decoder (B, R, D)."""
+        return self.trace(images)[0]
+
+    def trace(self, images):
+        """As `regions`, with the graph's edges, as `RegionGraph.forward` returns them."""
+        features = images.float() if images.ndim == 3 else self.encoder(images)
+        return self.graph(self.region_layer(features), features)
 
     def forward(self, images, words, lengths, sampling=0.0):
         """Teacher forcing, as `Decoder.forward`."""
@@ -57,8 +69,13 @@ def build_captioner(settings, vocabulary_size, image_size, encoder_weights):
         region_size = settings["region_dim"]
         region_layer = nn.Sequential(nn.Linear(encoder.region_size, region_size), nn.ReLU(), Dropout(dropout))
         start_linear(region_layer[0])
+    layers, neighbours, heads = settings["graph_layers"], settings["graph_neighbours"], settings["graph_heads"]
+    if layers and region_size % heads:
+        raise InputError(f"--graph_heads {heads}: the {region_size} features of a region cannot be shared out evenly")
+    graph = RegionGraph(region_size, layers, neighbours, heads, dropout)
     sizes = (settings["embedding_size"], settings["attention_size"], settings["hidden_size"])
-    return Captioner(encoder, region_layer, Decoder(vocabulary_size, region_size, *sizes, dropout), image_size)
+    decoder = Decoder(vocabulary_size, region_size, *sizes, dropout, settings["cell"], settings["attention"])
+    return Captioner(encoder, region_layer, graph, decoder, image_size)
 
 
 def load_captioner(path, device):

@@ -7,10 +7,14 @@ import torch
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from datasets import NEVER_WRITTEN
+from vocabulary import NEVER_WRITTEN
 
 # Captions drawn at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
 TEMPERATURE = 0.5
+
+# Of hard attention's looks, as in the authors' code.
+REWARD_WEIGHT = 0.1
+ENTROPY_WEIGHT = 0.002
 
 
 def captioning_loss(outputs, lengths, settings, words, captions):
@@ -25,17 +29,49 @@ def captioning_loss(outputs, lengths, settings, words, captions):
         settings: label_smoothing and doubly_stochastic.
         words, captions: the numbers to divide by, those of the whole step where this is a part of it.
     """
-    logits, targets, weights = outputs
-    log_probabilities = logits.float().log_softmax(dim=-1)  # (N, V)
-    cross_entropy = smoothed = functional.nll_loss(log_probabilities, targets, reduction="sum")
+    log_probabilities = outputs.logits.float().log_softmax(dim=-1)  # (N, V)
+    losses = functional.nll_loss(log_probabilities, outputs.targets, reduction="none")  # (N,)
+    cross_entropy = smoothed = losses.sum()
     if share := settings.label_smoothing:
         smoothed = (1 - share) * cross_entropy - share * log_probabilities.mean(dim=-1).sum()
     loss = smoothed / words
     if settings.doubly_stochastic:
-        looked = weights.sum(dim=0)[lengths.to(weights.device) > 0]  # (captions, R)
+        looked = outputs.weights.sum(dim=0)[lengths.to(outputs.weights.device) > 0]  # (captions, R)
         once = (1 - looked).square().mean(dim=-1).sum()
         loss = loss + settings.doubly_stochastic * once / captions
+    if outputs.choices is not None:
+        loss = loss + hard_attention_loss(outputs, lengths, losses.detach()) / words
     return loss, cross_entropy
+
+
+def real_words(lengths):
+    """Which words there are, in whose order teacher forcing has its N words: (B, C) -> (T, B, C)."""
+    return torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths
+
+
+def hard_attention_loss(outputs, lengths, losses, reward_weight=REWARD_WEIGHT, entropy_weight=ENTROPY_WEIGHT):
+    """The loss, added up, whose gradient makes looks more probable after which captions were more probable.
+
+    Source: "Show, Attend and Tell", equations 11 and 12: REINFORCE, with a moving average as baseline, which this
+    updates, and the weights' entropy, so that looks do not settle too early.
+
+    Args:
+        outputs: what `decoders.Decoder.forward` returns with hard attention.
+        lengths: (B, C) as it takes them.
+        losses: (N,) of the words, without gradient.
+        reward_weight: lambda_r of the equation; 1 is the gradient of the expected loss.
+        entropy_weight: lambda_e.
+    """
+    real = real_words(lengths).to(losses.device)
+    of_captions = losses.new_zeros(real.shape).masked_scatter(real, losses).sum(dim=0)  # (B, C)
+    mean = of_captions.sum() / (lengths > 0).sum()
+    if not outputs.baseline:  # the first step
+        outputs.baseline.copy_(mean)
+    reinforce = ((of_captions - outputs.baseline) * outputs.choices.sum(dim=0)).sum()
+    outputs.baseline.lerp_(mean, 0.1)
+    looks = outputs.weights[real]  # (N, R)
+    entropy = -(looks * looks.clamp_min(1e-20).log()).sum()
+    return reward_weight * reinforce - entropy_weight * entropy
 
 
 def self_critical_loss(outputs, lengths, rewards, words):
@@ -50,23 +86,27 @@ def self_critical_loss(outputs, lengths, rewards, words):
         rewards: (B, C) of the captions, C at least 2.
         words: the number to divide by, of the whole step.
     """
-    logits, targets, weights = outputs
-    logits = logits.float() / TEMPERATURE
+    logits = outputs.logits.float() / TEMPERATURE
     logits[:, NEVER_WRITTEN] = -math.inf  # as they were drawn
-    cross_entropy = functional.cross_entropy(logits, targets, reduction="none")  # (N,)
+    cross_entropy = functional.cross_entropy(logits, outputs.targets, reduction="none")  # (N,)
     others = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    real = torch.arange(len(weights)).view(-1, 1, 1) < lengths  # (T, B, C), in whose order the N words are
+    real = real_words(lengths)
     advantages = (rewards - others).expand(real.shape)[real].to(logits.device)  # (N,)
     return (advantages * cross_entropy).sum() / words
 
 
 def make_optimizer(captioner, settings):
     """Adam over what decodes and, where it is fine-tuned, the encoder with its own learning rate."""
-    captioner.encoder.requires_grad_(settings.fine_tune_encoder)
-    decoding = [*captioner.region_layer.parameters(), *captioner.decoder.parameters()]
-    groups = [{"params": decoding, "lr": settings.learning_rate}]
+    captioner.encoder.requires_grad_(False)
     if settings.fine_tune_encoder:
-        groups.append({"params": captioner.encoder.parameters(), "lr": settings.encoder_learning_rate})
+        captioner.encoder.train_from(settings.fine_tune_from)
+    captioner.decoder.embedding.weight.requires_grad_(not settings.freeze_word_vectors)
+    encoding = [weight for weight in captioner.encoder.parameters() if weight.requires_grad]
+    own = set(map(id, captioner.encoder.parameters()))
+    decoding = [weight for weight in captioner.parameters() if weight.requires_grad and id(weight) not in own]
+    groups = [{"params": decoding, "lr": settings.learning_rate}]
+    if encoding:
+        groups.append({"params": encoding, "lr": settings.encoder_learning_rate})
     for group in groups:
         group["initial_lr"] = group["lr"]  # what the schedule starts from
     return torch.optim.Adam(groups, fused=True)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import Vocabulary, read_card
+from datasets import read_card
 from models import CHECKPOINT_FORMAT, MODEL_SETTINGS, Captioner, build_captioner, load_checkpoint, restore_captioner
 from optimization import WeightAverage, make_optimizer
 from utils import (
@@ -28,6 +28,7 @@ from utils import (
     write_log,
     write_tensorboard,
 )
+from vocabulary import Vocabulary, read_word_vectors
 
 NOT_OF_THE_RUN = ("resume", "run_folder", "overwrite", "look")  # settings that a resumed run does not take over
 
@@ -127,6 +128,8 @@ def prepare_run(settings):
             f"--overwrite, or give another --run_folder"
         )
     if settings.init_from:
+        if settings.word_vectors:
+            raise InputError(f"--word_vectors {settings.word_vectors}: --init_from has trained words, leave one out")
         checkpoint = load_checkpoint(settings.init_from)
         names = [*MODEL_SETTINGS, "encoder_weights"]
         return settings_from(checkpoint, settings.init_from, settings, names), checkpoint
@@ -139,9 +142,12 @@ def start_run(settings, checkpoint, device):
     if checkpoint:
         captioner, vocabulary = restore_captioner(checkpoint, settings.resume or settings.init_from)
     else:
-        vocabulary = Vocabulary.load(settings.data_folder)
         image_size = read_card(settings.data_folder)["image_size"]
+        vocabulary = Vocabulary.load(settings.data_folder)
         captioner = build_captioner(asdict(settings), len(vocabulary), image_size, settings.encoder_weights)
+        if settings.word_vectors:
+            vectors = read_word_vectors(settings.word_vectors, vocabulary, settings.embedding_size)
+            captioner.decoder.start_words(*vectors)
     captioner.to(device)
     optimizer = make_optimizer(captioner, settings)
     average = WeightAverage(captioner, settings.weight_average)

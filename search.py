@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from datasets import END, NEVER_WRITTEN, START
+from vocabulary import END, NEVER_WRITTEN, START
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from datasets import END, START, collate, epoch_order, make_loader, open_split, place_of, split_order
+from datasets import collate, epoch_order, make_loader, open_split, place_of, split_order
 from eval import Settings as EvaluationSettings
 from eval import evaluate
 from optimization import TEMPERATURE, captioning_loss, learning_rate_factor, self_critical_loss
@@ -39,6 +39,7 @@ from utils import (
     world_size,
     write_tensorboard,
 )
+from vocabulary import END, START
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,20 @@ class Settings:
     encoder_layer: str = ""  # layer whose grid the decoder sees; empty: the network's last grid
     encoder_weights: str = "imagenet"  # imagenet, the path of a torchvision state dict, or empty for random
     fine_tune_encoder: bool = False  # train the encoder too; frozen, its features are computed once and cached
+    fine_tune_from: str = ""  # first of its parts to be trained then, such as layer3; empty: all of it
     grid_size: int = 0  # pool the features to a grid of this side (the paper: 14); 0 keeps the network's own
 
     region_dim: int = 512  # units of a dense layer on the features; 0: none, the decoder sees them as they are
+    graph_layers: int = 0  # graph attention between the regions, before the decoder; 0: none
+    graph_neighbours: int = 4  # regions that each hears from for looking alike, besides those around it
+    graph_heads: int = 4  # attention heads of a graph layer
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # recurrent cell of the decoder
+    attention: Literal["soft", "dot", "hard", "none"] = "soft"  # none: the image only sets the first state
     embedding_size: int = 512  # units of a word
     attention_size: int = 512  # units of the attention
-    hidden_size: int = 512  # units of the LSTM
+    hidden_size: int = 512  # units of the recurrent cell
+    word_vectors: str = ""  # text file of word vectors (GloVe, word2vec) that the words start from
+    freeze_word_vectors: bool = False  # leave the words as they start
     dropout: float = 0.5  # on words, regions and the output layer
 
     objective: Literal["cross_entropy", "cider"] = "cross_entropy"  # of true captions; or CIDEr of captions it draws
@@ -249,7 +258,11 @@ def check(settings):
     require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
     require_at_least(settings, 0, "grid_size", "region_dim", "gradient_clip", "learning_rate_decay", "save_minutes")
+    require_at_least(settings, 0, "graph_layers", "graph_neighbours")
+    require_at_least(settings, 1, "graph_heads")
     require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average", "scheduled_sampling")
+    if settings.fine_tune_from and not settings.fine_tune_encoder:
+        raise InputError(f"--fine_tune_from {settings.fine_tune_from} needs --fine_tune_encoder")
     if settings.objective == "cider" and not (settings.init_from or settings.resume):
         raise InputError("--objective cider needs a model that can caption already: give its best.pt as --init_from")
     for name in ("scheduled_sampling", "doubly_stochastic"):

@@ -39,7 +39,8 @@ def main(settings):
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     size = settings.hidden_size
-    decoder = Decoder(settings.vocabulary, settings.region_size, size, size, size, dropout=0.0).to(device).eval()
+    sizes = (settings.vocabulary, settings.region_size, size, size, size)
+    decoder = Decoder(*sizes, dropout=0.0, cell="lstm", attention="soft").to(device).eval()
     regions = torch.rand(settings.images, settings.regions, settings.region_size).to(device)
 
     def batched():

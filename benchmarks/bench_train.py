@@ -24,10 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from datasets import END, SPECIAL_WORDS, START, collate
+from datasets import collate
 from models import build_captioner
 from optimization import captioning_loss, make_optimizer
 from utils import choose_device, choose_dtype, run_script
+from vocabulary import END, SPECIAL_WORDS, START
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def straightforward_loss(captioner, images, words, lengths, settings):
         energy = keys + decoder.attention.query(hidden).unsqueeze(1)
         weights = decoder.attention.score(energy.tanh()).squeeze(2).softmax(dim=1)  # (n, R)
         context = (weights.unsqueeze(2) * regions[:n]).sum(dim=1)  # (n, D)
-        context = decoder.beta(hidden).sigmoid() * context
+        context = decoder.attention.gate(hidden).sigmoid() * context
         word = embedded[:n, t]
         rows = torch.cat([word, context], dim=1)
         hidden, memory = functional_call(lstm_cell, cell_weights, (rows, (hidden, memory)))

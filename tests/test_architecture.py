@@ -8,19 +8,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "utils": set(),
-    "datasets": {"utils"},
-    "create_input_files": {"utils", "datasets"},
+    "vocabulary": {"utils"},
+    "datasets": {"utils", "vocabulary"},
+    "create_input_files": {"utils", "datasets", "vocabulary"},
     "encoders": {"utils"},
     "layers": set(),
-    "decoders": {"datasets", "layers"},
-    "models": {"utils", "datasets", "encoders", "layers", "decoders"},
-    "search": {"datasets"},
+    "graph": {"layers"},
+    "attention": {"layers"},
+    "cells": {"layers"},
+    "decoders": {"attention", "cells", "layers", "vocabulary"},
+    "models": {"utils", "decoders", "encoders", "graph", "layers", "vocabulary"},
+    "search": {"vocabulary"},
     "eval": {"utils", "datasets", "models", "search"},
-    "optimization": {"datasets"},
+    "optimization": {"vocabulary"},
     "rewards": set(),
-    "runs": {"utils", "datasets", "models", "optimization"},
-    "train": {"utils", "datasets", "eval", "optimization", "rewards", "runs", "search"},
-    "caption": {"utils", "datasets", "models", "search"},
+    "runs": {"utils", "datasets", "models", "optimization", "vocabulary"},
+    "train": {"utils", "datasets", "eval", "optimization", "rewards", "runs", "search", "vocabulary"},
+    "caption": {"utils", "datasets", "graph", "models", "search"},
 }
 
 

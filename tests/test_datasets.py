@@ -13,11 +13,13 @@ from PIL import Image
 import caption
 import create_input_files
 import datasets
-from datasets import END, PAD, START, UNKNOWN, CaptionDataset, Vocabulary, collate, make_loader
+from datasets import CaptionDataset, collate, make_loader
 from decoders import Decoder
 from encoders import Encoder
+from graph import RegionGraph
 from models import Captioner
 from utils import InputError
+from vocabulary import END, PAD, START, UNKNOWN, Vocabulary
 
 
 @pytest.fixture
@@ -117,10 +119,12 @@ def test_the_order_depends_on_seed_and_epoch():
 def small_captioner(weights_seed=0, grid_size=0):
     torch.manual_seed(weights_seed)
     encoder = Encoder("resnet18", "layer1", grid_size=grid_size, image_size=32).eval()
-    return Captioner(encoder, torch.nn.Identity(), Decoder(10, 64, 4, 4, 4, 0.0), 32)
+    decoder = Decoder(10, 64, 4, 4, 4, dropout=0.0, cell="lstm", attention="soft")
+    return Captioner(encoder, torch.nn.Identity(), RegionGraph(64, 0, 0, 1, 0.0), decoder, 32)
 
 
 def open_cached(folder, captioner, cached=True, mirror=False):
+    datasets.read_card(folder)  # as every script does first
     vocabulary = Vocabulary.load(folder)
     return datasets.open_split(folder, "val", vocabulary, captioner, cached, torch.device("cpu"), torch.float32, mirror)
 

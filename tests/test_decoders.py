@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from cells import LSTMCell
 from conftest import step_by_step
-from datasets import END, START, collate
-from layers import Dropout, LSTMCell
+from datasets import collate
+from layers import Dropout
+from vocabulary import END, START
 
 
 def random_batch(captions, seed=0):
@@ -26,7 +28,7 @@ CAPTIONS = [
 
 def test_teacher_forcing_equals_stepping_word_by_word(tiny_decoder):
     batch = random_batch(CAPTIONS)
-    logits, targets, weights = tiny_decoder(batch.images, batch.words, batch.lengths)
+    logits, targets, weights, *_ = tiny_decoder(batch.images, batch.words, batch.lengths)
     found = logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum().item()
     expected = 0.0
     for b, c in itertools.product(range(3), range(3)):
@@ -44,11 +46,11 @@ def test_teacher_forcing_equals_stepping_word_by_word(tiny_decoder):
 
 def test_padding_never_leaks_into_the_loss(tiny_decoder):
     batch = random_batch(CAPTIONS)
-    logits, targets, weights = tiny_decoder(batch.images, batch.words, batch.lengths)
+    logits, targets, weights, *_ = tiny_decoder(batch.images, batch.words, batch.lengths)
     real = torch.arange(batch.words.shape[2]) <= batch.lengths.unsqueeze(2)
     garbage = torch.where(real, batch.words, torch.full_like(batch.words, 6))
     again = tiny_decoder(batch.images, garbage, batch.lengths)
-    for before, after in zip((logits, targets, weights), again, strict=True):
+    for before, after in zip((logits, targets, weights), again[:3], strict=True):
         assert torch.equal(before, after)
 
 
@@ -64,7 +66,7 @@ def test_an_image_counts_the_same_alone_and_in_a_batch(tiny_decoder):
 
 def test_every_parameter_gets_a_gradient(tiny_decoder):
     batch = random_batch(CAPTIONS)
-    logits, targets, weights = tiny_decoder.train()(batch.images, batch.words, batch.lengths)
+    logits, targets, weights, *_ = tiny_decoder.train()(batch.images, batch.words, batch.lengths)
     (torch.nn.functional.cross_entropy(logits, targets) + weights.square().mean()).backward()
     for name, parameter in tiny_decoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -72,7 +74,7 @@ def test_every_parameter_gets_a_gradient(tiny_decoder):
 
 def test_the_gradient_equals_that_of_stepping_word_by_word(tiny_decoder):
     batch = random_batch(CAPTIONS)
-    logits, targets, _ = tiny_decoder(batch.images, batch.words, batch.lengths)
+    logits, targets, *_ = tiny_decoder(batch.images, batch.words, batch.lengths)
     functional.cross_entropy(logits, targets, reduction="sum").backward()
     gathered = {name: parameter.grad.clone() for name, parameter in tiny_decoder.named_parameters()}
     tiny_decoder.zero_grad()
@@ -114,7 +116,7 @@ def test_scheduled_sampling_follows_the_models_own_words(tiny_decoder):
         return drawn[-1]
 
     tiny_decoder._draw = draw
-    logits, targets, _ = tiny_decoder(batch.images, batch.words, batch.lengths, sampling=1.0)
+    logits, targets, *_ = tiny_decoder(batch.images, batch.words, batch.lengths, sampling=1.0)
     assert len(drawn) == 5 and torch.equal(targets, tiny_decoder(batch.images, batch.words, batch.lengths)[1])
     follow = batch.words.clone()
     follow[:, :, 1:] = 6
@@ -136,9 +138,11 @@ def test_words_are_drawn_as_probable_as_they_are(tiny_decoder):
 
 def test_attention_weights_sum_to_one(tiny_decoder):
     regions = torch.rand(2, 4, 6)
-    context, weights = tiny_decoder.attention(regions, tiny_decoder.keys(regions), torch.rand(2, 3, 8))
+    hidden = torch.rand(2, 3, 8)
+    context, weights = tiny_decoder.attention(regions, tiny_decoder.keys(regions), hidden)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
-    torch.testing.assert_close(context, torch.einsum("bcr,brd->bcd", weights, regions))
+    gate = tiny_decoder.attention.gate(hidden).sigmoid()
+    torch.testing.assert_close(context, gate * torch.einsum("bcr,brd->bcd", weights, regions))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])

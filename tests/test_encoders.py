@@ -42,7 +42,6 @@ def test_batch_norm_of_pretrained_weights_never_moves(tmp_path):
     ("arguments", "message"),
     [
         (("resnet1000",), "--encoder resnet1000"),
-        (("alexnet",), "--encoder_layer"),
         (("resnet18", "layer9"), "--encoder_layer layer9"),
         (("resnet18", "avgpool.nothing"), "--encoder_layer avgpool.nothing"),
         (("resnet18", "fc"), "not a grid"),

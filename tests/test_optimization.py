@@ -8,10 +8,12 @@ from torch.nn import functional
 
 import train
 from conftest import SMALL
-from datasets import END, START, collate
+from datasets import collate
+from decoders import Outputs
 from models import build_captioner
 from optimization import TEMPERATURE, WeightAverage, captioning_loss, learning_rate_factor, self_critical_loss
 from search import sample
+from vocabulary import END, START
 
 
 def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
@@ -24,7 +26,7 @@ def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
     log_probability, words, terms = 0.0, 0, []
     for image, caption in ((0, captions[0][0]), (0, captions[0][1]), (1, captions[1][0])):
         tensors = (regions[image : image + 1], torch.tensor([[caption]]), torch.tensor([[len(caption) - 1]]))
-        logits, targets, weights = tiny_decoder(*tensors)
+        logits, targets, weights, *_ = tiny_decoder(*tensors)
         log_probability += logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum()
         words += len(targets)
         terms.append((1 - weights[:, 0, 0].sum(0)).square().mean())
@@ -45,7 +47,7 @@ def test_label_smoothing_is_that_of_torch():
     logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
     weights, lengths = torch.rand(4, 1, 2, 3), torch.tensor([[4, 2]])
     settings = replace(SMALL, doubly_stochastic=0.0, label_smoothing=0.3)
-    loss, cross_entropy = captioning_loss((logits, targets, weights), lengths, settings, 6, 2)
+    loss, cross_entropy = captioning_loss(Outputs(logits, targets, weights), lengths, settings, 6, 2)
     torch.testing.assert_close(loss, functional.cross_entropy(logits, targets, label_smoothing=0.3))
     torch.testing.assert_close(cross_entropy, functional.cross_entropy(logits, targets, reduction="sum"))
 
@@ -56,12 +58,12 @@ def test_the_average_follows_the_weights_and_leaves_a_frozen_encoder_alone(fine_
     captioner.encoder.requires_grad_(fine_tune)
     average = WeightAverage(captioner, 0.5)
     assert (average.captioner.encoder is captioner.encoder) != fine_tune
-    bias, start = captioner.decoder.beta.bias, captioner.decoder.beta.bias.item()
+    bias, start = captioner.decoder.attention.gate.bias, captioner.decoder.attention.gate.bias.item()
     for step, following in enumerate((start + 1, start + 2)):
         bias.data.fill_(following)
         average.update(step)  # keeps 1/10 of the old at the first step, 2/11 at the second
     expected = 2 / 11 * (0.1 * start + 0.9 * (start + 1)) + 9 / 11 * (start + 2)
-    assert average.captioner.decoder.beta.bias.item() == pytest.approx(expected)
+    assert average.captioner.decoder.attention.gate.bias.item() == pytest.approx(expected)
 
 
 def test_the_self_critical_gradient_is_that_of_the_expected_reward(tiny_decoder):
@@ -77,7 +79,7 @@ def test_the_self_critical_gradient_is_that_of_the_expected_reward(tiny_decoder)
 
     loss = 0.0
     for caption in captions:
-        _, (logits, targets, _) = forced([caption])
+        _, (logits, targets, *_) = forced([caption])
         log_probabilities = (logits[:, list(words)] / TEMPERATURE).log_softmax(1)
         probability = sum(log_probabilities[t, words.index(word)] for t, word in enumerate(targets)).exp()
         loss = loss - probability * worth[caption]

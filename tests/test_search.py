@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import step_by_step
-from datasets import END, START
 from search import attend, beam_search, sample
+from vocabulary import END, START
 
 REAL_WORDS = (END, 4, 5, 6)
 
@@ -73,7 +73,7 @@ def test_the_beams_log_probability_is_that_of_teacher_forcing(tiny_decoder, max_
     for b, caption in enumerate(captions[:, 0].tolist()):
         length = caption.index(END) + 1 if END in caption else len(caption)
         words = torch.tensor([[[START, *caption[:length]]]])
-        logits, targets, looks = tiny_decoder(regions[b : b + 1], words, torch.tensor([[length]]))
+        logits, targets, looks, *_ = tiny_decoder(regions[b : b + 1], words, torch.tensor([[length]]))
         forced = logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum()
         torch.testing.assert_close(forced, log_probabilities[b, 0])
         torch.testing.assert_close(weights[b, :length], looks[:, 0, 0])
