@@ -13,6 +13,7 @@ from skimage.transform import pyramid_expand, resize
 from tqdm import tqdm
 
 from datasets import load_image, open_photo
+from graph import edges_that_mattered
 from models import load_captioner
 from search import attend, beam_search
 from utils import (
@@ -36,6 +37,7 @@ class Settings:
     beam_size: int = 5  # captions kept while searching; 1 is greedy decoding
     length_penalty: float = 0.5  # rank by log-probability / length ** this; 0 favours short captions
     max_length: int = 30  # words of a caption at most
+    edges: str = ""  # a word: where captions hold it, draw the edges of the model's graph that mattered for it, too
     show: bool = False  # open each picture
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
     device: str = "auto"  # auto, cpu or cuda
@@ -65,6 +67,31 @@ def draw_attention(photo, words, weights):
     return figure
 
 
+def draw_edges(photo, word, look, edges, most=30):
+    """A figure of the photo with the edges that mattered for a word: a circle where the decoder looked, arrows to it.
+
+    look (R) is an array over a square grid, edges are those of `graph.edges_that_mattered`.
+    """
+    side = math.isqrt(len(look))
+
+    def centre(region):
+        row, column = divmod(region, side)
+        return (column + 0.5) / side * photo.width, (row + 0.5) / side * photo.height
+
+    figure = Figure(figsize=(6, 6 * photo.height / photo.width + 0.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(np.asarray(photo) / 255 * 0.6)
+    axes.axis("off")
+    axes.set_title(word)
+    axes.scatter(*zip(*map(centre, range(len(look))), strict=True), s=400 * look / look.max(), color="white", alpha=0.6)
+    shown = list(edges.items())[:most]
+    for (sender, receiver), share in shown:
+        strength = share / shown[0][1]
+        arrow = {"arrowstyle": "->", "color": "orange", "linewidth": 3 * strength, "alpha": 0.3 + 0.7 * strength}
+        axes.annotate("", centre(receiver), centre(sender), arrowprops=arrow)
+    return figure
+
+
 def picture_paths(photos, folder):
     """Where each photo's picture goes: its stem, numbered where two photos share one."""
     paths = []
@@ -82,7 +109,9 @@ def main(settings):
     require_at_least(settings, 0, "length_penalty")
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.precision, device)
-    captioner, vocabulary, _ = load_captioner(settings.checkpoint, device)
+    captioner, vocabulary, trained = load_captioner(settings.checkpoint, device)
+    if settings.edges and not trained["graph_layers"]:
+        raise InputError(f"--edges {settings.edges}: {settings.checkpoint} has no graph, train with --graph_layers 1")
     images = [load_image(photo, captioner.image_size) for photo in settings.photos]  # all are sound before any is drawn
     paths = picture_paths(settings.photos, settings.output)
     replaced = {path.resolve() for path in paths} & {Path(photo).resolve() for photo in settings.photos}
@@ -92,7 +121,7 @@ def main(settings):
     jobs = zip(settings.photos, images, paths, strict=True)
     for photo, image, path in tqdm(jobs, total=len(images), unit="photo", disable=len(images) == 1):
         with torch.inference_mode(), autocast(device, dtype):
-            regions = captioner.regions(torch.from_numpy(image).unsqueeze(0).to(device))  # (1, R, D)
+            regions, neighbours, layers = captioner.trace(torch.from_numpy(image).unsqueeze(0).to(device))
             captions, _ = beam_search(
                 captioner.decoder, regions, settings.beam_size, settings.max_length, settings.length_penalty
             )
@@ -101,12 +130,20 @@ def main(settings):
         tqdm.write(f"{photo}: {' '.join(words)} (log-probability {log_probability.item():.2f})")
         shown = open_photo(photo)
         shown.thumbnail((400, 400))
-        figure = draw_attention(shown, words, weights[0].float().cpu().numpy())
-        with written_whole(path) as temporary:
-            figure.savefig(temporary, dpi=100)
-        tqdm.write(f"  {path}")
-        if settings.show:
-            Image.open(path).show()
+        weights = weights[0].float().cpu()
+        looked = words if captioner.decoder.attention.context_size else []  # without attention just the photo
+        figures = {path: draw_attention(shown, looked, weights.numpy())}
+        if settings.edges in words:
+            look = weights[words.index(settings.edges)]
+            edges = edges_that_mattered(look, neighbours[0].cpu(), [layer[0].float().cpu() for layer in layers])
+            edges_path = path.with_name(f"{path.stem}_{settings.edges}.png")
+            figures[edges_path] = draw_edges(shown, settings.edges, look.numpy(), edges)
+        for path, figure in figures.items():
+            with written_whole(path) as temporary:
+                figure.savefig(temporary, dpi=100)
+            tqdm.write(f"  {path}")
+            if settings.show:
+                Image.open(path).show()
 
 
 if __name__ == "__main__":

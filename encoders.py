@@ -19,7 +19,6 @@ from utils import InputError, first_line, load_state
 GRID_LAYERS = {
     "resnet": "layer4",
     "resnext": "layer4",
-    "wide_resnet": "layer4",
     "vgg": "features",
     "densenet": "features",
     "mobilenet": "features",
@@ -31,9 +30,7 @@ GRID_LAYERS = {
     "regnet": "trunk_output",
     "inception": "Mixed_7c",
     "googlenet": "inception5b",
-    "alexnet": "features",
     "swin": "permute",
-    "maxvit": "blocks",
     "vit": "encoder",
 }
 
@@ -55,7 +52,9 @@ class Encoder(nn.Module):
         super().__init__()
         if name not in torchvision.models.list_models(module=torchvision.models):
             raise InputError(f"--encoder {name}: torchvision has no such classification network")
-        family = next(family for family in GRID_LAYERS if name.startswith(family))
+        family = next((family for family in GRID_LAYERS if name.removeprefix("wide_").startswith(family)), None)
+        if not layer and not family:
+            raise InputError(f"--encoder {name}: give the layer to take as --encoder_layer")
         self.name, self.layer, self.grid_size = name, layer or GRID_LAYERS[family], grid_size
         self.pretrained = bool(weights)
         network = build_network(name, weights)

@@ -57,13 +57,12 @@ def training_settings(name, seed, settings):
     return train.Settings(
         data_folder=settings.data_folder,
         run_folder=str(Path(settings.output) / f"{name}_seed{seed}"),
-        encoder_weights=str(weights) if settings.weights_folder else "imagenet",
         epochs=settings.epochs,
         mirror=settings.mirror,
         seed=seed,
         precision=settings.precision,
         device=settings.device,
-        **changes,
+        **{"encoder_weights": str(weights) if settings.weights_folder else "imagenet", **changes},
     )
 
 
@@ -71,10 +70,10 @@ def train_and_score(name, seed, settings):
     """Train and score one model unless that is done already; returns its row."""
     plan = training_settings(name, seed, settings)
     folder = Path(plan.run_folder)
-    done = folder / "row.json"
+    done, made_from = folder / "row.json", json.loads(json.dumps(asdict(plan)))
     if done.is_file():
         saved = read_json(done)
-        if saved["settings"] != asdict(plan):
+        if saved["settings"] != made_from:
             raise InputError(f"{folder} was trained with other settings: delete it, or give another --output")
         return saved["row"]
     print(f"\n{name}, seed {seed}")
@@ -99,7 +98,7 @@ def train_and_score(name, seed, settings):
         "captions_per_second": statistics.median(epoch["captions_per_second"] for epoch in log),
         "scores": read_json(folder / "scores.json"),
     }
-    write_json(done, {"settings": asdict(plan), "row": row}, indent=1)
+    write_json(done, {"settings": made_from, "row": row}, indent=1)
     return row
 
 

@@ -5,9 +5,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_models
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_models_are_compared_and_what_is_done_is_not_repeated(command, shapes, tmp_path, monkeypatch):
+    small = {"encoder": "resnet18", "encoder_layer": "layer1", "encoder_weights": "", "hidden_size": 16}
+    tiny = {name: {**small, "region_dim": 16, "attention_size": 16, "embedding_size": 16} for name in ("one", "two")}
+    tiny["two"]["attention"] = "none"
+    monkeypatch.setattr(compare_models, "VARIANTS", tiny)
+    common = ("--data_folder", shapes, "--output", tmp_path, "--epochs", 1, "--device", "cpu")
+    status, out, error = command(compare_models, *common, "--variants", "one")
+    assert status == 0, error
+    trained = (tmp_path / "one_seed0" / "best.pt").stat().st_mtime_ns
+    status, out, error = command(compare_models, *common, "--variants", "one", "two", "--seeds", 0, 1)
+    assert status == 0, error
+    assert (tmp_path / "one_seed0" / "best.pt").stat().st_mtime_ns == trained
+    table = (tmp_path / "table.md").read_text()
+    assert table in out and len(table.splitlines()) == 2 + 2 * 2 and " ± " in table
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [(row["variant"], row["seed"]) for row in rows] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
+    assert rows[0]["parameters"] > rows[2]["parameters"] > 1000 and [s["beam_size"] for s in rows[0]["scores"]] == [
+        1,
+        5,
+    ]
+    status, _, error = command(compare_models, *common, "--variants", "one", "--no-mirror")
+    assert status == 2 and "was trained with other settings" in error
+    assert "--variants three: not one of one two" in command(compare_models, *common, "--variants", "three")[2]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 
 import caption
+import train
+from conftest import SMALL
 from models import load_captioner
 from search import beam_search
 
@@ -42,6 +45,38 @@ def test_tiles_are_bright_where_the_decoder_looked():
     assert second[20:, :40].mean() > 2 * second[:20, 40:].mean()  # region 2 at the bottom left
 
 
+def test_the_edges_that_mattered_for_a_word_are_drawn(command, shapes, tmp_path):
+    settings = replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path / "run"), graph_layers=2, epochs=1)
+    train.main(settings)
+    arguments = (photo_of(shapes), "--checkpoint", tmp_path / "run" / "best.pt", "--output", tmp_path / "out")
+    status, out, _ = command(caption, *arguments, "--max_length", 4)
+    assert status == 0
+    word = re.search(r"\.png: (\w+)", out).group(1)
+    status, out, _ = command(caption, *arguments, "--max_length", 4, "--edges", word)
+    picture = tmp_path / "out" / f"{photo_of(shapes).stem}_{word}.png"
+    assert status == 0 and str(picture) in out
+    with Image.open(picture) as drawn:
+        red, green, blue = np.asarray(drawn.convert("RGB")).astype(int).reshape(-1, 3).T
+    assert ((red > green + 60) & (green > blue + 60)).sum() > 100  # orange arrows
+
+
+def test_arrows_go_to_where_the_decoder_looked():
+    edges = {(0, 3): 0.5, (1, 3): 0.25}
+    figure = caption.draw_edges(Image.new("RGB", (80, 40)), "dog", np.array([0.1, 0.1, 0.1, 0.7]), edges)
+    arrows = figure.axes[0].texts
+    assert [(arrow.xyann, arrow.xy) for arrow in arrows] == [((20, 10), (60, 30)), ((60, 10), (60, 30))]
+    assert arrows[0].arrow_patch.get_linewidth() == 2 * arrows[1].arrow_patch.get_linewidth()
+
+
+def test_without_attention_the_picture_is_the_photo(command, shapes, tmp_path):
+    settings = replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path / "run"), attention="none", epochs=1)
+    train.main(settings)
+    arguments = (photo_of(shapes), "--checkpoint", tmp_path / "run" / "best.pt", "--output", tmp_path / "out")
+    assert command(caption, *arguments, "--max_length", 4)[0] == 0
+    with Image.open(tmp_path / "out" / photo_of(shapes).name) as picture:
+        assert picture.width < 300
+
+
 def test_several_photos_of_one_name_get_a_picture_each(command, shapes, run_folder, tmp_path):
     photos = []
     for folder in ("a", "b"):
@@ -61,6 +96,7 @@ def test_several_photos_of_one_name_get_a_picture_each(command, shapes, run_fold
         (("{photo}", "--beam_size", "0"), "--beam_size 0: must be at least 1"),
         (("{photo}", "--max_length", "0"), "--max_length 0: must be at least 1"),
         (("{photo}", "--output", "{photo}"), "File exists"),
+        (("{photo}", "--edges", "red"), "best.pt has no graph, train with --graph_layers 1"),
         (("{photo}", "--output", "{folder}"), "a picture would replace the photo"),
     ],
 )

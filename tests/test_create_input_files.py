@@ -137,6 +137,23 @@ def test_the_same_settings_do_nothing_and_others_ask(command, tmp_path, photos):
     assert not (tmp_path / "out" / "features").exists()
 
 
+def test_max_words_keeps_the_most_frequent_and_limit_some_training_images(command, tmp_path, photos):
+    captions = karpathy(tmp_path / "captions.json", splits=("train", "train", "val"))
+    status, out, _ = prepare(command, tmp_path, captions, photos, "--max_words", 2, "--limit", 1, "--seed", 3)
+    assert status == 0 and "1 of 2 training images, chosen with seed 3" in out
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert [card["splits"][split]["images"] for split in ("train", "val")] == [1, 1] and card["words"] == 6
+    assert list(json.loads((tmp_path / "out" / "word_map.json").read_text()))[4:] == ["a", "cat"]
+    first = (tmp_path / "out" / "train_captions.json").read_text()
+    chosen = set()
+    for seed in range(8):
+        prepare(command, tmp_path, captions, photos, "--limit", 1, "--seed", seed, "--overwrite")
+        entries = (tmp_path / "out" / "train_captions.json").read_text()
+        chosen.add(entries)
+        assert seed != 3 or entries == first
+    assert len(chosen) == 2
+
+
 def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

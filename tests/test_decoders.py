@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cells import LSTMCell
 from conftest import step_by_step
 from datasets import collate
 from layers import Dropout
@@ -91,21 +90,6 @@ def test_the_gradient_equals_that_of_stepping_word_by_word(tiny_decoder):
         torch.testing.assert_close(gathered[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_the_cell_is_torchs():
-    cell, reference = LSTMCell(5, 6, 8), torch.nn.LSTMCell(11, 8)
-    reference.load_state_dict(
-        {
-            "weight_ih": torch.cat([cell.words.weight, cell.context.weight], dim=1),
-            "weight_hh": cell.hidden.weight,
-            "bias_ih": cell.words.bias,
-            "bias_hh": torch.zeros(32),
-        }
-    )
-    words, context, state = torch.randn(3, 5), torch.randn(3, 6), (torch.randn(3, 8), torch.randn(3, 8))
-    expected = reference(torch.cat([words, context], dim=1), state)
-    torch.testing.assert_close(cell(cell.words(words), context, state), expected)
-
-
 def test_scheduled_sampling_follows_the_models_own_words(tiny_decoder):
     captions = [[START, 4, 5, 6, 4, 5, END], [START, 6, 4, 5, END], [START, 5, END]]
     batch = random_batch([captions[:2], captions[2:]])
@@ -134,15 +118,6 @@ def test_words_are_drawn_as_probable_as_they_are(tiny_decoder):
     expected = logits.softmax(-1)[0]
     drawn = tiny_decoder._draw(*(one.expand(20_000, -1) for one in arguments))
     torch.testing.assert_close(torch.bincount(drawn, minlength=7) / 20_000, expected, atol=0.015, rtol=0)
-
-
-def test_attention_weights_sum_to_one(tiny_decoder):
-    regions = torch.rand(2, 4, 6)
-    hidden = torch.rand(2, 3, 8)
-    context, weights = tiny_decoder.attention(regions, tiny_decoder.keys(regions), hidden)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
-    gate = tiny_decoder.attention.gate(hidden).sigmoid()
-    torch.testing.assert_close(context, gate * torch.einsum("bcr,brd->bcd", weights, regions))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])

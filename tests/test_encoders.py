@@ -42,6 +42,7 @@ def test_batch_norm_of_pretrained_weights_never_moves(tmp_path):
     ("arguments", "message"),
     [
         (("resnet1000",), "--encoder resnet1000"),
+        (("alexnet",), "--encoder_layer"),
         (("resnet18", "layer9"), "--encoder_layer layer9"),
         (("resnet18", "avgpool.nothing"), "--encoder_layer avgpool.nothing"),
         (("resnet18", "fc"), "not a grid"),
@@ -69,3 +70,38 @@ def test_weights_that_cannot_be_downloaded_say_how_to_pass_a_file(monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     with pytest.raises(InputError, match=r"resnet18 cannot be downloaded \(no network\).*--encoder_weights FILE"):
         Encoder("resnet18", weights="imagenet")
+
+
+def test_a_transformers_tokens_are_a_grid_as_they_lie_in_the_photo():
+    """Tokens that only know their own patch, of a photo whose patches grow brighter row by row."""
+    encoder = Encoder("vit_b_32", "encoder.dropout").eval()
+    patches = torch.arange(49, dtype=torch.uint8).view(7, 7) * 5
+    photo = patches.repeat_interleave(32, 0).repeat_interleave(32, 1).expand(1, 3, 224, 224)
+    regions = encoder(photo) - encoder.network.encoder.pos_embedding[:, 1:]
+    assert encoder.number_of_regions == 49 and regions.shape == (1, 49, 768)
+    steps = regions[0].diff(dim=0)
+    torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-2, atol=1e-3)
+    assert steps.abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "side", "features"),
+    [("swin_t", 224, 7, 768), ("vit_b_16", 224, 14, 768), ("inception_v3", 299, 8, 2048), ("vgg11", 224, 7, 512)],
+)
+def test_the_usual_layer_of_a_network_has_the_grid_that_papers_name(name, size, side, features):
+    encoder = Encoder(name, image_size=size)
+    assert (encoder.number_of_regions, encoder.region_size) == (side * side, features)
+
+
+@pytest.mark.parametrize(("block", "frozen"), [("", ()), ("layer2", ("conv1", "bn1", "layer1"))])
+def test_training_from_a_block_on_leaves_what_is_before_it(block, frozen):
+    encoder = Encoder("resnet18", "layer3")
+    encoder.train_from(block)
+    for name, parameter in encoder.network.named_parameters():
+        assert parameter.requires_grad != name.startswith(frozen or "none of them"), name
+
+
+@pytest.mark.parametrize("block", ["layer9", "relu", "layer4"])
+def test_a_block_that_is_not_there_is_named(block):
+    with pytest.raises(InputError, match=f"--fine_tune_from {block}: resnet18 has conv1 bn1 layer1 layer2 layer3 and"):
+        Encoder("resnet18", "layer3").train_from(block)

@@ -1,10 +1,139 @@
-"""Captioners and their checkpoints."""
+"""Captioners of every kind, and their checkpoints."""
+
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torchvision.ops import StochasticDepth
 
-from models import load_captioner
+import train
+from conftest import SMALL
+from datasets import collate
+from encoders import GRID_LAYERS
+from models import CHECKPOINT_FORMAT, build_captioner, load_captioner
+from optimization import make_optimizer
+from search import attend, beam_search
 from utils import InputError
+from vocabulary import PAD, SPECIAL_WORDS
+
+# Of each family the smallest network and the size of its images.
+ENCODERS = {
+    "resnet18": 64,
+    "resnext50_32x4d": 64,
+    "vgg11": 64,
+    "densenet121": 64,
+    "mobilenet_v3_small": 64,
+    "efficientnet_b0": 64,
+    "convnext_tiny": 64,
+    "squeezenet1_1": 64,
+    "mnasnet0_5": 64,
+    "shufflenet_v2_x0_5": 64,
+    "regnet_y_400mf": 64,
+    "inception_v3": 128,
+    "googlenet": 64,
+    "swin_t": 64,
+    "vit_b_32": 224,
+}
+VARIANTS = {name: {"encoder": name, "image_size": size} for name, size in ENCODERS.items()}
+VARIANTS |= {
+    f"{attention}-{cell}": {"attention": attention, "cell": cell}
+    for attention in ("soft", "dot", "hard", "none")
+    for cell in ("lstm", "gru", "rnn")
+}
+VARIANTS |= {
+    "graph1": {"graph_layers": 1, "graph_heads": 4},
+    "graph2": {"graph_layers": 2, "graph_heads": 1, "graph_neighbours": 0},
+    "grid14": {"grid_size": 14},
+    "region_dim0": {"region_dim": 0},
+}
+WORDS = [*SPECIAL_WORDS, "a", "b", "c"]
+CAPTIONS = [[[1, 4, 5, 6, 2], [1, 4, 2]], [[1, 5, 5, 4, 6, 4, 2]], [[1, 6, 2]], [[1, 6, 4, 4, 5, 2]]]
+
+
+def test_every_family_has_an_encoder_here():
+    assert {family for family in GRID_LAYERS if not any(name.startswith(family) for name in ENCODERS)} == set()
+
+
+def search(captioner, regions):
+    return beam_search(captioner.decoder, regions, 3, 8)[0][:, 0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_model(variant, tmp_path):
+    changes = {"encoder": "squeezenet1_1", "encoder_layer": "", "grid_size": 0, **VARIANTS[variant]}
+    size = changes.pop("image_size", 64)
+    settings = replace(SMALL, dropout=0.0, label_smoothing=0.0, **changes)
+    torch.manual_seed(0)
+    captioner = build_captioner(asdict(settings), len(WORDS), size, "").train()
+    for module in captioner.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0.0  # or a block may get no gradient by chance
+    images = torch.randint(0, 256, (4, 3, 4, 4), dtype=torch.uint8).repeat_interleave(size // 4, 2)
+    images = images.repeat_interleave(size // 4, 3)
+    batch = collate([(i, images[i], one) for i, one in enumerate(CAPTIONS)])
+    images = batch.images
+
+    # Shapes, weights that sum to one, and a gradient for each parameter that is trained.
+    optimizer = make_optimizer(captioner, settings)
+    outputs = captioner(images, batch.words, batch.lengths)
+    T, R = int(batch.lengths.max()), captioner.encoder.number_of_regions
+    assert outputs.logits.shape == (int(batch.lengths.sum()), len(WORDS))
+    assert outputs.weights.shape == (T, 4, 2, R) and captioner.regions(images).shape[:2] == (4, R)
+    real = torch.arange(T).view(-1, 1, 1) < batch.lengths
+    torch.testing.assert_close(outputs.weights.sum(-1), real.float())
+    loss, _ = train.captioning_loss(outputs, batch.lengths, settings, *batch.totals())
+    loss.backward()
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    assert len(trained) == len(list(captioner.parameters()))
+    for name, parameter in captioner.named_parameters():
+        if parameter.numel():  # a context of width 0 has empty weights
+            assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+    captioner.zero_grad()
+
+    # Four images are learned by heart, from features as they are cached.
+    with torch.no_grad():
+        features = captioner.encoder(images)
+        features = (features - features.mean(0)) / features.std()  # random weights make all images much alike
+    batch.images = features
+    optimizer = make_optimizer(captioner, replace(settings, fine_tune_encoder=False))
+    cpu = torch.device("cpu")
+    losses = [
+        train.train_step(captioner, optimizer, batch, settings, cpu, torch.float32)[0] / len(outputs.targets)
+        for _ in range(80)
+    ]
+    assert losses[0] > 1.5 and losses[-1] < 0.35
+
+    # Padding does not matter, and a batch is searched as its images are one by one.
+    captioner.eval()
+    with torch.no_grad():
+        logits = captioner(features, batch.words, batch.lengths).logits
+        other = batch.words.where(batch.words != PAD, 6)
+        assert torch.equal(logits, captioner(features, other, batch.lengths).logits)
+        regions = captioner.regions(features)
+    together = search(captioner, regions)
+    for b in range(4):
+        alone = search(captioner, regions[b : b + 1])
+        assert together[b].tolist()[: alone.shape[1]] == alone[0].tolist()
+
+    # A checkpoint gives the same captions of the photos.
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "model": captioner.state_dict(),
+        "image_size": size,
+        "words": WORDS,
+        "settings": asdict(settings),
+    }
+    torch.save(checkpoint, tmp_path / "best.pt")
+    loaded, vocabulary, _ = load_captioner(tmp_path / "best.pt", "cpu")
+    assert vocabulary.words == WORDS
+    with torch.no_grad():
+        regions, regions_of_loaded = captioner.regions(images), loaded.regions(images)
+    torch.testing.assert_close(regions_of_loaded, regions)
+    captions = search(captioner, regions)
+    assert torch.equal(search(loaded, regions_of_loaded), captions)
+    torch.testing.assert_close(
+        attend(loaded.decoder, regions, captions)[0], attend(captioner.decoder, regions, captions)[0]
+    )
 
 
 def test_a_checkpoint_of_another_vocabulary_names_both_sizes(run_folder, tmp_path):
@@ -22,3 +151,9 @@ def test_a_checkpoint_gives_back_the_same_model(run_folder):
     assert vocabulary.words == saved["words"] and not captioner.training
     for name, tensor in captioner.state_dict().items():
         assert torch.equal(tensor, saved["model"][name]), name
+
+
+def test_features_that_heads_cannot_share_are_an_error():
+    settings = replace(SMALL, graph_layers=1, graph_heads=3)
+    with pytest.raises(InputError, match="--graph_heads 3: the 16 features"):
+        build_captioner(asdict(settings), 7, 32, "")

@@ -1,0 +1,78 @@
+"""Words: which are kept, and the vectors that they start from."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import train
+from utils import InputError
+from vocabulary import SPECIAL_WORDS, Vocabulary, read_word_vectors
+
+COUNTS = Counter({"a": 9, "dog": 4, "cat": 4, "runs": 2, "<pad>": 7})
+VOCABULARY = Vocabulary.from_counts(COUNTS, 1)
+
+
+@pytest.mark.parametrize(
+    ("frequency", "most", "words"),
+    [(1, 0, "a cat dog runs"), (3, 0, "a cat dog"), (1, 2, "a cat"), (5, 3, "a"), (1, 9, "a cat dog runs")],
+)
+def test_the_most_frequent_words_are_kept(frequency, most, words):
+    assert Vocabulary.from_counts(COUNTS, frequency, most).words == SPECIAL_WORDS + words.split()
+
+
+GLOVE = "a 1 2 3\n. . 0 0 0\ndog 0.5 -1 2e-1\ncat 1 2\nruns 1 x 3\nfish 7 7 7\n\nruns 1 nan 3\n"
+
+
+@pytest.mark.parametrize(("header", "malformed"), [("", 4), ("400000 3\n", 4)])
+def test_word_vectors_are_read_and_malformed_lines_counted(tmp_path, capsys, header, malformed):
+    (tmp_path / "vectors.txt").write_text(header + GLOVE)
+    numbers, vectors = read_word_vectors(tmp_path / "vectors.txt", VOCABULARY, 3)
+    assert [VOCABULARY.words[number] for number in numbers] == ["a", "dog"]
+    expected = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 0.2]])
+    torch.testing.assert_close(vectors / vectors[0, 0], expected)
+    assert vectors.square().mean().item() == pytest.approx(1)
+    assert f"vectors for 2 of 4 words (50.0%), {malformed} malformed lines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("a 1 2\ndog 3 4\n", "2 numbers a line, so give --embedding_size 2"),
+        ("fish 1 2 3\n", "holds none of the 8 words"),
+        ("", "0 numbers a line"),
+        ("a 1 2 3".encode("utf-16"), "holds none"),
+    ],
+)
+def test_word_vectors_that_cannot_be_used_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "vectors.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        read_word_vectors(tmp_path / "vectors.txt", VOCABULARY, 3)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_model_starts_from_word_vectors(command, shapes, tmp_path, freeze):
+    lines = [f"{word} {' '.join(str(len(word) * k) for k in range(16))}" for word in ("red", "blue")]
+    (tmp_path / "vectors.txt").write_text("\n".join(lines))
+    small = ["--encoder", "resnet18", "--encoder_layer", "layer1", "--encoder_weights", "", "--epochs", 1]
+    sizes = ["--embedding_size", 16, "--hidden_size", 16, "--attention_size", 16, "--region_dim", 16]
+    status, out, error = command(
+        train, *small, *sizes, "--data_folder", shapes, "--run_folder", tmp_path / "run", "--weight_average", 0,
+        "--word_vectors", tmp_path / "vectors.txt", "--freeze_word_vectors" if freeze else "--no-freeze_word_vectors",
+    )  # fmt: skip
+    assert status == 0 and "vectors for 2 of" in out, error
+    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    red, blue = (checkpoint["model"]["decoder.embedding.weight"][checkpoint["words"].index(w)] for w in ("red", "blue"))
+    assert torch.allclose(red / red[1], torch.arange(16.0), atol=1e-5) == freeze
+    if freeze:
+        torch.testing.assert_close(blue, red * 4 / 3)
+
+
+def test_word_vectors_do_not_go_with_trained_words(command, shapes, run_folder, tmp_path):
+    status, _, error = command(
+        train, "--data_folder", shapes, "--run_folder", tmp_path, "--init_from", run_folder / "best.pt",
+        "--word_vectors", "vectors.txt",
+    )  # fmt: skip
+    assert status == 2 and "--word_vectors vectors.txt: --init_from has trained words" in error
