@@ -131,7 +131,7 @@ def main(settings):
         shown = open_photo(photo)
         shown.thumbnail((400, 400))
         weights = weights[0].float().cpu()
-        looked = words if captioner.decoder.attention.context_size else []  # without attention just the photo
+        looked = words if captioner.decoder.looks else []  # without attention just the photo
         figures = {path: draw_attention(shown, looked, weights.numpy())}
         if settings.edges in words:
             look = weights[words.index(settings.edges)]

@@ -61,6 +61,11 @@ class Decoder(nn.Module):
                 start_linear(layer)
         self.cell.start()
 
+    @property
+    def looks(self):
+        """Whether it looks at the regions before each word."""
+        return self.attention.context_size > 0
+
     def start_words(self, numbers, vectors):
         """Start words (n,) from vectors (n, E) of root mean square 1, which become as large as others at the start."""
         self.embedding.weight.data[numbers] = vectors * WORD_SIZE / math.sqrt(3)

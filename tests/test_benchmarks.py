@@ -16,6 +16,7 @@ def test_models_are_compared_and_what_is_done_is_not_repeated(command, shapes, t
     tiny = {name: {**small, "region_dim": 16, "attention_size": 16, "embedding_size": 16} for name in ("one", "two")}
     tiny["two"]["attention"] = "none"
     monkeypatch.setattr(compare_models, "VARIANTS", tiny)
+    monkeypatch.setattr("eval.has_java", lambda: False)  # METEOR starts slowly
     common = ("--data_folder", shapes, "--output", tmp_path, "--epochs", 1, "--device", "cpu")
     status, out, error = command(compare_models, *common, "--variants", "one")
     assert status == 0, error

@@ -70,7 +70,7 @@ def after_step(monkeypatch, step, act):
     ("step", "workers", "number", "others"),  # in the first epoch of three steps, at its end, in the second
     [
         (2, 0, signal.SIGINT, {"objective": "cider", "accumulate": 2}),
-        (3, 0, signal.SIGTERM, {"scheduled_sampling": 0.5}),
+        (3, 0, signal.SIGTERM, {"scheduled_sampling": 0.5, "attention": "hard", "graph_layers": 1}),
         (4, 2, signal.SIGTERM, {"mirror": True}),
     ],
 )
