@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from layers import LinearOverTime
+from layers import LinearOverTime, draw
 
 
 class Attention(nn.Module):
@@ -69,8 +69,9 @@ class DotAttention(Attention):
 class HardAttention(SoftAttention):
     """Stochastic attention ("Show, Attend and Tell", section 4.1): while it trains it looks at one region, drawn.
 
-    Half of all looks are at the expectation instead, which the paper does to steady the gradient; looks in eval mode
-    all are, as in the authors' code. `optimization.hard_attention_loss` trains what is drawn.
+    Half of all looks are at the expectation instead, which steadies the gradient (the paper has all looks at half of
+    the images so); looks in eval mode all are, as in the authors' code. `optimization.hard_attention_loss` trains what
+    is drawn, `baseline` is the moving average that it needs.
     """
 
     EXPECTED = 0.5  # share of looks at the expectation
@@ -83,7 +84,7 @@ class HardAttention(SoftAttention):
         """One region in half of the looks; appends the choice's log-probability (B, C) to choices, 0 without one."""
         if not self.training:
             return weights
-        chosen = weights.detach().flatten(0, 1).multinomial(1).view(*weights.shape[:2], 1)  # (B, C, 1)
+        chosen = draw(weights.detach()).unsqueeze(-1)  # (B, C, 1)
         expected = torch.rand_like(weights[..., :1]) < self.EXPECTED  # (B, C, 1)
         if choices is not None:
             log_probability = weights.gather(-1, chosen).clamp_min(1e-20).log()

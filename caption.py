@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -92,13 +93,13 @@ def draw_edges(photo, word, look, edges, most=30):
     return figure
 
 
-def picture_paths(photos, folder):
-    """Where each photo's picture goes: its stem, numbered where two photos share one."""
+def picture_paths(stems, folder):
+    """Where each picture goes: its stem, numbered where two share one."""
     paths = []
-    for photo in photos:
-        path, number = Path(folder) / f"{Path(photo).stem}.png", 2
+    for stem in stems:
+        path, number = Path(folder) / f"{stem}.png", 2
         while path in paths:
-            path, number = Path(folder) / f"{Path(photo).stem}-{number}.png", number + 1
+            path, number = Path(folder) / f"{stem}-{number}.png", number + 1
         paths.append(path)
     return paths
 
@@ -110,16 +111,22 @@ def main(settings):
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.precision, device)
     captioner, vocabulary, trained = load_captioner(settings.checkpoint, device)
-    if settings.edges and not trained["graph_layers"]:
-        raise InputError(f"--edges {settings.edges}: {settings.checkpoint} has no graph, train with --graph_layers 1")
+    if settings.edges and not (trained["graph_layers"] and captioner.decoder.looks):
+        raise InputError(
+            f"--edges {settings.edges}: {settings.checkpoint} has no graph to look at, train with --graph_layers"
+        )
+    if settings.edges and settings.edges not in vocabulary.numbers:
+        raise InputError(f"--edges {settings.edges}: {settings.checkpoint} does not know this word")
     images = [load_image(photo, captioner.image_size) for photo in settings.photos]  # all are sound before any is drawn
-    paths = picture_paths(settings.photos, settings.output)
+    stems = [Path(photo).stem for photo in settings.photos]
+    of_edges = [f"{stem}-edges" for stem in stems] if settings.edges else []
+    paths = picture_paths(stems + of_edges, settings.output)
     replaced = {path.resolve() for path in paths} & {Path(photo).resolve() for photo in settings.photos}
     if replaced:
         raise InputError(f"--output {settings.output}: a picture would replace the photo {replaced.pop()}")
     Path(settings.output).mkdir(parents=True, exist_ok=True)
-    jobs = zip(settings.photos, images, paths, strict=True)
-    for photo, image, path in tqdm(jobs, total=len(images), unit="photo", disable=len(images) == 1):
+    jobs = zip_longest(settings.photos, images, paths[: len(images)], paths[len(images) :])
+    for photo, image, path, edges_path in tqdm(jobs, total=len(images), unit="photo", disable=len(images) == 1):
         with torch.inference_mode(), autocast(device, dtype):
             regions, neighbours, layers = captioner.trace(torch.from_numpy(image).unsqueeze(0).to(device))
             captions, _ = beam_search(
@@ -136,8 +143,9 @@ def main(settings):
         if settings.edges in words:
             look = weights[words.index(settings.edges)]
             edges = edges_that_mattered(look, neighbours[0].cpu(), [layer[0].float().cpu() for layer in layers])
-            edges_path = path.with_name(f"{path.stem}_{settings.edges}.png")
             figures[edges_path] = draw_edges(shown, settings.edges, look.numpy(), edges)
+        elif settings.edges:
+            tqdm.write(f"  {settings.edges} is not in this caption")
         for path, figure in figures.items():
             with written_whole(path) as temporary:
                 figure.savefig(temporary, dpi=100)

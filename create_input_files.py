@@ -300,7 +300,9 @@ def write_folder(folder, photos, settings):
         },
         indent=1,
     )
-    print(f"{len(vocabulary)} words: four special ones and those at least {settings.min_word_freq} times in training")
+    most = f", no more than {settings.max_words}" if settings.max_words else ""
+    frequency = settings.min_word_freq
+    print(f"{len(vocabulary)} words: four special ones and those at least {frequency} times in training{most}")
     for split in SPLITS:
         unknown = sum(n for word, n in counts[split].items() if word not in vocabulary.numbers)
         share = unknown / max(1, counts[split].total())
@@ -357,7 +359,8 @@ def main(settings):
     if output.exists() and any(output.iterdir()) and not settings.overwrite:
         if not (output / "dataset.json").is_file():
             raise InputError(f"{output} holds other files: give another --output, or --overwrite to write into it")
-        if read_card(output)["made_from"] == fingerprint(settings):
+        made_from = fingerprint(Settings()) | read_card(output)["made_from"]  # an older folder may lack newer settings
+        if made_from == fingerprint(settings):
             print(f"{output} is there already, made with the same settings")
             return
         raise InputError(f"{output} was made with other settings: --overwrite replaces it, or give another --output")

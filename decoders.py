@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from attention import ATTENTIONS
 from cells import CELLS
-from layers import Dropout, start_linear
+from layers import Dropout, draw, start_linear
 from vocabulary import PAD, START
 
 WORD_SIZE = 0.1  # units of a word lie between minus and plus this at the start
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         """Draw words as probable as `_logits` of these arguments makes them, of those that can follow."""
         logits = self._logits(*arguments).float()
         logits[..., [PAD, START]] = -math.inf
-        return logits.softmax(dim=-1).multinomial(1).squeeze(-1)
+        return draw(logits.softmax(dim=-1))
 
     def forward(self, regions, words, lengths, sampling=0.0):
         """Teacher forcing: each word from the true words before it.
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(corners)])  # (M,)
         sizes = [b * c for b, c in corners]
         embedded = self.dropout(self.embedding(inputs))  # (M, E)
-        cell_words = self.cell.words(embedded).split(sizes)  # T of (b c, 4 H)
+        cell_words = self.cell.words(embedded).split(sizes)  # T of (b c, gates H)
         embedded = list(embedded.split(sizes))  # T of (b c, E)
         hiddens, contexts, weights = [], [], []
         with self.attention.over_time() as choices, self.cell.over_time():

@@ -57,7 +57,7 @@ class Encoder(nn.Module):
             raise InputError(f"--encoder {name}: give the layer to take as --encoder_layer")
         self.name, self.layer, self.grid_size = name, layer or GRID_LAYERS[family], grid_size
         self.pretrained = bool(weights)
-        network = build_network(name, weights)
+        network = build_network(name, weights, image_size)
         try:
             self.network = create_feature_extractor(network, {self.layer: "grid"})
         except ValueError:
@@ -77,6 +77,8 @@ class Encoder(nn.Module):
         try:
             with torch.inference_mode():
                 grid = self._grid(torch.zeros(1, 3, image_size, image_size))
+        except AttributeError:
+            raise InputError(f"--encoder_layer {self.layer}: not a grid of features") from None
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"{self.name} does not take images of {image_size} pixels: {first_line(error)}") from None
         if grid.ndim != 4 or grid.shape[2] != grid.shape[3]:
@@ -85,12 +87,13 @@ class Encoder(nn.Module):
         return (self.grid_size or grid.shape[2]) ** 2, grid.shape[1]
 
     def train(self, mode=True):
-        """Keep the BatchNorm statistics of pretrained weights, which small batches would spoil, and of frozen ones."""
+        """Keep frozen parts in eval mode, and BatchNorm of pretrained weights, whose statistics small batches spoil."""
         super().train(mode)
-        if self.pretrained or not any(parameter.requires_grad for parameter in self.parameters()):
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        for module in self.network.modules():
+            parameters = list(module.parameters())
+            frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+            if frozen or (self.pretrained and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+                module.eval()
         return self
 
     def train_from(self, block):
@@ -103,7 +106,7 @@ class Encoder(nn.Module):
             started = started or name.startswith(f"{block}.")
             parameter.requires_grad_(started)
         if not started:
-            names = dict.fromkeys(name.split(".")[0] for name, _ in self.network.named_parameters())
+            names = dict.fromkeys(name.split(".")[0] for name, _ in self.network.named_parameters() if "." in name)
             raise InputError(f"--fine_tune_from {block}: {self.name} has {' '.join(names)} and their parts")
 
     def forward(self, images):
@@ -129,14 +132,22 @@ def imagenet_weights(name):
     return known["IMAGENET1K_V1"] if "IMAGENET1K_V1" in known.__members__ else known.DEFAULT
 
 
-def build_network(name, weights):
+def build_network(name, weights, image_size):
     """A torchvision network, with its ImageNet weights where "imagenet" is asked for."""
-    # These two expect their own normalisation of colours and make it themselves when told to.
-    options = {"transform_input": True, "init_weights": not weights} if name in ("inception_v3", "googlenet") else {}
-    if weights != "imagenet":
-        return torchvision.models.get_model(name, weights=None, **options)
+    options = {}
+    if name in ("inception_v3", "googlenet"):  # they expect other colours, and make them when told to
+        options = {"transform_input": True, "init_weights": not weights}
+    if name.startswith("vit") and weights != "imagenet":  # those weights are for images of one size
+        options = {"image_size": image_size}
     try:
-        return torchvision.models.get_model(name, weights=imagenet_weights(name), **options)
+        if weights != "imagenet":
+            return torchvision.models.get_model(name, weights=None, **options)
+        network = torchvision.models.get_model(name, weights=imagenet_weights(name), **options)
+        if getattr(network, "image_size", image_size) != image_size:
+            raise AssertionError(f"its ImageNet weights are for {network.image_size} pixels")
+        return network
+    except AssertionError as error:
+        raise InputError(f"{name} does not take images of {image_size} pixels: {error}") from None
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise InputError(
             f"the ImageNet weights of {name} cannot be downloaded ({first_line(error)}): fetch "

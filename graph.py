@@ -32,8 +32,9 @@ def region_graph(features, number):
     number = min(number, R - 1)
     if not number:
         return on_grid.expand(B, -1, -1)
-    directions = functional.normalize(features.detach().float(), dim=-1)
-    similarity = directions @ directions.transpose(1, 2)  # (B, R, R)
+    with torch.autocast(features.device.type, enabled=False):  # bfloat16 could not tell who is most similar
+        directions = functional.normalize(features.detach().float(), dim=-1)
+        similarity = directions @ directions.transpose(1, 2)  # (B, R, R)
     # Those on the grid are neighbours already; one column more takes the -1 that stands for none.
     taken = torch.zeros(R, R + 1, dtype=torch.bool, device=features.device).scatter(1, on_grid % (R + 1), True)
     similarity = similarity.masked_fill(taken[:, :R], -2)  # below any cosine
@@ -45,7 +46,7 @@ def region_graph(features, number):
 class GraphLayer(nn.Module):
     """Multi-head graph attention, with a residual connection and normalisation.
 
-    Source: GATv2, "How Attentive are Graph Attention Networks?" (Brody et al., 2022), equations 3, 5 and 7.
+    Source: GATv2, "How Attentive are Graph Attention Networks?" (Brody et al., 2022), equations 3, 4 and 7.
     """
 
     def __init__(self, region_size, heads, dropout):

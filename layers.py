@@ -17,6 +17,11 @@ def start_linear(layer):
         nn.init.zeros_(layer.bias)
 
 
+def draw(probabilities):
+    """Draw a place by probabilities (..., V) -> (...); where they are not numbers any, and the loss will tell."""
+    return probabilities.nan_to_num(1.0).flatten(0, -2).multinomial(1).view(probabilities.shape[:-1])
+
+
 class Dropout(nn.Dropout):
     """torch's dropout with random numbers that come faster on a CPU."""
 

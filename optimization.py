@@ -12,7 +12,7 @@ from vocabulary import NEVER_WRITTEN
 # Captions drawn at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
 TEMPERATURE = 0.5
 
-# Of hard attention's looks, as in the authors' code.
+# Of hard attention's looks. The authors' code has these numbers, but weighs the mean loss of a caption, not its sum.
 REWARD_WEIGHT = 0.1
 ENTROPY_WEIGHT = 0.002
 
@@ -52,8 +52,8 @@ def real_words(lengths):
 def hard_attention_loss(outputs, lengths, losses, reward_weight=REWARD_WEIGHT, entropy_weight=ENTROPY_WEIGHT):
     """The loss, added up, whose gradient makes looks more probable after which captions were more probable.
 
-    Source: "Show, Attend and Tell", equations 11 and 12: REINFORCE, with a moving average as baseline, which this
-    updates, and the weights' entropy, so that looks do not settle too early.
+    Source: "Show, Attend and Tell", equations 11 and 12: REINFORCE, with a moving average as baseline (`follow`), and
+    the weights' entropy, so that looks do not settle too early.
 
     Args:
         outputs: what `decoders.Decoder.forward` returns with hard attention.
@@ -64,14 +64,17 @@ def hard_attention_loss(outputs, lengths, losses, reward_weight=REWARD_WEIGHT, e
     """
     real = real_words(lengths).to(losses.device)
     of_captions = losses.new_zeros(real.shape).masked_scatter(real, losses).sum(dim=0)  # (B, C)
-    mean = of_captions.sum() / (lengths > 0).sum()
-    if not outputs.baseline:  # the first step
-        outputs.baseline.copy_(mean)
-    reinforce = ((of_captions - outputs.baseline) * outputs.choices.sum(dim=0)).sum()
-    outputs.baseline.lerp_(mean, 0.1)
+    first = of_captions.sum() / int((lengths > 0).sum())  # until there is an average
+    advantages = of_captions - outputs.baseline.where(outputs.baseline != 0, first)  # (B, C)
+    reinforce = (advantages * outputs.choices.sum(dim=0)).sum()
     looks = outputs.weights[real]  # (N, R)
     entropy = -(looks * looks.clamp_min(1e-20).log()).sum()
     return reward_weight * reinforce - entropy_weight * entropy
+
+
+def follow(baseline, loss):
+    """Move hard attention's baseline () on to the mean loss of the captions of one more step, a number."""
+    baseline.fill_(0.9 * baseline.item() + 0.1 * loss if baseline else loss)
 
 
 def self_critical_loss(outputs, lengths, rewards, words):

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from layers import draw
 from vocabulary import END, NEVER_WRITTEN, START
 
 
@@ -79,7 +80,7 @@ def sample(decoder, regions, number, max_length=30, temperature=1.0):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, K, V)
         logits = logits.float() / temperature
         logits[..., NEVER_WRITTEN] = -math.inf
-        words = logits.softmax(dim=-1).flatten(0, 1).multinomial(1).view_as(words).masked_fill(finished, END)
+        words = draw(logits.softmax(dim=-1)).masked_fill(finished, END)
         captions.append(words)
         finished = words == END
         if finished.all():

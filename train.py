@@ -15,7 +15,7 @@ from tqdm import tqdm
 from datasets import collate, epoch_order, make_loader, open_split, place_of, split_order
 from eval import Settings as EvaluationSettings
 from eval import evaluate
-from optimization import TEMPERATURE, captioning_loss, learning_rate_factor, self_critical_loss
+from optimization import TEMPERATURE, captioning_loss, follow, learning_rate_factor, self_critical_loss
 from rewards import CiderReward
 from runs import draw_runs, prepare_run, start_files, start_run
 from search import sample
@@ -70,7 +70,7 @@ class Settings:
     attention_size: int = 512  # units of the attention
     hidden_size: int = 512  # units of the recurrent cell
     word_vectors: str = ""  # text file of word vectors (GloVe, word2vec) that the words start from
-    freeze_word_vectors: bool = False  # leave the words as they start
+    freeze_word_vectors: bool = False  # leave all words as they start, those without a vector too
     dropout: float = 0.5  # on words, regions and the output layer
 
     objective: Literal["cross_entropy", "cider"] = "cross_entropy"  # of true captions; or CIDEr of captions it draws
@@ -150,6 +150,8 @@ def train_step(network, optimizer, batch, settings, device, dtype, totals=None, 
     if settings.gradient_clip:
         clip_grad_norm_(network.parameters(), settings.gradient_clip)
     optimizer.step()
+    if outputs.baseline is not None:
+        follow(outputs.baseline, add_up([sum_of_losses])[0] / captions)
     return sum_of_losses, number
 
 
@@ -263,6 +265,8 @@ def check(settings):
     require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average", "scheduled_sampling")
     if settings.fine_tune_from and not settings.fine_tune_encoder:
         raise InputError(f"--fine_tune_from {settings.fine_tune_from} needs --fine_tune_encoder")
+    if settings.freeze_word_vectors and not (settings.word_vectors or settings.init_from):
+        raise InputError("--freeze_word_vectors needs --word_vectors: without, the words would stay random")
     if settings.objective == "cider" and not (settings.init_from or settings.resume):
         raise InputError("--objective cider needs a model that can caption already: give its best.pt as --init_from")
     for name in ("scheduled_sampling", "doubly_stochastic"):

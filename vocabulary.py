@@ -61,9 +61,10 @@ class Vocabulary:
 def read_word_vectors(path, vocabulary, size):
     """Vectors for a vocabulary's words from a text file of GloVe or word2vec: a word and its numbers a line.
 
-    Prints the share of words found, and how many lines were skipped for not being that. Returns the numbers (n,) of
-    the words found and their vectors (n, E), scaled to a root mean square of 1. Raises InputError where the file's
-    vectors are not of `size` numbers or hold none of the words.
+    Prints the share of words found, and how many lines were skipped for not being that; of the words that the
+    vocabulary does not hold only how many numbers they have is looked at. Returns the numbers (n,) of the words found,
+    special ones never, and their vectors (n, E), scaled to a root mean square of 1. Raises InputError where the file's
+    vectors are not of `size` numbers, hold none of the words or cannot be scaled.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,6 +72,10 @@ def read_word_vectors(path, vocabulary, size):
     with open(path, "rb") as file:
         widths = Counter(line.count(b" ") for line in (line.rstrip() for line in islice(file, 100)))
     width = max(widths, key=lambda width: (widths[width], width), default=0)
+    if width < 2:
+        raise InputError(
+            f"--word_vectors {path}: not a text file of a word and its numbers a line, with spaces between"
+        )
     if width != size:
         raise InputError(f"--word_vectors {path}: it has {width} numbers a line, so give --embedding_size {width}")
     found, malformed = {}, 0
@@ -81,13 +86,13 @@ def read_word_vectors(path, vocabulary, size):
         for place, line in enumerate(file):
             bar.update(len(line))
             word, *values = line.decode(errors="replace").rstrip().rsplit(" ", size)  # a word of GloVe may hold spaces
-            word = vocabulary.numbers.get(word)
+            word = vocabulary.numbers.get(word, PAD)
             if word in found:
                 continue
             try:
                 if len(values) != size:
                     raise ValueError
-                if word is not None:
+                if word >= len(SPECIAL_WORDS):
                     found[word] = [float(value) for value in values]
                     if not all(map(math.isfinite, found[word])):
                         raise ValueError
@@ -97,8 +102,11 @@ def read_word_vectors(path, vocabulary, size):
     if not found:
         raise InputError(f"--word_vectors {path}: holds none of the {len(vocabulary)} words")
     vectors, words = torch.tensor(list(found.values())), len(vocabulary) - len(SPECIAL_WORDS)
+    scale = vectors.square().mean().sqrt()
+    if not 0 < scale < math.inf:
+        raise InputError(f"--word_vectors {path}: the numbers of its vectors are all zero, or too large")
     print(
         f"{path} has vectors for {len(found)} of {words} words ({len(found) / words:.1%}), "
         f"{malformed} malformed lines skipped"
     )
-    return torch.tensor(list(found)), vectors / vectors.square().mean().sqrt()
+    return torch.tensor(list(found)), vectors / scale

@@ -1,8 +1,9 @@
 """Train named models under one budget on one data folder and compare them: python benchmarks/compare_models.py
 
-Each model is one set of settings of train.py, trained from the same seeds for the same epochs on the same frozen
-features, and scored on the validation images by eval.py. A run that is done is not repeated and one that was stopped
-goes on, so several calls may share the work: each with its own --variants, then one with all of them for the table.
+Each model is one set of settings of train.py, trained from the same seeds for the same epochs on frozen features, and
+scored on the validation images by eval.py. A run that is done is not repeated and one that was stopped goes on, so
+several calls may share the work: each with its own --variants, then one with all of them for the table. Its captions/s
+are those of training as it went, so they only compare where nothing else kept the machine busy.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation
 import train
+from datasets import read_card
 from models import load_checkpoint
 from utils import InputError, read_json, read_log, require_at_least, run_script, write_json, written_whole
 
@@ -66,19 +68,24 @@ def training_settings(name, seed, settings):
     )
 
 
+def comparable(settings):
+    """What two runs must have in common: all settings but where files lie and on what they run."""
+    places = {"data_folder", "run_folder", "resume", "encoder_weights", "look", "device"}
+    return {name: value for name, value in settings.items() if name not in places}
+
+
 def train_and_score(name, seed, settings):
     """Train and score one model unless that is done already; returns its row."""
     plan = training_settings(name, seed, settings)
     folder = Path(plan.run_folder)
-    done, made_from = folder / "row.json", json.loads(json.dumps(asdict(plan)))
-    if done.is_file():
-        saved = read_json(done)
-        if saved["settings"] != made_from:
+    done, last = folder / "row.json", folder / "last.pt"
+    for path, read in ((done, read_json), (last, load_checkpoint)):
+        if path.is_file() and comparable(read(path)["settings"]) != comparable(asdict(plan)):
             raise InputError(f"{folder} was trained with other settings: delete it, or give another --output")
-        return saved["row"]
+    if done.is_file():
+        return read_json(done)["row"]
     print(f"\n{name}, seed {seed}")
-    last = folder / "last.pt"
-    train.main(replace(plan, resume=str(last)) if last.exists() else plan)
+    train.main(replace(plan, resume=str(last)) if last.is_file() else plan)
     best = folder / "best.pt"
     scoring = evaluation.Settings(
         checkpoint=str(best),
@@ -98,7 +105,7 @@ def train_and_score(name, seed, settings):
         "captions_per_second": statistics.median(epoch["captions_per_second"] for epoch in log),
         "scores": read_json(folder / "scores.json"),
     }
-    write_json(done, {"settings": made_from, "row": row}, indent=1)
+    write_json(done, {"settings": asdict(plan), "row": row}, indent=1)
     return row
 
 
@@ -130,7 +137,13 @@ def main(settings):
     unknown = [name for name in settings.variants if name not in VARIANTS]
     if unknown:
         raise InputError(f"--variants {unknown[0]}: not one of {' '.join(VARIANTS)}")
-    rows = [train_and_score(name, seed, settings) for name in settings.variants for seed in settings.seeds]
+    read_card(settings.data_folder)
+    runs = [(name, seed) for name in dict.fromkeys(settings.variants) for seed in dict.fromkeys(settings.seeds)]
+    for name, seed in runs:  # not after hours of training
+        weights = training_settings(name, seed, settings).encoder_weights
+        if settings.weights_folder and not Path(weights).is_file():
+            raise InputError(f"--weights_folder {settings.weights_folder}: no such file: {weights}")
+    rows = [train_and_score(name, seed, settings) for name, seed in runs]
     table = format_table(rows)
     with written_whole(Path(settings.output) / "table.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ ALLOWED = {
     "cells": {"layers"},
     "decoders": {"attention", "cells", "layers", "vocabulary"},
     "models": {"utils", "decoders", "encoders", "graph", "layers", "vocabulary"},
-    "search": {"vocabulary"},
+    "search": {"layers", "vocabulary"},
     "eval": {"utils", "datasets", "models", "search"},
     "optimization": {"vocabulary"},
     "rewards": set(),

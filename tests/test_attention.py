@@ -10,7 +10,7 @@ from torch.nn import functional
 from attention import ATTENTIONS, HardAttention
 from datasets import collate
 from decoders import Decoder
-from optimization import hard_attention_loss
+from optimization import follow, hard_attention_loss
 from vocabulary import END, START
 
 
@@ -102,6 +102,11 @@ def test_the_baseline_follows_the_losses_and_the_entropy_is_that_of_the_looks():
     loss = hard_attention_loss(outputs, batch.lengths, losses, reward_weight=0.0, entropy_weight=1.0)
     looks = torch.cat([outputs.weights[:, 0, 0], outputs.weights[:1, 0, 1]])
     torch.testing.assert_close(loss, (looks * looks.log()).sum())
-    assert decoder.attention.baseline.item() == pytest.approx(5.5)  # 1 + 3 + 5 and 2
-    hard_attention_loss(outputs, batch.lengths, 3 * losses)
-    assert decoder.attention.baseline.item() == pytest.approx(5.5 + 0.1 * 11)
+    choices = outputs.choices.sum(0)[0]
+    first = hard_attention_loss(outputs, batch.lengths, losses, reward_weight=1.0, entropy_weight=0.0)
+    torch.testing.assert_close(first, (9 - 5.5) * choices[0] + (2 - 5.5) * choices[1])  # captions of 1 + 3 + 5 and 2
+    for loss, average in ((5.0, 5.0), (3.0, 4.8)):
+        follow(outputs.baseline, loss)
+        assert decoder.attention.baseline.item() == pytest.approx(average)
+    second = hard_attention_loss(outputs, batch.lengths, losses, reward_weight=1.0, entropy_weight=0.0)
+    torch.testing.assert_close(second, (9 - 4.8) * choices[0] + (2 - 4.8) * choices[1])

@@ -32,9 +32,17 @@ def test_models_are_compared_and_what_is_done_is_not_repeated(command, shapes, t
         1,
         5,
     ]
-    status, _, error = command(compare_models, *common, "--variants", "one", "--no-mirror")
-    assert status == 2 and "was trained with other settings" in error
-    assert "--variants three: not one of one two" in command(compare_models, *common, "--variants", "three")[2]
+    for unfinished in (False, True):
+        if unfinished:
+            (tmp_path / "one_seed0" / "row.json").unlink()
+        status, _, error = command(compare_models, *common, "--variants", "one", "--no-mirror")
+        assert status == 2 and "was trained with other settings" in error
+    assert command(compare_models, *common, "--variants", "one")[0] == 0  # the run that was not finished goes on
+    assert (tmp_path / "one_seed0" / "row.json").exists()
+    monkeypatch.setattr(compare_models, "VARIANTS", {"plain": {}})
+    status, _, error = command(compare_models, *common, "--variants", "plain", "--weights_folder", "missing")
+    assert status == 2 and "--weights_folder missing: no such file: missing/resnet50.pth" in error
+    assert "--variants three: not one of plain" in command(compare_models, *common, "--variants", "three")[2]
 
 
 @pytest.mark.parametrize(

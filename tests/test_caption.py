@@ -53,11 +53,17 @@ def test_the_edges_that_mattered_for_a_word_are_drawn(command, shapes, tmp_path)
     assert status == 0
     word = re.search(r"\.png: (\w+)", out).group(1)
     status, out, _ = command(caption, *arguments, "--max_length", 4, "--edges", word)
-    picture = tmp_path / "out" / f"{photo_of(shapes).stem}_{word}.png"
+    picture = tmp_path / "out" / f"{photo_of(shapes).stem}-edges.png"
     assert status == 0 and str(picture) in out
     with Image.open(picture) as drawn:
         red, green, blue = np.asarray(drawn.convert("RGB")).astype(int).reshape(-1, 3).T
     assert ((red > green + 60) & (green > blue + 60)).sum() > 100  # orange arrows
+    picture.unlink()
+    absent = next(other for other in ("red", "green", "blue", "yellow") if other not in out)
+    status, out, _ = command(caption, *arguments, "--max_length", 4, "--edges", absent)
+    assert status == 0 and f"{absent} is not in this caption" in out and not picture.exists()
+    status, _, error = command(caption, *arguments, "--edges", "and/or")
+    assert status == 2 and "--edges and/or" in error and "does not know this word" in error
 
 
 def test_arrows_go_to_where_the_decoder_looked():
@@ -96,7 +102,7 @@ def test_several_photos_of_one_name_get_a_picture_each(command, shapes, run_fold
         (("{photo}", "--beam_size", "0"), "--beam_size 0: must be at least 1"),
         (("{photo}", "--max_length", "0"), "--max_length 0: must be at least 1"),
         (("{photo}", "--output", "{photo}"), "File exists"),
-        (("{photo}", "--edges", "red"), "best.pt has no graph, train with --graph_layers 1"),
+        (("{photo}", "--edges", "red"), "best.pt has no graph to look at, train with"),
         (("{photo}", "--output", "{folder}"), "a picture would replace the photo"),
     ],
 )

@@ -127,6 +127,9 @@ def test_bad_photos_stop_the_run_or_are_left_out(command, tmp_path, photos):
 def test_the_same_settings_do_nothing_and_others_ask(command, tmp_path, photos):
     captions = karpathy(tmp_path / "captions.json")
     assert prepare(command, tmp_path, captions, photos)[0] == 0
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    del card["made_from"]["max_words"]  # a folder of an earlier version
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(card))
     written = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
     (tmp_path / "out" / "features").mkdir()
     assert "is there already" in prepare(command, tmp_path, captions, photos)[1]

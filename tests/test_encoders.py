@@ -46,6 +46,8 @@ def test_batch_norm_of_pretrained_weights_never_moves(tmp_path):
         (("resnet18", "layer9"), "--encoder_layer layer9"),
         (("resnet18", "avgpool.nothing"), "--encoder_layer avgpool.nothing"),
         (("resnet18", "fc"), "not a grid"),
+        (("vit_b_32", "getitem", "", 0, 224), "--encoder_layer getitem: not a grid"),
+        (("vit_b_32", "", "", 0, 100), "vit_b_32 does not take images of 100 pixels: Input shape indivisible"),
         (("swin_t", "features"), "not a grid"),
         (("vgg11", "", "", 0, 16), "vgg11 does not take images of 16 pixels"),
         (("resnet18", "", "missing.pth"), "missing.pth"),
@@ -99,6 +101,15 @@ def test_training_from_a_block_on_leaves_what_is_before_it(block, frozen):
     encoder.train_from(block)
     for name, parameter in encoder.network.named_parameters():
         assert parameter.requires_grad != name.startswith(frozen or "none of them"), name
+
+
+def test_frozen_parts_of_a_network_do_not_move():
+    encoder = Encoder("resnet18", "layer3")
+    encoder.train_from("layer2")
+    before = {name: buffer.clone() for name, buffer in encoder.network.named_buffers()}
+    encoder.train()(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
+    for name, buffer in encoder.network.named_buffers():
+        assert torch.equal(buffer, before[name]) == name.startswith(("bn1", "layer1")), name
 
 
 @pytest.mark.parametrize("block", ["layer9", "relu", "layer4"])

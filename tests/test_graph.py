@@ -81,6 +81,13 @@ def test_the_graph_names_no_region_twice_and_takes_the_most_similar(side, number
             assert alike == set(sorted(others, key=lambda other: -cosine[b, region, other])[:number])
 
 
+def test_the_graph_is_the_same_in_mixed_precision():
+    features = torch.rand(2, 49, 256)  # as similar as features behind a ReLU are
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = region_graph(features, 4)
+    assert torch.equal(mixed, region_graph(features, 4))
+
+
 def test_edges_that_mattered_follow_the_look_back_through_the_layers():
     neighbours = torch.tensor([[0, 1], [1, 2], [2, -1]])
     first, last = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]]), torch.tensor([[0.2, 0.8], [1.0, 0.0], [1, 0.0]])

@@ -39,17 +39,18 @@ def test_accumulating_gives_the_same_step(shapes):
         torch.testing.assert_close(one, gradients[0], rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_train_as_one_does(shapes, tmp_path):
+@pytest.mark.parametrize("others", [{}, {"cell": "gru", "attention": "none", "graph_layers": 1}])
+def test_two_processes_train_as_one_does(shapes, tmp_path, others):
     """The same batches on two processes of torchrun: the same losses, scores and features."""
     folder = shutil.copytree(shapes, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
-    arguments = [*flags(folder, tmp_path / "two"), "--no-fine_tune_encoder", "--dropout", "0", "--accumulate", "2"]
+    settings = replace(SMALL, data_folder=str(folder), fine_tune_encoder=False, dropout=0.0, **others)
+    arguments = flags(folder, tmp_path / "two", replace(settings, accumulate=2))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", train.__file__, *arguments]
     result = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("24 training images") == 1
     cached = {path.name: path.read_bytes() for path in (folder / "features").iterdir()}
     shutil.rmtree(folder / "features")
-    settings = replace(SMALL, data_folder=str(folder), fine_tune_encoder=False, dropout=0.0)
     train.main(replace(settings, run_folder=str(tmp_path / "one")))
     assert cached.keys() == {path.name for path in (folder / "features").iterdir()}
     for one, two in zip(
@@ -198,6 +199,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shape
         (("--objective", "cider"), "--objective cider needs a model that can caption already"),
         (("--fine_tune_from", "layer3"), "--fine_tune_from layer3 needs --fine_tune_encoder"),
         (("--fine_tune_encoder", "--fine_tune_from", "layer3"), "--fine_tune_from layer3: resnet18 has conv1"),
+        (("--freeze_word_vectors",), "--freeze_word_vectors needs --word_vectors"),
         (("--word_vectors", "missing.txt"), "--word_vectors missing.txt: no such file"),
         (("--graph_layers", "1", "--graph_heads", "3"), "--graph_heads 3: the 512 features"),
         (("--epochs", "0"), "--epochs 0: must be at least 1"),

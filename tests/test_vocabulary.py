@@ -41,7 +41,11 @@ def test_word_vectors_are_read_and_malformed_lines_counted(tmp_path, capsys, hea
         (None, "no such file"),
         ("a 1 2\ndog 3 4\n", "2 numbers a line, so give --embedding_size 2"),
         ("fish 1 2 3\n", "holds none of the 8 words"),
-        ("", "0 numbers a line"),
+        ("", "not a text file of a word and its numbers a line"),
+        ("a\t1\t2\t3\n", "not a text file of a word and its numbers a line"),
+        ("<unk> 1 2 3\n", "holds none of the 8 words"),
+        ("a 0 0 0\n", "all zero, or too large"),
+        ("a 1e39 0 0\n", "all zero, or too large"),
         ("a 1 2 3".encode("utf-16"), "holds none"),
     ],
 )
