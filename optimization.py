@@ -12,7 +12,7 @@ from vocabulary import NEVER_WRITTEN
 # Captions drawn at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
 TEMPERATURE = 0.5
 
-# Of hard attention's looks. The authors' code has these numbers, but weighs the mean loss of a caption, not its sum.
+# Of hard attention's looks; these numbers are those of the authors' code.
 REWARD_WEIGHT = 0.1
 ENTROPY_WEIGHT = 0.002
 
@@ -53,7 +53,8 @@ def hard_attention_loss(outputs, lengths, losses, reward_weight=REWARD_WEIGHT, e
     """The loss, added up, whose gradient makes looks more probable after which captions were more probable.
 
     Source: "Show, Attend and Tell", equations 11 and 12: REINFORCE, with a moving average as baseline (`follow`), and
-    the weights' entropy, so that looks do not settle too early.
+    the weights' entropy, so that looks do not settle too early. A look is compared by the words from it on, as it
+    changes none before, each with the baseline of a word: a whole caption's loss tells of its length most of all.
 
     Args:
         outputs: what `decoders.Decoder.forward` returns with hard attention.
@@ -63,17 +64,17 @@ def hard_attention_loss(outputs, lengths, losses, reward_weight=REWARD_WEIGHT, e
         entropy_weight: lambda_e.
     """
     real = real_words(lengths).to(losses.device)
-    of_captions = losses.new_zeros(real.shape).masked_scatter(real, losses).sum(dim=0)  # (B, C)
-    first = of_captions.sum() / int((lengths > 0).sum())  # until there is an average
-    advantages = of_captions - outputs.baseline.where(outputs.baseline != 0, first)  # (B, C)
-    reinforce = (advantages * outputs.choices.sum(dim=0)).sum()
+    baseline = outputs.baseline.where(outputs.baseline != 0, losses.mean())  # until there is an average
+    of_words = losses.new_zeros(real.shape).masked_scatter(real, losses - baseline)  # (T, B, C)
+    advantages = of_words.flip(0).cumsum(dim=0).flip(0)  # of each word and all behind it
+    reinforce = (advantages * outputs.choices).sum()
     looks = outputs.weights[real]  # (N, R)
     entropy = -(looks * looks.clamp_min(1e-20).log()).sum()
     return reward_weight * reinforce - entropy_weight * entropy
 
 
 def follow(baseline, loss):
-    """Move hard attention's baseline () on to the mean loss of the captions of one more step, a number."""
+    """Move hard attention's baseline () on to the mean loss of the words of one more step, a number."""
     baseline.fill_(0.9 * baseline.item() + 0.1 * loss if baseline else loss)
 
 

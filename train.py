@@ -151,7 +151,7 @@ def train_step(network, optimizer, batch, settings, device, dtype, totals=None, 
         clip_grad_norm_(network.parameters(), settings.gradient_clip)
     optimizer.step()
     if outputs.baseline is not None:
-        follow(outputs.baseline, add_up([sum_of_losses])[0] / captions)
+        follow(outputs.baseline, add_up([sum_of_losses])[0] / words)
     return sum_of_losses, number
 
 

@@ -102,11 +102,14 @@ def test_the_baseline_follows_the_losses_and_the_entropy_is_that_of_the_looks():
     loss = hard_attention_loss(outputs, batch.lengths, losses, reward_weight=0.0, entropy_weight=1.0)
     looks = torch.cat([outputs.weights[:, 0, 0], outputs.weights[:1, 0, 1]])
     torch.testing.assert_close(loss, (looks * looks.log()).sum())
-    choices = outputs.choices.sum(0)[0]
+    choices = outputs.choices[:, 0]
     first = hard_attention_loss(outputs, batch.lengths, losses, reward_weight=1.0, entropy_weight=0.0)
-    torch.testing.assert_close(first, (9 - 5.5) * choices[0] + (2 - 5.5) * choices[1])  # captions of 1 + 3 + 5 and 2
+    mean = 11 / 4  # captions of 1, 3 and 5, and of 2
+    after = (9 - 3 * mean) * choices[0, 0] + (8 - 2 * mean) * choices[1, 0] + (5 - mean) * choices[2, 0]
+    torch.testing.assert_close(first, after + (2 - mean) * choices[0, 1])
     for loss, average in ((5.0, 5.0), (3.0, 4.8)):
         follow(outputs.baseline, loss)
         assert decoder.attention.baseline.item() == pytest.approx(average)
     second = hard_attention_loss(outputs, batch.lengths, losses, reward_weight=1.0, entropy_weight=0.0)
-    torch.testing.assert_close(second, (9 - 4.8) * choices[0] + (2 - 4.8) * choices[1])
+    after = (9 - 3 * 4.8) * choices[0, 0] + (8 - 2 * 4.8) * choices[1, 0] + (5 - 4.8) * choices[2, 0]
+    torch.testing.assert_close(second, after + (2 - 4.8) * choices[0, 1])
