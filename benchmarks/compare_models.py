@@ -3,22 +3,35 @@
 Each model is one set of settings of train.py, trained from the same seeds for the same epochs on frozen features, and
 scored on the validation images by eval.py. A run that is done is not repeated and one that was stopped goes on, so
 several calls may share the work: each with its own --variants, then one with all of them for the table. Its captions/s
-are those of training as it went, so they only compare where nothing else kept the machine busy.
+are timed by that last call, one model after the other, so nothing else should keep the machine busy then.
 """
 
 import json
 import statistics
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation
 import train
-from datasets import read_card
-from models import load_checkpoint
-from utils import InputError, read_json, read_log, require_at_least, run_script, write_json, written_whole
+from datasets import epoch_order, make_loader, open_split, read_card, split_order
+from models import load_captioner, load_checkpoint
+from optimization import make_optimizer
+from utils import (
+    InputError,
+    choose_device,
+    choose_dtype,
+    read_json,
+    require_at_least,
+    run_script,
+    write_json,
+    written_whole,
+)
 
 VARIANTS = {
     "none-rnn": {"attention": "none", "cell": "rnn"},
@@ -96,17 +109,27 @@ def train_and_score(name, seed, settings):
         device=plan.device,
     )
     evaluation.main(scoring)
-    weights = load_checkpoint(best)["model"]
-    log = read_log(folder / "log.jsonl")
-    row = {
-        "variant": name,
-        "seed": seed,
-        "parameters": sum(weight.numel() for key, weight in weights.items() if not key.startswith("encoder.")),
-        "captions_per_second": statistics.median(epoch["captions_per_second"] for epoch in log),
-        "scores": read_json(folder / "scores.json"),
-    }
+    row = {"variant": name, "seed": seed, "scores": read_json(folder / "scores.json")}
     write_json(done, {"settings": asdict(plan), "row": row}, indent=1)
     return row
+
+
+def size_and_speed(plan, steps=20):
+    """A trained model's number of parameters without the encoder's, and captions/s of its training steps."""
+    device = choose_device(plan.device)
+    dtype = choose_dtype(plan.precision, device)
+    captioner, vocabulary, _ = load_captioner(Path(plan.run_folder) / "best.pt", device)
+    training = open_split(plan.data_folder, "train", vocabulary, captioner, True, device, dtype)
+    optimizer = make_optimizer(captioner, plan)
+    captioner.train()
+    order = epoch_order(len(training), plan.seed, epoch=0)[: (steps + 1) * plan.batch_size]
+    speeds = []
+    for batch in make_loader(training, split_order(order, plan.batch_size)):
+        start = time.perf_counter()
+        train.train_step(captioner, optimizer, batch, plan, device, dtype)
+        speeds.append(batch.totals()[1] / (time.perf_counter() - start))
+    parameters = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
+    return {"parameters": parameters, "captions_per_second": statistics.median(speeds[1:] or speeds)}
 
 
 def spread(values, digits):
@@ -123,7 +146,7 @@ def format_table(rows):
     lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
     for name in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == name]
-        speed = spread([run["captions_per_second"] for run in runs], 0)
+        speed = f"{statistics.median(run['captions_per_second'] for run in runs):.0f}"
         for place, beam_size in enumerate(BEAM_SIZES):
             scores = [spread([run["scores"][place][score] for run in runs], 4) for score in SCORES]
             cells = [name, len(runs), f"{runs[0]['parameters'] / 1e6:.2f} M", speed, beam_size, *scores]
@@ -144,6 +167,8 @@ def main(settings):
         if settings.weights_folder and not Path(weights).is_file():
             raise InputError(f"--weights_folder {settings.weights_folder}: no such file: {weights}")
     rows = [train_and_score(name, seed, settings) for name, seed in runs]
+    for row in tqdm(rows, desc="timing", unit="model"):
+        row |= size_and_speed(training_settings(row["variant"], row["seed"], settings))
     table = format_table(rows)
     with written_whole(Path(settings.output) / "table.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
