@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shape
         (("--look", "{run}", "missing"), "--look missing: no run there"),
         (("--objective", "cider"), "--objective cider needs a model that can caption already"),
         (("--fine_tune_from", "layer3"), "--fine_tune_from layer3 needs --fine_tune_encoder"),
-        (("--fine_tune_encoder", "--fine_tune_from", "layer3"), "--fine_tune_from layer3: resnet18 has conv1"),
+        (("--fine_tune_encoder", "--fine_tune_from", "layer9"), "--fine_tune_from layer9: resnet18 has conv1"),
         (("--freeze_word_vectors",), "--freeze_word_vectors needs --word_vectors"),
         (("--word_vectors", "missing.txt"), "--word_vectors missing.txt: no such file"),
         (("--graph_layers", "1", "--graph_heads", "3"), "--graph_heads 3: the 512 features"),
