@@ -83,7 +83,7 @@ def training_settings(name, seed, settings):
 
 def comparable(settings):
     """What two runs must have in common: all settings but where files lie and on what they run."""
-    places = {"data_folder", "run_folder", "resume", "encoder_weights", "look", "device"}
+    places = {"data_folder", "run_folder", "overwrite", "resume", "encoder_weights", "look", "device"}
     return {name: value for name, value in settings.items() if name not in places}
 
 

@@ -11,7 +11,7 @@ from utils import parse_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^python (\w+)\.py ?(.*)$", re.sub(r" \\\n\s*", " ", README), re.MULTILINE)
+COMMANDS = re.findall(r"^python (?:benchmarks/)?(\w+)\.py ?(.*)$", re.sub(r" \\\n\s*", " ", README), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("script", "arguments"), COMMANDS)
