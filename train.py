@@ -162,7 +162,9 @@ def train_one_epoch(run, training, device, dtype, caught, reward):
     then in last.pt. `reward` is that of `train_step`.
     """
     settings = run.settings
-    run.captioner.train(not reward)  # captions are as probable as they were when they were drawn
+    run.captioner.train()
+    if reward:
+        run.captioner.decoder.attention.eval()  # hard attention looks at the expectation: no reward tells of its draws
     order = epoch_order(len(training), settings.seed, run.epoch, settings.mirror)
     batches = split_order(order, settings.batch_size)
     loader = make_loader(training, batches[run.step :], settings.workers)

@@ -128,6 +128,23 @@ def test_cider_as_objective_raises_the_reward_of_the_captions_drawn(command, sha
     assert 0 < sum(rewards[:3]) < 0.9 * sum(rewards[-3:])
 
 
+def test_cider_draws_captions_with_dropout_and_hard_attention_at_its_expectation(shapes, tmp_path, monkeypatch):
+    settings = replace(SMALL, data_folder=str(shapes), attention="hard", epochs=1, fine_tune_encoder=False)
+    train.main(replace(settings, run_folder=str(tmp_path / "start")))
+    modes = set()
+
+    def noting(captioner, *arguments, original=train.draw_captions):
+        modes.add((captioner.decoder.dropout.training, captioner.decoder.attention.training))
+        return original(captioner, *arguments)
+
+    monkeypatch.setattr(train, "draw_captions", noting)
+    start = str(tmp_path / "start" / "last.pt")
+    train.main(replace(settings, run_folder=str(tmp_path / "run"), objective="cider", init_from=start))
+    assert modes == {(True, False)}
+    baselines = [weights(tmp_path / name / "last.pt")["decoder.attention.baseline"] for name in ("start", "run")]
+    assert baselines[0] == baselines[1] != 0  # it follows the words' loss, which rewards are not
+
+
 def test_look_draws_several_runs_into_one_picture(command, run_folder, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(run_folder, tmp_path / name)
