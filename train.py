@@ -130,7 +130,9 @@ def train_step(network, optimizer, batch, settings, device, dtype, totals=None, 
     for i, part in enumerate(parts, start=1):
         if reward:
             captioner = network.module if world_size() > 1 else network
-            part, rewards = draw_captions(captioner, part, reward, settings.max_length, device, dtype)
+            part, rewards = draw_captions(captioner.eval(), part, reward, settings.max_length, device, dtype)
+            captioner.train()  # dropout: without it, rewards are soon learned by heart
+            captioner.decoder.attention.eval()  # hard attention looks at the expectation: no reward tells of its draws
         images = part.images.to(device, non_blocking=True)
         numbers = part.words.to(device, non_blocking=True)
         # Between processes gradients are averaged, once a step.
@@ -163,8 +165,6 @@ def train_one_epoch(run, training, device, dtype, caught, reward):
     """
     settings = run.settings
     run.captioner.train()
-    if reward:
-        run.captioner.decoder.attention.eval()  # hard attention looks at the expectation: no reward tells of its draws
     order = epoch_order(len(training), settings.seed, run.epoch, settings.mirror)
     batches = split_order(order, settings.batch_size)
     loader = make_loader(training, batches[run.step :], settings.workers)

@@ -16,6 +16,7 @@ import runs
 import train
 from conftest import SMALL, flags, weights
 from datasets import collate
+from decoders import Decoder
 from encoders import Encoder
 from models import build_captioner
 from optimization import make_optimizer
@@ -128,16 +129,16 @@ def test_cider_as_objective_raises_the_reward_of_the_captions_drawn(command, sha
     assert 0 < sum(rewards[:3]) < 0.9 * sum(rewards[-3:])
 
 
-def test_cider_draws_captions_with_dropout_and_hard_attention_at_its_expectation(shapes, tmp_path, monkeypatch):
+def test_cider_learns_with_dropout_and_hard_attention_at_its_expectation(shapes, tmp_path, monkeypatch):
     settings = replace(SMALL, data_folder=str(shapes), attention="hard", epochs=1, fine_tune_encoder=False)
     train.main(replace(settings, run_folder=str(tmp_path / "start")))
     modes = set()
 
-    def noting(captioner, *arguments, original=train.draw_captions):
-        modes.add((captioner.decoder.dropout.training, captioner.decoder.attention.training))
-        return original(captioner, *arguments)
+    def noting(decoder, *arguments, original=Decoder.forward):
+        modes.add((decoder.dropout.training, decoder.attention.training))
+        return original(decoder, *arguments)
 
-    monkeypatch.setattr(train, "draw_captions", noting)
+    monkeypatch.setattr(Decoder, "forward", noting)
     start = str(tmp_path / "start" / "last.pt")
     train.main(replace(settings, run_folder=str(tmp_path / "run"), objective="cider", init_from=start))
     assert modes == {(True, False)}
