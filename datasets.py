@@ -270,7 +270,8 @@ def cache_features(dataset, split, encoder, device, dtype, mirrored=False, batch
     """The file of a frozen encoder's regions of all images, (I, R, D) float16; computed where there is none yet.
 
     Its name is a fingerprint of the network, its layer and grid, its weights, the images, whether they are mirrored,
-    and the number format, so the features of anything else are never taken for these.
+    and the number format, so the features of anything else are never taken for these. Raises InputError for features
+    that float16 cannot hold.
     """
     with h5py.File(dataset.images_path) as file:
         images_digest = file.attrs["digest"]
@@ -299,6 +300,11 @@ def cache_features(dataset, split, encoder, device, dtype, mirrored=False, batch
                 with autocast(device, dtype):
                     regions = encoder(batch.images.to(device, non_blocking=True)).half().cpu().numpy()  # (B, R, D)
                 assert regions.shape[1:] == shape[1:], "the photos are not of the encoder's image size"
+                if not np.isfinite(regions).all():
+                    raise InputError(
+                        f"{encoder.name}'s features are too large to cache, as random weights may make them: give "
+                        f"--encoder_weights, or train it with --fine_tune_encoder"
+                    )
                 for index, row in zip(batch.indices, regions, strict=True):
                     file.seek(first_row + place_of(index) * row_size)
                     file.write(row.tobytes())
