@@ -284,7 +284,7 @@ def cache_features(dataset, split, encoder, device, dtype, mirrored=False, batch
     encoder.eval()
     shape = (len(dataset), encoder.number_of_regions, encoder.region_size)
     batches = split_order([~i if mirrored else i for i in range(len(dataset))], batch_size)
-    title = f"{encoder.name} features of {kind}"
+    title, finite = f"{encoder.name} features of {kind}", True
     with written_whole(path) if rank() == 0 else contextlib.nullcontext() as temporary:
         temporary = gather([temporary])[0]  # the first process's: all write their rows into one file
         if rank() == 0:
@@ -301,14 +301,16 @@ def cache_features(dataset, split, encoder, device, dtype, mirrored=False, batch
                     regions = encoder(batch.images.to(device, non_blocking=True)).half().cpu().numpy()  # (B, R, D)
                 assert regions.shape[1:] == shape[1:], "the photos are not of the encoder's image size"
                 if not np.isfinite(regions).all():
-                    raise InputError(
-                        f"{encoder.name}'s features are too large to cache, as random weights may make them: give "
-                        f"--encoder_weights, or train it with --fine_tune_encoder"
-                    )
+                    finite = False
+                    break
                 for index, row in zip(batch.indices, regions, strict=True):
                     file.seek(first_row + place_of(index) * row_size)
                     file.write(row.tobytes())
                 bar.update(len(regions) * world_size())
-        barrier()
+        if not all(gather([finite])):
+            raise InputError(
+                f"{encoder.name}'s features do not fit into float16, as random weights may make them: train with "
+                f"--encoder_weights, or with --fine_tune_encoder"
+            )
     barrier()
     return path

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -127,6 +128,8 @@ def size_and_speed(plan, steps=20):
     for batch in make_loader(training, split_order(order, plan.batch_size)):
         start = time.perf_counter()
         train.train_step(captioner, optimizer, batch, plan, device, dtype)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         speeds.append(batch.totals()[1] / (time.perf_counter() - start))
     parameters = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
     return {"parameters": parameters, "captions_per_second": statistics.median(speeds[1:] or speeds)}

@@ -134,14 +134,18 @@ def test_cider_learns_with_dropout_and_hard_attention_at_its_expectation(shapes,
     train.main(replace(settings, run_folder=str(tmp_path / "start")))
     modes = set()
 
-    def noting(decoder, *arguments, original=Decoder.forward):
-        modes.add((decoder.dropout.training, decoder.attention.training))
-        return original(decoder, *arguments)
+    def noting(name, original):
+        def note(decoder, *arguments):
+            modes.add((name, decoder.dropout.training, decoder.attention.training))
+            return original(decoder, *arguments)
 
-    monkeypatch.setattr(Decoder, "forward", noting)
+        monkeypatch.setattr(Decoder, name, note)
+
+    noting("step", Decoder.step)  # draws captions and searches them
+    noting("forward", Decoder.forward)
     start = str(tmp_path / "start" / "last.pt")
     train.main(replace(settings, run_folder=str(tmp_path / "run"), objective="cider", init_from=start))
-    assert modes == {(True, False)}
+    assert modes == {("step", False, False), ("forward", True, False)}
     baselines = [weights(tmp_path / name / "last.pt")["decoder.attention.baseline"] for name in ("start", "run")]
     assert baselines[0] == baselines[1] != 0  # it follows the words' loss, which rewards are not
 
