@@ -13,9 +13,9 @@ from PIL import Image
 from skimage.transform import pyramid_expand, resize
 from tqdm import tqdm
 
-from datasets import load_image, open_photo
 from graph import edges_that_mattered
 from models import load_captioner
+from photos import load_image, open_photo, to_square
 from search import attend, beam_search
 from utils import (
     InputError,
@@ -117,7 +117,8 @@ def main(settings):
         )
     if settings.edges and settings.edges not in vocabulary.numbers:
         raise InputError(f"--edges {settings.edges}: {settings.checkpoint} does not know this word")
-    images = [load_image(photo, captioner.image_size) for photo in settings.photos]  # all are sound before any is drawn
+    form = (captioner.image_size, captioner.resize)
+    images = [load_image(photo, *form) for photo in settings.photos]  # all are sound before any is drawn
     stems = [Path(photo).stem for photo in settings.photos]
     of_edges = [f"{stem}-edges" for stem in stems] if settings.edges else []
     paths = picture_paths(stems + of_edges, settings.output)
@@ -135,8 +136,11 @@ def main(settings):
             log_probability, weights = attend(captioner.decoder, regions, captions[:, 0])
         words = vocabulary.decode(captions[0, 0])
         tqdm.write(f"{photo}: {' '.join(words)} (log-probability {log_probability.item():.2f})")
-        shown = open_photo(photo)
-        shown.thumbnail((400, 400))
+        shown = open_photo(photo, 400)
+        if captioner.resize == "squash":
+            shown.thumbnail((400, 400))  # the grid of regions is stretched over it
+        else:
+            shown = to_square(shown, 400, captioner.resize)
         weights = weights[0].float().cpu()
         looked = words if captioner.decoder.looks else []  # without attention just the photo
         figures = {path: draw_attention(shown, looked, weights.numpy())}

@@ -1,27 +1,32 @@
 """Prepare photos with captions: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
 
-import codecs
-import csv
+import contextlib
+import errno
 import hashlib
-import math
 import os
 import random
 import re
 import shutil
+import statistics
 import sys
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
-from datasets import SPLITS, load_image, read_card
-from utils import InputError, read_json, require_at_least, require_writable, run_script, write_json
-from vocabulary import Vocabulary
+from contact_sheet import draw_folder
+from formats import FORMATS, read_karpathy, read_photos, split_by_seed, tutorial_words
+from photos import channels_first, load_image, to_square
+from prepared import SPLITS, read_card, write_captions
+from shapes import draw_shapes
+from utils import InputError, require_at_least, require_writable, run_script, write_json
+from vocabulary import SPECIAL_WORDS, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -29,253 +34,155 @@ class Settings:
     """Prepare a data set. Edit a value here or give it as flag: python create_input_files.py --image_size 224"""
 
     dataset: str = "shapes"  # shapes draws its own scenes; any other name reads --captions and --images
-    captions: str = ""  # Karpathy's JSON (Flickr8k, Flickr30k, COCO) or Kaggle's captions.txt
-    images: str = ""  # the folder that the photos lie in
+    captions: tuple[str, ...] = ()  # a captions file, COCO's own two, or a folder (README: Formats)
+    images: str = ""  # the folder that the photos lie in; none where --captions is a folder
+    format: Literal[FORMATS] = "auto"  # of the captions; auto tells it by their content
     output: str = ""  # the folder to write; empty: data/<dataset>
+    look: str = ""  # a prepared folder: draw some of its photos and its words as PNG into it, and stop
+
     image_size: int = 256  # side of the square images in pixels
+    resize: Literal["squash", "crop", "pad"] = "squash"  # make photos square: squashed, their middle, or on grey ground
+    skip_bad: bool = False  # leave broken and missing photos out, listed, instead of stopping
+
     min_word_freq: int = 5  # training captions must hold a word at least so often, or it becomes <unk>
     max_words: int = 0  # and only so many words are kept, the most frequent ones; 0: all
     limit: int = 0  # training images at most, chosen with the seed; 0: all
-    skip_bad: bool = False  # leave broken and missing photos out, listed, instead of stopping
+    captions_per_image: int = 0  # captions of a training image at most, chosen with the seed; 0: all
+    max_length: int = 0  # words of a training caption at most; 0: any number
+    long_captions: Literal["truncate", "drop"] = "truncate"  # what becomes of longer ones
+
     overwrite: bool = False  # replace a folder that was prepared otherwise
     scenes: int = 4000  # shapes to draw for training; a tenth as many each for val and test
-    seed: int = 0  # of the shapes, of the split where the captions have none, and of what limit chooses
+    seed: int = 0  # of the shapes, of splits where the captions have none, of limit and captions_per_image
 
 
-@dataclass(frozen=True)
-class Photo:
-    """One image of a data set: where it is, which split it belongs to and what is said of it."""
-
-    path: Path
-    name: str  # as the captions file spells it
-    image_id: int
-    split: str
-    captions: list  # [{"words": [...], "raw": "..."}]
-    objects: list | None = None  # [{"words": [...], "box": [left, top, right, bottom]}] where they are known
+# ------------------------------------------------------------------------------------------------ what to write
 
 
-# ------------------------------------------------------------------------------------------- captions that exist
-
-
-def tokenize(caption):
-    """A caption to lower-case words without punctuation."""
-    return re.findall(r"\w+", caption.lower())
-
-
-def read_karpathy(path, images):
-    """Photos of Karpathy's JSON (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json)."""
-    content, photos = read_json(path), []
-    try:
-        for number, image in enumerate(content["images"]):
-            name = f"{image['filepath']}/{image['filename']}" if image.get("filepath") else image["filename"]
-            split = "train" if image["split"] == "restval" else image["split"]
-            if split not in SPLITS:
-                raise InputError(f"{path}: {name} has the split {split!r}, not one of {' '.join(SPLITS)} restval")
-            captions = [{"words": one["tokens"], "raw": one["raw"]} for one in image["sentences"] if one["tokens"]]
-            for one in captions:
-                if not isinstance(one["words"], list) or not all(
-                    isinstance(x, str) for x in (one["raw"], *one["words"])
-                ):
-                    raise TypeError
-            image_id = image.get("cocoid", image.get("imgid", number))
-            photos.append(Photo(images / name, name, image_id, split, captions, image.get("objects")))
-    except KeyError as error:
-        raise InputError(f"{path}: no key {error} in images[{len(photos)}], is this Karpathy's JSON?") from None
-    except (TypeError, AttributeError):
-        raise InputError(f"{path}: images[{len(photos)}] has another form, is this Karpathy's JSON?") from None
+def choose_training(photos, settings):
+    """The training photos with the captions that the settings leave of them; says what goes."""
+    generator = random.Random(settings.seed)
+    if 0 < settings.limit < len(photos):
+        print(f"{settings.limit} of {len(photos)} training images, chosen with seed {settings.seed}")
+        photos = [photos[place] for place in sorted(generator.sample(range(len(photos)), settings.limit))]
+    if most := settings.max_length:
+        long = sum(len(caption["words"]) > most for photo in photos for caption in photo.captions)
+        verb = {"truncate": "truncated", "drop": "dropped"}[settings.long_captions]
+        print(f"{long} training captions of more than {most} words are {verb}")
+        photos = [replace(photo, captions=shorten(photo.captions, settings)) for photo in photos]
+        left = [photo for photo in photos if photo.captions]
+        if len(left) < len(photos):
+            print(f"{len(photos) - len(left)} training images have no other captions, they are left out")
+        photos = left
+    if most := settings.captions_per_image:
+        photos = [
+            replace(photo, captions=generator.sample(photo.captions, min(most, len(photo.captions))))
+            for photo in photos
+        ]
     return photos
 
 
-def read_kaggle(path, images, seed):
-    """Photos of Kaggle's captions.txt, a CSV of image,caption; a tenth each of them for val and for test."""
-    captions = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if rows.fieldnames is None or not {"image", "caption"} <= set(rows.fieldnames):
-                raise InputError(f"{path} is neither JSON nor a CSV whose first line is image,caption")
-            for row in rows:
-                if None in row:
-                    raise InputError(f"{path}, line {rows.line_num}: a caption with commas must stand in quotes")
-                if not row["caption"]:
-                    raise InputError(f"{path}, line {rows.line_num}: no caption for {row['image']!r}")
-                raw = row["caption"].strip()
-                words = tokenize(raw)
-                of_image = captions.setdefault(row["image"], [])
-                if words:
-                    of_image.append({"words": words, "raw": raw})
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a CSV in UTF-8: {error}") from None
-    names = sorted(captions)
-    random.Random(seed).shuffle(names)
-    tenth = math.ceil(len(names) / 10)
-    split = dict.fromkeys(names, "train") | dict.fromkeys(names[:tenth], "val")
-    split |= dict.fromkeys(names[tenth : 2 * tenth], "test")
-    print(f"{path} has no splits: {tenth} images each for val and test, chosen with seed {seed}")
-    return [Photo(images / name, name, i, split[name], captions[name]) for i, name in enumerate(captions)]
+def shorten(captions, settings):
+    """Captions of max_length words at most, longer ones truncated or left out."""
+    if settings.long_captions == "drop":
+        return [caption for caption in captions if len(caption["words"]) <= settings.max_length]
+    return [{**caption, "words": caption["words"][: settings.max_length]} for caption in captions]
 
 
-# ---------------------------------------------------------------------------------------------- shapes, drawn here
-
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (50, 80, 220),
-    "yellow": (240, 210, 40),
-    "orange": (245, 140, 30),
-    "purple": (140, 60, 170),
-}
-BACKGROUNDS = {"white": (245, 245, 245), "grey": (130, 130, 130), "black": (20, 20, 20)}
-KINDS = ("circle", "square", "triangle", "cross")
-RADII = {"small": 0.16, "large": 0.22}  # shares of the image's side
-POSITIONS = {(0, 0): "top left", (1, 0): "top right", (0, 1): "bottom left", (1, 1): "bottom right"}  # (column, row)
-
-
-def outline(kind, x, y, radius):
-    """The corners of a shape around its centre, `radius` from it to each side; a circle is a polygon of many."""
-    third = radius / 3
-    corners = {
-        "circle": [(radius * math.sin(turn), radius * math.cos(turn)) for turn in np.linspace(0, 2 * math.pi, 60)],
-        "square": [(-radius, -radius), (radius, -radius), (radius, radius), (-radius, radius)],
-        "triangle": [(0, -radius), (radius, radius), (-radius, radius)],
-        "cross": [
-            (-third, -radius), (third, -radius), (third, -third), (radius, -third), (radius, third), (third, third),
-            (third, radius), (-third, radius), (-third, third), (-radius, third), (-radius, -third), (-third, -third),
-        ],
-    }  # fmt: skip
-    return [(x + dx, y + dy) for dx, dy in corners[kind]]
-
-
-def draw_scene(generator, size):
-    """Draw one or two shapes; returns the picture, five captions and the objects with their boxes.
-
-    A box is left, top, right, bottom as shares of the image's side.
-    """
-    background = generator.choice(list(BACKGROUNDS))
-    picture = Image.new("RGB", (4 * size, 4 * size), BACKGROUNDS[background])  # drawn large for smooth edges
-    pencil = ImageDraw.Draw(picture)
-    cells = sorted(generator.sample(list(POSITIONS), generator.choice((1, 2, 2))))
-    looks = generator.sample([(colour, kind) for colour in COLOURS for kind in KINDS], len(cells))
-    things, objects = [], []
-    for (column, row), (colour, kind) in zip(cells, looks, strict=True):
-        size_word = generator.choice(list(RADII))
-        x, y = (0.26 + 0.48 * place + generator.uniform(-0.02, 0.02) for place in (column, row))
-        radius = RADII[size_word]
-        points = [(4 * size * px, 4 * size * py) for px, py in outline(kind, x, y, radius)]
-        pencil.polygon(points, fill=COLOURS[colour])
-        things.append((size_word, f"{colour} {kind}", POSITIONS[column, row], (column, row)))
-        box = [x - radius, y - radius, x + radius, y + radius]
-        objects.append({"words": [size_word, colour, kind], "box": box})
-    picture = picture.resize((size, size), Image.Resampling.BOX)
-    return picture, describe(things, background), objects
-
-
-def describe(things, background):
-    """Five captions of one or two shapes, given as (size, colour and kind, position words, (column, row))."""
-    full = [f"a {size} {name}" for size, name, _, _ in things]
-    short = [f"an {name}" if name.startswith("o") else f"a {name}" for _, name, _, _ in things]
-    if len(things) == 1:
-        position = things[0][2]
-        return [
-            f"{full[0]} at the {position}",
-            f"{short[0]} at the {position}",
-            f"{full[0]} on {background}",
-            f"{short[0]} on {background}",
-            f"just {full[0]}",
-        ]
-    columns = [column for *_, (column, _) in things]
-    if columns[0] < columns[1]:  # the cells are sorted by column
-        relation, inverse = "left of", "right of"
-    else:
-        relation, inverse = "above", "below"
-    return [
-        f"{full[0]} {relation} {full[1]}",
-        f"{full[1]} {inverse} {full[0]}",
-        f"{full[0]} and {full[1]}",
-        f"{short[0]} {relation} {short[1]}",
-        f"{short[0]} and {short[1]} on {background}",
-    ]
-
-
-def draw_shapes(folder, scenes, size, seed):
-    """Draw a data set of shapes into a folder: photos/ and dataset_shapes.json in Karpathy's format, with boxes."""
-    generator = random.Random(seed)
-    (folder / "photos").mkdir()
-    held_out = max(1, scenes // 10)
-    splits = ["train"] * scenes + ["val"] * held_out + ["test"] * held_out
-    images = []
-    for number, split in enumerate(tqdm(splits, desc="drawing shapes", unit="scene")):
-        picture, captions, objects = draw_scene(generator, size)
-        name = f"{split}_{number:05d}.png"
-        picture.save(folder / "photos" / name)
-        sentences = [{"tokens": tokenize(caption), "raw": caption} for caption in captions]
-        images.append({"filename": name, "imgid": number, "split": split, "sentences": sentences, "objects": objects})
-    write_json(folder / "dataset_shapes.json", {"dataset": "shapes", "images": images})
+def describe_split(split, photos, vocabulary):
+    """A line on a split: its images, its captions and their lengths, the share of words not known."""
+    lengths = sorted(len(caption["words"]) for photo in photos for caption in photo.captions)
+    if not lengths:
+        return f"{split}: no images"
+    words = (word for photo in photos for caption in photo.captions for word in caption["words"])
+    unknown = sum(word not in vocabulary.numbers or word in SPECIAL_WORDS for word in words)
+    return (
+        f"{split}: {len(photos)} images, {len(lengths)} captions of {lengths[0]} to {lengths[-1]} words "
+        f"(median {statistics.median_low(lengths)}), {unknown / sum(lengths):.2%} <unk>"
+    )
 
 
 # --------------------------------------------------------------------------------------------- prepared folders
 
 
-def decode_all(photos, size, description):
-    """Decode photos on all cores, in order: yields (photo, uint8 pixels (3, S, S) or an InputError).
+def decode(photo, size, resize):
+    """A photo's pixels (3, S, S) uint8, or the InputError that says what is wrong with it."""
+    try:
+        if photo.row < 0:
+            return load_image(photo.path, size, resize)
+        with h5py.File(photo.path) as file:
+            image = Image.fromarray(file["images"][photo.row].transpose(1, 2, 0))
+        return channels_first(to_square(image, size, resize))
+    except InputError as error:
+        return error
+    except OSError as error:
+        return InputError(f"{photo.path}, image {photo.row}: {error}")
 
-    Pillow lets go of the interpreter while it decodes and resizes, so threads use every core; a few hundred photos
-    at a time keep the memory flat.
+
+def decode_all(photos, size, resize, description):
+    """Decode photos on all cores: yields (photo, what `decode` returns) in their order.
+
+    Pillow lets go of the interpreter while it decodes and resizes, so threads use every core. Few are ahead of what is
+    written, so that memory stays flat.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(photos), desc=description, unit="photo") as bar:
-
-        def decode(photo):
-            try:
-                return load_image(photo.path, size)
-            except InputError as error:
-                return error
-
-        for start in range(0, len(photos), 256):
-            part = photos[start : start + 256]
-            for photo, pixels in zip(part, pool.map(decode, part), strict=True):
-                yield photo, pixels
+    workers, waiting = os.cpu_count() or 1, deque()
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(photos), desc=description, unit="photo") as bar:
+        try:
+            for photo in photos:
+                waiting.append((photo, pool.submit(decode, photo, size, resize)))
+                if len(waiting) > 8 * workers:
+                    photo, pixels = waiting.popleft()
+                    yield photo, pixels.result()
+                    bar.update()
+            while waiting:
+                photo, pixels = waiting.popleft()
+                yield photo, pixels.result()
                 bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def write_split(folder, split, photos, size):
+def write_split(folder, split, photos, settings):
     """Write one split's images and captions; returns its line of dataset.json, the photos kept and what is bad."""
     if not photos:
         return {"images": 0, "captions": 0, "digest": ""}, [], []
-    kept, bad, digest = [], [], hashlib.sha256()
+    kept, bad, digest, size = [], [], hashlib.sha256(), settings.image_size
     with h5py.File(folder / f"{split}_images.hdf5", "w") as file:
         shape = (len(photos), 3, size, size)
         images = file.create_dataset("images", shape, np.uint8, chunks=(1, *shape[1:]), maxshape=shape)
-        for photo, pixels in decode_all(photos, size, f"{split} photos"):
+        for photo, pixels in decode_all(photos, size, settings.resize, f"{split} photos"):
             if isinstance(pixels, InputError):
                 bad.append(str(pixels))
             elif not photo.captions:
                 bad.append(f"{photo.path}: has no captions")
             else:
-                images[len(kept)] = pixels
-                digest.update(pixels.tobytes())
+                content = pixels.tobytes()
+                images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # four times as fast as images[...] =
+                digest.update(content)
                 kept.append(photo)
         images.resize(len(kept), axis=0)
         file.attrs["digest"] = digest.hexdigest()
-    entries = [
+    entries = (
         {"image": photo.name, "image_id": photo.image_id, "captions": photo.captions}
         | ({"objects": photo.objects} if photo.objects else {})
         for photo in kept
-    ]
-    write_json(folder / f"{split}_captions.json", entries)
+    )
+    write_captions(folder / f"{split}_captions.json", entries)
     captions = sum(len(photo.captions) for photo in kept)
     return {"images": len(kept), "captions": captions, "digest": digest.hexdigest()}, kept, bad
 
 
-def write_folder(folder, photos, settings):
-    """Write a whole prepared folder, dataset.json last. Raises InputError where photos are bad."""
+def write_folder(folder, photos, settings, words):
+    """Write a whole prepared folder, dataset.json last. Raises InputError where photos are bad.
+
+    `words` are those of the vocabulary; None counts them in the training captions.
+    """
     splits, kept, bad = {}, {}, []
     for split in SPLITS:
         of_split = [photo for photo in photos if photo.split == split]
-        if split == "train" and 0 < settings.limit < len(of_split):
-            chosen = sorted(random.Random(settings.seed).sample(range(len(of_split)), settings.limit))
-            print(f"{settings.limit} of {len(of_split)} training images, chosen with seed {settings.seed}")
-            of_split = [of_split[place] for place in chosen]
-        splits[split], kept[split], bad_of_split = write_split(folder, split, of_split, settings.image_size)
+        if split == "train":
+            of_split = choose_training(of_split, settings)
+        splits[split], kept[split], bad_of_split = write_split(folder, split, of_split, settings)
         bad += bad_of_split
     if bad:
         print("\n".join(bad), file=sys.stderr)
@@ -283,62 +190,52 @@ def write_folder(folder, photos, settings):
             raise InputError(f"{len(bad)} of {len(photos)} photos are bad, listed above: --skip_bad leaves them out")
     if not any(kept.values()):
         raise InputError("no photo is left to write")
-    counts = {
-        split: Counter(word for photo in kept[split] for caption in photo.captions for word in caption["words"])
-        for split in SPLITS
-    }
-    vocabulary = Vocabulary.from_counts(counts["train"], settings.min_word_freq, settings.max_words)
+    if words is None:
+        counts = Counter(word for photo in kept["train"] for caption in photo.captions for word in caption["words"])
+        vocabulary = Vocabulary.from_counts(counts, settings.min_word_freq, settings.max_words)
+        most = f", no more than {settings.max_words}" if settings.max_words else ""
+        source = f"those at least {settings.min_word_freq} times in training{most}"
+    else:
+        vocabulary, source = Vocabulary(SPECIAL_WORDS + words), "those of the word map"
     write_json(folder / "word_map.json", vocabulary.numbers)
     write_json(
         folder / "dataset.json",
         {
             "dataset": settings.dataset,
             "image_size": settings.image_size,
+            "resize": settings.resize,
             "words": len(vocabulary),
             "splits": splits,
             "made_from": fingerprint(settings),
         },
         indent=1,
     )
-    most = f", no more than {settings.max_words}" if settings.max_words else ""
-    frequency = settings.min_word_freq
-    print(f"{len(vocabulary)} words: four special ones and those at least {frequency} times in training{most}")
+    print(f"{len(vocabulary)} words: four special ones and {source}")
     for split in SPLITS:
-        unknown = sum(n for word, n in counts[split].items() if word not in vocabulary.numbers)
-        share = unknown / max(1, counts[split].total())
-        print(f"{split}: {splits[split]['images']} images, {splits[split]['captions']} captions, {share:.2%} <unk>")
+        print(describe_split(split, kept[split], vocabulary))
 
 
 def fingerprint(settings):
-    """What a prepared folder is made from: the settings that shape it and the captions file's digest."""
+    """What a prepared folder is made from: the settings that shape it and the digest of what --captions names."""
     made_from = asdict(settings)
-    for name in ("output", "overwrite"):
+    for name in ("output", "overwrite", "look"):
         made_from.pop(name)
+    made_from["captions"] = list(settings.captions)  # as JSON gives it back
     if settings.captions:
-        made_from["captions_digest"] = hashlib.sha256(Path(settings.captions).read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        for path in map(Path, settings.captions):
+            texts = [path] if path.is_file() else sorted((*path.rglob("*.txt"), *path.rglob("*.json")))
+            for file in texts:
+                digest.update(os.fsencode(file.name) + file.read_bytes())
+        made_from["captions_digest"] = digest.hexdigest()
     return made_from
-
-
-def read_photos(settings):
-    """The photos of a captions file, told apart by its content."""
-    captions, images = Path(settings.captions), Path(settings.images)
-    if not settings.captions or not settings.images:
-        raise InputError(f"--dataset {settings.dataset} needs --captions FILE and --images FOLDER")
-    if not captions.is_file():
-        raise InputError(f"--captions {captions}: no such file")
-    if not images.is_dir():
-        raise InputError(f"--images {images}: no such folder")
-    with open(captions, "rb") as file:
-        is_json = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
-    photos = read_karpathy(captions, images) if is_json else read_kaggle(captions, images, settings.seed)
-    if not photos:
-        raise InputError(f"{captions} names no images")
-    return photos
 
 
 def move_into_place(made, output):
     """Let a complete folder take the place of what an earlier run wrote; dataset.json leaves first, comes last."""
-    output.mkdir(parents=True, exist_ok=True)
+    if not output.exists():
+        os.replace(made, output)
+        return
     (output / "dataset.json").unlink(missing_ok=True)
     shutil.rmtree(output / "features", ignore_errors=True)  # they belong to the images that go
     for source in sorted(made.iterdir(), key=lambda path: path.name == "dataset.json"):
@@ -347,15 +244,63 @@ def move_into_place(made, output):
         os.replace(source, output / source.name)
 
 
-def main(settings):
-    """Write {train,val,test}_images.hdf5 and _captions.json, word_map.json and dataset.json."""
+@contextlib.contextmanager
+def one_line_where_the_disk_fails(output):
+    """Turn what h5py raises in several parts where the disk is full, or fails otherwise, into one InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = re.search(r"error message = '([^']*)'", str(error))
+        if reason or getattr(error, "errno", None) == errno.ENOSPC:
+            raise InputError(f"{output} cannot be written: {reason[1] if reason else error.strerror}") from None
+        raise
+
+
+def require_space(folder, images, size):
+    """Raise InputError where images, which are not compressed, will not fit on the disk of a folder."""
+    needed, free = images * 3 * size * size, shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{images} images of {size} pixels take {needed / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB "
+            f"left: give another --output or a smaller --image_size"
+        )
+
+
+def check(settings):
+    """Raise InputError for settings out of range, or that do not go together."""
     require_at_least(settings, 1, "image_size", "min_word_freq", "scenes")
-    require_at_least(settings, 0, "max_words", "limit")
-    if settings.dataset == "shapes" and (settings.captions or settings.images):
-        raise InputError("--dataset shapes draws its own scenes: name the data set that --captions and --images are of")
+    require_at_least(settings, 0, "max_words", "limit", "captions_per_image", "max_length")
+    if settings.dataset == "shapes":
+        if settings.captions or settings.images:
+            raise InputError(
+                "--dataset shapes draws its own scenes: name the data set that --captions and --images are of"
+            )
+    elif not settings.captions or not (settings.images or Path(settings.captions[0]).is_dir()):
+        raise InputError(
+            f"--dataset {settings.dataset} needs --captions FILE and --images FOLDER, or a folder of both as --captions"
+        )
+    elif settings.images and Path(settings.captions[0]).is_dir():
+        raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")
+    elif settings.images and not Path(settings.images).is_dir():
+        raise InputError(f"--images {settings.images}: no such folder")
+
+
+def main(settings):
+    """Write {train,val,test}_images.hdf5 and _captions.json, word_map.json and dataset.json; or look at them."""
+    if settings.look:
+        print(*draw_folder(settings.look), sep="\n")
+        return
+    check(settings)
     output = Path(settings.output or f"data/{settings.dataset}")
     require_writable(output)
-    photos = [] if settings.dataset == "shapes" else read_photos(settings)
+    photos, words = [], None
+    if settings.dataset != "shapes":
+        photos, kind = read_photos(settings.captions, settings.images, settings.format)
+        words = tutorial_words(Path(settings.captions[0])) if kind == "tutorial" else None
+        if not all(photo.split for photo in photos):
+            photos = split_by_seed(photos, settings.seed)
+            sizes = Counter(photo.split for photo in photos)
+            print(f"no splits given: {sizes['val']} images for val and {sizes['test']} for test, seed {settings.seed}")
     if output.exists() and any(output.iterdir()) and not settings.overwrite:
         if not (output / "dataset.json").is_file():
             raise InputError(f"{output} holds other files: give another --output, or --overwrite to write into it")
@@ -368,11 +313,13 @@ def main(settings):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        if settings.dataset == "shapes":
-            draw_shapes(partial, settings.scenes, settings.image_size, settings.seed)
-            photos = read_karpathy(partial / "dataset_shapes.json", partial / "photos")
-        write_folder(partial, photos, settings)
-        move_into_place(partial, output)
+        with one_line_where_the_disk_fails(output):
+            if settings.dataset == "shapes":
+                draw_shapes(partial, settings.scenes, settings.image_size, settings.seed)
+                photos = read_karpathy(partial / "dataset_shapes.json", partial / "photos")
+            require_space(partial, len(photos), settings.image_size)
+            write_folder(partial, photos, settings, words)
+            move_into_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{output} is ready: python train.py --data_folder {output}")

@@ -1,4 +1,4 @@
-"""Data as training reads it: photos, prepared folders, cached features and batches."""
+"""Data as training reads it: prepared folders as batches, and cached features."""
 
 import contextlib
 import hashlib
@@ -10,78 +10,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils import InputError, autocast, barrier, gather, rank, read_json, world_size, written_whole
+from prepared import read_captions, read_card
+from utils import InputError, autocast, barrier, gather, rank, world_size, written_whole
 from vocabulary import PAD, UNKNOWN
 
-SPLITS = ("train", "val", "test")
 MIRRORED_WORDS = {"left": "right", "right": "left"}
-
-
-def open_photo(path):
-    """Read a photo upright and in RGB, as a Pillow image; InputError where it is missing or not a whole photo."""
-    try:
-        with Image.open(path) as photo:
-            photo = ImageOps.exif_transpose(photo)
-            if photo.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8 instead of scaling
-                photo = Image.fromarray((np.asarray(photo).clip(0, 65535) // 256).astype(np.uint8))
-            return photo.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not a photo") from None
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable photo: {error}") from None
-
-
-def load_image(path, size):
-    """A photo as training and captioning both see it: squashed to a square, (3, size, size) uint8."""
-    square = open_photo(path).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(square).transpose(2, 0, 1).copy()
-
-
-# ------------------------------------------------------------------------------------------- prepared folders
-
-
-def read_card(data_folder):
-    """The dataset.json of a prepared folder: image_size and, for each split, images, captions and digest.
-
-    It is written last, so a folder without it is half-made. Raises InputError.
-    """
-    folder = Path(data_folder)
-    if not folder.is_dir():
-        raise InputError(f"no data folder {folder}: run create_input_files.py --output {folder} first")
-    if not (folder / "dataset.json").is_file():
-        raise InputError(f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py")
-    card = read_json(folder / "dataset.json")
-    if not isinstance(card, dict) or not card.keys() >= {"image_size", "splits", "made_from"}:
-        raise InputError(f"{folder / 'dataset.json'} was not written by create_input_files.py: run it again")
-    return card
-
-
-def read_captions(data_folder, split):
-    """One split's images in order: [{"image", "image_id", "captions": [{"words", "raw"}]}], checked.
-
-    Raises InputError where the split is empty or the files are not those that dataset.json describes.
-    """
-    card = read_card(data_folder)
-    if not card["splits"][split]["images"]:
-        filled = " ".join(name for name in SPLITS if card["splits"][name]["images"])
-        raise InputError(f"the {split} split of {data_folder} is empty (filled: {filled})")
-    images_path = Path(data_folder) / f"{split}_images.hdf5"
-    entries = read_json(Path(data_folder) / f"{split}_captions.json")
-    try:
-        with h5py.File(images_path) as file:
-            found = (file["images"].shape[0], file.attrs.get("digest"), len(entries))
-    except (OSError, KeyError) as error:
-        raise InputError(f"{images_path} is missing or damaged ({error}): run create_input_files.py again") from None
-    wanted = (card["splits"][split]["images"], card["splits"][split]["digest"], card["splits"][split]["images"])
-    if found != wanted:
-        raise InputError(f"{images_path} is not the file that dataset.json describes: run create_input_files.py again")
-    return entries
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -132,17 +68,15 @@ class CaptionDataset(Dataset):
     """
 
     def __init__(self, data_folder, split, vocabulary):
-        self.entries = read_captions(data_folder, split)
-        self.captions = [
-            [vocabulary.encode(caption["words"]) for caption in entry["captions"]] for entry in self.entries
-        ]
+        self.entries, self.references = read_captions(data_folder, split)
+        self.captions = self.references.encoded(vocabulary)
         self.images_path = Path(data_folder) / f"{split}_images.hdf5"
         self.has_boxes = all("objects" in entry for entry in self.entries)
         numbers = vocabulary.numbers
         self.mirrored_words = {
             numbers[word]: numbers.get(other, UNKNOWN) for word, other in MIRRORED_WORDS.items() if word in numbers
         }
-        self.features = []
+        self.features, self.memory = [], None
         self._opened = (None, None)
 
     def __len__(self):
@@ -166,7 +100,14 @@ class CaptionDataset(Dataset):
         """Yield the regions of cache files from now on: of the images and, where wanted, of their mirror images."""
         self.features, self._opened = paths, (None, None)
 
+    def read_all(self):
+        """Read all photos into memory, once for all workers."""
+        with h5py.File(self.images_path) as file:
+            self.memory = torch.from_numpy(file["images"][:])  # tensors are shared between processes
+
     def _images(self):
+        if self.memory is not None:
+            return self.memory.numpy()
         if self._opened[0] != os.getpid():
             maps = [np.load(path, mmap_mode="r") for path in self.features]
             self._opened = (os.getpid(), maps or h5py.File(self.images_path)["images"])
@@ -238,21 +179,25 @@ def epoch_order(length, seed, epoch, mirror=False):
 # ---------------------------------------------------------------------------------------------- feature cache
 
 
-def open_split(data_folder, split, vocabulary, captioner, cached, device, dtype, mirror=False):
+def open_split(data_folder, split, vocabulary, captioner, cached, device, dtype, mirror=False, in_memory=False):
     """One split as a captioner takes it: photos, or where `cached` the regions of its frozen encoder.
 
-    `mirror` makes the regions of mirror images, too; those of photos need no preparation.
+    `mirror` makes the regions of mirror images, too; those of photos need no preparation. `in_memory` reads all photos
+    at once.
     """
-    image_size = read_card(data_folder)["image_size"]
-    if image_size != captioner.image_size:
+    card = read_card(data_folder)
+    if (card["image_size"], card["resize"]) != (captioner.image_size, captioner.resize):
         raise InputError(
-            f"{data_folder} has images of {image_size} pixels, the model was trained on {captioner.image_size}: run "
-            f"create_input_files.py --image_size {captioner.image_size}"
+            f"{data_folder} has images of {card['image_size']} pixels, made by {card['resize']}, the model was trained "
+            f"on {captioner.image_size}, {captioner.resize}: run "
+            f"create_input_files.py --image_size {captioner.image_size} --resize {captioner.resize}"
         )
     dataset = CaptionDataset(data_folder, split, vocabulary)
     if cached:
         kinds = (False, True) if mirror else (False,)
         dataset.use_features([cache_features(dataset, split, captioner.encoder, device, dtype, kind) for kind in kinds])
+    elif in_memory:
+        dataset.read_all()
     return dataset
 
 

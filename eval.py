@@ -124,8 +124,7 @@ def evaluate(captioner, vocabulary, dataset, settings, beam_size, device, dtype,
     start = time.perf_counter()
     captions, looks = generate(captioner, vocabulary, dataset, settings, beam_size, device, dtype)
     seconds = time.perf_counter() - start
-    references = [[caption["words"] for caption in entry["captions"]] for entry in dataset.entries]
-    row = {"beam_size": beam_size, **measure(references, captions, meteor)}
+    row = {"beam_size": beam_size, **measure(dataset.references.strings(), captions, meteor)}
     row["images_per_second"] = len(dataset) / seconds
     if dataset.has_boxes and captioner.decoder.looks:
         row["pointing"] = pointing_score(dataset.entries, captions, looks)

@@ -36,13 +36,14 @@ MODEL_SETTINGS = (
 class Captioner(nn.Module):
     """An encoder and a decoder, between them a dense layer and graph layers on the regions.
 
-    `image_size` is the side in pixels of the photos that it was trained on.
+    `image_size` is the side in pixels of the photos that it was trained on, `resize` how they were made square
+    (`photos.to_square`).
     """
 
-    def __init__(self, encoder, region_layer, graph, decoder, image_size):
+    def __init__(self, encoder, region_layer, graph, decoder, image_size, resize="squash"):
         super().__init__()
         self.encoder, self.region_layer, self.graph, self.decoder = encoder, region_layer, graph, decoder
-        self.image_size = image_size
+        self.image_size, self.resize = image_size, resize
 
     def regions(self, images):
         """images (B, 3, h, w) uint8, or features (B, R, F) from the cache -> regions for the decoder (B, R, D)."""
@@ -58,7 +59,7 @@ class Captioner(nn.Module):
         return self.decoder(self.regions(images), words, lengths, sampling)
 
 
-def build_captioner(settings, vocabulary_size, image_size, encoder_weights):
+def build_captioner(settings, vocabulary_size, image_size, encoder_weights, resize="squash"):
     """A new captioner of the settings named in MODEL_SETTINGS, a dictionary."""
     encoder = Encoder(
         settings["encoder"], settings["encoder_layer"], encoder_weights, settings["grid_size"], image_size
@@ -75,7 +76,7 @@ def build_captioner(settings, vocabulary_size, image_size, encoder_weights):
     graph = RegionGraph(region_size, layers, neighbours, heads, dropout)
     sizes = (settings["embedding_size"], settings["attention_size"], settings["hidden_size"])
     decoder = Decoder(vocabulary_size, region_size, *sizes, dropout, settings["cell"], settings["attention"])
-    return Captioner(encoder, region_layer, graph, decoder, image_size)
+    return Captioner(encoder, region_layer, graph, decoder, image_size, resize)
 
 
 def load_captioner(path, device):
@@ -92,7 +93,8 @@ def restore_captioner(checkpoint, path):
     if rows != len(vocabulary):
         raise InputError(f"{path} names {len(vocabulary)} words but its model has {rows}: it is not one run's file")
     settings = checkpoint["settings"]
-    captioner = build_captioner(settings, rows, checkpoint["image_size"], encoder_weights="")
+    resize = checkpoint.get("resize", "squash")  # an earlier version knew no other
+    captioner = build_captioner(settings, rows, checkpoint["image_size"], encoder_weights="", resize=resize)
     captioner.encoder.pretrained = bool(settings["encoder_weights"])
     try:
         captioner.load_state_dict(checkpoint["model"])

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import read_card
 from models import CHECKPOINT_FORMAT, MODEL_SETTINGS, Captioner, build_captioner, load_checkpoint, restore_captioner
 from optimization import WeightAverage, make_optimizer
+from prepared import read_card
 from utils import (
     InputError,
     add_up,
@@ -64,6 +64,7 @@ class Run:
             "format": CHECKPOINT_FORMAT,
             "model": captioner.state_dict(),
             "image_size": self.captioner.image_size,
+            "resize": self.captioner.resize,
             "words": self.vocabulary.words,
             "settings": asdict(self.settings),
             "epoch": self.epoch,
@@ -120,7 +121,7 @@ def prepare_run(settings):
             raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
         settings = replace(settings, run_folder=str(Path(settings.resume).parent))
         names = [field.name for field in fields(settings) if field.name not in NOT_OF_THE_RUN]
-        free = ("data_folder", "epochs", "patience", "workers", "device", "accumulate", "save_minutes")
+        free = ("data_folder", "epochs", "patience", "workers", "device", "accumulate", "save_minutes", "in_memory")
         return settings_from(checkpoint, settings.resume, settings, names, free), checkpoint
     if (run_folder / "last.pt").exists() and not settings.overwrite:
         raise InputError(
@@ -142,9 +143,11 @@ def start_run(settings, checkpoint, device):
     if checkpoint:
         captioner, vocabulary = restore_captioner(checkpoint, settings.resume or settings.init_from)
     else:
-        image_size = read_card(settings.data_folder)["image_size"]
+        card = read_card(settings.data_folder)
         vocabulary = Vocabulary.load(settings.data_folder)
-        captioner = build_captioner(asdict(settings), len(vocabulary), image_size, settings.encoder_weights)
+        captioner = build_captioner(
+            asdict(settings), len(vocabulary), card["image_size"], settings.encoder_weights, card["resize"]
+        )
         if settings.word_vectors:
             vectors = read_word_vectors(settings.word_vectors, vocabulary, settings.embedding_size)
             captioner.decoder.start_words(*vectors)

@@ -95,6 +95,7 @@ class Settings:
 
     seed: int = 0  # of weights, order and dropout
     workers: int = 0  # processes that load batches; 0: the main one
+    in_memory: bool = False  # keep all photos in memory, where --fine_tune_encoder reads photos
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
     device: str = "auto"  # auto, cpu or cuda
 
@@ -172,7 +173,7 @@ def train_one_epoch(run, training, device, dtype, caught, reward):
     start = saved = time.perf_counter()
     seconds_before = run.seconds
     with tqdm(
-        total=sum(map(len, training.captions)),
+        total=training.captions.total(),
         initial=done,
         desc=f"epoch {run.epoch + 1}",
         unit="caption",
@@ -233,7 +234,7 @@ def finish_epoch(run, training, validation, device, dtype):
         "loss": loss / words,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "seconds": run.seconds,
-        "captions_per_second": sum(map(len, training.captions)) / run.seconds,
+        "captions_per_second": training.captions.total() / run.seconds,
         **scores,
     }
     run.epoch, run.step, run.seconds, run.loss, run.words = run.epoch + 1, 0, 0.0, 0.0, 0
@@ -290,7 +291,17 @@ def train(settings, device):
     run = start_run(settings, checkpoint, device)
     cached = not settings.fine_tune_encoder
     validation, training = (
-        open_split(settings.data_folder, split, run.vocabulary, run.captioner, cached, device, dtype, mirror)
+        open_split(
+            settings.data_folder,
+            split,
+            run.vocabulary,
+            run.captioner,
+            cached,
+            device,
+            dtype,
+            mirror,
+            settings.in_memory,
+        )
         for split, mirror in (("val", False), ("train", settings.mirror))
     )
     if len(training) < world_size():

@@ -46,9 +46,9 @@ class Vocabulary:
         numbers = read_json(Path(data_folder) / "word_map.json")
         return cls(sorted(numbers, key=numbers.get))
 
-    def encode(self, words):
-        """Words to numbers between <start> and <end>; a word that is not known becomes <unk>."""
-        return [START, *(self.numbers.get(word, UNKNOWN) for word in words), END]
+    def number(self, word):
+        """A word's number in a caption: that of <unk> where it is not known, or is one of the other special words."""
+        return max(self.numbers.get(word, UNKNOWN), UNKNOWN)
 
     def decode(self, numbers):
         """Numbers to words, up to <end> and without <start> and padding."""

@@ -20,9 +20,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation
 import train
-from datasets import epoch_order, make_loader, open_split, read_card, split_order
+from datasets import epoch_order, make_loader, open_split, split_order
 from models import load_captioner, load_checkpoint
 from optimization import make_optimizer
+from prepared import read_card
 from utils import (
     InputError,
     choose_device,

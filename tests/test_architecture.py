@@ -9,8 +9,13 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "utils": set(),
     "vocabulary": {"utils"},
-    "datasets": {"utils", "vocabulary"},
-    "create_input_files": {"utils", "datasets", "vocabulary"},
+    "photos": {"utils"},
+    "prepared": {"utils", "vocabulary"},
+    "formats": {"utils", "prepared", "vocabulary"},
+    "shapes": {"utils"},
+    "contact_sheet": {"utils", "prepared"},
+    "create_input_files": {"utils", "contact_sheet", "formats", "photos", "prepared", "shapes", "vocabulary"},
+    "datasets": {"utils", "prepared", "vocabulary"},
     "encoders": {"utils"},
     "layers": set(),
     "graph": {"layers"},
@@ -22,9 +27,9 @@ ALLOWED = {
     "eval": {"utils", "datasets", "models", "search"},
     "optimization": {"vocabulary"},
     "rewards": set(),
-    "runs": {"utils", "datasets", "models", "optimization", "vocabulary"},
+    "runs": {"utils", "prepared", "models", "optimization", "vocabulary"},
     "train": {"utils", "datasets", "eval", "optimization", "rewards", "runs", "search", "vocabulary"},
-    "caption": {"utils", "datasets", "graph", "models", "search"},
+    "caption": {"utils", "graph", "models", "photos", "search"},
 }
 
 

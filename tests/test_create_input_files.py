@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import create_input_files
-from create_input_files import tokenize
+import shapes
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_kaggle_csv_is_split_by_image(command, tmp_path, photos):
     lines = ["image,caption", 'c.jpg,"A ""big"" cat, sleeping ."', "é.png,Two dogs .", "c.jpg,A cat's nap", "a b.jpg,X"]
     (tmp_path / "captions.txt").write_text("\n".join(lines), encoding="utf-8")
     status, out, _ = prepare(command, tmp_path, tmp_path / "captions.txt", photos)
-    assert status == 0 and "no splits: 1 images each for val and test, chosen with seed 0" in out
+    assert status == 0 and "no splits given: 1 images for val and 1 for test, seed 0" in out
     entries = [
         entry
         for split in ("train", "val", "test")
@@ -95,19 +95,6 @@ def test_other_peoples_files_are_left_alone(command, tmp_path, photos):
 def test_captions_without_a_name_are_not_ignored(command, tmp_path):
     status, _, err = command(create_input_files, "--captions", "a.json", "--output", tmp_path / "out")
     assert status == 2 and "name the data set that --captions and --images are of" in err
-
-
-def test_tokenize():
-    assert tokenize("Two dogs, don't  run... Élan-vital 42!") == [
-        "two",
-        "dogs",
-        "don",
-        "t",
-        "run",
-        "élan",
-        "vital",
-        "42",
-    ]
 
 
 def test_bad_photos_stop_the_run_or_are_left_out(command, tmp_path, photos):
@@ -160,7 +147,7 @@ def test_max_words_keeps_the_most_frequent_and_limit_some_training_images(comman
 def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        create_input_files.draw_shapes(tmp_path / name, 20, 64, seed=3)
+        shapes.draw_shapes(tmp_path / name, 20, 64, seed=3)
     first, second = ((tmp_path / name / "dataset_shapes.json").read_text() for name in ("one", "two"))
     assert first == second
     for image in json.loads(first)["images"]:
@@ -182,11 +169,11 @@ def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):
         ('{"pictures": []}', "no key 'images'"),
         ('{"images": []}', "names no images"),
         ('{"images": [{"filename": "c.jpg", "sentences": []}]}', r"no key 'split' in images\[0\]"),
-        ('{"images": [{"filename": "c.jpg", "split": "dev", "sentences": []}]}', "has the split 'dev'"),
+        ('{"images": [{"filename": "c.jpg", "split": "all", "sentences": []}]}', "has the split 'all'"),
         ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": [{"raw": "x"}]}]}', "no key 'tokens'"),
         ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": []}]}', "photos are bad"),
-        ("", "neither JSON nor a CSV"),
-        ("photo;text\nc.jpg;hello", "neither JSON nor a CSV"),
+        ("", "starts with '': neither a CSV"),
+        ("photo;text\nc.jpg;hello", "starts with 'photo;text': neither a CSV"),
         ("image,caption\nc.jpg", "line 2: no caption for 'c.jpg'"),
         ("image,caption\nc.jpg,A dog, a cat", "line 2: a caption with commas must stand in quotes"),
         (
@@ -195,7 +182,7 @@ def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):
         ),
         ("[1, 2]", "images.0. has another form, is this Karpathy's JSON"),
         ('{"images": [3]}', "is this Karpathy's JSON"),
-        (b"\xff\xfe\x00", "is not a CSV in UTF-8"),
+        (b"\xff\xfe\x00", "is not a text in UTF-8"),
     ],
 )
 def test_captions_that_cannot_be_read_end_in_one_line(command, tmp_path, photos, content, message):

@@ -13,6 +13,8 @@ from PIL import Image
 import caption
 import create_input_files
 import datasets
+import photos
+import prepared
 from datasets import CaptionDataset, collate, make_loader
 from decoders import Decoder
 from encoders import Encoder
@@ -31,7 +33,7 @@ def copied(shapes, tmp_path):
 def test_vocabulary_counts_at_least_and_breaks_ties_by_alphabet():
     vocabulary = Vocabulary.from_counts(Counter({"b": 2, "a": 2, "c": 3, "rare": 1}), 2)
     assert vocabulary.words == ["<pad>", "<start>", "<end>", "<unk>", "c", "a", "b"]
-    assert vocabulary.encode(["a", "rare"]) == [START, 5, UNKNOWN, END]
+    assert [vocabulary.number(word) for word in ("a", "rare", "<end>")] == [5, UNKNOWN, UNKNOWN]
     assert vocabulary.decode([START, 5, 4, END, 6]) == ["a", "c"]
 
 
@@ -39,13 +41,13 @@ def test_every_photo_becomes_upright_rgb(tmp_path):
     grey, palette = Image.new("L", (9, 5), 100), Image.new("P", (9, 5))
     for name, image in {"grey.png": grey, "palette.png": palette, "cmyk.jpg": Image.new("CMYK", (9, 5))}.items():
         image.save(tmp_path / name)
-        assert datasets.load_image(tmp_path / name, 4).shape == (3, 4, 4)
+        assert photos.load_image(tmp_path / name, 4).shape == (3, 4, 4)
     turned = Image.new("RGB", (8, 8))
     turned.paste((255, 255, 255), (0, 0, 8, 4))  # the upper half is white
     exif = turned.getexif()
     exif[0x0112] = 3  # upside down
     turned.save(tmp_path / "turned.png", exif=exif)
-    pixels = datasets.load_image(tmp_path / "turned.png", 8)
+    pixels = photos.load_image(tmp_path / "turned.png", 8)
     assert pixels.dtype == np.uint8 and pixels[:, 0].max() == 0 and pixels[:, -1].min() == 255
 
 
@@ -57,7 +59,7 @@ def test_broken_photos_are_named(tmp_path, content):
         content = path.read_bytes()[:800]
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"photo\.jpg: not a"):
-        datasets.load_image(path, 8)
+        photos.load_image(path, 8)
 
 
 def test_the_image_of_training_is_the_image_of_captioning(tmp_path):
@@ -65,11 +67,11 @@ def test_the_image_of_training_is_the_image_of_captioning(tmp_path):
     exif = photo.getexif()
     exif[0x0112] = 6  # a quarter turn
     photo.save(tmp_path / "photo.jpg", exif=exif)
-    (tmp_path / "captions.txt").write_text("image,caption\nphoto.jpg,some noise\n")
+    (tmp_path / "captions.txt").write_text("file,caption,split\nphoto.jpg,some noise,val\n")
     create_input_files.main(
         create_input_files.Settings(
             dataset="own",
-            captions=str(tmp_path / "captions.txt"),
+            captions=(str(tmp_path / "captions.txt"),),
             images=str(tmp_path),
             output=str(tmp_path / "data"),
             image_size=32,
@@ -84,7 +86,7 @@ def test_16_bit_photos_keep_their_brightness(tmp_path):
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     for name, pixels in {"a.png": ramp.astype(np.uint16), "b.tif": ramp.astype(np.int32)}.items():
         Image.fromarray(pixels).save(tmp_path / name)
-        assert datasets.load_image(tmp_path / name, 8).mean() == pytest.approx(127, abs=2)
+        assert photos.load_image(tmp_path / name, 8).mean() == pytest.approx(127, abs=2)
 
 
 def test_batches_are_sorted_both_ways_and_padded():
@@ -124,7 +126,7 @@ def small_captioner(weights_seed=0, grid_size=0):
 
 
 def open_cached(folder, captioner, cached=True, mirror=False):
-    datasets.read_card(folder)  # as every script does first
+    prepared.read_card(folder)  # as every script does first
     vocabulary = Vocabulary.load(folder)
     return datasets.open_split(folder, "val", vocabulary, captioner, cached, torch.device("cpu"), torch.float32, mirror)
 
@@ -204,7 +206,7 @@ def truncate(path):
         (lambda folder: (folder / "dataset.json").unlink(), "not a complete data folder"),
         (lambda folder: (folder / "val_images.hdf5").unlink(), "val_images.hdf5 is missing or damaged"),
         (lambda folder: truncate(folder / "val_images.hdf5"), "val_images.hdf5 is missing or damaged"),
-        (lambda folder: truncate(folder / "val_captions.json"), "val_captions.json is not valid JSON"),
+        (lambda folder: truncate(folder / "val_captions.json"), "val_captions.json, image 2: not valid JSON"),
         (lambda folder: (folder / "val_captions.json").unlink(), "no such file: .*val_captions.json"),
         (lambda folder: (folder / "word_map.json").unlink(), "no such file: .*word_map.json"),
         (lambda folder: shutil.copy(folder / "test_images.hdf5", folder / "val_images.hdf5"), "not the file that"),

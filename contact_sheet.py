@@ -1,0 +1,82 @@
+"""A prepared folder to look at before training: photos with their captions, lengths and word frequencies."""
+
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import h5py
+from matplotlib.figure import Figure
+
+from prepared import SPLITS, read_captions, read_card
+from utils import require_writable, written_whole
+
+COLUMNS, ROWS = 6, 4
+
+
+def draw_folder(data_folder):
+    """Draw contact_sheet.png and words.png into a prepared folder; returns their paths."""
+    folder = Path(data_folder)
+    card = read_card(folder)
+    require_writable(folder)
+    captions = {split: read_captions(folder, split)[1] for split in SPLITS if card["splits"][split]["images"]}
+    split = next(iter(captions))
+    figures = {
+        folder / "contact_sheet.png": draw_photos(folder, split, captions[split]),
+        folder / "words.png": draw_words(captions),
+    }
+    for path, figure in figures.items():
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, dpi=100)
+    return list(figures)
+
+
+def draw_photos(folder, split, captions):
+    """A figure of photos from the beginning to the end of a split, each with its first two captions."""
+    number = min(COLUMNS * ROWS, len(captions))
+    chosen = [i * len(captions) // number for i in range(number)]
+    rows = -(-number // COLUMNS)
+    figure = Figure(figsize=(2.4 * COLUMNS, 3.4 * rows), layout="constrained")
+    tiles = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+    with h5py.File(folder / f"{split}_images.hdf5") as file:
+        for tile, i in zip(tiles, chosen, strict=False):
+            tile.imshow(file["images"][i].transpose(1, 2, 0))
+            said = [" ".join(captions.words[number] for number in caption) for caption in captions[i][:2]]
+            lines = ["\n".join(textwrap.wrap(one, 34, max_lines=3, placeholder=" ...")) for one in said]
+            tile.set_title("\n\n".join(lines), fontsize=8, y=-0.02, verticalalignment="top", parse_math=False)
+    for tile in tiles:
+        tile.axis("off")
+    return figure
+
+
+def draw_words(captions):
+    """A figure of a folder's words: lengths of captions by split, the most frequent words, frequencies by rank.
+
+    captions: {split: PackedCaptions}
+    """
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    lengths, frequent, ranks = figure.subplots(1, 3)
+    for split, packed in captions.items():
+        words = packed.lengths()
+        shares = Counter(words.tolist())
+        places = sorted(shares)
+        lengths.plot(places, [shares[n] / len(words) for n in places], marker="o", markersize=3, label=split)
+    lengths.set(title="lengths of captions", xlabel="words", ylabel="share of captions")
+    lengths.legend()
+    split, packed = next(iter(captions.items()))
+    counts = packed.counts()
+    shown = counts.most_common(30)[::-1]
+    frequent.barh(range(len(shown)), [n for _, n in shown])
+    frequent.set_yticks(range(len(shown)), [word for word, _ in shown], fontsize=8, parse_math=False)
+    frequent.set(title=f"the most frequent of {len(counts)} words ({split})", xlabel="times", xscale="log")
+    values = sorted(counts.values(), reverse=True)
+    ranks.loglog(range(1, len(values) + 1), values)
+    for least in (2, 5, 10):
+        kept = sum(n >= least for n in values)
+        if kept:
+            note = f"{kept} words at least {least} times"
+            ranks.annotate(note, (kept, least), textcoords="offset points", xytext=(4, 6))
+            ranks.plot(kept, least, "o", color="black", markersize=4)
+    ranks.set(title=f"how often each word occurs ({split})", xlabel="rank of the word", ylabel="times")
+    for axes in (lengths, frequent, ranks):
+        axes.grid(alpha=0.3)
+    return figure

@@ -1,0 +1,368 @@
+"""Captions in the formats that people have, each read into a list of `Photo`, told apart by their content."""
+
+import codecs
+import csv
+import math
+import random
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import h5py
+
+from prepared import SPLITS
+from utils import InputError, read_json
+from vocabulary import SPECIAL_WORDS
+
+SPLIT_NAMES = {"restval": "train", "valid": "val", "validation": "val", "dev": "val"}  # and what else they are called
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+JOINERS = "\u200c\u200d"  # of letters in one word (Persian, Hindi)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image of a data set: where it is, which split it belongs to and what is said of it."""
+
+    path: Path
+    name: str  # as the captions spell it
+    image_id: int | str
+    split: str  # empty where the captions have no splits
+    captions: list  # [{"words": [...], "raw": "..."}]
+    objects: list | None = None  # [{"words": [...], "box": [left, top, right, bottom]}] where they are known
+    row: int = -1  # of a prepared HDF5 file that `path` is, instead of a photo
+
+
+def tokenize(caption):
+    """A caption to its words: lower case, without punctuation and symbols, composed Unicode (NFC).
+
+    An apostrophe joins what it stands between ("don't": dont), all else separates ("t-shirt": t shirt), as in
+    Karpathy's files. Letters of all scripts, their marks and numbers are kept.
+    """
+    caption = unicodedata.normalize("NFC", re.sub("['\u2019]", "", caption.lower()))
+    kept = (c if c.isalnum() or c in JOINERS or unicodedata.category(c)[0] == "M" else " " for c in caption)
+    return [word for word in "".join(kept).split() if word.strip(JOINERS)]
+
+
+def text(value):
+    """A string as it is; TypeError for anything else, UnicodeError for one that no file can hold."""
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()
+    return value
+
+
+def described(raw):
+    """The captions in strings, without those that hold no word."""
+    return [{"words": words, "raw": one.strip()} for one in raw if (words := tokenize(one))]
+
+
+# --------------------------------------------------------------------------------------------------------- JSON
+
+
+def read_karpathy(path, images):
+    """Photos of Karpathy's JSON (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json)."""
+    content, photos = read_json(path), []
+    try:
+        for number, image in enumerate(content["images"]):
+            name = text(image["filename"])
+            if image.get("filepath"):
+                name = f"{text(image['filepath'])}/{name}"
+            captions = [{"words": tokens(one["tokens"]), "raw": text(one["raw"])} for one in image["sentences"]]
+            image_id = image.get("cocoid", image.get("imgid", number))
+            if not isinstance(image_id, (int, str)):
+                raise TypeError
+            split, captions = split_name(image["split"], path, name), [one for one in captions if one["words"]]
+            photos.append(Photo(images / name, name, image_id, split, captions, image.get("objects")))
+    except KeyError as error:
+        raise InputError(f"{path}: no key {error} in images[{len(photos)}], is this Karpathy's JSON?") from None
+    except (TypeError, AttributeError, UnicodeError):
+        raise InputError(f"{path}: images[{len(photos)}] has another form, is this Karpathy's JSON?") from None
+    return photos
+
+
+def tokens(value):
+    """A list of words as it is, without empty ones; TypeError for anything else."""
+    if not isinstance(value, list):
+        raise TypeError
+    return [word for word in map(text, value) if word]
+
+
+def split_name(name, path, image):
+    """One of SPLITS of what a file calls it."""
+    split = SPLIT_NAMES.get(name, name) if isinstance(name, str) else name
+    if split not in SPLITS:
+        raise InputError(f"{path}: {image} has the split {name!r}, not one of {' '.join((*SPLITS, *SPLIT_NAMES))}")
+    return split
+
+
+def read_coco(paths, images):
+    """Photos of COCO's own captions_train2014.json and the like; several files are a split each, by their names."""
+    photos = []
+    for path in paths:
+        content, split, name, captions = read_json(path), "", None, {}
+        if len(paths) > 1:
+            split = next((split for split in SPLITS if split in path.stem), "")
+            if not split:
+                raise InputError(f"{path}: one of several files, its name must hold {', '.join(SPLITS)}")
+        folder = path.stem.removeprefix("captions_")  # train2014
+        inside = f"{folder}/" if (images / folder).is_dir() else ""
+        try:
+            for one in content["annotations"]:
+                captions.setdefault(one["image_id"], []).append(text(one["caption"]))
+            for image in content["images"]:
+                if not isinstance(image["id"], (int, str)):
+                    raise TypeError
+                name = inside + text(image["file_name"])
+                of_image = described(captions.pop(image["id"], []))
+                photos.append(Photo(images / name, name, image["id"], split, of_image))
+        except KeyError as error:
+            raise InputError(f"{path}: no key {error} after {name or 'its start'}, is this COCO's JSON?") from None
+        except (TypeError, AttributeError, UnicodeError):
+            raise InputError(f"{path}: another form after {name or 'its start'}, is this COCO's JSON?") from None
+        if captions:
+            raise InputError(f"{path}: {len(captions)} images have captions only, such as image_id {min(captions)!r}")
+    return photos
+
+
+# ---------------------------------------------------------------------------------------------------- text files
+
+
+def read_lines(path):
+    """The lines of a text file in UTF-8, without their ends; InputError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a text in UTF-8: {error}") from None
+
+
+def read_csv(path, images):
+    """Photos of a CSV of image,caption (Kaggle's captions.txt) or one's own of file,caption,split."""
+    captions, splits = {}, {}
+    header = read_lines(path)[0]
+    delimiter = max(",;\t", key=header.count)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file, delimiter=delimiter)
+            names = ["image" if name == "file" else name for name in map(str.strip, map(str.lower, next(rows, [])))]
+            if not {"image", "caption"} <= set(names):
+                raise InputError(
+                    f"{path} starts with {header[:60]!r}: neither a CSV whose first line is image,caption or "
+                    f"file,caption,split nor another format that is known"
+                )
+            for fields in rows:
+                if not fields:
+                    continue
+                if len(fields) > len(names):
+                    raise InputError(f"{path}, line {rows.line_num}: a caption with commas must stand in quotes")
+                row = dict(zip(names, map(str.strip, fields), strict=False))
+                image = row["image"]
+                if not row.get("caption"):
+                    raise InputError(f"{path}, line {rows.line_num}: no caption for {image!r}")
+                captions.setdefault(image, []).append(row["caption"])
+                if "split" in names:
+                    split = split_name(row.get("split", ""), path, f"line {rows.line_num}, {image}")
+                    if splits.setdefault(image, split) != split:
+                        raise InputError(f"{path}, line {rows.line_num}: {image} is in {splits[image]} and in {split}")
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV: {error}") from None
+    return photos_of(captions, images, splits)
+
+
+def read_flickr30k(path, images):
+    """Photos of Flickr30k's results.csv: image_name| comment_number| comment, nothing in quotes."""
+    captions = {}
+    for number, line in enumerate(read_lines(path)[1:], start=2):
+        if line.strip():
+            # One line of the published file lacks its second bar.
+            match = re.fullmatch(r"([^|]+)\|\s*\d+\s*[|\s]\s*(.*)", line.strip())
+            if not match:
+                raise InputError(f"{path}, line {number}: not image_name| comment_number| comment")
+            captions.setdefault(match[1].strip(), []).append(match[2])
+    return photos_of(captions, images)
+
+
+def read_token(path, images):
+    """Photos of Flickr8k.token.txt or Flickr30k's token file: name#number, a tab, the caption.
+
+    Where Flickr8k's split lists lie beside it, Flickr_8k.trainImages.txt and so on, they say what belongs where.
+    """
+    captions = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            match = re.fullmatch(r"(.+)#\d+\t(.*)", line.rstrip())
+            if not match:
+                raise InputError(f"{path}, line {number}: not an image's name, #, a number, a tab and a caption")
+            captions.setdefault(match[1], []).append(match[2])
+    names = {"train": "trainImages", "val": "devImages", "test": "testImages"}
+    lists = {split: path.with_name(f"Flickr_8k.{name}.txt") for split, name in names.items()}
+    found = [one for one in lists.values() if one.is_file()]
+    if not found:
+        return photos_of(captions, images)
+    if missing := [one for one in lists.values() if one not in found]:
+        raise InputError(f"{found[0]} has no {missing[0].name} beside it")
+    splits = {}
+    for split, one in lists.items():
+        for name in filter(None, map(str.strip, read_lines(one))):
+            if splits.setdefault(name, split) != split:
+                raise InputError(f"{one}: {name} is in the list of {splits[name]}, too")
+    if left_out := captions.keys() - splits.keys():
+        print(f"{len(left_out)} images are in none of the split lists and left out, such as {min(left_out)}")
+    return photos_of({name: captions.get(name, []) for name in splits}, images, splits)
+
+
+def photos_of(captions, images, splits=None):
+    """Photos of a dictionary from names to captions, numbered in its order."""
+    return [
+        Photo(images / name, name, number, (splits or {}).get(name, ""), described(of_image))
+        for number, (name, of_image) in enumerate(captions.items())
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+def read_folder(path, images):
+    """Photos of a folder and those in it, each with its captions beside it: dog.jpg and dog.txt, a caption a line."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    captions, texts = {}, {file for file in files if file.suffix == ".txt"}
+    lonely = set(texts)
+    for file in files:
+        if file.suffix.lower() in PHOTO_SUFFIXES:
+            name, beside = file.relative_to(path).as_posix(), file.with_suffix(".txt")
+            try:
+                text(name)
+            except UnicodeError:
+                raise InputError(f"{name!r}: its name is not UTF-8, rename it") from None
+            lonely.discard(beside)
+            captions[name] = [line for line in read_lines(beside) if line.strip()] if beside in texts else []
+    if lonely and captions:
+        print(f"{len(lonely)} .txt files have no photo beside them, such as {min(lonely)}")
+    return photos_of(captions, path)
+
+
+def read_tutorial(path, images):
+    """Images of a folder that the widely used PyTorch tutorial's create_input_files.py wrote, <unk> as it is there."""
+    name, numbers = read_word_map(path)
+    words = {number: word for word, number in numbers.items()}
+    photos, splits = [], []
+    for split in SPLITS:
+        kinds = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json"}
+        files = [path / f"{split.upper()}_{kind}_{name}.{suffix}" for kind, suffix in kinds.items()]
+        if not any(file.is_file() for file in files):
+            continue
+        if missing := [file for file in files if not file.is_file()]:
+            raise InputError(f"{path} has a part of its {split} split only: no {missing[0].name}")
+        splits.append(split)
+        try:
+            with h5py.File(files[0]) as file:
+                shape, per_image = file["images"].shape, int(file.attrs["captions_per_image"])
+                if file["images"].dtype != "uint8" or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+                    raise TypeError
+        except (OSError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{files[0]} is damaged, or has no square uint8 images and captions_per_image") from None
+        captions, lengths = read_json(files[1]), read_json(files[2])
+        try:
+            if per_image < 1 or not len(captions) == len(lengths) == shape[0] * per_image:
+                raise TypeError
+            told = [[words[n] for n in one[1 : length - 1]] for one, length in zip(captions, lengths, strict=True)]
+        except (KeyError, TypeError):
+            raise InputError(f"{files[1]}, {files[0].name} and the word map do not belong together") from None
+        told = [{"words": one, "raw": " ".join(one)} for one in told]
+        for row in range(shape[0]):
+            of_image = [one for one in told[row * per_image : (row + 1) * per_image] if one["words"]]
+            photos.append(Photo(files[0], f"{split} {row}", len(photos), split, of_image, row=row))
+    if not splits:
+        raise InputError(f"{path} has a word map, but no TRAIN_IMAGES_{name}.hdf5")
+    return photos
+
+
+def read_word_map(path):
+    """The name of the tutorial's data set in a folder, and its words' numbers."""
+    found = sorted(path.glob("WORDMAP_*.json"))
+    if len(found) != 1:
+        raise InputError(f"{path} has {len(found)} files WORDMAP_*.json: one data set a folder")
+    numbers = read_json(found[0])
+    if (
+        not isinstance(numbers, dict)
+        or not numbers.keys() >= set(SPECIAL_WORDS)
+        or not all(isinstance(number, int) for number in numbers.values())
+    ):
+        raise InputError(f"{found[0]} is no word map with the words {' '.join(SPECIAL_WORDS)}")
+    return found[0].stem.removeprefix("WORDMAP_"), numbers
+
+
+def tutorial_words(path):
+    """The words of the tutorial's folder in the order of their numbers, without the special ones."""
+    numbers = read_word_map(path)[1]
+    return [word for word in sorted(numbers, key=numbers.get) if word not in SPECIAL_WORDS]
+
+
+# --------------------------------------------------------------------------------------------------- any of them
+
+READERS = {
+    "karpathy": read_karpathy,
+    "coco": read_coco,
+    "csv": read_csv,
+    "flickr30k": read_flickr30k,
+    "token": read_token,
+    "folder": read_folder,
+    "tutorial": read_tutorial,
+}
+FORMATS = ("auto", *READERS)
+
+
+def tell_format(path):
+    """The format of captions, a name of READERS, by their content."""
+    if path.is_dir():
+        return "tutorial" if any(path.glob("WORDMAP_*.json")) else "folder"
+    with open(path, "rb") as file:
+        start = file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start[:1] in (b"{", b"["):
+        return "coco" if b'"file_name"' in start and b'"sentences"' not in start else "karpathy"
+    first = start.split(b"\n")[0]
+    if re.match(rb".+#\d+\t", first):
+        return "token"
+    return "flickr30k" if first.startswith(b"image_name|") else "csv"
+
+
+def read_photos(captions, images, kind):
+    """All photos with their captions, each in a split or none; returns them and the format, told where `kind` is auto.
+
+    Args:
+        captions: paths of files, or of a folder.
+        images: the folder that the photos of captions files lie in.
+        kind: a name of READERS, or auto.
+    """
+    paths, images = [Path(path) for path in captions], Path(images)
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--captions {path}: no such file or folder")
+    if kind == "auto":
+        kind = tell_format(paths[0])
+    if paths[0].is_dir() != (kind in ("folder", "tutorial")):
+        what = "a folder" if paths[0].is_dir() else "a file"
+        raise InputError(f"--captions {paths[0]} is {what}, which --format {kind} is not")
+    if len(paths) > 1 and kind != "coco":
+        raise InputError(f"--captions {' '.join(captions)}: only COCO's own may be several, this is --format {kind}")
+    photos = READERS[kind](paths if kind == "coco" else paths[0], images)
+    if not photos:
+        raise InputError(f"{' '.join(captions)} names no images")
+    name, times = Counter(photo.name for photo in photos).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{' '.join(captions)} names {name} as {times} images")
+    return photos, kind
+
+
+def split_by_seed(photos, seed):
+    """Photos without splits in splits: a tenth of the images each, but at least one, for val and for test."""
+    order = list(range(len(photos)))
+    random.Random(seed).shuffle(order)
+    tenth = math.ceil(len(photos) / 10)
+    splits = dict.fromkeys(order, "train")
+    if len(photos) > 1:
+        splits |= dict.fromkeys(order[:tenth], "val")
+    if len(photos) > 2:
+        splits |= dict.fromkeys(order[tenth : 2 * tenth], "test")
+    return [replace(photo, split=splits[i]) for i, photo in enumerate(photos)]

@@ -1,0 +1,147 @@
+"""Prepared folders: what create_input_files.py writes, and everything else reads."""
+
+import itertools
+import json
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from utils import InputError, read_json, written_whole
+from vocabulary import END, START
+
+SPLITS = ("train", "val", "test")
+
+
+def read_card(data_folder):
+    """The dataset.json of a prepared folder: image_size and, for each split, images, captions and digest.
+
+    It is written last, so a folder without it is half-made. Raises InputError.
+    """
+    folder = Path(data_folder)
+    if not folder.is_dir():
+        raise InputError(f"no data folder {folder}: run create_input_files.py --output {folder} first")
+    if not (folder / "dataset.json").is_file():
+        raise InputError(f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py")
+    card = read_json(folder / "dataset.json")
+    if not isinstance(card, dict) or not card.keys() >= {"image_size", "splits", "made_from"}:
+        raise InputError(f"{folder / 'dataset.json'} was not written by create_input_files.py: run it again")
+    return {"resize": "squash"} | card  # a folder of an earlier version knew no other
+
+
+class PackedCaptions:
+    """The captions of a split in three arrays: item i is those of image i, each a list of word numbers.
+
+    A list of strings a caption takes ten times the memory, which counts with COCO's 616,000 captions. The numbers are
+    those of `words`, the split's own; `encoded` gives them as a vocabulary's.
+    """
+
+    def __init__(self, words, numbers, ends_of_captions, ends_of_images):
+        self.words = words  # of this split
+        self.numbers = numbers  # of all words, one behind the other
+        self.ends_of_captions = ends_of_captions  # places in numbers, a 0 first
+        self.ends_of_images = ends_of_images  # places in ends_of_captions, a 0 first
+
+    @classmethod
+    def pack(cls, images):
+        """Of any iterable that yields, for each image, its captions as lists of strings."""
+        known, numbers, ends_of_captions, ends_of_images = {}, array("i"), array("q", [0]), array("q", [0])
+        for captions in images:
+            for caption in captions:
+                numbers.extend([known.setdefault(word, len(known)) for word in caption])
+                ends_of_captions.append(len(numbers))
+            ends_of_images.append(len(ends_of_captions) - 1)
+        return cls(list(known), *map(np.asarray, (numbers, ends_of_captions, ends_of_images)))
+
+    def __len__(self):
+        return len(self.ends_of_images) - 1
+
+    def __getitem__(self, index):
+        first, last = self.ends_of_images[index], self.ends_of_images[index + 1]
+        ends = self.ends_of_captions[first : last + 1].tolist()
+        return [self.numbers[start:end].tolist() for start, end in itertools.pairwise(ends)]
+
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
+    def total(self):
+        """The number of captions."""
+        return len(self.ends_of_captions) - 1
+
+    def lengths(self):
+        """The number of words of each caption, an array."""
+        return np.diff(self.ends_of_captions)
+
+    def counts(self):
+        """How often each word occurs, a Counter."""
+        times = np.bincount(self.numbers, minlength=len(self.words)).tolist()
+        return Counter(dict(zip(self.words, times, strict=True)))
+
+    def strings(self):
+        """For each image its captions as lists of strings."""
+        return [[[self.words[number] for number in caption] for caption in captions] for captions in self]
+
+    def encoded(self, vocabulary):
+        """The same captions in a vocabulary's numbers, between <start> and <end>."""
+        to_vocabulary = np.array([vocabulary.number(word) for word in self.words], np.int32)
+        captions = self.total()
+        numbers = np.full(len(self.numbers) + 2 * captions, START, np.int32)
+        numbers[np.arange(len(self.numbers)) + 2 * np.repeat(np.arange(captions), self.lengths()) + 1] = to_vocabulary[
+            self.numbers
+        ]
+        ends = self.ends_of_captions + 2 * np.arange(captions + 1)
+        numbers[ends[1:] - 1] = END
+        return PackedCaptions(vocabulary.words, numbers, ends, self.ends_of_images)
+
+
+def read_captions(data_folder, split):
+    """One split's images in order: [{"image", "image_id", and "objects" where known}], and their PackedCaptions.
+
+    Raises InputError where the split is empty or the files are not those that dataset.json describes.
+    """
+    card = read_card(data_folder)
+    if not card["splits"][split]["images"]:
+        filled = " ".join(name for name in SPLITS if card["splits"][name]["images"])
+        raise InputError(f"the {split} split of {data_folder} is empty (filled: {filled})")
+    images_path = Path(data_folder) / f"{split}_images.hdf5"
+    entries = []
+    captions = PackedCaptions.pack(take_captions(Path(data_folder) / f"{split}_captions.json", entries))
+    try:
+        with h5py.File(images_path) as file:
+            found = (file["images"].shape[0], file.attrs.get("digest"), len(entries))
+    except (OSError, KeyError) as error:
+        raise InputError(f"{images_path} is missing or damaged ({error}): run create_input_files.py again") from None
+    wanted = (card["splits"][split]["images"], card["splits"][split]["digest"], card["splits"][split]["images"])
+    if found != wanted:
+        raise InputError(f"{images_path} is not the file that dataset.json describes: run create_input_files.py again")
+    return entries, captions
+
+
+def write_captions(path, entries):
+    """Write the images of a split as JSON, each in a line of its own, so that one can be read at a time."""
+    with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for i, entry in enumerate(entries):
+            file.write(f"{',' if i else '['}\n{json.dumps(entry, ensure_ascii=False)}")
+        file.write("\n]\n")
+
+
+def take_captions(path, entries):
+    """Yield each image's captions from what `write_captions` wrote, and append all else of it to `entries`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if line in ("[\n", "]\n"):
+                    continue
+                content = json.loads(line.rstrip(",\n"))
+                for entry in content if isinstance(content, list) else [content]:  # earlier versions: all in one line
+                    captions = [caption["words"] for caption in entry.pop("captions")]
+                    entries.append(entry)
+                    yield captions
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(
+            f"{path}, image {len(entries) + 1}: not valid JSON as create_input_files.py writes it, run it again"
+        ) from None
