@@ -140,7 +140,7 @@ def main(settings):
         if captioner.resize == "squash":
             shown.thumbnail((400, 400))  # the grid of regions is stretched over it
         else:
-            shown = to_square(shown, 400, captioner.resize)
+            shown = Image.fromarray(to_square(shown, 400, captioner.resize).permute(1, 2, 0).numpy())
         weights = weights[0].float().cpu()
         looked = words if captioner.decoder.looks else []  # without attention just the photo
         figures = {path: draw_attention(shown, looked, weights.numpy())}

@@ -42,9 +42,9 @@ def draw_photos(folder, split, captions):
             tile.imshow(file["images"][i].transpose(1, 2, 0))
             said = [" ".join(captions.words[number] for number in caption) for caption in captions[i][:2]]
             lines = ["\n".join(textwrap.wrap(one, 34, max_lines=3, placeholder=" ...")) for one in said]
-            tile.set_title("\n\n".join(lines), fontsize=8, y=-0.02, verticalalignment="top", parse_math=False)
+            tile.set_xlabel("\n\n".join(lines), fontsize=8, parse_math=False)
     for tile in tiles:
-        tile.axis("off")
+        tile.set(xticks=[], yticks=[], frame_on=False)
     return figure
 
 
@@ -67,14 +67,14 @@ def draw_words(captions):
     shown = counts.most_common(30)[::-1]
     frequent.barh(range(len(shown)), [n for _, n in shown])
     frequent.set_yticks(range(len(shown)), [word for word, _ in shown], fontsize=8, parse_math=False)
-    frequent.set(title=f"the most frequent of {len(counts)} words ({split})", xlabel="times", xscale="log")
+    frequent.set(title=f"the most frequent of {len(counts)} words ({split})", xlabel="times")
     values = sorted(counts.values(), reverse=True)
     ranks.loglog(range(1, len(values) + 1), values)
     for least in (2, 5, 10):
         kept = sum(n >= least for n in values)
         if kept:
             note = f"{kept} words at least {least} times"
-            ranks.annotate(note, (kept, least), textcoords="offset points", xytext=(4, 6))
+            ranks.annotate(note, (kept, least), textcoords="offset points", xytext=(-6, -4), ha="right", va="top")
             ranks.plot(kept, least, "o", color="black", markersize=4)
     ranks.set(title=f"how often each word occurs ({split})", xlabel="rank of the word", ylabel="times")
     for axes in (lengths, frequent, ranks):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from contact_sheet import draw_folder
 from formats import FORMATS, read_karpathy, read_photos, split_by_seed, tutorial_words
-from photos import channels_first, load_image, to_square
+from photos import load_image, to_square
 from prepared import SPLITS, read_card, write_captions
 from shapes import draw_shapes
 from utils import InputError, require_at_least, require_writable, run_script, write_json
@@ -112,7 +112,7 @@ def decode(photo, size, resize):
             return load_image(photo.path, size, resize)
         with h5py.File(photo.path) as file:
             image = Image.fromarray(file["images"][photo.row].transpose(1, 2, 0))
-        return channels_first(to_square(image, size, resize))
+        return to_square(image, size, resize).numpy()
     except InputError as error:
         return error
     except OSError as error:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 import create_input_files
 import shapes
+from prepared import read_captions
 
 
 @pytest.fixture
@@ -142,6 +145,76 @@ def test_max_words_keeps_the_most_frequent_and_limit_some_training_images(comman
         chosen.add(entries)
         assert seed != 3 or entries == first
     assert len(chosen) == 2
+
+
+def captions_of(folder, split="train"):
+    return read_captions(folder, split)[1].strings()
+
+
+def test_long_captions_are_truncated_or_dropped_in_training_only(command, tmp_path, photos):
+    sentences = ["A cat sleeps on a mat.", "A cat."]
+    rows = [
+        f'"{name}","{said}","{split}"' for name, split in (("c.jpg", "train"), ("é.png", "val")) for said in sentences
+    ]
+    rows.append('"a b.jpg","A dog sleeps on a mat.","train"')
+    path = tmp_path / "own.csv"
+    path.write_text("\n".join(["file,caption,split", *rows]), encoding="utf-8")
+    status, out, _ = prepare(command, tmp_path, path, photos, "--max_length", 3)
+    assert status == 0 and "2 training captions of more than 3 words are truncated" in out
+    assert captions_of(tmp_path / "out") == [[["a", "cat", "sleeps"], ["a", "cat"]], [["a", "dog", "sleeps"]]]
+    assert [len(one) for one in captions_of(tmp_path / "out", "val")[0]] == [6, 2]
+    more = ("--max_length", 3, "--long_captions", "drop", "--overwrite")
+    status, out, _ = prepare(command, tmp_path, path, photos, *more)
+    assert status == 0 and "2 training captions of more than 3 words are dropped" in out
+    assert "1 training images have no other captions, they are left out" in out
+    assert captions_of(tmp_path / "out") == [[["a", "cat"]]]
+
+
+def test_captions_per_image_are_chosen_with_the_seed(command, tmp_path, photos):
+    path, chosen = tmp_path / "own.csv", set()
+    rows = [f"{name},word{i},{split}" for i in range(9) for name, split in (("c.jpg", "train"), ("é.png", "val"))]
+    path.write_text("\n".join(["file,caption,split", *rows]), encoding="utf-8")
+    for seed in (1, 2, 1):
+        prepare(command, tmp_path, path, photos, "--captions_per_image", 4, "--seed", seed, "--overwrite")
+        (of_image,) = captions_of(tmp_path / "out")
+        assert len({tuple(words) for words in of_image}) == 4 and len(captions_of(tmp_path / "out", "val")[0]) == 9
+        chosen.add(str(of_image))
+    assert len(chosen) == 2
+
+
+def test_a_folder_to_look_at(command, shapes):
+    status, out, err = command(create_input_files, "--look", shapes)
+    assert status == 0, err
+    for name, least in (("contact_sheet.png", 500), ("words.png", 500)):
+        with Image.open(shapes / name) as picture:
+            assert str(shapes / name) in out and picture.width > least and np.asarray(picture.convert("L")).std() > 10
+        (shapes / name).unlink()
+    assert command(create_input_files, "--look", "nowhere")[2].endswith(
+        "no data folder nowhere: run create_input_files.py --output nowhere first\n"
+    )
+
+
+def test_a_disk_that_is_too_small_is_one_line(command, tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 500))
+    status, _, err = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos)
+    assert status == 2 and "3 images of 8 pixels take 0.0 GB" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
+def test_a_disk_that_fills_up_is_one_line(tmp_path, photos):
+    captions = karpathy(tmp_path / "captions.json")
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); sys.argv = {}; "
+        "runpy.run_path({!r}, run_name='__main__')"
+    )
+    arguments = ["create_input_files.py", "--dataset", "own", "--captions", captions, "--images", photos]
+    arguments = [*map(str, arguments), "--output", str(tmp_path / "out"), "--image_size", "300"]
+    code = script.format(arguments, create_input_files.__file__)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and lines[-1].endswith(f"{tmp_path / 'out'} cannot be written: File too large"), lines
+    assert "Traceback" not in result.stderr and not list(tmp_path.glob(".out*"))
 
 
 def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):

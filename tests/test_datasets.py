@@ -13,13 +13,13 @@ from PIL import Image
 import caption
 import create_input_files
 import datasets
-import photos
 import prepared
 from datasets import CaptionDataset, collate, make_loader
 from decoders import Decoder
 from encoders import Encoder
 from graph import RegionGraph
 from models import Captioner
+from prepared import PackedCaptions, take_captions, write_captions
 from utils import InputError
 from vocabulary import END, PAD, START, UNKNOWN, Vocabulary
 
@@ -37,32 +37,8 @@ def test_vocabulary_counts_at_least_and_breaks_ties_by_alphabet():
     assert vocabulary.decode([START, 5, 4, END, 6]) == ["a", "c"]
 
 
-def test_every_photo_becomes_upright_rgb(tmp_path):
-    grey, palette = Image.new("L", (9, 5), 100), Image.new("P", (9, 5))
-    for name, image in {"grey.png": grey, "palette.png": palette, "cmyk.jpg": Image.new("CMYK", (9, 5))}.items():
-        image.save(tmp_path / name)
-        assert photos.load_image(tmp_path / name, 4).shape == (3, 4, 4)
-    turned = Image.new("RGB", (8, 8))
-    turned.paste((255, 255, 255), (0, 0, 8, 4))  # the upper half is white
-    exif = turned.getexif()
-    exif[0x0112] = 3  # upside down
-    turned.save(tmp_path / "turned.png", exif=exif)
-    pixels = photos.load_image(tmp_path / "turned.png", 8)
-    assert pixels.dtype == np.uint8 and pixels[:, 0].max() == 0 and pixels[:, -1].min() == 255
-
-
-@pytest.mark.parametrize("content", [b"", b"text", None])
-def test_broken_photos_are_named(tmp_path, content):
-    path = tmp_path / "photo.jpg"
-    if content is None:  # a photo cut in half
-        Image.effect_noise((64, 64), 50).save(path)
-        content = path.read_bytes()[:800]
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"photo\.jpg: not a"):
-        photos.load_image(path, 8)
-
-
-def test_the_image_of_training_is_the_image_of_captioning(tmp_path):
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_the_image_of_training_is_the_image_of_captioning(tmp_path, resize):
     photo = Image.effect_noise((90, 50), 60).convert("RGB")
     exif = photo.getexif()
     exif[0x0112] = 6  # a quarter turn
@@ -75,18 +51,34 @@ def test_the_image_of_training_is_the_image_of_captioning(tmp_path):
             images=str(tmp_path),
             output=str(tmp_path / "data"),
             image_size=32,
+            resize=resize,
         )
     )
     (_, image, _), *_ = CaptionDataset(tmp_path / "data", "val", Vocabulary.load(tmp_path / "data"))
     assert image.float().std() > 5
-    assert np.array_equal(image.numpy(), caption.load_image(tmp_path / "photo.jpg", 32))
+    assert np.array_equal(image.numpy(), caption.load_image(tmp_path / "photo.jpg", 32, resize))
 
 
-def test_16_bit_photos_keep_their_brightness(tmp_path):
-    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
-    for name, pixels in {"a.png": ramp.astype(np.uint16), "b.tif": ramp.astype(np.int32)}.items():
-        Image.fromarray(pixels).save(tmp_path / name)
-        assert photos.load_image(tmp_path / name, 8).mean() == pytest.approx(127, abs=2)
+def test_packed_captions_are_the_captions(tmp_path):
+    told = [[["a", "dog"], ["two", "dogs", "<end>"]], [], [["a"]]]
+    packed = PackedCaptions.pack(told)
+    assert packed.strings() == told and len(packed) == 3 and packed.total() == 3
+    assert packed.lengths().tolist() == [2, 3, 1]
+    assert packed.counts() == Counter({"a": 2, "dog": 1, "two": 1, "dogs": 1, "<end>": 1})
+    vocabulary = Vocabulary.from_counts(Counter(["a", "dog"]), 1)
+    assert list(packed.encoded(vocabulary)) == [
+        [[START, 4, 5, END], [START, UNKNOWN, UNKNOWN, UNKNOWN, END]],
+        [],
+        [[START, 4, END]],
+    ]
+    entries = [{"image": "é", "captions": [{"words": words} for words in one]} for one in told]
+    write_captions(tmp_path / "lines.json", entries)
+    (tmp_path / "one_line.json").write_text(json.dumps(entries))  # as an earlier version wrote it
+    assert json.loads((tmp_path / "lines.json").read_text(encoding="utf-8")) == entries
+    for name in ("lines.json", "one_line.json"):
+        found = []
+        assert PackedCaptions.pack(take_captions(tmp_path / name, found)).strings() == told
+        assert found == [{"image": "é"}] * 3
 
 
 def test_batches_are_sorted_both_ways_and_padded():
@@ -98,12 +90,16 @@ def test_batches_are_sorted_both_ways_and_padded():
     assert batch.words[1].tolist() == [[START, 4, END, PAD, PAD], [PAD] * 5]
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_workers_give_the_same_batches(shapes, start_method):
+@pytest.mark.parametrize(
+    ("start_method", "in_memory"), [("fork", False), ("spawn", False), ("forkserver", False), ("spawn", True)]
+)
+def test_workers_give_the_same_batches(shapes, start_method, in_memory):
     dataset = CaptionDataset(shapes, "train", Vocabulary.load(shapes))
     dataset[0]  # a handle is open before the workers start
     batches = datasets.split_order(datasets.epoch_order(len(dataset), seed=1, epoch=0), 8)
     alone = list(make_loader(dataset, batches))
+    if in_memory:
+        dataset.read_all()
     shared = list(make_loader(dataset, batches, workers=2, start_method=start_method))
     assert sorted(index for batch in alone for index in batch.indices) == list(range(len(dataset)))
     for one, other in zip(alone, shared, strict=True):
@@ -189,10 +185,11 @@ def test_features_that_the_cache_cannot_hold_are_refused_and_nothing_is_left(cop
     assert set(copied.rglob("*")) - {copied / "features"} == before - {copied / "features"}
 
 
-def test_another_image_size_is_refused(copied):
+@pytest.mark.parametrize(("name", "value"), [("image_size", 64), ("resize", "pad")])
+def test_images_of_another_size_or_form_are_refused(copied, name, value):
     captioner = small_captioner()
-    captioner.image_size = 64
-    with pytest.raises(InputError, match=r"images of 32 pixels.*trained on 64"):
+    setattr(captioner, name, value)
+    with pytest.raises(InputError, match=rf"images of 32 pixels, made by squash.*--{name} {value}"):
         open_cached(copied, captioner)
 
 
