@@ -29,3 +29,4 @@ lint: .venv/installed
 bench: .venv/installed
 	$(RUN) benchmarks/bench_train.py
 	$(RUN) benchmarks/bench_caption.py
+	$(RUN) benchmarks/bench_data.py

@@ -50,13 +50,19 @@ def test_models_are_compared_and_what_is_done_is_not_repeated(command, shapes, t
     [
         ("bench_train.py", "--encoder resnet18 --image_size 64 --batch_size 3 --vocabulary 50 --steps 2"),
         ("bench_caption.py", "--images 6 --max_length 5 --region_size 32 --hidden_size 32 --vocabulary 50 --repeats 1"),
+        ("bench_data.py", "--number 10 --image_size 64 --written 40 --coco_images 200 --repeats 1"),
     ],
 )
 def test_benchmark(script, arguments):
-    command = [sys.executable, str(BENCHMARKS / script), *arguments.split(), "--device", "cpu"]
+    device = [] if script == "bench_data.py" else ["--device", "cpu"]
+    command = [sys.executable, str(BENCHMARKS / script), *arguments.split(), *device]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     numbers = json.loads(result.stdout.splitlines()[-1])
-    assert numbers["ratio"] > 0
+    if script == "bench_data.py":
+        assert numbers["ratio_500"] > 0 and numbers["ratio_2000"] > 0
+        assert numbers["seconds_to_load_captions"] > 0 and 0 < numbers["peak_gb_of_writing"] < 1
+    else:
+        assert numbers["ratio"] > 0
     if script == "bench_train.py":
         assert numbers["captions_per_second"] > 0 and 0 < numbers["share_of_limit"] < 1

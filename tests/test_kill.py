@@ -3,18 +3,24 @@
 python -m pytest tests/test_kill.py --kills 20
 """
 
+import contextlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import h5py
+from PIL import Image
 from test_resume import assert_same_run
 
+import create_input_files
 import train
 from conftest import SMALL, flags
-from utils import read_log
+from prepared import SPLITS, read_captions, read_card
+from utils import InputError, read_log
 
 
 def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, request):
@@ -38,3 +44,37 @@ def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, 
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     files = {path.name for path in last.parent.iterdir() if not path.name.startswith(".")}  # a kill may leave a part
     assert files - {"tensorboard"} == {"last.pt", "best.pt", "log.jsonl", "curves.png"}
+
+
+def test_preprocessing_killed_at_random_moments_never_leaves_half_a_folder(tmp_path, request):
+    (tmp_path / "photos").mkdir()
+    rows = ["file,caption"]
+    for number in range(2000):
+        Image.effect_noise((96, 64), 60).save(tmp_path / "photos" / f"{number}.jpg")
+        rows.append(f"{number}.jpg,photo number {number}")
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    output, partial = tmp_path / "out", tmp_path / ".out.partial"
+    command = [sys.executable, create_input_files.__file__, "--dataset", "own", "--captions", tmp_path / "captions.csv"]
+    command += ["--images", tmp_path / "photos", "--image_size", "64", "--output", output, "--overwrite"]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    whole = {split: read_card(output)["splits"][split] for split in SPLITS}
+    span = time.perf_counter() - start
+    generator = random.Random(0)
+    for kill in range(request.config.getoption("--kills")):
+        if kill % 2:
+            shutil.rmtree(output, ignore_errors=True)  # the first time, and as a later one
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not partial.exists():
+            time.sleep(0.001)
+        time.sleep(generator.random() * span / 2)
+        process.kill()
+        process.wait()
+        with contextlib.suppress(InputError):
+            card = read_card(output)
+            assert {split: card["splits"][split] for split in SPLITS} == whole
+            for split in SPLITS:
+                with h5py.File(output / f"{split}_images.hdf5") as file:
+                    assert len(read_captions(output, split)[0]) == len(file["images"])
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert {split: read_card(output)["splits"][split] for split in SPLITS} == whole and not partial.exists()
