@@ -34,7 +34,7 @@ class Settings:
     """Prepare a data set. Edit a value here or give it as flag: python create_input_files.py --image_size 224"""
 
     dataset: str = "shapes"  # shapes draws its own scenes; any other name reads --captions and --images
-    captions: tuple[str, ...] = ()  # a captions file, COCO's own two, or a folder (README: Formats)
+    captions: tuple[str, ...] = ()  # a file of any of the formats, COCO's own two, or a folder
     images: str = ""  # the folder that the photos lie in; none where --captions is a folder
     format: Literal[FORMATS] = "auto"  # of the captions; auto tells it by their content
     output: str = ""  # the folder to write; empty: data/<dataset>

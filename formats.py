@@ -18,6 +18,7 @@ from vocabulary import SPECIAL_WORDS
 
 SPLIT_NAMES = {"restval": "train", "valid": "val", "validation": "val", "dev": "val"}  # and what else they are called
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+COLUMNS = {"file": "image", "filename": "image", "image_name": "image", "comment": "caption"}  # of a CSV
 JOINERS = "\u200c\u200d"  # of letters in one word (Persian, Hindi)
 
 
@@ -145,7 +146,7 @@ def read_csv(path, images):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file, delimiter=delimiter)
-            names = ["image" if name == "file" else name for name in map(str.strip, map(str.lower, next(rows, [])))]
+            names = [COLUMNS.get(name, name) for name in map(str.strip, map(str.lower, next(rows, [])))]
             if not {"image", "caption"} <= set(names):
                 raise InputError(
                     f"{path} starts with {header[:60]!r}: neither a CSV whose first line is image,caption or "
