@@ -225,7 +225,7 @@ def fingerprint(settings):
         digest = hashlib.sha256()
         for path in map(Path, settings.captions):
             texts = [path] if path.is_file() else sorted((*path.rglob("*.txt"), *path.rglob("*.json")))
-            for file in texts:
+            for file in filter(Path.is_file, texts):
                 digest.update(os.fsencode(file.name) + file.read_bytes())
         made_from["captions_digest"] = digest.hexdigest()
     return made_from

@@ -285,13 +285,16 @@ def write_json(path, content, indent=None):
 
 
 def read_json(path):
-    """Read JSON; InputError where the file is missing or is not JSON."""
+    """Read JSON; InputError where the file is missing, is not JSON, or holds text that no file can hold."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = json.loads(text := Path(path).read_text(encoding="utf-8-sig"))
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # half of an escaped pair of surrogates cannot be
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+    return content
 
 
 def save_checkpoint(path, checkpoint):

@@ -246,7 +246,9 @@ def test_tokenize(caption, words):
             '{"filename": "a.jpg", "split": "train", "sentences": []}]}',
             "names a.jpg as 2 images",
         ),
-        ('{"images": [{"filename": "\\ud800", "split": "val", "sentences": []}]}', "another form"),
+        ('{"images": [{"filename": "\\ud800", "split": "val", "sentences": []}]}', "surrogates not allowed"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("caption,image\nA dog", "line 2: no image is named"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(command, tmp_path, photos, content, message):
