@@ -1,6 +1,7 @@
 """A prepared folder to look at before training: photos with their captions, lengths and word frequencies."""
 
 import textwrap
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ COLUMNS, ROWS = 6, 4
 
 
 def draw_folder(data_folder):
-    """Draw contact_sheet.png and words.png into a prepared folder; returns their paths."""
+    """Draw contact_sheet.png and words.png into a prepared folder; returns their paths. Raises InputError."""
     folder = Path(data_folder)
     card = read_card(folder)
     require_writable(folder)
@@ -24,9 +25,13 @@ def draw_folder(data_folder):
         folder / "contact_sheet.png": draw_photos(folder, split, captions[split]),
         folder / "words.png": draw_words(captions),
     }
-    for path, figure in figures.items():
-        with written_whole(path) as temporary:
-            figure.savefig(temporary, dpi=100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for path, figure in figures.items():
+            with written_whole(path) as temporary:
+                figure.savefig(temporary, dpi=100)
+    if any("Glyph" in str(one.message) for one in caught):
+        print("matplotlib's font lacks some of the letters: they are drawn as boxes")
     return list(figures)
 
 

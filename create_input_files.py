@@ -12,6 +12,7 @@ import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,7 @@ class Settings:
     skip_bad: bool = False  # leave broken and missing photos out, listed, instead of stopping
 
     min_word_freq: int = 5  # training captions must hold a word at least so often, or it becomes <unk>
-    max_words: int = 0  # and only so many words are kept, the most frequent ones; 0: all
+    max_words: int = 0  # words to keep at most, the most frequent ones; 0: all
     limit: int = 0  # training images at most, chosen with the seed; 0: all
     captions_per_image: int = 0  # captions of a training image at most, chosen with the seed; 0: all
     max_length: int = 0  # words of a training caption at most; 0: any number
@@ -69,8 +70,8 @@ def choose_training(photos, settings):
         long = sum(len(caption["words"]) > most for photo in photos for caption in photo.captions)
         verb = {"truncate": "truncated", "drop": "dropped"}[settings.long_captions]
         print(f"{long} training captions of more than {most} words are {verb}")
-        photos = [replace(photo, captions=shorten(photo.captions, settings)) for photo in photos]
-        left = [photo for photo in photos if photo.captions]
+        shortened = [replace(photo, captions=shorten(photo.captions, settings)) for photo in photos]
+        left = [new for new, photo in zip(shortened, photos, strict=True) if new.captions or not photo.captions]
         if len(left) < len(photos):
             print(f"{len(photos) - len(left)} training images have no other captions, they are left out")
         photos = left
@@ -107,6 +108,8 @@ def describe_split(split, photos, vocabulary):
 
 def decode(photo, size, resize):
     """A photo's pixels (3, S, S) uint8, or the InputError that says what is wrong with it."""
+    if not photo.captions:
+        return InputError(f"{photo.path}: has no captions")
     try:
         if photo.row < 0:
             return load_image(photo.path, size, resize)
@@ -125,21 +128,15 @@ def decode_all(photos, size, resize, description):
     Pillow lets go of the interpreter while it decodes and resizes, so threads use every core. Few are ahead of what is
     written, so that memory stays flat.
     """
-    workers, waiting = os.cpu_count() or 1, deque()
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(photos), desc=description, unit="photo") as bar:
-        try:
-            for photo in photos:
-                waiting.append((photo, pool.submit(decode, photo, size, resize)))
-                if len(waiting) > 8 * workers:
-                    photo, pixels = waiting.popleft()
-                    yield photo, pixels.result()
-                    bar.update()
-            while waiting:
-                photo, pixels = waiting.popleft()
-                yield photo, pixels.result()
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        futures = ((photo, pool.submit(decode, photo, size, resize)) for photo in photos)
+        waiting = deque(islice(futures, 8 * workers))
+        while waiting:
+            photo, pixels = waiting.popleft()
+            yield photo, pixels.result()
+            waiting.extend(islice(futures, 1))
+            bar.update()
 
 
 def write_split(folder, split, photos, settings):
@@ -153,8 +150,6 @@ def write_split(folder, split, photos, settings):
         for photo, pixels in decode_all(photos, size, settings.resize, f"{split} photos"):
             if isinstance(pixels, InputError):
                 bad.append(str(pixels))
-            elif not photo.captions:
-                bad.append(f"{photo.path}: has no captions")
             else:
                 content = pixels.tobytes()
                 images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # four times as fast as images[...] =
@@ -173,21 +168,22 @@ def write_split(folder, split, photos, settings):
 
 
 def write_folder(folder, photos, settings, words):
-    """Write a whole prepared folder, dataset.json last. Raises InputError where photos are bad.
+    """Write a whole prepared folder, dataset.json last. Raises InputError where photos are bad, or space is short.
 
     `words` are those of the vocabulary; None counts them in the training captions.
     """
+    chosen = {split: [photo for photo in photos if photo.split == split] for split in SPLITS}
+    chosen["train"] = choose_training(chosen["train"], settings)
+    total = sum(map(len, chosen.values()))
+    require_space(folder, total, settings.image_size)
     splits, kept, bad = {}, {}, []
     for split in SPLITS:
-        of_split = [photo for photo in photos if photo.split == split]
-        if split == "train":
-            of_split = choose_training(of_split, settings)
-        splits[split], kept[split], bad_of_split = write_split(folder, split, of_split, settings)
+        splits[split], kept[split], bad_of_split = write_split(folder, split, chosen[split], settings)
         bad += bad_of_split
     if bad:
         print("\n".join(bad), file=sys.stderr)
         if not settings.skip_bad:
-            raise InputError(f"{len(bad)} of {len(photos)} photos are bad, listed above: --skip_bad leaves them out")
+            raise InputError(f"{len(bad)} of {total} photos are bad, listed above: --skip_bad leaves them out")
     if not any(kept.values()):
         raise InputError("no photo is left to write")
     if words is None:
@@ -206,7 +202,7 @@ def write_folder(folder, photos, settings, words):
             "resize": settings.resize,
             "words": len(vocabulary),
             "splits": splits,
-            "made_from": fingerprint(settings),
+            "made_from": fingerprint(settings, photos),
         },
         indent=1,
     )
@@ -215,20 +211,45 @@ def write_folder(folder, photos, settings, words):
         print(describe_split(split, kept[split], vocabulary))
 
 
-def fingerprint(settings):
-    """What a prepared folder is made from: the settings that shape it and the digest of what --captions names."""
+def fingerprint(settings, photos):
+    """What a prepared folder is made from: the settings that shape it and a digest of what the captions say."""
     made_from = asdict(settings)
-    for name in ("output", "overwrite", "look"):
+    for name in ("output", "overwrite", "look", "captions", "format"):
         made_from.pop(name)
-    made_from["captions"] = list(settings.captions)  # as JSON gives it back
-    if settings.captions:
+    if settings.dataset != "shapes":
+        made_from["images"] = os.fsencode(Path(settings.images).resolve()).decode(errors="replace")
         digest = hashlib.sha256()
-        for path in map(Path, settings.captions):
-            texts = [path] if path.is_file() else sorted((*path.rglob("*.txt"), *path.rglob("*.json")))
-            for file in filter(Path.is_file, texts):
-                digest.update(os.fsencode(file.name) + file.read_bytes())
-        made_from["captions_digest"] = digest.hexdigest()
+        for photo in photos:
+            digest.update(repr((photo.name, photo.image_id, photo.split, photo.captions)).encode())
+        made_from["captions"] = digest.hexdigest()
     return made_from
+
+
+def written_names(folder):
+    """What this program, and the feature cache, may have written into a folder."""
+    names = ["dataset.json", "word_map.json", "features", "contact_sheet.png", "words.png"]
+    names += [f"{split}_{kind}" for split in SPLITS for kind in ("images.hdf5", "captions.json")]
+    if (folder / "dataset_shapes.json").exists():  # elsewhere photos are not ours
+        names += ["photos", "dataset_shapes.json"]
+    return names
+
+
+def check_output(output, settings, photos):
+    """Whether a folder holds already what is asked for; InputError where something else is in the way."""
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    if not (output / "dataset.json").is_file():
+        if {path.name for path in output.iterdir()} <= set(written_names(output)):
+            return False  # a killed run was just moving its files there
+        raise InputError(f"{output} holds other files: give another --output")
+    if settings.overwrite:
+        return False
+    found, wanted = read_card(output)["made_from"], fingerprint(settings, photos)
+    defaults = asdict(Settings())  # of settings that an earlier version did not know
+    if all(found.get(name, defaults.get(name)) == value for name, value in wanted.items()):
+        print(f"{output} is there already, made with the same settings")
+        return True
+    raise InputError(f"{output} was made with other settings: --overwrite replaces it, or give another --output")
 
 
 def move_into_place(made, output):
@@ -236,22 +257,23 @@ def move_into_place(made, output):
     if not output.exists():
         os.replace(made, output)
         return
-    (output / "dataset.json").unlink(missing_ok=True)
-    shutil.rmtree(output / "features", ignore_errors=True)  # they belong to the images that go
+    for name in written_names(output):
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        else:
+            (output / name).unlink(missing_ok=True)
     for source in sorted(made.iterdir(), key=lambda path: path.name == "dataset.json"):
-        if source.is_dir():
-            shutil.rmtree(output / source.name, ignore_errors=True)
         os.replace(source, output / source.name)
 
 
 @contextlib.contextmanager
-def one_line_where_the_disk_fails(output):
+def disk_errors_in_one_line(output):
     """Turn what h5py raises in several parts where the disk is full, or fails otherwise, into one InputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason = re.search(r"error message = '([^']*)'", str(error))
-        if reason or getattr(error, "errno", None) == errno.ENOSPC:
+        if reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(f"{output} cannot be written: {reason[1] if reason else error.strerror}") from None
         raise
 
@@ -261,7 +283,7 @@ def require_space(folder, images, size):
     needed, free = images * 3 * size * size, shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"{images} images of {size} pixels take {needed / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB "
+            f"{images} images of {size} pixels take {needed / 1e9:.3g} GB, {folder.parent} has {free / 1e9:.3g} GB "
             f"left: give another --output or a smaller --image_size"
         )
 
@@ -270,12 +292,18 @@ def check(settings):
     """Raise InputError for settings out of range, or that do not go together."""
     require_at_least(settings, 1, "image_size", "min_word_freq", "scenes")
     require_at_least(settings, 0, "max_words", "limit", "captions_per_image", "max_length")
+    if settings.long_captions == "drop" and not settings.max_length:
+        raise InputError("--long_captions drop needs --max_length: how long is long?")
     if settings.dataset == "shapes":
         if settings.captions or settings.images:
             raise InputError(
                 "--dataset shapes draws its own scenes: name the data set that --captions and --images are of"
             )
-    elif not settings.captions or not (settings.images or Path(settings.captions[0]).is_dir()):
+    elif (
+        not all(settings.captions)
+        or not settings.captions
+        or not (settings.images or Path(settings.captions[0]).is_dir())
+    ):
         raise InputError(
             f"--dataset {settings.dataset} needs --captions FILE and --images FOLDER, or a folder of both as --captions"
         )
@@ -301,23 +329,16 @@ def main(settings):
             photos = split_by_seed(photos, settings.seed)
             sizes = Counter(photo.split for photo in photos)
             print(f"no splits given: {sizes['val']} images for val and {sizes['test']} for test, seed {settings.seed}")
-    if output.exists() and any(output.iterdir()) and not settings.overwrite:
-        if not (output / "dataset.json").is_file():
-            raise InputError(f"{output} holds other files: give another --output, or --overwrite to write into it")
-        made_from = fingerprint(Settings()) | read_card(output)["made_from"]  # an older folder may lack newer settings
-        if made_from == fingerprint(settings):
-            print(f"{output} is there already, made with the same settings")
-            return
-        raise InputError(f"{output} was made with other settings: --overwrite replaces it, or give another --output")
+    if check_output(output, settings, photos):
+        return
     partial = output.resolve().with_name(f".{output.resolve().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with one_line_where_the_disk_fails(output):
+        with disk_errors_in_one_line(output):
             if settings.dataset == "shapes":
                 draw_shapes(partial, settings.scenes, settings.image_size, settings.seed)
                 photos = read_karpathy(partial / "dataset_shapes.json", partial / "photos")
-            require_space(partial, len(photos), settings.image_size)
             write_folder(partial, photos, settings, words)
             move_into_place(partial, output)
     finally:

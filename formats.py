@@ -7,7 +7,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -31,7 +31,7 @@ class Photo:
     image_id: int | str
     split: str  # empty where the captions have no splits
     captions: list  # [{"words": [...], "raw": "..."}]
-    objects: list | None = None  # [{"words": [...], "box": [left, top, right, bottom]}] where they are known
+    objects: list = field(default_factory=list)  # [{"words": [...], "box": [left, top, right, bottom]}] where known
     row: int = -1  # of a prepared HDF5 file that `path` is, instead of a photo
 
 
@@ -41,9 +41,9 @@ def tokenize(caption):
     An apostrophe joins what it stands between ("don't": dont), all else separates ("t-shirt": t shirt), as in
     Karpathy's files. Letters of all scripts, their marks and numbers are kept.
     """
-    caption = unicodedata.normalize("NFC", re.sub("['\u2019]", "", caption.lower()))
+    caption = unicodedata.normalize("NFC", re.sub("['\u2019\u00ad\ufe0f]", "", caption.lower()))
     kept = (c if c.isalnum() or c in JOINERS or unicodedata.category(c)[0] == "M" else " " for c in caption)
-    return [word for word in "".join(kept).split() if word.strip(JOINERS)]
+    return [word for word in "".join(kept).split() if any(map(str.isalnum, word))]
 
 
 def text(value):
@@ -74,7 +74,8 @@ def read_karpathy(path, images):
             if not isinstance(image_id, (int, str)):
                 raise TypeError
             split, captions = split_name(image["split"], path, name), [one for one in captions if one["words"]]
-            photos.append(Photo(images / name, name, image_id, split, captions, image.get("objects")))
+            objects = with_boxes(image.get("objects", []))
+            photos.append(Photo(images / name, name, image_id, split, captions, objects))
     except KeyError as error:
         raise InputError(f"{path}: no key {error} in images[{len(photos)}], is this Karpathy's JSON?") from None
     except (TypeError, AttributeError):
@@ -87,6 +88,14 @@ def tokens(value):
     if not isinstance(value, list):
         raise TypeError
     return [word for word in map(text, value) if word]
+
+
+def with_boxes(value):
+    """A list of objects with their words and box as it is; TypeError for anything else."""
+    for one in value:
+        if not tokens(one["words"]) or [type(side) for side in one["box"]] != [float] * 4:
+            raise TypeError
+    return value
 
 
 def split_name(name, path, image):
@@ -135,17 +144,17 @@ def read_lines(path):
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a text in UTF-8: {error}") from None
+        raise InputError(f"{path} is not a text in UTF-8, save it as that: {error}") from None
 
 
 def read_csv(path, images):
     """Photos of a CSV of image,caption (Kaggle's captions.txt) or one's own of file,caption,split."""
     captions, splits = {}, {}
-    header = read_lines(path)[0]
+    header = read_lines(path)[0]  # all of it must be UTF-8
     delimiter = max(",;\t", key=header.count)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, delimiter=delimiter)
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
             names = [COLUMNS.get(name, name) for name in map(str.strip, map(str.lower, next(rows, [])))]
             if not {"image", "caption"} <= set(names):
                 raise InputError(
@@ -194,7 +203,7 @@ def read_token(path, images):
     captions = {}
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
-            match = re.fullmatch(r"(.+)#\d+\t(.*)", line.rstrip())
+            match = re.fullmatch(r"(.+)#\d+\t(.*)", line.rstrip("\r"))
             if not match:
                 raise InputError(f"{path}, line {number}: not an image's name, #, a number, a tab and a caption")
             captions.setdefault(match[1], []).append(match[2])
@@ -228,19 +237,22 @@ def photos_of(captions, images, splits=None):
 
 def read_folder(path, images):
     """Photos of a folder and those in it, each with its captions beside it: dog.jpg and dog.txt, a caption a line."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    captions, texts = {}, {file for file in files if file.suffix == ".txt"}
-    lonely = set(texts)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    captions, lonely = {}, set(texts.values())
     for file in files:
         if file.suffix.lower() in PHOTO_SUFFIXES:
-            name, beside = file.relative_to(path).as_posix(), file.with_suffix(".txt")
+            name, beside = file.relative_to(path).as_posix(), texts.get(file.with_suffix(""))
             try:
                 name.encode()
             except UnicodeError:
                 raise InputError(f"{name!r}: its name is not UTF-8, rename it") from None
             lonely.discard(beside)
-            captions[name] = [line for line in read_lines(beside) if line.strip()] if beside in texts else []
-    if lonely and captions:
+            captions[name] = [line for line in read_lines(beside) if line.strip()] if beside else []
+    if not captions:
+        raise InputError(f"{path} has no photos ({' '.join(PHOTO_SUFFIXES)})")
+    if lonely:
         print(f"{len(lonely)} .txt files have no photo beside them, such as {min(lonely).name!r}")
     return photos_of(captions, path)
 
@@ -261,7 +273,8 @@ def read_tutorial(path, images):
         try:
             with h5py.File(files[0]) as file:
                 shape, per_image = file["images"].shape, int(file.attrs["captions_per_image"])
-                if file["images"].dtype != "uint8" or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+                square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3] > 0
+                if file["images"].dtype != "uint8" or not square:
                     raise TypeError
         except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
             raise InputError(f"{files[0]} is damaged, or has no square uint8 images and captions_per_image") from None
@@ -323,7 +336,8 @@ def tell_format(path):
     with open(path, "rb") as file:
         start = file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip()
     if start[:1] in (b"{", b"["):
-        return "coco" if b'"file_name"' in start and b'"sentences"' not in start else "karpathy"
+        of_coco = b'"file_name"' in start or b'"annotations"' in start
+        return "coco" if of_coco and b'"sentences"' not in start else "karpathy"
     first = start.split(b"\n")[0]
     if re.match(rb".+#\d+\t", first):
         return "token"

@@ -59,7 +59,7 @@ class Captioner(nn.Module):
         return self.decoder(self.regions(images), words, lengths, sampling)
 
 
-def build_captioner(settings, vocabulary_size, image_size, encoder_weights, resize="squash"):
+def build_captioner(settings, vocabulary_size, image_size, encoder_weights, resize):
     """A new captioner of the settings named in MODEL_SETTINGS, a dictionary."""
     encoder = Encoder(
         settings["encoder"], settings["encoder_layer"], encoder_weights, settings["grid_size"], image_size

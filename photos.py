@@ -15,7 +15,7 @@ GREY = (124, 116, 104)  # the mean of ImageNet's photos, so that networks see no
 
 
 def open_photo(path, at_least=0):
-    """Read a photo upright and in RGB, as a Pillow image; where it moves the first picture, where it is clear white.
+    """Read a photo upright and in RGB, as a Pillow image: of an animation the first, white behind what is transparent.
 
     A JPEG is decoded at half, a quarter or an eighth of its size where each side keeps `at_least` pixels so; 0 keeps
     its size. Raises InputError where the photo is missing, not whole, or too large.
@@ -26,8 +26,11 @@ def open_photo(path, at_least=0):
             if at_least:
                 photo.draft(None, (at_least, at_least))
             ImageOps.exif_transpose(photo, in_place=True)
+            if photo.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, of a range that nobody knows")
             if photo.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8 instead of scaling
-                photo = Image.fromarray((np.asarray(photo).clip(0, 65535) // 256).astype(np.uint8))
+                pixels = np.asarray(photo).clip(0, 65535)
+                photo = Image.fromarray((pixels // 256 if pixels.max() > 255 else pixels).astype(np.uint8))
             if photo.has_transparency_data:
                 photo = photo.convert("RGBA")
                 photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)

@@ -106,24 +106,26 @@ def read_captions(data_folder, split):
         filled = " ".join(name for name in SPLITS if card["splits"][name]["images"])
         raise InputError(f"the {split} split of {data_folder} is empty (filled: {filled})")
     images_path = Path(data_folder) / f"{split}_images.hdf5"
-    entries = []
-    captions = PackedCaptions.pack(take_captions(Path(data_folder) / f"{split}_captions.json", entries))
+    captions_path, entries = Path(data_folder) / f"{split}_captions.json", []
+    captions = PackedCaptions.pack(take_captions(captions_path, entries))
     try:
         with h5py.File(images_path) as file:
-            found = (file["images"].shape[0], file.attrs.get("digest"), len(entries))
+            found = (file["images"].shape[0], file.attrs.get("digest"))
     except (OSError, KeyError) as error:
         raise InputError(f"{images_path} is missing or damaged ({error}): run create_input_files.py again") from None
-    wanted = (card["splits"][split]["images"], card["splits"][split]["digest"], card["splits"][split]["images"])
-    if found != wanted:
-        raise InputError(f"{images_path} is not the file that dataset.json describes: run create_input_files.py again")
+    images, digest = (card["splits"][split][name] for name in ("images", "digest"))
+    for path, fits in ((images_path, found == (images, digest)), (captions_path, len(entries) == images)):
+        if not fits:
+            raise InputError(f"{path} is not the file that dataset.json describes: run create_input_files.py again")
     return entries, captions
 
 
 def write_captions(path, entries):
     """Write the images of a split as JSON, each in a line of its own, so that one can be read at a time."""
     with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write("[")
         for i, entry in enumerate(entries):
-            file.write(f"{',' if i else '['}\n{json.dumps(entry, ensure_ascii=False)}")
+            file.write(f"{',' if i else ''}\n{json.dumps(entry, ensure_ascii=False)}")
         file.write("\n]\n")
 
 

@@ -299,8 +299,8 @@ def train(settings, device):
             cached,
             device,
             dtype,
-            mirror,
-            settings.in_memory,
+            mirror=mirror,
+            in_memory=settings.in_memory,
         )
         for split, mirror in (("val", False), ("train", settings.mirror))
     )

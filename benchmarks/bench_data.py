@@ -31,7 +31,7 @@ from vocabulary import SPECIAL_WORDS, Vocabulary
 
 @dataclass(frozen=True)
 class Settings:
-    """Time preprocessing, reading and loading of captions, after checking the pixels."""
+    """Time preprocessing, which must agree with the plain loop's pixels, reading, and the loading of captions."""
 
     photos: str = ""  # folder of JPEGs of about 500 pixels; empty: generated ones
     image_size: int = 256  # side of the square images in pixels
@@ -92,6 +92,7 @@ def compare(paths, folder, settings):
     with h5py.File(folder / "plain.hdf5") as plain, h5py.File(folder / "train_images.hdf5") as ours:
         gaps = [abs(one.astype(int) - other) for one, other in zip(plain["images"], ours["images"], strict=True)]
     gaps = np.stack(gaps)
+    assert gaps.mean() < 3, "the two sides do not agree"
     plain, ours = (len(paths) / sorted(times)[len(times) // 2] for times in seconds.values())
     return ours / plain, plain, ours, float((gaps <= 1).mean()), float(gaps.mean())
 

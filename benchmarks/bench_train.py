@@ -156,7 +156,7 @@ def main(settings):
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     plan = train.Settings(encoder=settings.encoder, encoder_weights="", dropout=0.0, label_smoothing=0.0)
-    captioner = build_captioner(asdict(plan), settings.vocabulary, settings.image_size, encoder_weights="")
+    captioner = build_captioner(asdict(plan), settings.vocabulary, settings.image_size, "", "squash")
     captioner.to(device).train()
 
     shape = (settings.batch_size, 3, settings.image_size, settings.image_size)

@@ -95,6 +95,37 @@ def test_other_peoples_files_are_left_alone(command, tmp_path, photos):
     assert len(list(photos.iterdir())) == 3
 
 
+def test_overwriting_takes_away_what_was_ours_and_nothing_else(command, tmp_path, photos):
+    output = tmp_path / "out"
+    assert prepare(command, tmp_path, karpathy(tmp_path / "captions.json", ("train", "val", "test")), photos)[0] == 0
+    assert command(create_input_files, "--look", output)[0] == 0
+    (output / "features").mkdir()
+    (output / "notes.txt").write_text("mine")
+    captions = karpathy(tmp_path / "captions.json", ("train", "train", None))
+    status, _, err = prepare(command, tmp_path, captions, photos)
+    assert status == 2 and "--overwrite replaces it" in err
+    assert prepare(command, tmp_path, captions, photos, "--overwrite")[0] == 0
+    names = {"train_images.hdf5", "train_captions.json", "word_map.json", "dataset.json", "notes.txt"}
+    assert {path.name for path in output.iterdir()} == names
+    (output / "dataset.json").unlink()
+    status, _, err = prepare(command, tmp_path, captions, photos, "--overwrite")
+    assert status == 2 and "out holds other files: give another --output" in err
+    (output / "notes.txt").unlink()  # then it is what a killed run leaves
+    assert prepare(command, tmp_path, captions, photos)[0] == 0
+
+
+def test_the_split_lists_count_too(command, tmp_path, photos):
+    (tmp_path / "tokens.txt").write_text("".join(f"{name}#0\tA dog\n" for name in ("a b.jpg", "c.jpg")))
+    lists = [tmp_path / f"Flickr_8k.{name}Images.txt" for name in ("train", "dev", "test")]
+    for path, name in zip(lists, ("a b.jpg", "c.jpg", ""), strict=True):
+        path.write_text(name)
+    assert prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[0] == 0
+    assert "is there already" in prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[1]
+    lists[1].write_text("a b.jpg")
+    lists[0].write_text("c.jpg")
+    assert "was made with other settings" in prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[2]
+
+
 def test_captions_without_a_name_are_not_ignored(command, tmp_path):
     status, _, err = command(create_input_files, "--captions", "a.json", "--output", tmp_path / "out")
     assert status == 2 and "name the data set that --captions and --images are of" in err
@@ -197,7 +228,7 @@ def test_a_folder_to_look_at(command, shapes):
 def test_a_disk_that_is_too_small_is_one_line(command, tmp_path, photos, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 500))
     status, _, err = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos)
-    assert status == 2 and "3 images of 8 pixels take 0.0 GB" in err.splitlines()[-1]
+    assert status == 2 and "3 images of 8 pixels take 5.76e-07 GB" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 

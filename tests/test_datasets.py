@@ -90,9 +90,7 @@ def test_batches_are_sorted_both_ways_and_padded():
     assert batch.words[1].tolist() == [[START, 4, END, PAD, PAD], [PAD] * 5]
 
 
-@pytest.mark.parametrize(
-    ("start_method", "in_memory"), [("fork", False), ("spawn", False), ("forkserver", False), ("spawn", True)]
-)
+@pytest.mark.parametrize(("start_method", "in_memory"), [("fork", False), ("forkserver", False), ("spawn", True)])
 def test_workers_give_the_same_batches(shapes, start_method, in_memory):
     dataset = CaptionDataset(shapes, "train", Vocabulary.load(shapes))
     dataset[0]  # a handle is open before the workers start
@@ -206,7 +204,11 @@ def truncate(path):
         (lambda folder: truncate(folder / "val_captions.json"), "val_captions.json, image 2: not valid JSON"),
         (lambda folder: (folder / "val_captions.json").unlink(), "no such file: .*val_captions.json"),
         (lambda folder: (folder / "word_map.json").unlink(), "no such file: .*word_map.json"),
-        (lambda folder: shutil.copy(folder / "test_images.hdf5", folder / "val_images.hdf5"), "not the file that"),
+        (
+            lambda folder: shutil.copy(folder / "test_images.hdf5", folder / "val_images.hdf5"),
+            "val_images.hdf5 is not the",
+        ),
+        (lambda folder: write_captions(folder / "val_captions.json", []), "val_captions.json is not the file that"),
         (shutil.rmtree, "no data folder"),
     ],
 )

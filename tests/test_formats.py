@@ -137,27 +137,25 @@ def test_every_format_is_told_and_read(command, tmp_path, photos, writer):
     arguments = ("--dataset", "own", "--captions", *paths, "--output", tmp_path / "out", "--image_size", 8)
     if not paths[0].is_dir():
         arguments += ("--images", photos)
+    assert read_photos([str(path) for path in paths], str(photos), "auto")[1] == kind
     for forced in ((), ("--format", kind, "--overwrite")):
         status, out, err = command(create_input_files, *arguments, "--min_word_freq", 1, *forced)
         assert status == 0, err
-    has_splits = kind != "flickr30k" and kind != "folder" and writer != "kaggle"
-    assert ("no splits given" in out) != has_splits
-    read_photos([str(path) for path in paths], str(photos), kind)
-    found = {}
-    for split in SPLITS:
-        entries, captions = read_captions(tmp_path / "out", split)
-        with h5py.File(tmp_path / "out" / f"{split}_images.hdf5") as file:
-            assert file["images"].shape == (len(entries), 3, 8, 8)
-        for entry, said in zip(entries, captions.strings(), strict=True):
-            found[entry["image"]] = (split, said)
-    if writer == "tutorial":
-        assert [name for name, _ in found.values()] == ["train", "val", "test"]
-        assert [said for _, said in found.values()] == [
-            WORDS["a.jpg"], WORDS["b.jpg"], [["one", "<unk>"], ["one", "<unk>"]],
-        ]  # fmt: skip
-    else:
-        assert {name: said for name, (_, said) in found.items()} == WORDS
-        assert not has_splits or {name: split for name, (split, _) in found.items()} == SPLIT
+        has_splits = kind not in ("flickr30k", "folder") and writer != "kaggle"
+        assert ("no splits given" in out) != has_splits
+        found = {}
+        for split in SPLITS:
+            entries, captions = read_captions(tmp_path / "out", split)
+            with h5py.File(tmp_path / "out" / f"{split}_images.hdf5") as file:
+                assert file["images"].shape == (len(entries), 3, 8, 8)
+            for entry, said in zip(entries, captions.strings(), strict=True):
+                found[entry["image"]] = (split, said)
+        if kind == "tutorial":
+            unknown = [["one", "<unk>"], ["one", "<unk>"]]
+            assert list(found.values()) == list(zip(SPLITS, (WORDS["a.jpg"], WORDS["b.jpg"], unknown), strict=True))
+        else:
+            assert {name: said for name, (_, said) in found.items()} == WORDS
+            assert not has_splits or {name: split for name, (split, _) in found.items()} == SPLIT
 
 
 def test_the_tutorials_images_and_words_are_taken_over(command, tmp_path, photos):
@@ -172,6 +170,17 @@ def test_the_tutorials_images_and_words_are_taken_over(command, tmp_path, photos
         assert (file["images"][0] == np.arange(3 * 256).reshape(3, 16, 16) % 256).all()
     words = json.loads((tmp_path / "out" / "word_map.json").read_text())
     assert list(words)[:6] == ["<pad>", "<start>", "<end>", "<unk>", "a", "big"] and "man" not in words
+
+
+def test_a_photo_is_found_whatever_the_case_and_hidden_folders_are_not_looked_into(tmp_path, photos):
+    write_folder(None, photos)
+    (photos / "a.txt").rename(photos / "a.TXT")
+    (photos / "b.jpg").rename(photos / "b.JPG")
+    (photos / ".thumbnails").mkdir()
+    Image.new("RGB", (2, 2)).save(photos / ".thumbnails" / "a.jpg")
+    (photos / "no photo.txt").write_text("lonely")
+    found = read_photos([str(photos)], "", "auto")[0]
+    assert [(photo.name, len(photo.captions)) for photo in found] == [("a.jpg", 2), ("b.JPG", 2), ("c.jpg", 1)]
 
 
 def test_one_of_cocos_files_is_split_by_the_seed(tmp_path, photos):
@@ -220,6 +229,7 @@ def test_images_and_never_captions_are_split():
         ("एक कुत्ता दौड़ता है।", "एक कुत्ता दौड़ता है"),  # vowel signs stay
         ("\u0645\u06cc\u200c\u062e\u0648\u0631", "\u0645\u06cc\u200c\u062e\u0648\u0631"),  # Persian, joined
         ("\u200c -- ...", ""),
+        ("I \u2764\ufe0f Hunde\u00adh\u00fctten 5\ufe0f\u20e3", "i hundeh\u00fctten 5\u20e3"),  # emoji, a soft hyphen
         ("它在跑。", "它在跑"),
     ],
 )
@@ -247,8 +257,15 @@ def test_tokenize(caption, words):
             "names a.jpg as 2 images",
         ),
         ('{"images": [{"filename": "\\ud800", "split": "val", "sentences": []}]}', "surrogates not allowed"),
+        ('{"images": [{"filename": "a.jpg", "split": "val", "sentences": [], "objects": [3]}]}', "another form"),
+        (
+            '{"images": [], "annotations": [{"image_id": 1, "caption": "a"}, {"image_id": "x", "caption": ""}]}',
+            "2 images have captions only, such as image_id 1",
+        ),
         ("[" * 100_000, "is not valid JSON"),
         ("caption,image\nA dog", "line 2: no image is named"),
+        ('image,caption\na.jpg,"A dog\nb.jpg,A cat', "is not a CSV: unexpected end of data"),
+        ('{"annotations": [{"image_id": 1}], "images": []}', "no key 'caption'"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(command, tmp_path, photos, content, message):
@@ -290,6 +307,12 @@ def test_the_tutorials_files_must_belong_together(tmp_path, photos):
     path.write_text(json.dumps([[99, 98, 97], [99, 98, 97]]))
     with pytest.raises(InputError, match=r"do not belong together"):
         read_photos([str(folder)], "", "auto")
+    word_map = folder / "WORDMAP_own_2_cap.json"
+    words = word_map.read_text()
+    word_map.write_text(words.replace('"a"', '"\\ud800"'))
+    with pytest.raises(InputError, match=r"surrogates not allowed"):
+        read_photos([str(folder)], "", "auto")
+    word_map.write_text(words)
     path.write_text("[]")
     with pytest.raises(InputError, match=r"do not belong together"):
         read_photos([str(folder)], "", "auto")

@@ -3,7 +3,6 @@
 python -m pytest tests/test_kill.py --kills 20
 """
 
-import contextlib
 import random
 import shutil
 import signal
@@ -20,7 +19,7 @@ import create_input_files
 import train
 from conftest import SMALL, flags
 from prepared import SPLITS, read_captions, read_card
-from utils import InputError, read_log
+from utils import read_log
 
 
 def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, request):
@@ -56,25 +55,34 @@ def test_preprocessing_killed_at_random_moments_never_leaves_half_a_folder(tmp_p
     output, partial = tmp_path / "out", tmp_path / ".out.partial"
     command = [sys.executable, create_input_files.__file__, "--dataset", "own", "--captions", tmp_path / "captions.csv"]
     command += ["--images", tmp_path / "photos", "--image_size", "64", "--output", output, "--overwrite"]
-    start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+
+    def start():
+        """Start it and come back when it begins to write."""
+        shutil.rmtree(partial, ignore_errors=True)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not partial.exists() and process.poll() is None:
+            time.sleep(0.001)
+        return process
+
+    process, begin = start(), time.perf_counter()
+    assert process.wait() == 0
+    span = time.perf_counter() - begin  # of the writing
     whole = {split: read_card(output)["splits"][split] for split in SPLITS}
-    span = time.perf_counter() - start
-    generator = random.Random(0)
+    generator, left = random.Random(0), 0
     for kill in range(request.config.getoption("--kills")):
         if kill % 2:
-            shutil.rmtree(output, ignore_errors=True)  # the first time, and as a later one
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while not partial.exists():
-            time.sleep(0.001)
-        time.sleep(generator.random() * span / 2)
+            shutil.rmtree(output)  # a first run; else one that would replace another
+        process = start()
+        time.sleep(generator.uniform(0.1, 0.7) * span)
         process.kill()
         process.wait()
-        with contextlib.suppress(InputError):
+        left += partial.exists()
+        if output.exists():
             card = read_card(output)
             assert {split: card["splits"][split] for split in SPLITS} == whole
             for split in SPLITS:
                 with h5py.File(output / f"{split}_images.hdf5") as file:
                     assert len(read_captions(output, split)[0]) == len(file["images"])
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert {split: read_card(output)["splits"][split] for split in SPLITS} == whole and not partial.exists()
+        assert subprocess.run(command, capture_output=True).returncode == 0 and not partial.exists()
+        assert {split: read_card(output)["splits"][split] for split in SPLITS} == whole
+    assert left, "no run was killed while it wrote"

@@ -64,7 +64,7 @@ def test_every_model(variant, tmp_path):
     size = changes.pop("image_size", 64)
     settings = replace(SMALL, dropout=0.0, label_smoothing=0.0, **changes)
     torch.manual_seed(0)
-    captioner = build_captioner(asdict(settings), len(WORDS), size, "").train()
+    captioner = build_captioner(asdict(settings), len(WORDS), size, "", "squash").train()
     for module in captioner.modules():
         if isinstance(module, StochasticDepth):
             module.p = 0.0  # or a block may get no gradient by chance
@@ -156,4 +156,4 @@ def test_a_checkpoint_gives_back_the_same_model(run_folder):
 def test_features_that_heads_cannot_share_are_an_error():
     settings = replace(SMALL, graph_layers=1, graph_heads=3)
     with pytest.raises(InputError, match="--graph_heads 3: the 16 features"):
-        build_captioner(asdict(settings), 7, 32, "")
+        build_captioner(asdict(settings), 7, 32, "", "squash")

@@ -54,7 +54,7 @@ def test_label_smoothing_is_that_of_torch():
 
 @pytest.mark.parametrize("fine_tune", [True, False])
 def test_the_average_follows_the_weights_and_leaves_a_frozen_encoder_alone(fine_tune):
-    captioner = build_captioner(asdict(SMALL), 7, 32, "")
+    captioner = build_captioner(asdict(SMALL), 7, 32, "", "squash")
     captioner.encoder.requires_grad_(fine_tune)
     average = WeightAverage(captioner, 0.5)
     assert (average.captioner.encoder is captioner.encoder) != fine_tune

@@ -70,6 +70,14 @@ def test_16_bits_keep_their_brightness(tmp_path):
         assert load_image(tmp_path / name, 8).mean() == pytest.approx(127, abs=2)
 
 
+def test_numbers_of_an_unknown_range_are_refused(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif: not a readable photo: its pixels are floating-point"):
+        load_image(tmp_path / "a.tif", 8)
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "b.tif")  # 32 bits, used as 8
+    assert (load_image(tmp_path / "b.tif", 8) == 200).all()
+
+
 @pytest.mark.parametrize(("orientation", "angle"), [(3, 180), (6, 90), (8, 270)])
 def test_photos_stand_upright(tmp_path, orientation, angle):
     for name in ("a.jpg", "a.png"):

@@ -31,7 +31,7 @@ def test_accumulating_gives_the_same_step(shapes):
     gradients = []
     for parts in (1, 3, 9):
         torch.manual_seed(0)
-        captioner = build_captioner(asdict(settings), 12, 32, "").train()
+        captioner = build_captioner(asdict(settings), 12, 32, "", "squash").train()
         optimizer = make_optimizer(captioner, settings)
         chosen = replace(settings, accumulate=parts, gradient_clip=0.0)
         loss, words = train.train_step(captioner, optimizer, batch, chosen, torch.device("cpu"), torch.float32)
@@ -81,7 +81,7 @@ def test_training_overfits_four_images():
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     batch = collate([(i, images[i], captions[i]) for i in range(4)])
     settings = replace(SMALL, dropout=0.0, doubly_stochastic=0.0, label_smoothing=0.0)
-    captioner = build_captioner(asdict(settings), 7, 32, "").train()
+    captioner = build_captioner(asdict(settings), 7, 32, "", "squash").train()
     optimizer = make_optimizer(captioner, settings)
     arguments = (captioner, optimizer, batch, settings, torch.device("cpu"), torch.float32)
     losses = [loss / words for loss, words in (train.train_step(*arguments) for _ in range(150))]
@@ -102,7 +102,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_runs_once_an_image(shapes, tmp_path
     assert sum(encoded) == 24 + 2
     torch.manual_seed(settings.seed)
     words = json.loads((shapes / "word_map.json").read_text())
-    fresh = build_captioner(asdict(settings), len(words), 32, "").state_dict()
+    fresh = build_captioner(asdict(settings), len(words), 32, "", "squash").state_dict()
     trained = weights(tmp_path / "last.pt")
     assert all(torch.equal(fresh[name], trained[name]) for name in fresh if name.startswith("encoder"))
     assert not all(torch.equal(fresh[name], trained[name]) for name in fresh if name.startswith("decoder"))
