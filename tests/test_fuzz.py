@@ -136,7 +136,8 @@ def write_json(path, content, generator, share=1.0):
 def write_table(path, rows, generator, delimiter):
     """Write a CSV with errors."""
     file = io.StringIO(newline="")
-    csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(spoil_rows(rows, generator))
+    options = {"lineterminator": "\n", "escapechar": "\x02"}  # without one, Python 3.10 cannot write a NUL
+    csv.writer(file, delimiter=delimiter, **options).writerows(spoil_rows(rows, generator))
     write_text(path, file.getvalue(), generator)
 
 
