@@ -217,7 +217,8 @@ def fingerprint(settings, photos):
     for name in ("output", "overwrite", "look", "captions", "format"):
         made_from.pop(name)
     if settings.dataset != "shapes":
-        made_from["images"] = os.fsencode(Path(settings.images).resolve()).decode(errors="replace")
+        source = Path(settings.images or next(iter(settings.captions), "")).resolve()
+        made_from["images"] = os.fsencode(source).decode(errors="replace")
         digest = hashlib.sha256()
         for photo in photos:
             digest.update(repr((photo.name, photo.image_id, photo.split, photo.captions)).encode())

@@ -141,6 +141,8 @@ def test_every_format_is_told_and_read(command, tmp_path, photos, writer):
     for forced in ((), ("--format", kind, "--overwrite")):
         status, out, err = command(create_input_files, *arguments, "--min_word_freq", 1, *forced)
         assert status == 0, err
+        card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+        assert card["made_from"]["images"] == str(paths[0] if paths[0].is_dir() else photos)
         has_splits = kind not in ("flickr30k", "folder") and writer != "kaggle"
         assert ("no splits given" in out) != has_splits
         found = {}
