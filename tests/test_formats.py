@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,6 +15,7 @@ from formats import read_photos, split_by_seed, tokenize
 from prepared import SPLITS, read_captions
 from utils import InputError
 
+FLICKR8K = Path(__file__).parent.parent.parent / "shared" / "flickr8k"
 SAID = {"a.jpg": ["A dog, running .", "Two dogs"], "b.jpg": ['The "big" cat', "It's a cat"], "c.jpg": ["One man"]}
 WORDS = {
     "a.jpg": [["a", "dog", "running"], ["two", "dogs"]],
@@ -318,3 +320,20 @@ def test_the_tutorials_files_must_belong_together(tmp_path, photos):
     path.write_text("[]")
     with pytest.raises(InputError, match=r"do not belong together"):
         read_photos([str(folder)], "", "auto")
+
+
+@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="Flickr8k does not lie beside the checkout")
+def test_two_formats_of_flickr8k_say_the_same():
+    """What the README says of their words."""
+    karpathy, kaggle = (
+        {
+            photo.name: [caption["words"] for caption in photo.captions]
+            for photo in read_photos([str(path)], "", "auto")[0]
+        }
+        for path in (FLICKR8K / "dataset_flickr8k.json", FLICKR8K / "captions.txt")
+    )
+    assert karpathy.keys() == kaggle.keys() and sum(map(len, karpathy.values())) == 35_000
+    other = [(one, two) for name in kaggle for one, two in zip(karpathy[name], kaggle[name], strict=True) if one != two]
+    symbols = sum(any(symbol in " ".join(one) for symbol in "()#&") for one, _ in other)
+    joined = sum("".join(one) == "".join(two) for one, two in other)
+    assert (len(other), symbols, joined) == (28, 21, 7)
