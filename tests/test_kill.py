@@ -3,6 +3,8 @@
 python -m pytest tests/test_kill.py --kills 20
 """
 
+import contextlib
+import os
 import random
 import shutil
 import signal
@@ -56,30 +58,26 @@ def test_preprocessing_killed_at_random_moments_never_leaves_half_a_folder(tmp_p
     command = [sys.executable, create_input_files.__file__, "--dataset", "own", "--captions", tmp_path / "captions.csv"]
     command += ["--images", tmp_path / "photos", "--image_size", "64", "--output", output, "--overwrite"]
 
-    def start():
-        """Start it and come back when it begins to write."""
-        shutil.rmtree(partial, ignore_errors=True)
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while not partial.exists() and process.poll() is None:
-            time.sleep(0.001)
-        return process
+    def size(folder):
+        """Bytes of the files in a folder, 0 where there is none."""
+        return sum(os.path.getsize(entry) for entry in os.scandir(folder)) if folder.exists() else 0
 
-    process, begin = start(), time.perf_counter()
-    while not output.exists() and process.poll() is None:
-        time.sleep(0.001)
-    span = time.perf_counter() - begin  # of the writing
-    assert process.wait() == 0
-    whole = {split: read_card(output)["splits"][split] for split in SPLITS}
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    whole, bytes_of_all = {split: read_card(output)["splits"][split] for split in SPLITS}, size(output)
     generator, left = random.Random(0), 0
     for kill in range(request.config.getoption("--kills")):
         if kill % 2:
             shutil.rmtree(output)  # a first run; else one that would replace another
-        process = start()
-        time.sleep(generator.uniform(0.1, 0.7) * span)
+        process, goal = subprocess.Popen(command, stderr=subprocess.DEVNULL), generator.uniform(0, 0.8) * bytes_of_all
+        while process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):  # a temporary file may just have gone
+                if size(partial) > goal:
+                    break
+            time.sleep(0.001)
         process.kill()
         process.wait()
         left += partial.exists()
-        if output.exists():
+        if (output / "dataset.json").exists():
             card = read_card(output)
             assert {split: card["splits"][split] for split in SPLITS} == whole
             for split in SPLITS:
