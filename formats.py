@@ -93,7 +93,8 @@ def tokens(value):
 def with_boxes(value):
     """A list of objects with their words and box as it is; TypeError for anything else."""
     for one in value:
-        if not tokens(one["words"]) or [type(side) for side in one["box"]] != [float] * 4:
+        sides = one["box"]
+        if not tokens(one["words"]) or len(sides) != 4 or not all(isinstance(side, (int, float)) for side in sides):
             raise TypeError
     return value
 

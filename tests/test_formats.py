@@ -337,3 +337,10 @@ def test_two_formats_of_flickr8k_say_the_same():
     symbols = sum(any(symbol in " ".join(one) for symbol in "()#&") for one, _ in other)
     joined = sum("".join(one) == "".join(two) for one, two in other)
     assert (len(other), symbols, joined) == (28, 21, 7)
+
+
+def test_sides_of_boxes_may_be_whole_numbers(tmp_path, photos):
+    thing = {"words": ["red", "circle"], "box": [0, 0.5, 1, 1]}
+    image = {"filename": "a.jpg", "split": "val", "objects": [thing], "sentences": [{"tokens": ["a"], "raw": "A"}]}
+    path = write(tmp_path / "given.any", json.dumps({"images": [image]}))[0]
+    assert read_photos([str(path)], str(photos), "auto")[0][0].objects == [thing]

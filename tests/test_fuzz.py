@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from contextlib import suppress
 
 import h5py
@@ -342,7 +343,7 @@ def quick(monkeypatch):
 
 
 def try_case(command, photos, folder, number):
-    """Run case `number`, of the kind whose turn it is, in a new folder."""
+    """Run case `number`, of the kind whose turn it is, in a new folder; returns the exit status."""
     folder.mkdir()
     kind, generator, output = KINDS[number % len(KINDS)], random.Random(number), folder / "out"
     captions = kind(folder, generator)
@@ -358,6 +359,7 @@ def try_case(command, photos, folder, number):
         assert err.rstrip("\n").split("\n")[-1].startswith("create_input_files.py: error: ")
     assert set(folder.iterdir()) - given == ({output} if status == 0 else set())
     shutil.rmtree(folder)
+    return status
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged photos
@@ -366,8 +368,11 @@ def test_errors_end_in_a_complete_folder_or_in_one_line(command, tmp_path, quick
     (tmp_path / "photos").mkdir()
     for name, content in zip(NAMES, seed_photos(), strict=False):
         (tmp_path / "photos" / name).write_bytes(content)
+    ends = Counter()
     for number in range(KINDS.index(kind), len(KINDS) * CASES, len(KINDS)):
         try:
-            try_case(command, tmp_path / "photos", tmp_path / f"case\n{number}", number)  # no message may break there
+            # No message may break at the name of this folder.
+            ends[try_case(command, tmp_path / "photos", tmp_path / f"case\n{number}", number)] += 1
         except Exception as error:
             raise AssertionError(f"case {number}, {kind.__name__}: {error!r}") from error
+    assert min(ends[0], ends[2]) > CASES / 20, f"the cases of {kind.__name__} all end alike: {ends}"
