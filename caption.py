@@ -117,8 +117,8 @@ def main(settings):
         )
     if settings.edges and settings.edges not in vocabulary.numbers:
         raise InputError(f"--edges {settings.edges}: {settings.checkpoint} does not know this word")
-    size_and_resize = (captioner.image_size, captioner.resize)
-    images = [load_image(photo, *size_and_resize) for photo in settings.photos]  # all are sound before any is drawn
+    # All are sound before any is drawn.
+    images = [load_image(photo, captioner.image_size, captioner.resize) for photo in settings.photos]
     stems = [Path(photo).stem for photo in settings.photos]
     of_edges = [f"{stem}-edges" for stem in stems] if settings.edges else []
     paths = picture_paths(stems + of_edges, settings.output)

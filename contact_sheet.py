@@ -2,10 +2,10 @@
 
 import textwrap
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import h5py
+import numpy as np
 from matplotlib.figure import Figure
 
 from prepared import SPLITS, read_captions, read_card
@@ -61,10 +61,8 @@ def draw_words(captions):
     figure = Figure(figsize=(15, 5), layout="constrained")
     lengths, frequent, ranks = figure.subplots(1, 3)
     for split, packed in captions.items():
-        words = packed.lengths()
-        shares = Counter(words.tolist())
-        places = sorted(shares)
-        lengths.plot(places, [shares[n] / len(words) for n in places], marker="o", markersize=3, label=split)
+        words, captions_so_long = np.unique(packed.lengths(), return_counts=True)
+        lengths.plot(words, captions_so_long / packed.total(), marker="o", markersize=3, label=split)
     lengths.set(title="lengths of captions", xlabel="words", ylabel="share of captions")
     lengths.legend()
     split, packed = next(iter(captions.items()))

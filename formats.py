@@ -46,9 +46,9 @@ def tokenize(caption):
     return [word for word in "".join(kept).split() if any(map(str.isalnum, word))]
 
 
-def text(value):
-    """A string as it is; TypeError for anything else."""
-    if not isinstance(value, str):
+def of_type(value, kind):
+    """A value as it is; TypeError where it is of another type."""
+    if not isinstance(value, kind):
         raise TypeError
     return value
 
@@ -66,13 +66,11 @@ def read_karpathy(path, images):
     content, photos = read_json(path), []
     try:
         for number, image in enumerate(content["images"]):
-            name = text(image["filename"])
+            name = of_type(image["filename"], str)
             if image.get("filepath"):
-                name = f"{text(image['filepath'])}/{name}"
-            captions = [{"words": tokens(one["tokens"]), "raw": text(one["raw"])} for one in image["sentences"]]
-            image_id = image.get("cocoid", image.get("imgid", number))
-            if not isinstance(image_id, (int, str)):
-                raise TypeError
+                name = f"{of_type(image['filepath'], str)}/{name}"
+            captions = [{"words": tokens(one["tokens"]), "raw": of_type(one["raw"], str)} for one in image["sentences"]]
+            image_id = of_type(image.get("cocoid", image.get("imgid", number)), (int, str))
             split, captions = split_name(image["split"], path, name), [one for one in captions if one["words"]]
             objects = with_boxes(image.get("objects", []))
             photos.append(Photo(images / name, name, image_id, split, captions, objects))
@@ -85,9 +83,7 @@ def read_karpathy(path, images):
 
 def tokens(value):
     """A list of words as it is, without empty ones; TypeError for anything else."""
-    if not isinstance(value, list):
-        raise TypeError
-    return [word for word in map(text, value) if word]
+    return [word for word in of_type(value, list) if of_type(word, str)]
 
 
 def with_boxes(value):
@@ -120,13 +116,10 @@ def read_coco(paths, images):
         inside = f"{folder}/" if (images / folder).is_dir() else ""
         try:
             for one in content["annotations"]:
-                captions.setdefault(one["image_id"], []).append(text(one["caption"]))
+                captions.setdefault(one["image_id"], []).append(of_type(one["caption"], str))
             for image in content["images"]:
-                if not isinstance(image["id"], (int, str)):
-                    raise TypeError
-                name = inside + text(image["file_name"])
-                of_image = described(captions.pop(image["id"], []))
-                photos.append(Photo(images / name, name, image["id"], split, of_image))
+                image_id, name = of_type(image["id"], (int, str)), inside + of_type(image["file_name"], str)
+                photos.append(Photo(images / name, name, image_id, split, described(captions.pop(image_id, []))))
         except KeyError as error:
             raise InputError(f"{path}: no key {error} after {name or 'its start'}, is this COCO's JSON?") from None
         except (TypeError, AttributeError):
@@ -140,10 +133,11 @@ def read_coco(paths, images):
 # ---------------------------------------------------------------------------------------------------- text files
 
 
-def read_lines(path):
-    """The lines of a text file in UTF-8, without their ends; InputError for another encoding."""
+def read_lines(path, newline=None):
+    """The lines of a text file in UTF-8, `newline` as `open` takes it; InputError for another encoding."""
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            return file.read().split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a text in UTF-8, save it as that: {error}") from None
 
@@ -151,33 +145,31 @@ def read_lines(path):
 def read_csv(path, images):
     """Photos of a CSV of image,caption (Kaggle's captions.txt) or one's own of file,caption,split."""
     captions, splits = {}, {}
-    header = read_lines(path)[0]  # all of it must be UTF-8
-    delimiter = max(",;\t", key=header.count)
+    lines = read_lines(path, newline="")  # as they are: csv knows line ends within quotes
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
-            names = [COLUMNS.get(name, name) for name in map(str.strip, map(str.lower, next(rows, [])))]
-            if not {"image", "caption"} <= set(names):
-                raise InputError(
-                    f"{path} starts with {header[:60]!r}: neither a CSV whose first line is image,caption or "
-                    f"file,caption,split nor another format that is known"
-                )
-            for fields in rows:
-                if not fields:
-                    continue
-                if len(fields) > len(names):
-                    raise InputError(f"{path}, line {rows.line_num}: a caption with commas must stand in quotes")
-                row = dict(zip(names, map(str.strip, fields), strict=False))
-                image = row.get("image")
-                if not image:
-                    raise InputError(f"{path}, line {rows.line_num}: no image is named")
-                if not row.get("caption"):
-                    raise InputError(f"{path}, line {rows.line_num}: no caption for {image!r}")
-                captions.setdefault(image, []).append(row["caption"])
-                if "split" in names:
-                    split = split_name(row.get("split", ""), path, f"line {rows.line_num}, {image}")
-                    if splits.setdefault(image, split) != split:
-                        raise InputError(f"{path}, line {rows.line_num}: {image} is in {splits[image]} and in {split}")
+        rows = csv.reader((f"{line}\n" for line in lines), delimiter=max(",;\t", key=lines[0].count), strict=True)
+        names = [COLUMNS.get(name, name) for name in map(str.strip, map(str.lower, next(rows, [])))]
+        if not {"image", "caption"} <= set(names):
+            raise InputError(
+                f"{path} starts with {lines[0].strip()[:60]!r}: neither a CSV whose first line is image,caption or "
+                f"file,caption,split nor another format that is known"
+            )
+        for fields in rows:
+            if not fields:
+                continue
+            if len(fields) > len(names):
+                raise InputError(f"{path}, line {rows.line_num}: a caption with commas must stand in quotes")
+            row = dict(zip(names, map(str.strip, fields), strict=False))
+            image = row.get("image")
+            if not image:
+                raise InputError(f"{path}, line {rows.line_num}: no image is named")
+            if not row.get("caption"):
+                raise InputError(f"{path}, line {rows.line_num}: no caption for {image!r}")
+            captions.setdefault(image, []).append(row["caption"])
+            if "split" in names:
+                split = split_name(row.get("split", ""), path, f"line {rows.line_num}, {image}")
+                if splits.setdefault(image, split) != split:
+                    raise InputError(f"{path}, line {rows.line_num}: {image} is in {splits[image]} and in {split}")
     except csv.Error as error:
         raise InputError(f"{path} is not a CSV: {error}") from None
     return photos_of(captions, images, splits)
@@ -204,7 +196,7 @@ def read_token(path, images):
     captions = {}
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
-            match = re.fullmatch(r"(.+)#\d+\t(.*)", line.rstrip("\r"))
+            match = re.fullmatch(r"(.+)#\d+\t(.*)", line)
             if not match:
                 raise InputError(f"{path}, line {number}: not an image's name, #, a number, a tab and a caption")
             captions.setdefault(match[1], []).append(match[2])
@@ -262,7 +254,7 @@ def read_tutorial(path, images):
     """Images of a folder that the widely used PyTorch tutorial's create_input_files.py wrote, <unk> as it is there."""
     name, numbers = read_word_map(path)
     words = {number: word for word, number in numbers.items()}
-    photos, splits = [], []
+    photos = []
     for split in SPLITS:
         kinds = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json"}
         files = [path / f"{split.upper()}_{kind}_{name}.{suffix}" for kind, suffix in kinds.items()]
@@ -270,7 +262,6 @@ def read_tutorial(path, images):
             continue
         if missing := [file for file in files if not file.is_file()]:
             raise InputError(f"{path} has a part of its {split} split only: no {missing[0].name}")
-        splits.append(split)
         try:
             with h5py.File(files[0]) as file:
                 shape, per_image = file["images"].shape, int(file.attrs["captions_per_image"])
@@ -290,8 +281,8 @@ def read_tutorial(path, images):
         for row in range(shape[0]):
             of_image = [one for one in told[row * per_image : (row + 1) * per_image] if one["words"]]
             photos.append(Photo(files[0], f"{split} {row}", len(photos), split, of_image, row=row))
-    if not splits:
-        raise InputError(f"{path} has a word map, but no TRAIN_IMAGES_{name}.hdf5")
+    if not photos:
+        raise InputError(f"{path} has a word map, but no images in TRAIN_IMAGES_{name}.hdf5 and the like")
     return photos
 
 

@@ -86,13 +86,11 @@ class PackedCaptions:
     def encoded(self, vocabulary):
         """The same captions in a vocabulary's numbers, between <start> and <end>."""
         to_vocabulary = np.array([vocabulary.number(word) for word in self.words], np.int32)
-        captions = self.total()
-        numbers = np.full(len(self.numbers) + 2 * captions, START, np.int32)
-        numbers[np.arange(len(self.numbers)) + 2 * np.repeat(np.arange(captions), self.lengths()) + 1] = to_vocabulary[
-            self.numbers
-        ]
-        ends = self.ends_of_captions + 2 * np.arange(captions + 1)
-        numbers[ends[1:] - 1] = END
+        ends = self.ends_of_captions + 2 * np.arange(self.total() + 1)
+        numbers, is_word = np.empty(ends[-1], np.int32), np.ones(ends[-1], bool)
+        for places, number in ((ends[:-1], START), (ends[1:] - 1, END)):
+            numbers[places], is_word[places] = number, False
+        numbers[is_word] = to_vocabulary[self.numbers]
         return PackedCaptions(vocabulary.words, numbers, ends, self.ends_of_images)
 
 

@@ -287,8 +287,9 @@ def write_json(path, content, indent=None):
 def read_json(path):
     """Read JSON; InputError where the file is missing, is not JSON, or holds text that no file can hold."""
     try:
-        content = json.loads(text := Path(path).read_text(encoding="utf-8-sig"))
-        if "\\ud" in text.lower():
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+        if re.search(r"\\u[dD]", text):
             json.dumps(content, ensure_ascii=False).encode()  # half of an escaped pair of surrogates cannot be
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
