@@ -152,7 +152,7 @@ def write_split(folder, split, photos, settings):
                 bad.append(str(pixels))
             else:
                 content = pixels.tobytes()
-                images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # four times as fast as images[...] =
+                images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # twice as fast as images[...] =, or faster
                 digest.update(content)
                 kept.append(photo)
         images.resize(len(kept), axis=0)
