@@ -4,332 +4,459 @@ import contextlib
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from datasets import collate, epoch_order, make_loader, open_split, place_of, split_order
-from eval import Settings as EvaluationSettings
-from eval import evaluate
-from optimization import TEMPERATURE, captioning_loss, follow, learning_rate_factor, self_critical_loss
-from rewards import CiderReward
-from runs import draw_runs, prepare_run, start_files, start_run
-from search import sample
+from common.distributed import all_reduce_sum, broadcast, init_distributed, rank, world_size
+from common.files import append_jsonl, require_writable
+from datasets import Batch, CaptionDataset, collate, in_order, make_batches, make_loader, shuffled_indices
+from evaluation.generation import DecodingSettings, evaluate
+from models import Captioner
+from modules.attention import HardAttention
+from modules.beam_search import sample
+from text.vocabulary import END, START
+from training.feature_cache import build_dataset
+from training.logs import plot_curves, plot_runs, write_tensorboard
+from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
+from training.optim import learning_rate_factor
+from training.rewards import CiderReward
+from training.shutdown import graceful_shutdown
+from training.start import prepare_run, start_files, start_run
+from training.state import TrainState
 from utils import (
     InputError,
-    Stopped,
-    add_up,
-    append_log,
-    autocast,
-    choose_dtype,
-    draw_curves,
+    Runtime,
+    StopRequested,
+    choose_runtime,
     first_line,
-    processes,
-    rank,
     require_at_least,
     require_below_one,
-    require_writable,
     run_script,
-    stop_signals,
-    take_from_first,
-    world_size,
-    write_tensorboard,
 )
-from vocabulary import END, START
 
 
 @dataclass(frozen=True)
 class Settings:
     """Train an image captioner. Edit a value here or give it as flag: python train.py --batch_size 64"""
 
+    given: ClassVar[frozenset[str]] = frozenset()  # names of the flags on the command line
+
+    # group: paths
     data_folder: str = "data/shapes"  # what create_input_files.py wrote
     run_folder: str = "runs/shapes"  # where checkpoints, log and curves go
-    overwrite: bool = False  # start anew in a run folder that holds a run
+    overwrite: bool = False  # start again in a run folder that holds a run
     resume: str = ""  # a last.pt: continue that run exactly, in its folder and with its settings
     init_from: str = ""  # a best.pt: a new run from its weights, words and model settings
-    look: tuple[str, ...] = ()  # run folders: draw their curves into one picture and stop
+    plot: tuple[str, ...] = ()  # run folders: plot their curves into one picture and stop
 
+    # group: encoder
     encoder: str = "resnet101"  # any torchvision classification network
-    encoder_layer: str = ""  # layer whose grid the decoder sees; empty: the network's last grid
+    encoder_layer: str = ""  # layer whose grid the decoder sees; empty: the last one with a grid
     encoder_weights: str = "imagenet"  # imagenet, the path of a torchvision state dict, or empty for random
     fine_tune_encoder: bool = False  # train the encoder too; frozen, its features are computed once and cached
-    fine_tune_from: str = ""  # first of its parts to be trained then, such as layer3; empty: all of it
-    grid_size: int = 0  # pool the features to a grid of this side (the paper: 14); 0 keeps the network's own
+    unfreeze_from: str = ""  # its first part to be trained then, such as layer3; empty: all of it
+    grid_size: int = 0  # pool the features to a grid of this side (the paper: 14); 0 keeps the network's
 
+    # group: decoder
     region_dim: int = 512  # units of a dense layer on the features; 0: none, the decoder sees them as they are
-    graph_layers: int = 0  # graph attention between the regions, before the decoder; 0: none
-    graph_neighbours: int = 4  # regions that each hears from for looking alike, besides those around it
+    graph_layers: int = 0  # graph attention layers between the regions, before the decoder; 0: none
+    graph_knn: int = 4  # most similar regions that each is connected to, besides those around it
     graph_heads: int = 4  # attention heads of a graph layer
-    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # recurrent cell of the decoder
-    attention: Literal["soft", "dot", "hard", "none"] = "soft"  # none: the image only sets the first state
-    embedding_size: int = 512  # units of a word
-    attention_size: int = 512  # units of the attention
-    hidden_size: int = 512  # units of the recurrent cell
-    word_vectors: str = ""  # text file of word vectors (GloVe, word2vec) that the words start from
-    freeze_word_vectors: bool = False  # leave all words as they start, those without a vector too
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # recurrent cell
+    attention: Literal["soft", "dot", "hard", "none"] = "soft"  # none: the image only sets the initial state
+    embed_dim: int = 512  # units of a word embedding
+    attention_dim: int = 512  # units of the attention
+    hidden_dim: int = 512  # units of the recurrent cell
+    pretrained_embeddings: str = ""  # text file of word vectors (GloVe, word2vec) to initialize the words from
+    freeze_embeddings: bool = False  # keep all word embeddings as initialized, those without a vector too
     dropout: float = 0.5  # on words, regions and the output layer
 
-    objective: Literal["cross_entropy", "cider"] = "cross_entropy"  # of true captions; or CIDEr of captions it draws
+    # group: optimization
+    objective: Literal["cross_entropy", "scst"] = "cross_entropy"  # scst: CIDEr of sampled captions (self-critical)
     epochs: int = 8  # passes over the training images
-    batch_size: int = 8  # images a step, each with all its captions; over all processes
-    accumulate: int = 1  # parts that a batch is computed in: less memory, the same gradient but for BatchNorm
-    mirror: bool = False  # show half of the images as in a mirror, "left" and "right" exchanged in their captions
+    batch_size: int = 8  # images per step in total, over all processes and micro-batches, each with all its captions
+    gradient_accumulation_steps: int = 1  # micro-batches of a step: less memory, the same gradient but for BatchNorm
+    hflip: bool = False  # flip half of the images horizontally, "left" and "right" exchanged in their captions
     learning_rate: float = 1e-3  # of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
-    warm_up: float = 0.05  # share of all steps over which both learning rates rise to these values
-    schedule: Literal["cosine", "step"] = "cosine"  # meanwhile they fall to 0 along a cosine, or by a factor an epoch
+    warmup_ratio: float = 0.05  # share of all steps over which both learning rates rise to these values
+    lr_schedule: Literal["cosine", "step"] = "cosine"  # then they fall to 0 along a cosine, or by a factor an epoch
     learning_rate_decay: float = 0.8  # that factor
-    gradient_clip: float = 5.0  # norm of the gradient at most; 0: as it is
-    doubly_stochastic: float = 0.0  # weight of the term that asks to look everywhere once
+    grad_clip: float = 5.0  # maximum norm of the gradient; 0: not clipped
+    doubly_stochastic: float = 0.0  # weight of the doubly stochastic attention term (alpha_c of SG's tutorial)
     label_smoothing: float = 0.1  # share of a target's probability that is spread over all words
-    scheduled_sampling: float = 0.0  # share of words, at the end, that follow the model's own word and not the true one
-    weight_average: float = 0.999  # decay of the moving average of weights that best.pt holds; 0: none
-    score: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
-    patience: int = 5  # stop after this many epochs without a better score
-    max_length: int = 30  # words at most of a caption generated for validation, or for the objective cider
-    save_minutes: float = 10.0  # write last.pt this often within an epoch, too
+    scheduled_sampling_max_prob: float = 0.0  # probability, at the end, of feeding back the model's word
+    ema_decay: float = 0.999  # decay of the moving average of the weights that best.pt holds; 0: none
 
+    # group: run
+    best_metric: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
+    patience: int = 5  # stop after this many epochs without improvement
+    max_length: int = 30  # maximum words of a caption decoded for validation, or sampled for scst
+    save_minutes: float = 10.0  # write last.pt this often within an epoch, too
     seed: int = 0  # of weights, order and dropout
     workers: int = 0  # processes that load batches; 0: the main one
-    in_memory: bool = False  # keep all photos in memory, where --fine_tune_encoder reads photos
+    in_memory: bool = False  # keep all images in memory, where --fine_tune_encoder reads images
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
     device: str = "auto"  # auto, cpu or cuda
 
 
-def draw_captions(captioner, batch, reward, max_length, device, dtype):
-    """A Batch of captions that a captioner draws itself for the images of another, and their rewards (B, C).
+def validate_settings(settings: Settings) -> None:
+    """Raise InputError for a value out of range, or settings that do not go together."""
+    require_at_least(settings, 1, "epochs", "batch_size", "gradient_accumulation_steps", "patience", "max_length")
+    require_at_least(settings, 1, "embed_dim", "attention_dim", "hidden_dim", "graph_heads")
+    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
+    require_at_least(settings, 0, "grid_size", "region_dim", "grad_clip", "learning_rate_decay", "save_minutes")
+    require_at_least(settings, 0, "graph_layers", "graph_knn")
+    require_below_one(settings, "warmup_ratio", "dropout", "label_smoothing", "ema_decay")
+    require_below_one(settings, "scheduled_sampling_max_prob")
+    if settings.unfreeze_from and not settings.fine_tune_encoder:
+        raise InputError(f"--unfreeze_from {settings.unfreeze_from} needs --fine_tune_encoder")
+    if settings.freeze_embeddings and not (settings.pretrained_embeddings or settings.init_from):
+        raise InputError("--freeze_embeddings needs --pretrained_embeddings: without, the words would stay random")
+    if settings.objective == "scst" and not (settings.init_from or settings.resume):
+        raise InputError("--objective scst needs a trained model: give its best.pt as --init_from")
+    for name in ("scheduled_sampling_max_prob", "doubly_stochastic"):
+        if settings.objective == "scst" and getattr(settings, name):
+            raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective scst")
+    micro_batches = world_size() * settings.gradient_accumulation_steps
+    if settings.batch_size < micro_batches:
+        raise InputError(
+            f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "
+            f"--gradient_accumulation_steps {settings.gradient_accumulation_steps}: give at least {micro_batches}"
+        )
 
-    There are as many of each image as any of them has true ones, and at least two.
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Settings,
+    runtime: Runtime,
+    counts: tuple[int, int] | None = None,
+    sampling: float = 0.0,
+) -> tuple[float, int]:
+    """One step of teacher forcing on a batch; returns the cross-entropy summed over its words, and their number.
+
+    Args:
+        network: a Captioner, or one in DistributedDataParallel.
+        counts: words and captions of this step over all processes; None: those of the batch.
+        sampling: probability of feeding back the model's word (`Decoder.forward`).
+
+    Raises FloatingPointError where the loss is not finite.
     """
-    number = max(2, batch.words.shape[1])
-    with torch.inference_mode(), autocast(device, dtype):
-        regions = captioner.regions(batch.images.to(device, non_blocking=True))
-        drawn = sample(captioner.decoder, regions, number, max_length, TEMPERATURE).tolist()
-    drawn = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in image] for image in drawn]
-    own = collate(list(zip(batch.indices, batch.images, drawn, strict=True)))
-    true = dict(zip(batch.indices, batch.captions(), strict=True))
-    rewards = [reward(true[index], captions) for index, captions in zip(own.indices, own.captions(), strict=True)]
-    return own, torch.tensor(rewards)
+    words, captions = counts or batch.counts()
+
+    def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, float, int]:
+        output = forward(network, micro_batch, runtime, sampling)
+        loss, cross_entropy = captioning_loss(output, micro_batch.lengths, settings, words, captions)
+        return loss, cross_entropy.item(), micro_batch.counts()[0]
+
+    cross_entropy, count = optimize(network, optimizer, batch, settings, micro_batch_loss)
+    attention = unwrap(network).decoder.attention
+    if isinstance(attention, HardAttention):
+        attention.update_baseline(all_reduce_sum([cross_entropy])[0] / words)
+    return cross_entropy, count
 
 
-def train_step(network, optimizer, batch, settings, device, dtype, totals=None, sampling=0.0, reward=None):
-    """One step on a `datasets.Batch`; returns the cross-entropy of its words, added up, and their number.
+def scst_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Settings,
+    runtime: Runtime,
+    reward: CiderReward,
+    counts: tuple[int, int] | None = None,
+) -> tuple[float, int]:
+    """One step of self-critical training on captions that the captioner samples for a batch's images.
 
-    `network` is a Captioner, or one in DistributedDataParallel: then `totals` are the words and captions of all
-    processes. `sampling` is that of `decoders.Decoder.forward`. With a `reward` the step is on captions that the
-    captioner draws itself, and returns minus their rewards, added up, and their number. Raises FloatingPointError
-    where the loss is not finite.
+    Returns their rewards, summed, and their number. `network`, `counts` and errors are as in `train_step`.
     """
-    words, captions = totals or batch.totals()
-    sum_of_losses, number = 0.0, 0
+    words, _ = counts or batch.counts()
+    captioner = unwrap(network)
+
+    def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, float, int]:
+        sampled, rewards = sample_captions(captioner.eval(), micro_batch, reward, settings.max_length, runtime)
+        captioner.train()  # dropout: without it, rewards are soon learned by heart
+        captioner.decoder.attention.eval()  # hard attention takes its expectation: no reward tells of its samples
+        output = forward(network, sampled, runtime)
+        loss = self_critical_loss(output, sampled.lengths, rewards, words)
+        return loss, rewards.sum().item(), rewards.numel()
+
+    return optimize(network, optimizer, batch, settings, micro_batch_loss)
+
+
+def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling: float = 0.0):
+    """Teacher forcing on a batch of which inputs and words are copied to the device: a `DecoderOutput`."""
+    inputs = batch.inputs.to(runtime.device, non_blocking=True)
+    words = batch.words.to(runtime.device, non_blocking=True)
+    with runtime.autocast():
+        return network(inputs, words, batch.lengths, sampling, batch.is_features)
+
+
+def optimize(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Settings,
+    micro_batch_loss: Callable[[Batch], tuple[Tensor, float, int]],
+) -> tuple[float, int]:
+    """Accumulate the gradient over the micro-batches of a batch, clip it and take the optimizer's step.
+
+    `micro_batch_loss` returns the loss of a micro-batch, a sum to report and a count; returns both summed up.
+    """
+    total, count = 0.0, 0
     optimizer.zero_grad(set_to_none=True)
-    parts = batch.split(settings.accumulate)
-    for i, part in enumerate(parts, start=1):
-        if reward:
-            captioner = network.module if world_size() > 1 else network
-            part, rewards = draw_captions(captioner.eval(), part, reward, settings.max_length, device, dtype)
-            captioner.train()  # dropout: without it, rewards are soon learned by heart
-            captioner.decoder.attention.eval()  # hard attention looks at the expectation: no reward tells of its draws
-        images = part.images.to(device, non_blocking=True)
-        numbers = part.words.to(device, non_blocking=True)
-        # Between processes gradients are averaged, once a step.
-        wait = network.no_sync() if world_size() > 1 and i < len(parts) else contextlib.nullcontext()
-        with wait:
-            with autocast(device, dtype):
-                outputs = network(images, numbers, part.lengths, sampling)
-            if reward:
-                loss = self_critical_loss(outputs, part.lengths, rewards, words)
-                sum_of_losses, number = sum_of_losses - rewards.sum().item(), number + rewards.numel()
-            else:
-                loss, cross_entropy = captioning_loss(outputs, part.lengths, settings, words, captions)
-                sum_of_losses, number = sum_of_losses + cross_entropy.item(), number + part.totals()[0]
+    micro_batches = batch.micro_batches(settings.gradient_accumulation_steps)
+    for i, micro_batch in enumerate(micro_batches, start=1):
+        # Processes average their gradients once a step, with the last micro-batch.
+        no_sync = isinstance(network, nn.parallel.DistributedDataParallel) and i < len(micro_batches)
+        sync_context = network.no_sync() if no_sync else contextlib.nullcontext()
+        with sync_context:
+            loss, micro_batch_total, micro_batch_count = micro_batch_loss(micro_batch)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"the loss is {loss.item()}")
             (loss * world_size()).backward()
-    if settings.gradient_clip:
-        clip_grad_norm_(network.parameters(), settings.gradient_clip)
+        total, count = total + micro_batch_total, count + micro_batch_count
+    if settings.grad_clip:
+        clip_grad_norm_(network.parameters(), settings.grad_clip)
     optimizer.step()
-    if outputs.baseline is not None:
-        follow(outputs.baseline, add_up([sum_of_losses])[0] / words)
-    return sum_of_losses, number
+    return total, count
 
 
-def train_one_epoch(run, training, device, dtype, caught, reward):
-    """What is left of a pass over the training images with all their captions; adds up in `run` as it goes.
+def unwrap(network: nn.Module) -> Captioner:
+    """The captioner of a network that may be wrapped in DistributedDataParallel."""
+    captioner = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    assert isinstance(captioner, Captioner)
+    return captioner
 
-    A signal in the list `caught`, of `utils.stop_signals`, ends the program before the next step, with all steps until
-    then in last.pt. `reward` is that of `train_step`.
+
+def sample_captions(
+    captioner: Captioner, batch: Batch, reward: CiderReward, max_length: int, runtime: Runtime
+) -> tuple[Batch, Tensor]:
+    """Captions that a captioner samples for the images of a batch, as a Batch, and their rewards (B, C).
+
+    Each image gets as many as the image with the most references has, and at least two.
     """
-    settings = run.settings
-    run.captioner.train()
-    order = epoch_order(len(training), settings.seed, run.epoch, settings.mirror)
-    batches = split_order(order, settings.batch_size)
-    loader = make_loader(training, batches[run.step :], settings.workers)
-    done = sum(len(training.captions[place_of(item)]) for batch in batches[: run.step] for item in batch)
+    count = max(2, batch.words.shape[1])
+    with torch.inference_mode(), runtime.autocast():
+        regions = captioner.encode_images(batch.inputs.to(runtime.device, non_blocking=True), batch.is_features)
+        sampled = sample(captioner.decoder, regions, count, max_length, TEMPERATURE).tolist()
+    captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
+    new_batch = collate(list(zip(batch.indices, batch.inputs, captions, strict=True)), batch.is_features)
+    references = dict(zip(batch.indices, batch.captions(), strict=True))
+    pairs = zip(new_batch.indices, new_batch.captions(), strict=True)
+    return new_batch, torch.tensor([reward(references[index], candidates) for index, candidates in pairs])
+
+
+# --------------------------------------------------------------------------------------------------- one epoch
+
+
+def train_one_epoch(
+    state: TrainState, training: CaptionDataset, runtime: Runtime, caught: list[int], reward: CiderReward | None
+) -> None:
+    """The rest of a pass over the training images with all their captions; sums up in `state`.
+
+    A signal in the list `caught`, of `training.shutdown.graceful_shutdown`, ends the program before the next step,
+    with all complete steps in last.pt. With a `reward` the steps are those of self-critical training.
+    """
+    settings = state.settings
+    state.captioner.train()
+    items = shuffled_indices(len(training), settings.seed, state.epoch, settings.hflip)
+    batches = make_batches(items, settings.batch_size)
+    loader = make_loader(training, batches[state.step :], settings.workers)
+    done = sum(len(training.captions[index]) for batch in batches[: state.step] for index, _ in batch)
+    title, metric = f"epoch {state.epoch + 1}", "reward" if reward else "loss"
     start = saved = time.perf_counter()
-    seconds_before = run.seconds
-    with tqdm(
-        total=training.captions.total(),
+    seconds_before = state.seconds
+    progress = tqdm(
+        total=training.captions.num_captions(),
         initial=done,
-        desc=f"epoch {run.epoch + 1}",
+        desc=title,
         unit="caption",
         leave=False,
         disable=rank() > 0,
-    ) as bar:
+    )
+    with progress as bar:
         for batch in loader:
             save_now = rank() == 0 and time.perf_counter() - saved > settings.save_minutes * 60
-            words, captions, stop, save_now = add_up([*batch.totals(), bool(caught), save_now])
+            words, captions, stop, save_now = all_reduce_sum([*batch.counts(), bool(caught), save_now])
             if stop or save_now:
-                run.save("last.pt", resumable=True)
+                state.save("last.pt", with_training_state=True)
                 saved = time.perf_counter()
             if stop:
-                path = Path(settings.run_folder) / "last.pt"
-                number = caught[0] if caught else signal.SIGTERM  # another process caught it
-                raise Stopped(number, f"stopped in epoch {run.epoch + 1}: python train.py --resume {path} goes on")
-
-            step = run.epoch * len(batches) + run.step
-            factor = learning_rate_factor(settings, step, len(batches))
-            for group in run.optimizer.param_groups:
-                group["lr"] = factor * group["initial_lr"]
-            sampling = settings.scheduled_sampling * step / (settings.epochs * len(batches))  # rising along a line
-            try:
-                totals = (words, captions)
-                loss, number = train_step(
-                    run.network, run.optimizer, batch, settings, device, dtype, totals, sampling, reward
-                )
-            except FloatingPointError as error:
-                rate = run.optimizer.param_groups[0]["lr"]
-                raise InputError(
-                    f"{error} at epoch {run.epoch + 1}, step {run.step + 1}, learning rate {rate:g}: "
-                    f"lower --learning_rate or --gradient_clip, or try --precision fp32"
-                ) from None
-            except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"{first_line(error)} With --batch_size {settings.batch_size} --accumulate "
-                    f"{settings.accumulate}: double --accumulate, or halve --batch_size"
-                ) from None
-            run.average.update(step)
-            run.step += 1
-            run.loss += loss
-            run.words += number
-            run.seconds = seconds_before + time.perf_counter() - start
-            bar.set_postfix(loss=f"{run.loss / run.words:.3f}", refresh=False)
+                raise stop_request(state, caught)
+            one_step(state, batch, runtime, len(batches), (words, captions), reward)
+            state.seconds = seconds_before + time.perf_counter() - start
+            bar.set_postfix({metric: f"{state.loss / state.count:.3f}"}, refresh=False)
             bar.update(captions)
 
 
-def finish_epoch(run, training, validation, device, dtype):
-    """Validate, then write log.jsonl, best.pt, last.pt and curves.png."""
-    settings = run.settings
-    run.save("last.pt", resumable=True)  # validation takes its time, too
-    take_from_first([own for own, _ in run.average.buffers])  # BatchNorm's statistics are each process's own
-    evaluation = EvaluationSettings(max_length=settings.max_length)
-    scores, captions = evaluate(run.average.captioner, run.vocabulary, validation, evaluation, 1, device, dtype)
-    loss, words = add_up([run.loss, run.words])
+def one_step(
+    state: TrainState,
+    batch: Batch,
+    runtime: Runtime,
+    steps_per_epoch: int,
+    counts: tuple[int, int],
+    reward: CiderReward | None,
+) -> None:
+    """One step of the objective at its learning rate, added to `state`; InputError where it cannot be taken."""
+    settings, optimizer = state.settings, state.optimizer
+    step = state.epoch * steps_per_epoch + state.step
+    factor = learning_rate_factor(settings, step, steps_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["initial_lr"]
+    try:
+        if reward:
+            loss, count = scst_step(state.network, optimizer, batch, settings, runtime, reward, counts)
+        else:
+            # Rising linearly over all steps.
+            sampling = settings.scheduled_sampling_max_prob * step / (settings.epochs * steps_per_epoch)
+            loss, count = train_step(state.network, optimizer, batch, settings, runtime, counts, sampling)
+    except FloatingPointError as error:
+        raise InputError(
+            f"{error} at epoch {state.epoch + 1}, step {state.step + 1}, learning rate "
+            f"{optimizer.param_groups[0]['lr']:g}: lower --learning_rate or --grad_clip, or try --precision fp32"
+        ) from None
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{first_line(error)} With --batch_size {settings.batch_size} --gradient_accumulation_steps "
+            f"{settings.gradient_accumulation_steps}: double --gradient_accumulation_steps, or halve --batch_size"
+        ) from None
+    state.ema.update(step)
+    state.step += 1
+    state.loss += loss
+    state.count += count
+
+
+def stop_request(state: TrainState, caught: list[int]) -> StopRequested:
+    """What ends a training that a signal stopped, with the way to continue."""
+    last = Path(state.settings.run_folder) / "last.pt"
+    signum = caught[0] if caught else signal.SIGTERM  # another process caught it
+    return StopRequested(signum, f"stopped in epoch {state.epoch + 1}: continue with python train.py --resume {last}")
+
+
+# -------------------------------------------------------------------------------------------------- validation
+
+
+@torch.inference_mode()
+def validation_loss(captioner: Captioner, validation: CaptionDataset, batch_size: int, runtime: Runtime) -> float:
+    """The cross-entropy of a word of the validation captions under teacher forcing, without label smoothing."""
+    captioner.eval()
+    total, count = 0.0, 0
+    for batch in make_loader(validation, make_batches(in_order(len(validation)), batch_size)):
+        output = forward(captioner, batch, runtime)
+        total += nn.functional.cross_entropy(output.logits.float(), output.targets, reduction="sum").item()
+        count += batch.counts()[0]
+    total, count = all_reduce_sum([total, count])
+    return total / count
+
+
+def validate_and_save(
+    state: TrainState, training: CaptionDataset, validation: CaptionDataset, runtime: Runtime
+) -> None:
+    """Validate the averaged weights, then write log.jsonl, best.pt, last.pt and curves.png."""
+    settings = state.settings
+    state.save("last.pt", with_training_state=True)  # validation takes its time, too
+    broadcast(average for average, _ in state.ema.buffers)  # BatchNorm's statistics differ between processes
+    captioner = state.ema.captioner
+    decoding = DecodingSettings(beam_size=1, max_length=settings.max_length)
+    scores, captions = evaluate(captioner, state.vocabulary, validation, decoding, runtime)
+    loss, count = all_reduce_sum([state.loss, state.count])
     row = {
-        "epoch": run.epoch + 1,
-        "loss": loss / words,
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "seconds": run.seconds,
-        "captions_per_second": training.captions.total() / run.seconds,
-        **scores,
+        "epoch": state.epoch + 1,
+        "train/reward" if settings.objective == "scst" else "train/loss": loss / count,
+        "val/loss": validation_loss(captioner, validation, decoding.batch_size, runtime),
+        **{f"val/{name}": score for name, score in scores.items() if name not in ("beam_size", "images_per_second")},
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "seconds": state.seconds,
+        "captions_per_second": training.captions.num_captions() / state.seconds,
     }
-    run.epoch, run.step, run.seconds, run.loss, run.words = run.epoch + 1, 0, 0.0, 0.0, 0
-    better = scores[settings.score] > run.best_score
-    run.waited = 0 if better else run.waited + 1
-    run.best_score = max(run.best_score, scores[settings.score])
+    improved = scores[settings.best_metric] > state.best_score
+    state.epoch, state.step, state.seconds, state.loss, state.count = state.epoch + 1, 0, 0.0, 0.0, 0
+    state.epochs_since_improvement = 0 if improved else state.epochs_since_improvement + 1
+    state.best_score = max(state.best_score, scores[settings.best_metric])
     folder = Path(settings.run_folder)
     if rank() == 0:
-        append_log(folder / "log.jsonl", row)
+        append_jsonl(folder / "log.jsonl", row)
         write_tensorboard(folder / "tensorboard", [row])
-    if better:
-        run.save("best.pt", resumable=False)
-    run.save("last.pt", resumable=True)
+    if improved:
+        state.save("best.pt", with_training_state=False)
+    state.save("last.pt", with_training_state=True)
     if rank() == 0:
-        draw_curves([folder / "log.jsonl"], folder / "curves.png")
-    print(
-        f"epoch {run.epoch}: loss {row['loss']:.3f}, BLEU-4 {scores['bleu_4']:.4f}, CIDEr {scores['cider']:.4f}, "
-        f"{row['captions_per_second']:.0f} captions/s, {row['seconds']:.0f} s{', best' if better else ''}"
-    )
+        plot_curves([folder / "log.jsonl"], folder / "curves.png")
+    print_epoch(row, improved)
     print(f"  {validation.entries[0]['image']}: {' '.join(captions[0])}")
 
 
-def check(settings):
-    """Raise InputError for a number out of its range."""
-    require_at_least(settings, 1, "epochs", "batch_size", "accumulate", "patience", "max_length")
-    require_at_least(settings, 1, "embedding_size", "attention_size", "hidden_size")
-    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
-    require_at_least(settings, 0, "grid_size", "region_dim", "gradient_clip", "learning_rate_decay", "save_minutes")
-    require_at_least(settings, 0, "graph_layers", "graph_neighbours")
-    require_at_least(settings, 1, "graph_heads")
-    require_below_one(settings, "warm_up", "dropout", "label_smoothing", "weight_average", "scheduled_sampling")
-    if settings.fine_tune_from and not settings.fine_tune_encoder:
-        raise InputError(f"--fine_tune_from {settings.fine_tune_from} needs --fine_tune_encoder")
-    if settings.freeze_word_vectors and not (settings.word_vectors or settings.init_from):
-        raise InputError("--freeze_word_vectors needs --word_vectors: without, the words would stay random")
-    if settings.objective == "cider" and not (settings.init_from or settings.resume):
-        raise InputError("--objective cider needs a model that can caption already: give its best.pt as --init_from")
-    for name in ("scheduled_sampling", "doubly_stochastic"):
-        if settings.objective == "cider" and getattr(settings, name):
-            raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective cider")
-    if settings.batch_size < world_size() * settings.accumulate:
-        raise InputError(
-            f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "
-            f"--accumulate {settings.accumulate} parts: give at least {world_size() * settings.accumulate}"
-        )
+def print_epoch(row: dict, improved: bool) -> None:
+    """Print a row of the log as one line."""
+    metric = "reward" if "train/reward" in row else "loss"
+    print(
+        f"epoch {row['epoch']}: {metric} {row[f'train/{metric}']:.3f}, validation loss {row['val/loss']:.3f}, "
+        f"BLEU-4 {row['val/bleu_4']:.4f}, CIDEr {row['val/cider']:.4f}, {row['captions_per_second']:.0f} captions/s, "
+        f"{row['seconds']:.0f} s{', best' if improved else ''}"
+    )
 
 
-def train(settings, device):
-    """Train until the validation score stops rising."""
+# ---------------------------------------------------------------------------------------------------- all of it
+
+
+def train(settings: Settings, device: torch.device) -> None:
+    """Train until the validation score stops rising: model, data, optimizer and state, then the epochs."""
     settings, checkpoint = prepare_run(settings)
-    check(settings)
+    validate_settings(settings)
     require_writable(settings.run_folder)
-    dtype = choose_dtype(settings.precision, device)
-    run = start_run(settings, checkpoint, device)
-    cached = not settings.fine_tune_encoder
+    runtime = choose_runtime(device, settings.precision)
+    state = start_run(settings, checkpoint, device)
     validation, training = (
-        open_split(
+        build_dataset(
             settings.data_folder,
             split,
-            run.vocabulary,
-            run.captioner,
-            cached,
-            device,
-            dtype,
-            mirror=mirror,
+            state.vocabulary,
+            state.captioner,
+            runtime,
+            hflip=hflip,
             in_memory=settings.in_memory,
         )
-        for split, mirror in (("val", False), ("train", settings.mirror))
+        for split, hflip in (("val", False), ("train", settings.hflip))
     )
     if len(training) < world_size():
         raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
-    start_files(run, checkpoint)
-    print(f"{len(training)} training images, {len(run.vocabulary)} words, {device}, {str(dtype).split('.')[1]}")
-    if run.waited >= settings.patience:
-        print(f"nothing to do: {run.waited} epochs brought no better score, --patience N waits longer")
-    elif run.epoch >= settings.epochs:
-        print(f"nothing to do after {run.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
+    start_files(state, checkpoint)
+    dtype = str(runtime.dtype).split(".")[1]
+    print(f"{len(training)} training images, {len(state.vocabulary)} words, {device}, {dtype}")
+    if state.epochs_since_improvement >= settings.patience:
+        print(f"nothing to do: no improvement in {state.epochs_since_improvement} epochs, raise --patience to go on")
+    elif state.epoch >= settings.epochs:
+        print(f"nothing to do after {state.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
     reward = None
-    if settings.objective == "cider":
+    if settings.objective == "scst":
         # <end> counts as a word: captions that break off would cost nothing otherwise.
-        reward = CiderReward([[caption[1:] for caption in one_image] for one_image in training.captions])
-    with stop_signals() as caught:
-        while run.epoch < settings.epochs and run.waited < settings.patience:
-            train_one_epoch(run, training, device, dtype, caught, reward)
-            finish_epoch(run, training, validation, device, dtype)
-    print(f"best {settings.score} {run.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
+        reward = CiderReward([[caption[1:] for caption in captions] for captions in training.captions])
+    with graceful_shutdown() as caught:
+        while state.epoch < settings.epochs and state.epochs_since_improvement < settings.patience:
+            train_one_epoch(state, training, runtime, caught, reward)
+            validate_and_save(state, training, validation, runtime)
+    print(f"best {settings.best_metric} {state.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
 
 
-def main(settings):
-    """Train, on each of several processes its share (torchrun), or draw the curves of runs."""
-    if settings.look:
-        print(draw_runs(settings.look))
+def main(settings: Settings) -> None:
+    """Train, on each of several processes its share (torchrun), or plot the curves of runs."""
+    if settings.plot:
+        print(plot_runs(settings.plot))
         return
-    with processes(settings.device) as device:
-        train(settings, device)  # all that uses the processes' connection is gone when it is closed
+    with init_distributed(settings.device) as device:
+        train(settings, device)  # all that uses the process group is freed before it is destroyed
 
 
 if __name__ == "__main__":

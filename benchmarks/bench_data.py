@@ -22,11 +22,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import create_input_files
-from datasets import CaptionDataset, epoch_order, make_loader, split_order
-from formats import Photo
-from prepared import SPLITS, write_captions
-from utils import InputError, run_script, write_json
-from vocabulary import SPECIAL_WORDS, Vocabulary
+from common.files import write_json
+from datasets import CaptionDataset, make_batches, make_loader, shuffled_indices
+from preparation.caption_formats import ImageRecord
+from preparation.storage import SPLITS, write_captions
+from text.vocabulary import SPECIAL_TOKENS, Vocabulary
+from utils import InputError, run_script
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def plain_loop(paths, size, path):
 def photos_of(paths):
     """Photos as create_input_files.py has them."""
     caption = {"words": ["a", "photo"], "raw": "A photo."}
-    return [Photo(path, path.name, i, "train", [caption]) for i, path in enumerate(paths)]
+    return [ImageRecord(path, path.name, i, "train", [caption]) for i, path in enumerate(paths)]
 
 
 def compare(paths, folder, settings):
@@ -102,7 +103,7 @@ def loader_speed(folder, workers, in_memory=False):
     dataset = CaptionDataset(folder, "train", Vocabulary.load(folder))
     if in_memory:
         dataset.read_all()
-    batches = split_order(epoch_order(len(dataset), seed=0, epoch=0), 32)
+    batches = make_batches(shuffled_indices(len(dataset), seed=0, epoch=0), 32)
     start = time.perf_counter()
     for _ in make_loader(dataset, batches, workers):
         pass
@@ -132,17 +133,17 @@ def generate_captions(folder, images, seed):
     with h5py.File(folder / "train_images.hdf5", "w") as file:
         file.create_dataset("images", (images, 3, 8, 8), np.uint8, chunks=(1, 3, 8, 8))
         file.attrs["digest"] = ""
-    words = SPECIAL_WORDS + [f"word{n}" for n in range(10_000)]
+    words = SPECIAL_TOKENS + [f"word{n}" for n in range(10_000)]
     write_json(folder / "word_map.json", {word: number for number, word in enumerate(words)})
     splits = {split: {"images": images if split == "train" else 0, "digest": ""} for split in SPLITS}
-    write_json(folder / "dataset.json", {"image_size": 8, "splits": splits, "made_from": {}})
+    write_json(folder / "dataset.json", {"image_size": 8, "splits": splits, "source": {}})
 
 
 def load_captions(folder):
     """Seconds to load a folder's captions as training does, and how many there are."""
     start = time.perf_counter()
     dataset = CaptionDataset(folder, "train", Vocabulary.load(folder))
-    return time.perf_counter() - start, dataset.captions.total()
+    return time.perf_counter() - start, dataset.captions.num_captions()
 
 
 def peak_memory():

@@ -1,22 +1,27 @@
-"""Captions/s of a training step against the straightforward loop and the machine's limit: benchmarks/bench_train.py
+"""Captions/s of a training step against a straightforward loop and the machine's limit: benchmarks/bench_train.py
 
-Both sides train the decoder on the frozen encoder's regions of the same photos, with the same weights, words and
-optimizer. The straightforward loop is that of most tutorials: the encoder runs in the step, once for each caption,
-the attention's keys are projected again at each word, logits are computed word by word, all in fp32. Photos and
-captions are random; the captions' lengths are distributed like Flickr8k's. The limit is a large matrix product: its
-operations a second, times the operations that torch counts in a step.
+Both sides train the decoder on the regions of a frozen encoder, with the same images, weights, words and optimizer.
+The straightforward loop is that of most tutorials: the encoder runs in every step, once per caption; the attention
+projects its keys again at each word; logits are computed word by word; all in fp32. Images and captions are random,
+with caption lengths distributed as in Flickr8k. The limit is the throughput of a large matmul, which the operations
+that torch counts in a step are compared with.
+
+Shapes: B images, C captions of an image, N = B C captions in all, n of them unfinished, T words, R regions, D their
+width, A of the attention, E of a word embedding, H of the hidden state.
 """
 
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
@@ -24,224 +29,280 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from datasets import collate
-from models import build_captioner
-from optimization import captioning_loss, make_optimizer
-from utils import choose_device, choose_dtype, run_script
-from vocabulary import END, SPECIAL_WORDS, START
+from datasets import Batch, collate
+from models import Captioner, build_captioner, model_settings
+from modules.attention import SoftAttention
+from text.vocabulary import END, SPECIAL_TOKENS, START
+from training.losses import captioning_loss
+from training.optim import make_optimizer
+from utils import Runtime, choose_runtime, run_script
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Time a training step against the straightforward loop, after checking that both compute the same."""
+    """Time a training step against a straightforward loop, after checking that both compute the same."""
 
     encoder: str = "resnet101"  # torchvision network, with random weights
-    image_size: int = 256  # side of the photos in pixels
-    batch_size: int = 32  # images a step
-    captions: int = 5  # of each image
-    vocabulary: int = 2541  # words; Flickr8k's at min_word_freq 5
-    steps: int = 10  # counted steps of the cached side
-    fine_tune_steps: int = 1  # counted steps that train the encoder, too; 0 leaves them out
-    reference_steps: int = 1  # counted steps of the straightforward loop
+    image_size: int = 256  # side of the images in pixels
+    batch_size: int = 32  # images per step
+    captions_per_image: int = 5  # captions of each image
+    vocab_size: int = 2541  # words; Flickr8k's at min_word_freq 5
+    steps: int = 10  # timed steps of the cached side
+    fine_tune_steps: int = 1  # timed steps that train the encoder, too; 0 leaves them out
+    reference_steps: int = 1  # timed steps of the straightforward loop
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the cached side
     device: str = "auto"  # auto, cpu or cuda
-    seed: int = 0  # of everything random
+    seed: int = 0  # of weights, images and captions
 
 
-def straightforward_loss(captioner, images, words, lengths, settings):
-    """The loss of train.py, computed the way of most tutorials: images and words are one row a caption."""
+# --------------------------------------------------------------------------------------- the straightforward loop
+
+
+class CaptionRows(NamedTuple):
+    """A batch as the straightforward loop takes it: one row per caption."""
+
+    images: Tensor  # (N, 3, h, w) uint8, each image once per caption
+    words: Tensor  # (N, T + 1)
+    lengths: Tensor  # (N,)
+
+
+def straightforward_loss(captioner: Captioner, rows: CaptionRows, settings: train.Settings) -> tuple[Tensor, Tensor]:
+    """The cross-entropy and the loss of train.py, computed as in most tutorials."""
     decoder = captioner.decoder
+    attention, cell_layer = decoder.attention, decoder.cell
+    assert isinstance(attention, SoftAttention)
     with torch.no_grad():
-        features = captioner.encoder(images)
+        features = captioner.encoder(rows.images)
     regions = captioner.region_layer(features)  # (N, R, D)
-    lengths, order = lengths.sort(descending=True)
-    regions, words = regions[order], words[order]
-    hidden, memory = (part.squeeze(1) for part in decoder.first_state(regions))  # (N, H)
+    lengths, order = rows.lengths.sort(descending=True)
+    regions, words = regions[order], rows.words[order]
+    hidden, cell = (part.squeeze(1) for part in decoder.init_state(regions))  # (N, H)
     embedded = decoder.dropout(decoder.embedding(words))  # (N, T + 1, E)
-    cell = decoder.cell
-    with torch.device("meta"):  # torch's own cell, on our weights
-        lstm_cell = nn.LSTMCell(cell.words.in_features + cell.context.in_features, cell.hidden.in_features)
+    with torch.device("meta"):  # torch's cell, called with our weights
+        lstm_cell = nn.LSTMCell(
+            cell_layer.words.in_features + cell_layer.context.in_features, cell_layer.hidden.in_features
+        )
     cell_weights = {
-        "weight_ih": torch.cat([cell.words.weight, cell.context.weight], dim=1),
-        "weight_hh": cell.hidden.weight,
-        "bias_ih": cell.words.bias,
-        "bias_hh": torch.zeros_like(cell.words.bias),
+        "weight_ih": torch.cat([cell_layer.words.weight, cell_layer.context.weight], dim=1),
+        "weight_hh": cell_layer.hidden.weight,
+        "bias_ih": cell_layer.words.bias,
+        "bias_hh": torch.zeros_like(cell_layer.words.bias),
     }
     steps = int(lengths[0])
     predictions = regions.new_zeros(len(words), steps, decoder.output.out_features)
-    looked = regions.new_zeros(len(words), steps, regions.shape[1])
+    alphas = regions.new_zeros(len(words), steps, regions.shape[1])
     for t in range(steps):
         n = int((lengths > t).sum())
-        hidden, memory = hidden[:n], memory[:n]
-        keys = decoder.attention.keys(regions[:n])  # (n, R, A)
-        energy = keys + decoder.attention.query(hidden).unsqueeze(1)
-        weights = decoder.attention.score(energy.tanh()).squeeze(2).softmax(dim=1)  # (n, R)
-        context = (weights.unsqueeze(2) * regions[:n]).sum(dim=1)  # (n, D)
-        context = decoder.attention.gate(hidden).sigmoid() * context
+        hidden, cell = hidden[:n], cell[:n]
+        keys = attention.keys(regions[:n])  # (n, R, A)
+        energy = keys + attention.query(hidden).unsqueeze(1)
+        alpha = attention.score(energy.tanh()).squeeze(2).softmax(dim=1)  # (n, R)
+        context = (alpha.unsqueeze(2) * regions[:n]).sum(dim=1)  # (n, D)
+        context = attention.gate(hidden).sigmoid() * context
         word = embedded[:n, t]
-        rows = torch.cat([word, context], dim=1)
-        hidden, memory = functional_call(lstm_cell, cell_weights, (rows, (hidden, memory)))
-        output = word + decoder.hidden_output(hidden) + decoder.context_output(context)
+        inputs = torch.cat([word, context], dim=1)
+        hidden, cell = functional_call(lstm_cell, cell_weights, (inputs, (hidden, cell)))
+        output = word + decoder.hidden_proj(hidden) + decoder.context_proj(context)
         predictions[:n, t] = decoder.output(decoder.dropout(output.tanh()))
-        looked[:n, t] = weights
-    real = torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
-    word_loss = functional.cross_entropy(predictions[real], words[:, 1 : steps + 1][real])
-    return word_loss, word_loss + settings.doubly_stochastic * (1 - looked.sum(dim=1)).square().mean()
+        alphas[:n, t] = alpha
+    mask = torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
+    cross_entropy = functional.cross_entropy(predictions[mask], words[:, 1 : steps + 1][mask])
+    coverage_penalty = (1 - alphas.sum(dim=1)).square().mean()
+    return cross_entropy, cross_entropy + settings.doubly_stochastic * coverage_penalty
 
 
-def straightforward_step(captioner, optimizer, images, words, lengths, settings):
-    """One training step of the straightforward loop."""
-    word_loss, loss = straightforward_loss(captioner, images, words, lengths, settings)
+def straightforward_step(
+    captioner: Captioner, optimizer: torch.optim.Optimizer, rows: CaptionRows, settings: train.Settings
+) -> float:
+    """One training step of the straightforward loop; returns its cross-entropy."""
+    cross_entropy, loss = straightforward_loss(captioner, rows, settings)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    clip_grad_norm_(captioner.parameters(), settings.gradient_clip)
+    clip_grad_norm_(captioner.parameters(), settings.grad_clip)
     optimizer.step()
-    return word_loss.item()
+    return cross_entropy.item()
 
 
-def random_captions(settings, generator):
-    """Captions of random words for each image; lengths of mean 11.8 and deviation 3.9 as Flickr8k's."""
+# -------------------------------------------------------------------------------------------------- inputs
+
+
+def random_captions(settings: Settings, generator: torch.Generator) -> list[list[list[int]]]:
+    """Captions of random words for each image, with lengths of mean 11.8 and deviation 3.9 as in Flickr8k."""
     captions = []
     for _ in range(settings.batch_size):
-        sizes = (torch.randn(settings.captions, generator=generator) * 3.9 + 11.8).round().clamp(3, 36).int()
-        captions.append(
-            [
-                [
-                    START,
-                    *torch.randint(len(SPECIAL_WORDS), settings.vocabulary, (n,), generator=generator).tolist(),
-                    END,
-                ]
-                for n in sizes.tolist()
-            ]
-        )
+        lengths = torch.randn(settings.captions_per_image, generator=generator) * 3.9 + 11.8
+        image_captions = []
+        for length in lengths.round().clamp(3, 36).int().tolist():
+            words = torch.randint(len(SPECIAL_TOKENS), settings.vocab_size, (length,), generator=generator)
+            image_captions.append([START, *words.tolist(), END])
+        captions.append(image_captions)
     return captions
 
 
-def seconds_each(step, count, device):
-    """Median seconds of a call after one that is not counted: NaN for none."""
+def make_captioner(
+    settings: Settings, train_settings: train.Settings, images: Tensor, device: torch.device
+) -> Captioner:
+    """A captioner with random weights and fitting BatchNorm statistics.
+
+    Without one pass in training mode, a hundred random layers would overflow.
+    """
+    captioner = build_captioner(
+        vocab_size=settings.vocab_size,
+        image_size=settings.image_size,
+        resize="squash",
+        **model_settings(asdict(train_settings)),
+    )
+    captioner.to(device).train()
+    for module in captioner.encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        captioner.encoder(images[:4].to(device))
+    return captioner
+
+
+def extract_features(captioner: Captioner, images: Tensor, device: torch.device) -> Tensor:
+    """The cached features (B, R, F) float16 of images (B, 3, h, w)."""
+    with torch.no_grad():
+        return captioner.encoder(images.to(device)).half().cpu()
+
+
+def caption_rows(batch: Batch, device: torch.device) -> CaptionRows:
+    """The rows of a batch of images that all have C captions."""
+    images = batch.inputs.repeat_interleave(batch.words.shape[1], dim=0).to(device)
+    return CaptionRows(images, batch.words.flatten(0, 1).to(device), batch.lengths.flatten().to(device))
+
+
+# ---------------------------------------------------------------------------------------------- measurements
+
+
+def seconds_per_call(function: Callable[[], object], count: int, device: torch.device) -> float:
+    """Median seconds of so many calls after one that is not timed; NaN for none."""
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
-        step()
+        function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[count // 2] if count else math.nan
 
 
-def operations_per_second(device, dtype, side=4096):
-    """What a large matrix product reaches: the limit of all that a step computes."""
-    one, other = torch.randn(2, side, side, device=device, dtype=dtype)
-    return 2 * side**3 / seconds_each(lambda: one @ other, 5, device)
+def matmul_flops(runtime: Runtime, side: int = 4096) -> float:
+    """Floating-point operations per second of a large matmul, the upper limit of a step."""
+    a, b = torch.randn(2, side, side, device=runtime.device, dtype=runtime.dtype)
+    return 2 * side**3 / seconds_per_call(lambda: a @ b, 5, runtime.device)
 
 
-def bytes_per_second(device, size=2**28):
-    """What a large copy reaches, counted as read and written."""
+def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
+    """Bytes per second of a large copy, those read and those written."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / seconds_each(lambda: target.copy_(source), 5, device)
+    return 2 * size / seconds_per_call(lambda: target.copy_(source), 5, device)
 
 
-def operations(step):
-    """The operations of a step's matrix products and convolutions, forward and backward."""
+def count_flops(function: Callable[[], object]) -> int:
+    """Floating-point operations of a call's matmuls and convolutions, forward and backward."""
     with FlopCounterMode(display=False) as counter:
-        step()
+        function()
     return counter.get_total_flops()
 
 
-def main(settings):
-    """Check that both sides agree, time them, print a table and one line of JSON."""
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.precision, device)
-    torch.manual_seed(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    plan = train.Settings(encoder=settings.encoder, encoder_weights="", dropout=0.0, label_smoothing=0.0)
-    captioner = build_captioner(asdict(plan), settings.vocabulary, settings.image_size, "", "squash")
-    captioner.to(device).train()
+def check_agreement(
+    captioner: Captioner, batch: Batch, rows: CaptionRows, settings: train.Settings, device: torch.device
+) -> None:
+    """Assert that both sides compute the same loss and gradient."""
 
-    shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
-    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    # One pass in training mode gives BatchNorm statistics that fit: without, a hundred random layers overflow.
-    for module in captioner.encoder.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        captioner.encoder(images[:4].to(device))
-    optimizer = make_optimizer(captioner, plan)
-    captioner.train()  # the encoder is frozen from here on
-    captions = random_captions(settings, generator)
-    with torch.inference_mode():
-        start = time.perf_counter()
-        regions = captioner.encoder(images.to(device)).half().cpu()
-        extraction = len(images) / (time.perf_counter() - start)
-    batch = collate([(i, regions[i].clone(), captions[i]) for i in range(len(images))])
-    plain = collate([(i, images[i], captions[i]) for i in range(len(images))])
-    rows = plain.lengths.numel()
-    words, lengths = plain.words.flatten(0, 1).to(device), plain.lengths.flatten().to(device)
-    repeated = plain.images.repeat_interleave(settings.captions, dim=0).to(device)
-
-    def gradient(loss):
+    def decoder_gradient(loss: Tensor) -> Tensor:
         captioner.zero_grad()
         loss.backward()
-        return torch.cat([p.grad.flatten() for p in captioner.decoder.parameters()]).double()
+        gradients = [param.grad.flatten() for param in captioner.decoder.parameters() if param.grad is not None]
+        return torch.cat(gradients).double()
 
-    outputs = captioner(batch.images.to(device), batch.words.to(device), batch.lengths)
-    ours = captioning_loss(outputs, batch.lengths, plan, *batch.totals())[0]
-    theirs = straightforward_loss(captioner, repeated, words, lengths, plan)[1]
-    gap = abs(ours.item() - theirs.item())
-    our_gradient, their_gradient = gradient(ours), gradient(theirs)
-    direction = functional.cosine_similarity(our_gradient, their_gradient, dim=0).item()
-    print(f"same loss within {gap:.1e} (cached features are float16), cosine of the two gradients {direction:.6f}")
-    assert gap < 1e-2 and direction > 0.999, "the two sides do not agree"
+    output = captioner(batch.inputs.to(device), batch.words.to(device), batch.lengths, is_features=batch.is_features)
+    loss, _ = captioning_loss(output, batch.lengths, settings, *batch.counts())
+    _, reference_loss = straightforward_loss(captioner, rows, settings)
+    difference = abs(loss.item() - reference_loss.item())
+    gradient, reference_gradient = decoder_gradient(loss), decoder_gradient(reference_loss)
+    cosine = functional.cosine_similarity(gradient, reference_gradient, dim=0).item()
+    print(f"same loss within {difference:.1e} (cached features are float16), cosine of the two gradients {cosine:.6f}")
+    assert difference < 1e-2 and cosine > 0.999, "the two sides do not agree"
 
-    def step():
-        return train.train_step(captioner, optimizer, batch, plan, device, dtype)
 
-    def fine_tuning_step():
-        return train.train_step(captioner, fine_tuning_optimizer, plain, tuned, device, dtype)
+class Timing(NamedTuple):
+    """A row of the table."""
 
-    limit = operations_per_second(device, dtype)
-    counted = operations(step)
-    ours = seconds_each(step, settings.steps, device)
-    theirs = seconds_each(
-        lambda: straightforward_step(captioner, optimizer, repeated, words, lengths, plan),
-        settings.reference_steps,
-        device,
-    )
-    rows_of_table = [
-        ("straightforward loop", "fp32", theirs, None),
-        ("train.py, cached features", dtype, ours, counted),
-    ]
-    if settings.fine_tune_steps:
-        tuned = replace(plan, fine_tune_encoder=True)
-        fine_tuning_optimizer = make_optimizer(captioner, tuned)
-        counted_tuning = operations(fine_tuning_step)
-        tuning = seconds_each(fine_tuning_step, settings.fine_tune_steps, device)
-        rows_of_table.append(("train.py --fine_tune_encoder", dtype, tuning, counted_tuning))
+    side: str
+    dtype: torch.dtype
+    seconds: float  # per step
+    flops: int = 0  # per step; 0 where they were not counted
 
-    print(
-        f"{settings.encoder} at {settings.image_size} pixels, {batch.images.shape[1]} regions, {rows} captions a step,"
-    )
-    print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"extracting the features once: {extraction:.1f} images/s"
-    )
-    print(f"limit: {limit / 1e9:.0f} GFLOP/s in a product, {bytes_per_second(device) / 1e9:.1f} GB/s in a copy")
+
+def print_table(timings: list[Timing], images: int, captions: int, limit: float) -> None:
+    """Print the timings of steps of so many images and captions; `limit` is in operations per second."""
     print("| side | precision | s/step | captions/s | images/s | GFLOP/step | of the limit |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for side, precision, seconds, count in rows_of_table:
-        share = f"{count / 1e9:.0f} | {count / seconds / limit:.0%}" if count else "- | -"
-        rates = f"{seconds:.3f} | {rows / seconds:.1f} | {len(images) / seconds:.1f}"
-        print(f"| {side} | {str(precision).removeprefix('torch.')} | {rates} | {share} |")
+    for side, dtype, seconds, flops in timings:
+        share = f"{flops / 1e9:.0f} | {flops / seconds / limit:.0%}" if flops else "- | -"
+        rates = f"{seconds:.3f} | {captions / seconds:.1f} | {images / seconds:.1f}"
+        print(f"| {side} | {str(dtype).removeprefix('torch.')} | {rates} | {share} |")
+
+
+def main(settings: Settings) -> None:
+    """Check that both sides agree, time them, print a table and one line of JSON."""
+    runtime = choose_runtime(settings.device, settings.precision)
+    device = runtime.device
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    frozen = train.Settings(encoder=settings.encoder, encoder_weights="", dropout=0.0, label_smoothing=0.0)
+    shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    captioner = make_captioner(settings, frozen, images, device)
+    optimizer = make_optimizer(captioner, frozen)
+    captioner.train()  # from here on the encoder is frozen
+    captions = random_captions(settings, generator)
+    start = time.perf_counter()
+    features = extract_features(captioner, images, device)
+    images_per_second = len(images) / (time.perf_counter() - start)
+    cached = collate([(i, features[i], captions[i]) for i in range(len(images))], is_features=True)
+    uncached = collate([(i, images[i], captions[i]) for i in range(len(images))])
+    rows = caption_rows(uncached, device)
+    check_agreement(captioner, cached, rows, frozen, device)
+
+    limit = matmul_flops(runtime)
+    step = partial(train.train_step, captioner, optimizer, cached, frozen, runtime)
+    flops = count_flops(step)
+    seconds = seconds_per_call(step, settings.steps, device)
+    reference_step = partial(straightforward_step, captioner, optimizer, rows, frozen)
+    reference_seconds = seconds_per_call(reference_step, settings.reference_steps, device)
+    timings = [
+        Timing("straightforward loop", torch.float32, reference_seconds),
+        Timing("train.py, cached features", runtime.dtype, seconds, flops),
+    ]
+    count = rows.lengths.numel()
     result = {
-        "ratio": theirs / ours,
-        "captions_per_second": rows / ours,
-        "reference_captions_per_second": rows / theirs,
-        "share_of_limit": counted / ours / limit,
+        "ratio": reference_seconds / seconds,
+        "captions_per_second": count / seconds,
+        "reference_captions_per_second": count / reference_seconds,
+        "share_of_limit": flops / seconds / limit,
     }
     if settings.fine_tune_steps:
-        result["fine_tuned_images_per_second"] = len(images) / tuning
-        result["fine_tuned_share_of_limit"] = counted_tuning / tuning / limit
+        fine_tuned = replace(frozen, fine_tune_encoder=True)
+        optimizer = make_optimizer(captioner, fine_tuned)
+        step = partial(train.train_step, captioner, optimizer, uncached, fine_tuned, runtime)
+        flops = count_flops(step)
+        seconds = seconds_per_call(step, settings.fine_tune_steps, device)
+        timings.append(Timing("train.py --fine_tune_encoder", runtime.dtype, seconds, flops))
+        result["fine_tuned_images_per_second"] = len(images) / seconds
+        result["fine_tuned_share_of_limit"] = flops / seconds / limit
+
+    print(f"{settings.encoder} at {settings.image_size} pixels, {features.shape[1]} regions, {count} captions a step,")
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"extracting the features once: {images_per_second:.1f} images/s"
+    )
+    print(f"limit: {limit / 1e9:.0f} GFLOP/s in a matmul, {copy_bandwidth(device) / 1e9:.1f} GB/s in a copy")
+    print_table(timings, len(images), count, limit)
     print(json.dumps(result))
 
 

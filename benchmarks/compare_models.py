@@ -1,9 +1,9 @@
 """Train named models under one budget on one data folder and compare them: python benchmarks/compare_models.py
 
 Each model is one set of settings of train.py, trained from the same seeds for the same epochs on frozen features, and
-scored on the validation images by eval.py. A run that is done is not repeated and one that was stopped goes on, so
-several calls may share the work: each with its own --variants, then one with all of them for the table. Its captions/s
-are timed by that last call, one model after the other, so nothing else should keep the machine busy then.
+scored on the validation images by eval.py. Finished runs are not repeated and interrupted ones are resumed, so several
+calls can share the work: each with some --variants, then one with all of them for the table. That last call times the
+training steps, one model after another; keep the machine otherwise idle then.
 """
 
 import json
@@ -12,28 +12,21 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import eval as evaluation
+import eval as eval_script
 import train
-from datasets import epoch_order, make_loader, open_split, split_order
+from common.files import atomic_write, read_json, write_json
+from datasets import make_batches, make_loader, shuffled_indices
 from models import load_captioner, load_checkpoint
-from optimization import make_optimizer
-from prepared import read_card
-from utils import (
-    InputError,
-    choose_device,
-    choose_dtype,
-    read_json,
-    require_at_least,
-    run_script,
-    write_json,
-    written_whole,
-)
+from preparation.storage import read_metadata
+from training.feature_cache import build_dataset
+from training.optim import make_optimizer
+from utils import InputError, choose_runtime, require_at_least, run_script
 
 VARIANTS = {
     "none-rnn": {"attention": "none", "cell": "rnn"},
@@ -56,26 +49,26 @@ class Settings:
     """Train models under one budget and write a table of their scores, table.md and table.json."""
 
     data_folder: str = "data/flickr8k"  # what create_input_files.py wrote
-    output: str = "runs/compare"  # folder of the runs and of the table
+    output_folder: str = "runs/compare"  # folder of the runs and of the table
     variants: tuple[str, ...] = tuple(VARIANTS)  # models to compare
-    seeds: tuple[int, ...] = (0,)  # of weights, order and dropout; each model is trained once for each
+    seeds: tuple[int, ...] = (0,)  # of weights, order and dropout; each model is trained once per seed
     epochs: int = 3  # passes over the training images
-    mirror: bool = True  # as in train.py
+    hflip: bool = True  # as in train.py
     encoder: str = "resnet50"  # torchvision network of the models that name none
     weights_folder: str = ""  # of torchvision state dicts such as resnet50.pth; empty: downloaded ImageNet weights
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
     device: str = "auto"  # auto, cpu or cuda
 
 
-def training_settings(name, seed, settings):
-    """The settings of train.py for one model."""
-    changes = {"encoder": settings.encoder, **VARIANTS[name]}
+def training_settings(name: str, seed: int, settings: Settings) -> train.Settings:
+    """The settings of train.py for one model and seed."""
+    changes: dict[str, Any] = {"encoder": settings.encoder, **VARIANTS[name]}
     weights = Path(settings.weights_folder) / f"{changes['encoder']}.pth"
     return train.Settings(
         data_folder=settings.data_folder,
-        run_folder=str(Path(settings.output) / f"{name}_seed{seed}"),
+        run_folder=str(Path(settings.output_folder) / f"{name}_seed{seed}"),
         epochs=settings.epochs,
-        mirror=settings.mirror,
+        hflip=settings.hflip,
         seed=seed,
         precision=settings.precision,
         device=settings.device,
@@ -83,90 +76,89 @@ def training_settings(name, seed, settings):
     )
 
 
-def comparable(settings):
-    """What two runs must have in common: all settings but where files lie and on what they run."""
-    places = {"data_folder", "run_folder", "overwrite", "resume", "encoder_weights", "look", "device"}
-    return {name: value for name, value in settings.items() if name not in places}
+def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that two runs must have in common: all but paths and the device."""
+    ignored = {"data_folder", "run_folder", "overwrite", "resume", "encoder_weights", "plot", "device"}
+    return {name: value for name, value in settings.items() if name not in ignored}
 
 
-def train_and_score(name, seed, settings):
+def train_and_score(name: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train and score one model unless that is done already; returns its row."""
-    plan = training_settings(name, seed, settings)
-    folder = Path(plan.run_folder)
-    done, last = folder / "row.json", folder / "last.pt"
-    for path, read in ((done, read_json), (last, load_checkpoint)):
-        if path.is_file() and comparable(read(path)["settings"]) != comparable(asdict(plan)):
-            raise InputError(f"{folder} was trained with other settings: delete it, or give another --output")
-    if done.is_file():
-        return read_json(done)["row"]
+    train_settings = training_settings(name, seed, settings)
+    folder = Path(train_settings.run_folder)
+    row_path, last = folder / "row.json", folder / "last.pt"
+    for path, read in ((row_path, read_json), (last, load_checkpoint)):
+        if path.is_file() and comparable(read(path)["settings"]) != comparable(asdict(train_settings)):
+            raise InputError(f"{folder} was trained with other settings: delete it, or give another --output_folder")
+    if row_path.is_file():
+        return read_json(row_path)["row"]
     print(f"\n{name}, seed {seed}")
-    train.main(replace(plan, resume=str(last)) if last.is_file() else plan)
-    best = folder / "best.pt"
-    scoring = evaluation.Settings(
-        checkpoint=str(best),
-        data_folder=plan.data_folder,
+    train.main(replace(train_settings, resume=str(last)) if last.is_file() else train_settings)
+    eval_settings = eval_script.Settings(
+        checkpoint=str(folder / "best.pt"),
+        data_folder=train_settings.data_folder,
         split="val",
         beam_sizes=BEAM_SIZES,
-        precision=plan.precision,
-        device=plan.device,
+        precision=train_settings.precision,
+        device=train_settings.device,
     )
-    evaluation.main(scoring)
+    eval_script.main(eval_settings)
     row = {"variant": name, "seed": seed, "scores": read_json(folder / "scores.json")}
-    write_json(done, {"settings": asdict(plan), "row": row}, indent=1)
+    write_json(row_path, {"settings": asdict(train_settings), "row": row}, indent=1)
     return row
 
 
-def size_and_speed(plan, steps=20):
+def size_and_speed(settings: train.Settings, steps: int = 20) -> dict[str, Any]:
     """A trained model's number of parameters without the encoder's, and captions/s of its training steps."""
-    device = choose_device(plan.device)
-    dtype = choose_dtype(plan.precision, device)
-    captioner, vocabulary, _ = load_captioner(Path(plan.run_folder) / "best.pt", device)
-    training = open_split(plan.data_folder, "train", vocabulary, captioner, True, device, dtype)
-    optimizer = make_optimizer(captioner, plan)
+    runtime = choose_runtime(settings.device, settings.precision)
+    captioner, vocabulary = load_captioner(Path(settings.run_folder) / "best.pt", runtime.device)
+    training = build_dataset(settings.data_folder, "train", vocabulary, captioner, runtime)
+    optimizer = make_optimizer(captioner, settings)
     captioner.train()
-    order = epoch_order(len(training), plan.seed, epoch=0)[: (steps + 1) * plan.batch_size]
+    items = shuffled_indices(len(training), settings.seed, epoch=0)[: (steps + 1) * settings.batch_size]
     speeds = []
-    for batch in make_loader(training, split_order(order, plan.batch_size)):
+    for batch in make_loader(training, make_batches(items, settings.batch_size)):
         start = time.perf_counter()
-        train.train_step(captioner, optimizer, batch, plan, device, dtype)
-        if device.type == "cuda":
+        train.train_step(captioner, optimizer, batch, settings, runtime)
+        if runtime.device.type == "cuda":
             torch.cuda.synchronize()
-        speeds.append(batch.totals()[1] / (time.perf_counter() - start))
+        speeds.append(batch.counts()[1] / (time.perf_counter() - start))
     parameters = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
     return {"parameters": parameters, "captions_per_second": statistics.median(speeds[1:] or speeds)}
 
 
-def spread(values, digits):
-    """A number, or the mean of several with their standard deviation; a dash for what could not be measured."""
-    if None in values:
+def mean_and_deviation(values: list[float | None], digits: int) -> str:
+    """One value, or the mean of several with their standard deviation; a dash where one could not be measured."""
+    measured = [value for value in values if value is not None]
+    if len(measured) < len(values):
         return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{statistics.mean(measured):.{digits}f}"
+    return mean if len(measured) == 1 else f"{mean} ± {statistics.stdev(measured):.{digits}f}"
 
 
-def format_table(rows):
-    """Rows as a Markdown table, a line for each model and beam size; of several seeds mean and deviation."""
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, one line per model and beam size, averaged over the seeds."""
     titles = ["model", "seeds", "parameters", "captions/s", "beam", *SCORES.values()]
     lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
     for name in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == name]
         speed = f"{statistics.median(run['captions_per_second'] for run in runs):.0f}"
-        for place, beam_size in enumerate(BEAM_SIZES):
-            scores = [spread([run["scores"][place][score] for run in runs], 4) for score in SCORES]
-            cells = [name, len(runs), f"{runs[0]['parameters'] / 1e6:.2f} M", speed, beam_size, *scores]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        for i, beam_size in enumerate(BEAM_SIZES):
+            scores = [mean_and_deviation([run["scores"][i][score] for run in runs], 4) for score in SCORES]
+            columns = [name, len(runs), f"{runs[0]['parameters'] / 1e6:.2f} M", speed, beam_size, *scores]
+            lines.append("| " + " | ".join(map(str, columns)) + " |")
     return "\n".join(lines)
 
 
-def main(settings):
+def main(settings: Settings) -> None:
     """Train and score every model, print the table and one line of JSON."""
     require_at_least(settings, 1, "epochs")
     unknown = [name for name in settings.variants if name not in VARIANTS]
     if unknown:
         raise InputError(f"--variants {unknown[0]}: not one of {' '.join(VARIANTS)}")
-    read_card(settings.data_folder)
+    read_metadata(settings.data_folder)
     runs = [(name, seed) for name in dict.fromkeys(settings.variants) for seed in dict.fromkeys(settings.seeds)]
-    for name, seed in runs:  # not after hours of training
+    for name, seed in runs:  # before hours of training
         weights = training_settings(name, seed, settings).encoder_weights
         if settings.weights_folder and not Path(weights).is_file():
             raise InputError(f"--weights_folder {settings.weights_folder}: no such file: {weights}")
@@ -174,9 +166,9 @@ def main(settings):
     for row in tqdm(rows, desc="timing", unit="model"):
         row |= size_and_speed(training_settings(row["variant"], row["seed"], settings))
     table = format_table(rows)
-    with written_whole(Path(settings.output) / "table.md") as temporary:
+    with atomic_write(Path(settings.output_folder) / "table.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
-    write_json(Path(settings.output) / "table.json", rows, indent=1)
+    write_json(Path(settings.output_folder) / "table.json", rows, indent=1)
     print(table)
     print(json.dumps({"rows": rows}))
 

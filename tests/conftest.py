@@ -9,8 +9,10 @@ import torch
 import create_input_files
 import train
 import utils
-from decoders import Decoder
-from vocabulary import END, START
+from models import Captioner, build_captioner, model_settings
+from modules.decoders import Decoder
+from text.vocabulary import END, START
+from utils import Runtime
 
 SMALL = train.Settings(
     encoder="resnet18",
@@ -19,13 +21,13 @@ SMALL = train.Settings(
     fine_tune_encoder=True,
     grid_size=4,
     region_dim=16,
-    embedding_size=16,
-    attention_size=16,
-    hidden_size=16,
+    embed_dim=16,
+    attention_dim=16,
+    hidden_dim=16,
     batch_size=8,
     epochs=2,
     learning_rate=1e-2,
-    warm_up=0.0,
+    warmup_ratio=0.0,
     max_length=6,
     precision="fp32",  # the same on every machine
     device="cpu",
@@ -33,15 +35,25 @@ SMALL = train.Settings(
 
 
 def step_by_step(decoder, regions, caption):
-    """Log-probability of a caption (numbers after <start>) of one image, and its weights, with `step` alone."""
-    keys, state = decoder.keys(regions), decoder.first_state(regions)
-    total, weights, previous = 0.0, [], START
+    """Log-probability of an image's caption (word ids after <start>) and alpha (T, R), with `step` alone."""
+    keys, state = decoder.keys(regions), decoder.init_state(regions)
+    log_prob, alphas, previous = 0.0, [], START
     for word in caption:
-        logits, look, state = decoder.step(torch.tensor([[previous]]), regions, keys, state)
-        total += logits[0, 0].log_softmax(0)[word].item()
-        weights.append(look[0, 0])
+        logits, alpha, state = decoder.step(torch.tensor([[previous]]), regions, keys, state)
+        log_prob += logits[0, 0].log_softmax(0)[word].item()
+        alphas.append(alpha[0, 0])
         previous = word
-    return total, torch.stack(weights)
+    return log_prob, torch.stack(alphas)
+
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+def build(settings: train.Settings, vocab_size: int, image_size: int = 32) -> Captioner:
+    """A new captioner of these settings."""
+    return build_captioner(
+        vocab_size, image_size, "squash", settings.fine_tune_encoder, **model_settings(asdict(settings))
+    )
 
 
 def flags(data_folder, run_folder, settings=SMALL):
@@ -49,7 +61,7 @@ def flags(data_folder, run_folder, settings=SMALL):
     values = asdict(replace(settings, data_folder=str(data_folder), run_folder=str(run_folder)))
     switches = {True: "--{}", False: "--no-{}"}
     arguments = []
-    del values["look"]  # that draws and does not train
+    del values["plot"]  # it plots and does not train
     for name, value in values.items():
         arguments += [switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)]
     return arguments
@@ -68,7 +80,9 @@ def pytest_addoption(parser):
 def shapes(tmp_path_factory):
     """A prepared folder of 24 training, 2 val and 2 test scenes of 32 pixels."""
     output = tmp_path_factory.mktemp("data") / "shapes"
-    create_input_files.main(create_input_files.Settings(output=str(output), scenes=24, image_size=32, min_word_freq=1))
+    create_input_files.main(
+        create_input_files.Settings(output_folder=str(output), num_scenes=24, image_size=32, min_word_freq=1)
+    )
     return output
 
 
@@ -82,18 +96,27 @@ def run_folder(shapes, tmp_path_factory):
 
 @pytest.fixture
 def tiny_decoder():
-    """A random decoder of 7 words, 3 of them real, for regions of 6 features."""
+    """A random decoder of 7 words, 4 of them special tokens, for regions of width 6."""
     torch.manual_seed(5)
-    decoder = Decoder(7, 6, 5, 4, 8, dropout=0.5, cell="lstm", attention="soft").eval()
+    decoder = Decoder(
+        vocab_size=7,
+        region_dim=6,
+        embed_dim=5,
+        attention_dim=4,
+        hidden_dim=8,
+        dropout=0.5,
+        cell="lstm",
+        attention="soft",
+    ).eval()
     for parameter in decoder.parameters():
-        parameter.data *= 4  # far from uniform, so that orders are clear
-    decoder.output.bias.data[END] -= 2  # and not every caption empty
+        parameter.data *= 4  # far from uniform, so that rankings are clear
+    decoder.output.bias.data[END] -= 2  # so that not every caption is empty
     return decoder
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a script's command line in this process: (module, arguments) -> exit status, stdout, stderr."""
+    """TrainState a script's command line in this process: (module, arguments) -> exit status, stdout, stderr."""
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])

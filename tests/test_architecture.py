@@ -1,4 +1,4 @@
-"""The house: who imports whom, and nothing happens at import."""
+"""The house: folders import in one direction only, and nothing runs at import."""
 
 import ast
 from pathlib import Path
@@ -6,47 +6,53 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# What each script or folder may import, itself aside.
+BOTTOM = {"utils", "common", "text"}
 ALLOWED = {
     "utils": set(),
-    "vocabulary": {"utils"},
-    "photos": {"utils"},
-    "prepared": {"utils", "vocabulary"},
-    "formats": {"utils", "prepared", "vocabulary"},
-    "shapes": {"utils"},
-    "contact_sheet": {"utils", "prepared"},
-    "create_input_files": {"utils", "contact_sheet", "formats", "photos", "prepared", "shapes", "vocabulary"},
-    "datasets": {"utils", "prepared", "vocabulary"},
-    "encoders": {"utils"},
-    "layers": set(),
-    "graph": {"layers"},
-    "attention": {"layers"},
-    "cells": {"layers"},
-    "decoders": {"attention", "cells", "layers", "vocabulary"},
-    "models": {"utils", "decoders", "encoders", "graph", "layers", "vocabulary"},
-    "search": {"layers", "vocabulary"},
-    "eval": {"utils", "datasets", "models", "search"},
-    "optimization": {"vocabulary"},
-    "rewards": set(),
-    "runs": {"utils", "prepared", "models", "optimization", "vocabulary"},
-    "train": {"utils", "datasets", "eval", "optimization", "rewards", "runs", "search", "vocabulary"},
-    "caption": {"utils", "graph", "models", "photos", "search"},
+    "common": {"utils"},
+    "text": {"utils", "common"},
+    "preparation": BOTTOM,
+    "create_input_files": BOTTOM | {"preparation"},
+    "datasets": BOTTOM | {"preparation"},
+    "modules": BOTTOM,
+    "models": BOTTOM | {"modules"},
+    "training": BOTTOM | {"preparation", "datasets", "modules", "models"},
+    "evaluation": BOTTOM | {"preparation", "datasets", "modules", "models"},
+    "eval": BOTTOM | {"datasets", "modules", "models", "training", "evaluation"},
+    "train": BOTTOM | {"eval", "datasets", "modules", "models", "training", "evaluation"},
+    "caption": BOTTOM | {"preparation", "modules", "models", "evaluation"},
 }
+FILES = sorted(path for name in ALLOWED for path in [*ROOT.glob(f"{name}.py"), *(ROOT / name).glob("*.py")])
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_imports_point_one_way(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported & set(ALLOWED) <= ALLOWED[name]
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    tree = ast.parse(path.read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    room = path.relative_to(ROOT).with_suffix("").parts[0]
+    imported = {module.split(".")[0] for module in modules} & set(ALLOWED)
+    assert imported - {room} <= ALLOWED[room]
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_nothing_runs_at_import(name):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_runs_at_import(path):
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+    for node in ast.parse(path.read_text()).body:
         guard = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         constant = isinstance(node, ast.Assign) and not any(isinstance(part, ast.Call) for part in ast.walk(node))
         unrolled = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("range(")
-        assert guard or docstring or constant or unrolled or isinstance(node, allowed), f"{name}.py, line {node.lineno}"
+        assert guard or docstring or constant or unrolled or isinstance(node, allowed), f"{path}, line {node.lineno}"
+
+
+def test_the_top_level_holds_the_seven_scripts_and_modules():
+    assert {path.stem for path in ROOT.glob("*.py")} == {
+        "create_input_files", "datasets", "models", "train", "eval", "caption", "utils",
+    }  # fmt: skip
+
+
+def test_every_folder_is_known():
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages <= set(ALLOWED) and all(not (ROOT / name / "__init__.py").read_text() for name in packages)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import create_input_files
-import shapes
-from prepared import read_captions
+from preparation import shapes
+from preparation.storage import read_captions
 
 
 @pytest.fixture
@@ -39,15 +39,15 @@ def karpathy(path, splits=("train", "restval", "test"), **extra):
 
 
 def prepare(command, tmp_path, captions, images, *more):
-    arguments = ("--dataset", "own", "--captions", captions, "--images", images, "--output", tmp_path / "out")
+    arguments = ("--dataset", "own", "--captions", captions, "--images", images, "--output_folder", tmp_path / "out")
     return command(create_input_files, *arguments, "--image_size", 8, "--min_word_freq", 1, *more)
 
 
 def test_karpathy_json(command, tmp_path, photos):
     status, out, _ = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos)
     assert status == 0, out
-    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert [card["splits"][split]["images"] for split in ("train", "val", "test")] == [2, 0, 1]
+    metadata = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert [metadata["splits"][split]["images"] for split in ("train", "val", "test")] == [2, 0, 1]
     entries = json.loads((tmp_path / "out" / "train_captions.json").read_text())
     assert entries[1] == {
         "image": "é.png",
@@ -90,8 +90,8 @@ def test_kaggle_csv_is_split_by_image(command, tmp_path, photos):
 
 
 def test_other_peoples_files_are_left_alone(command, tmp_path, photos):
-    status, _, err = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos, "--output", photos)
-    assert status == 2 and "photos holds other files: give another --output" in err
+    status, _, err = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos, "--output_folder", photos)
+    assert status == 2 and "photos holds other files: give another --output_folder" in err
     assert len(list(photos.iterdir())) == 3
 
 
@@ -109,7 +109,7 @@ def test_overwriting_takes_away_what_was_ours_and_nothing_else(command, tmp_path
     assert {path.name for path in output.iterdir()} == names
     (output / "dataset.json").unlink()
     status, _, err = prepare(command, tmp_path, captions, photos, "--overwrite")
-    assert status == 2 and "out holds other files: give another --output" in err
+    assert status == 2 and "out holds other files: give another --output_folder" in err
     (output / "notes.txt").unlink()  # then it is what a killed run leaves
     assert prepare(command, tmp_path, captions, photos)[0] == 0
 
@@ -127,7 +127,7 @@ def test_the_split_lists_count_too(command, tmp_path, photos):
 
 
 def test_captions_without_a_name_are_not_ignored(command, tmp_path):
-    status, _, err = command(create_input_files, "--captions", "a.json", "--output", tmp_path / "out")
+    status, _, err = command(create_input_files, "--captions", "a.json", "--output_folder", tmp_path / "out")
     assert status == 2 and "name the data set that --captions and --images are of" in err
 
 
@@ -137,9 +137,9 @@ def test_bad_photos_stop_the_run_or_are_left_out(command, tmp_path, photos):
     captions = karpathy(tmp_path / "captions.json", ("train", "train", "train"))
     status, _, err = prepare(command, tmp_path, captions, photos)
     assert status == 2 and "c.jpg: not a photo" in err and "a b.jpg: no such file" in err
-    assert "2 of 3 photos are bad, listed above: --skip_bad leaves them out" in err
+    assert "2 of 3 photos are bad, listed above: --skip_broken leaves them out" in err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-    status, _, err = prepare(command, tmp_path, captions, photos, "--skip_bad")
+    status, _, err = prepare(command, tmp_path, captions, photos, "--skip_broken")
     assert status == 0 and "c.jpg: not a photo" in err
     with h5py.File(tmp_path / "out" / "train_images.hdf5") as file:
         assert file["images"].shape == (1, 3, 8, 8)
@@ -148,9 +148,9 @@ def test_bad_photos_stop_the_run_or_are_left_out(command, tmp_path, photos):
 def test_the_same_settings_do_nothing_and_others_ask(command, tmp_path, photos):
     captions = karpathy(tmp_path / "captions.json")
     assert prepare(command, tmp_path, captions, photos)[0] == 0
-    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    del card["made_from"]["max_words"]  # a folder of an earlier version
-    (tmp_path / "out" / "dataset.json").write_text(json.dumps(card))
+    metadata = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    del metadata["source"]["vocab_size"]  # a folder of an earlier version
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(metadata))
     written = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
     (tmp_path / "out" / "features").mkdir()
     assert "is there already" in prepare(command, tmp_path, captions, photos)[1]
@@ -161,17 +161,19 @@ def test_the_same_settings_do_nothing_and_others_ask(command, tmp_path, photos):
     assert not (tmp_path / "out" / "features").exists()
 
 
-def test_max_words_keeps_the_most_frequent_and_limit_some_training_images(command, tmp_path, photos):
+def test_vocab_size_keeps_the_most_frequent_and_limit_some_training_images(command, tmp_path, photos):
     captions = karpathy(tmp_path / "captions.json", splits=("train", "train", "val"))
-    status, out, _ = prepare(command, tmp_path, captions, photos, "--max_words", 2, "--limit", 1, "--seed", 3)
+    status, out, _ = prepare(
+        command, tmp_path, captions, photos, "--vocab_size", 2, "--max_train_images", 1, "--seed", 3
+    )
     assert status == 0 and "1 of 2 training images, chosen with seed 3" in out
-    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert [card["splits"][split]["images"] for split in ("train", "val")] == [1, 1] and card["words"] == 6
+    metadata = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert [metadata["splits"][split]["images"] for split in ("train", "val")] == [1, 1] and metadata["words"] == 6
     assert list(json.loads((tmp_path / "out" / "word_map.json").read_text()))[4:] == ["a", "cat"]
     first = (tmp_path / "out" / "train_captions.json").read_text()
     chosen = set()
     for seed in range(8):
-        prepare(command, tmp_path, captions, photos, "--limit", 1, "--seed", seed, "--overwrite")
+        prepare(command, tmp_path, captions, photos, "--max_train_images", 1, "--seed", seed, "--overwrite")
         entries = (tmp_path / "out" / "train_captions.json").read_text()
         chosen.add(entries)
         assert seed != 3 or entries == first
@@ -179,7 +181,7 @@ def test_max_words_keeps_the_most_frequent_and_limit_some_training_images(comman
 
 
 def captions_of(folder, split="train"):
-    return read_captions(folder, split)[1].strings()
+    return read_captions(folder, split)[1].decode()
 
 
 def test_long_captions_are_truncated_or_dropped_in_training_only(command, tmp_path, photos):
@@ -221,7 +223,7 @@ def test_a_folder_to_look_at(command, shapes):
             assert str(shapes / name) in out and picture.width > least and np.asarray(picture.convert("L")).std() > 10
         (shapes / name).unlink()
     assert command(create_input_files, "--look", "nowhere")[2].endswith(
-        "no data folder nowhere: run create_input_files.py --output nowhere first\n"
+        "no data folder nowhere: run create_input_files.py --output_folder nowhere first\n"
     )
 
 
@@ -240,7 +242,7 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, photos):
         "runpy.run_path({!r}, run_name='__main__')"
     )
     arguments = ["create_input_files.py", "--dataset", "own", "--captions", captions, "--images", photos]
-    arguments = [*map(str, arguments), "--output", str(tmp_path / "out"), "--image_size", "300"]
+    arguments = [*map(str, arguments), "--output_folder", str(tmp_path / "out"), "--image_size", "300"]
     code = script.format(arguments, create_input_files.__file__)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = result.stderr.strip().splitlines()

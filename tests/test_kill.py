@@ -19,9 +19,9 @@ from test_resume import assert_same_run
 
 import create_input_files
 import train
+from common.files import read_jsonl
 from conftest import SMALL, flags
-from prepared import SPLITS, read_captions, read_card
-from utils import read_log
+from preparation.storage import SPLITS, read_captions, read_metadata
 
 
 def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, request):
@@ -36,7 +36,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, 
         process = subprocess.Popen([sys.executable, train.__file__, *arguments], stderr=subprocess.PIPE, text=True)
         if kill < kills:  # within a span of the run that leaves something to the later kills
             goal = 30 * (kill + 1) / (kills + 2)
-            while len(read_log(log)) < goal and process.poll() is None:
+            while len(read_jsonl(log)) < goal and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(generator.random() / 2)
             process.kill()
@@ -56,14 +56,14 @@ def test_preprocessing_killed_at_random_moments_never_leaves_half_a_folder(tmp_p
     (tmp_path / "captions.csv").write_text("\n".join(rows))
     output, partial = tmp_path / "out", tmp_path / ".out.partial"
     command = [sys.executable, create_input_files.__file__, "--dataset", "own", "--captions", tmp_path / "captions.csv"]
-    command += ["--images", tmp_path / "photos", "--image_size", "64", "--output", output, "--overwrite"]
+    command += ["--images", tmp_path / "photos", "--image_size", "64", "--output_folder", output, "--overwrite"]
 
     def size(folder):
         """Bytes of the files in a folder, 0 where there is none."""
         return sum(os.path.getsize(entry) for entry in os.scandir(folder)) if folder.exists() else 0
 
     assert subprocess.run(command, capture_output=True).returncode == 0
-    whole, bytes_of_all = {split: read_card(output)["splits"][split] for split in SPLITS}, size(output)
+    whole, bytes_of_all = {split: read_metadata(output)["splits"][split] for split in SPLITS}, size(output)
     generator, left = random.Random(0), 0
     for kill in range(request.config.getoption("--kills")):
         if kill % 2:
@@ -78,11 +78,11 @@ def test_preprocessing_killed_at_random_moments_never_leaves_half_a_folder(tmp_p
         process.wait()
         left += partial.exists()
         if (output / "dataset.json").exists():
-            card = read_card(output)
-            assert {split: card["splits"][split] for split in SPLITS} == whole
+            metadata = read_metadata(output)
+            assert {split: metadata["splits"][split] for split in SPLITS} == whole
             for split in SPLITS:
                 with h5py.File(output / f"{split}_images.hdf5") as file:
                     assert len(read_captions(output, split)[0]) == len(file["images"])
         assert subprocess.run(command, capture_output=True).returncode == 0 and not partial.exists()
-        assert {split: read_card(output)["splits"][split] for split in SPLITS} == whole
+        assert {split: read_metadata(output)["splits"][split] for split in SPLITS} == whole
     assert left, "no run was killed while it wrote"

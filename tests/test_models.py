@@ -7,14 +7,14 @@ import torch
 from torchvision.ops import StochasticDepth
 
 import train
-from conftest import SMALL
+from conftest import CPU, SMALL, build
 from datasets import collate
-from encoders import GRID_LAYERS
-from models import CHECKPOINT_FORMAT, build_captioner, load_captioner
-from optimization import make_optimizer
-from search import attend, beam_search
+from models import CHECKPOINT_FORMAT, load_captioner, model_settings
+from modules.beam_search import beam_search, force_decode
+from modules.encoders import GRID_LAYERS
+from text.vocabulary import PAD, SPECIAL_TOKENS
+from training.optim import make_optimizer
 from utils import InputError
-from vocabulary import PAD, SPECIAL_WORDS
 
 # Of each family the smallest network and the size of its images.
 ENCODERS = {
@@ -42,11 +42,11 @@ VARIANTS |= {
 }
 VARIANTS |= {
     "graph1": {"graph_layers": 1, "graph_heads": 4},
-    "graph2": {"graph_layers": 2, "graph_heads": 1, "graph_neighbours": 0},
+    "graph2": {"graph_layers": 2, "graph_heads": 1, "graph_knn": 0},
     "grid14": {"grid_size": 14},
     "region_dim0": {"region_dim": 0},
 }
-WORDS = [*SPECIAL_WORDS, "a", "b", "c"]
+WORDS = [*SPECIAL_TOKENS, "a", "b", "c"]
 CAPTIONS = [[[1, 4, 5, 6, 2], [1, 4, 2]], [[1, 5, 5, 4, 6, 4, 2]], [[1, 6, 2]], [[1, 6, 4, 4, 5, 2]]]
 
 
@@ -64,24 +64,24 @@ def test_every_model(variant, tmp_path):
     size = changes.pop("image_size", 64)
     settings = replace(SMALL, dropout=0.0, label_smoothing=0.0, **changes)
     torch.manual_seed(0)
-    captioner = build_captioner(asdict(settings), len(WORDS), size, "", "squash").train()
+    captioner = build(settings, len(WORDS), size).train()
     for module in captioner.modules():
         if isinstance(module, StochasticDepth):
             module.p = 0.0  # or a block may get no gradient by chance
     images = torch.randint(0, 256, (4, 3, 4, 4), dtype=torch.uint8).repeat_interleave(size // 4, 2)
     images = images.repeat_interleave(size // 4, 3)
     batch = collate([(i, images[i], one) for i, one in enumerate(CAPTIONS)])
-    images = batch.images
+    images = batch.inputs
 
     # Shapes, weights that sum to one, and a gradient for each parameter that is trained.
     optimizer = make_optimizer(captioner, settings)
     outputs = captioner(images, batch.words, batch.lengths)
-    T, R = int(batch.lengths.max()), captioner.encoder.number_of_regions
+    T, R = int(batch.lengths.max()), captioner.encoder.num_regions
     assert outputs.logits.shape == (int(batch.lengths.sum()), len(WORDS))
-    assert outputs.weights.shape == (T, 4, 2, R) and captioner.regions(images).shape[:2] == (4, R)
+    assert outputs.alpha.shape == (T, 4, 2, R) and captioner.encode_images(images).shape[:2] == (4, R)
     real = torch.arange(T).view(-1, 1, 1) < batch.lengths
-    torch.testing.assert_close(outputs.weights.sum(-1), real.float())
-    loss, _ = train.captioning_loss(outputs, batch.lengths, settings, *batch.totals())
+    torch.testing.assert_close(outputs.alpha.sum(-1), real.float())
+    loss, _ = train.captioning_loss(outputs, batch.lengths, settings, *batch.counts())
     loss.backward()
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     assert len(trained) == len(list(captioner.parameters()))
@@ -94,22 +94,18 @@ def test_every_model(variant, tmp_path):
     with torch.no_grad():
         features = captioner.encoder(images)
         features = (features - features.mean(0)) / features.std()  # random weights make all images much alike
-    batch.images = features
+    batch.inputs, batch.is_features = features, True
     optimizer = make_optimizer(captioner, replace(settings, fine_tune_encoder=False))
-    cpu = torch.device("cpu")
-    losses = [
-        train.train_step(captioner, optimizer, batch, settings, cpu, torch.float32)[0] / len(outputs.targets)
-        for _ in range(80)
-    ]
+    losses = [train.train_step(captioner, optimizer, batch, settings, CPU)[0] / len(outputs.targets) for _ in range(80)]
     assert losses[0] > 1.5 and losses[-1] < 0.35
 
     # Padding does not matter, and a batch is searched as its images are one by one.
     captioner.eval()
     with torch.no_grad():
-        logits = captioner(features, batch.words, batch.lengths).logits
+        logits = captioner(features, batch.words, batch.lengths, is_features=True).logits
         other = batch.words.where(batch.words != PAD, 6)
-        assert torch.equal(logits, captioner(features, other, batch.lengths).logits)
-        regions = captioner.regions(features)
+        assert torch.equal(logits, captioner(features, other, batch.lengths, is_features=True).logits)
+        regions = captioner.encode_images(features, is_features=True)
     together = search(captioner, regions)
     for b in range(4):
         alone = search(captioner, regions[b : b + 1])
@@ -119,20 +115,22 @@ def test_every_model(variant, tmp_path):
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
         "model": captioner.state_dict(),
+        "model_settings": model_settings(asdict(settings)),
         "image_size": size,
+        "resize": "squash",
+        "fine_tune_encoder": True,
         "words": WORDS,
-        "settings": asdict(settings),
     }
     torch.save(checkpoint, tmp_path / "best.pt")
-    loaded, vocabulary, _ = load_captioner(tmp_path / "best.pt", "cpu")
-    assert vocabulary.words == WORDS
+    loaded, vocabulary = load_captioner(tmp_path / "best.pt", "cpu")
+    assert vocabulary.idx2word == WORDS
     with torch.no_grad():
-        regions, regions_of_loaded = captioner.regions(images), loaded.regions(images)
+        regions, regions_of_loaded = captioner.encode_images(images), loaded.encode_images(images)
     torch.testing.assert_close(regions_of_loaded, regions)
     captions = search(captioner, regions)
     assert torch.equal(search(loaded, regions_of_loaded), captions)
     torch.testing.assert_close(
-        attend(loaded.decoder, regions, captions)[0], attend(captioner.decoder, regions, captions)[0]
+        force_decode(loaded.decoder, regions, captions)[0], force_decode(captioner.decoder, regions, captions)[0]
     )
 
 
@@ -146,14 +144,14 @@ def test_a_checkpoint_of_another_vocabulary_names_both_sizes(run_folder, tmp_pat
 
 
 def test_a_checkpoint_gives_back_the_same_model(run_folder):
-    captioner, vocabulary, _ = load_captioner(run_folder / "best.pt", "cpu")
+    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
     saved = torch.load(run_folder / "best.pt", weights_only=True)
-    assert vocabulary.words == saved["words"] and not captioner.training
+    assert vocabulary.idx2word == saved["words"] and not captioner.training
     for name, tensor in captioner.state_dict().items():
         assert torch.equal(tensor, saved["model"][name]), name
 
 
 def test_features_that_heads_cannot_share_are_an_error():
     settings = replace(SMALL, graph_layers=1, graph_heads=3)
-    with pytest.raises(InputError, match="--graph_heads 3: the 16 features"):
-        build_captioner(asdict(settings), 7, 32, "", "squash")
+    with pytest.raises(InputError, match="--graph_heads 3: does not divide the 16 features"):
+        build(settings, 7, 32)

@@ -18,8 +18,8 @@ def run(folder, script, *arguments):
 
 
 def test_from_shapes_to_a_captioned_photo(tmp_path):
-    run(tmp_path, "create_input_files.py", "--image_size", 32, "--scenes", 40)
-    small = ("--hidden_size", 32, "--embedding_size", 32, "--attention_size", 32, "--epochs", 3, "--batch_size", 8)
+    run(tmp_path, "create_input_files.py", "--image_size", 32, "--num_scenes", 40)
+    small = ("--hidden_dim", 32, "--embed_dim", 32, "--attention_dim", 32, "--epochs", 3, "--batch_size", 8)
     encoder = ("--encoder", "resnet18", "--encoder_layer", "layer1", "--encoder_weights", "", "--fine_tune_encoder")
     out = run(tmp_path, "train.py", *encoder, *small, "--workers", 2, "--learning_rate", "5e-3")
     assert "best cider" in out
@@ -35,6 +35,6 @@ def test_an_error_is_one_line_and_exit_status_2(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert result.returncode == 2
     assert result.stderr == (
-        "train.py: error: no data folder nowhere: run create_input_files.py --output nowhere first\n"
+        "train.py: error: no data folder nowhere: run create_input_files.py --output_folder nowhere first\n"
     )
     assert not list(tmp_path.iterdir())

@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, make_dataclass, replace
 
 import pytest
 import torch
 
 import train
+from common.files import read_jsonl
 from conftest import SMALL, flags, weights
-from runs import settings_from
-from utils import InputError, read_log
+from training.start import merge_settings
+from utils import InputError
 
 
 def assert_same_weights(one, other):
@@ -28,8 +29,8 @@ def assert_same_run(whole, parts):
     """Two run folders hold the same weights and the same log, times aside."""
     for name in ("last.pt", "best.pt"):
         assert_same_weights(weights(whole / name), weights(parts / name))
-    for one, other in zip(read_log(whole / "log.jsonl"), read_log(parts / "log.jsonl"), strict=True):
-        for name in one.keys() - {"seconds", "captions_per_second", "images_per_second"}:
+    for one, other in zip(read_jsonl(whole / "log.jsonl"), read_jsonl(parts / "log.jsonl"), strict=True):
+        for name in one.keys() - {"seconds", "captions_per_second"}:
             assert one[name] == other[name], name
 
 
@@ -43,7 +44,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shapes, tmp_path,
         epochs=3,
         fine_tune_encoder=fine_tune,
         precision=precision,
-        schedule="step",  # a cosine would know at the first epoch how many are to come
+        lr_schedule="step",  # a cosine would know at the first epoch how many are to come
     )
     train.main(replace(settings, run_folder=str(tmp_path / "whole")))
     train.main(replace(settings, run_folder=str(tmp_path / "parts"), epochs=1))
@@ -56,22 +57,26 @@ def after_step(monkeypatch, step, act):
     """Let training `act` after so many steps."""
     steps = []
 
-    def acting(*arguments, original=train.train_step):
-        result = original(*arguments)
-        steps.append(1)
-        if len(steps) == step:
-            act()
-        return result
+    def acting(original):
+        def take_step(*arguments):
+            result = original(*arguments)
+            steps.append(1)
+            if len(steps) == step:
+                act()
+            return result
 
-    monkeypatch.setattr(train, "train_step", acting)
+        return take_step
+
+    for name in ("train_step", "scst_step"):
+        monkeypatch.setattr(train, name, acting(getattr(train, name)))
 
 
 @pytest.mark.parametrize(
     ("step", "workers", "number", "others"),  # in the first epoch of three steps, at its end, in the second
     [
-        (2, 0, signal.SIGINT, {"objective": "cider", "accumulate": 2}),
-        (3, 0, signal.SIGTERM, {"scheduled_sampling": 0.5, "attention": "hard", "graph_layers": 1}),
-        (4, 2, signal.SIGTERM, {"mirror": True}),
+        (2, 0, signal.SIGINT, {"objective": "scst", "gradient_accumulation_steps": 2}),
+        (3, 0, signal.SIGTERM, {"scheduled_sampling_max_prob": 0.5, "attention": "hard", "graph_layers": 1}),
+        (4, 2, signal.SIGTERM, {"hflip": True}),
     ],
 )
 def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole(
@@ -87,7 +92,7 @@ def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole
         after_step(patch, step, lambda: signal.raise_signal(number))
         status, _, err = command(train, *flags(shapes, tmp_path / "parts", settings))
     last = tmp_path / "parts" / "last.pt"
-    assert status == 128 + number and err.splitlines()[-1].endswith(f"python train.py --resume {last} goes on")
+    assert status == 128 + number and err.splitlines()[-1].endswith(f"continue with python train.py --resume {last}")
     progress = torch.load(last, weights_only=True)["progress"]
     assert 3 * progress["epoch"] + progress["step"] == step
     train.main(train.Settings(resume=str(last)))
@@ -99,11 +104,11 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alone(shapes, tmp_path):
     process = subprocess.Popen(
         [sys.executable, train.__file__, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not read_log(tmp_path / "run" / "log.jsonl"):
+    while not read_jsonl(tmp_path / "run" / "log.jsonl"):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and err.rstrip().endswith("goes on"), err
+    assert process.returncode == 128 + signal.SIGTERM and err.rstrip().endswith("last.pt"), err
 
 
 def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(shapes, tmp_path, monkeypatch):
@@ -143,13 +148,74 @@ def test_a_torn_log_does_not_block_a_resumed_run(shapes, run_folder, tmp_path):
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "lo')
     train.main(train.Settings(resume=str(folder / "last.pt"), epochs=3))
-    assert [row["epoch"] for row in read_log(folder / "log.jsonl")] == [1, 2, 3]
+    assert [row["epoch"] for row in read_jsonl(folder / "log.jsonl")] == [1, 2, 3]
 
 
-def test_settings_from_takes_what_was_not_given():
-    checkpoint = {"settings": asdict(train.Settings(hidden_size=7, epochs=3))}
-    given = replace(train.Settings(), epochs=9)
-    settings = settings_from(checkpoint, "a.pt", given, ["hidden_size", "epochs"], free=["epochs"])
-    assert (settings.hidden_size, settings.epochs) == (7, 9)
+def test_merged_settings_take_what_was_not_given():
+    checkpoint = {"settings": asdict(train.Settings(hidden_dim=7, epochs=3)), "defaults": asdict(train.Settings())}
+    given = train.Settings(epochs=9)
+    settings = merge_settings(given, checkpoint, "a.pt", ["hidden_dim", "epochs"], may_differ=["epochs"])
+    assert (settings.hidden_dim, settings.epochs) == (7, 9)
     with pytest.raises(InputError, match=r"--epochs 9 does not go with a\.pt, which was trained with 3"):
-        settings_from(checkpoint, "a.pt", given, ["epochs"])
+        merge_settings(given, checkpoint, "a.pt", ["epochs"], may_differ=[])
+
+
+def resumed_epochs(folder):
+    """The epochs in the log of a run folder."""
+    return [row["epoch"] for row in read_jsonl(folder / "log.jsonl")]
+
+
+def test_a_flag_given_at_its_default_counts_when_resuming(command, shapes, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    default = train.Settings().epochs
+    status, _, err = command(train, "--resume", folder / "last.pt", "--epochs", default, "--patience", default)
+    assert status == 0 and resumed_epochs(folder) == list(range(1, default + 1)), err
+
+
+def test_an_edited_default_counts_when_resuming(monkeypatch, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    edited = make_dataclass(  # as if the user had edited the top of train.py
+        "Edited", [("epochs", int, 3)], bases=(train.Settings,), frozen=True
+    )
+    train.main(edited(resume=str(folder / "last.pt")))
+    assert resumed_epochs(folder) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["hidden_dim", "dropout"])
+def test_an_edited_default_that_makes_another_run_is_refused(run_folder, name):
+    kind = type(getattr(train.Settings(), name))
+    edited = make_dataclass("Edited", [(name, kind, kind(0.75) or 99)], bases=(train.Settings,), frozen=True)
+    with pytest.raises(InputError, match=rf"--{name} \S+ does not go with .*last\.pt, which was trained with"):
+        train.main(edited(resume=str(run_folder / "last.pt")))
+
+
+def test_a_data_folder_given_at_its_default_counts_when_resuming(command, shapes, run_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--resume", folder / "last.pt", "--epochs", 3, "--data_folder", train.Settings().data_folder)
+    status, _, err = command(train, *arguments)
+    assert status == 2 and f"no data folder {train.Settings().data_folder}" in err
+    shutil.copytree(shapes, tmp_path / train.Settings().data_folder)
+    status, _, err = command(train, *arguments)
+    assert status == 0 and (tmp_path / "data").is_dir() and resumed_epochs(folder) == [1, 2, 3], err
+
+
+def test_another_run_folder_is_refused_when_resuming(command, run_folder, tmp_path):
+    status, _, err = command(train, "--resume", run_folder / "last.pt", "--run_folder", tmp_path / "other")
+    assert status == 2 and "--resume continues in" in err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("dropout", 0.5), ("graph_knn", 2), ("dropout", 0.25)])
+def test_init_from_takes_settings_that_no_weight_depends_on(command, shapes, run_folder, tmp_path, flag, value):
+    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", run_folder / "best.pt")
+    status, _, err = command(train, *arguments, "--epochs", 1, "--max_length", 6, f"--{flag}", value)
+    assert status == 0, err
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert best["settings"][flag] == best["model_settings"][flag] == value
+
+
+@pytest.mark.parametrize(("flag", "value"), [("hidden_dim", 512), ("cell", "gru"), ("attention", "dot")])
+def test_init_from_refuses_settings_that_the_weights_depend_on(command, shapes, run_folder, tmp_path, flag, value):
+    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", run_folder / "best.pt")
+    status, _, err = command(train, *arguments, "--dropout", 0.25, f"--{flag}", value)
+    assert status == 2 and f"--{flag} {value} does not go with" in err and not (tmp_path / "run").exists(), err

@@ -5,36 +5,36 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-import runs
 import train
-from conftest import SMALL, flags, weights
+from common.files import read_jsonl
+from conftest import CPU, SMALL, build, flags, weights
 from datasets import collate
-from decoders import Decoder
-from encoders import Encoder
 from models import build_captioner
-from optimization import make_optimizer
-from utils import read_log
+from modules.decoders import Decoder
+from modules.encoders import Encoder
+from training import start
+from training.optim import make_optimizer
 
 
 def test_accumulating_gives_the_same_step(shapes):
     settings = replace(SMALL, dropout=0.0, encoder_weights="", fine_tune_encoder=False)
     torch.manual_seed(0)
     captions = [[[1, *range(4, 4 + n), 2] for n in lengths] for lengths in ((3, 1), (2, 2), (5,), (1, 1, 2))]
-    batch = collate([(i, torch.rand(4, 64).half(), one) for i, one in enumerate(captions)])
+    batch = collate([(i, torch.rand(16, 64).half(), one) for i, one in enumerate(captions)], is_features=True)
     gradients = []
     for parts in (1, 3, 9):
         torch.manual_seed(0)
-        captioner = build_captioner(asdict(settings), 12, 32, "", "squash").train()
+        captioner = build(settings, 12).train()
         optimizer = make_optimizer(captioner, settings)
-        chosen = replace(settings, accumulate=parts, gradient_clip=0.0)
-        loss, words = train.train_step(captioner, optimizer, batch, chosen, torch.device("cpu"), torch.float32)
+        chosen = replace(settings, gradient_accumulation_steps=parts, grad_clip=0.0)
+        loss, words = train.train_step(captioner, optimizer, batch, chosen, CPU)
         gradients.append((loss, words, [one.grad for one in captioner.decoder.parameters()]))
     for one in gradients[1:]:
         torch.testing.assert_close(one, gradients[0], rtol=1e-5, atol=1e-6)
@@ -45,7 +45,7 @@ def test_two_processes_train_as_one_does(shapes, tmp_path, others):
     """The same batches on two processes of torchrun: the same losses, scores and features."""
     folder = shutil.copytree(shapes, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
     settings = replace(SMALL, data_folder=str(folder), fine_tune_encoder=False, dropout=0.0, **others)
-    arguments = flags(folder, tmp_path / "two", replace(settings, accumulate=2))
+    arguments = flags(folder, tmp_path / "two", replace(settings, gradient_accumulation_steps=2))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", train.__file__, *arguments]
     result = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -55,9 +55,9 @@ def test_two_processes_train_as_one_does(shapes, tmp_path, others):
     train.main(replace(settings, run_folder=str(tmp_path / "one")))
     assert cached.keys() == {path.name for path in (folder / "features").iterdir()}
     for one, two in zip(
-        read_log(tmp_path / "one" / "log.jsonl"), read_log(tmp_path / "two" / "log.jsonl"), strict=True
+        read_jsonl(tmp_path / "one" / "log.jsonl"), read_jsonl(tmp_path / "two" / "log.jsonl"), strict=True
     ):
-        for name in ("loss", "cider", "bleu_4", "rouge_l"):
+        for name in ("train/loss", "val/loss", "val/cider", "val/bleu_4", "val/rouge_l"):
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
@@ -70,9 +70,9 @@ def test_a_run_leaves_its_files_and_checkpoints_hold_only_plain_things(run_folde
     }
     best = torch.load(run_folder / "best.pt", weights_only=True)
     last = torch.load(run_folder / "last.pt", weights_only=True)
-    assert {"optimizer", "rng", "progress", "average"} == last.keys() - best.keys()
+    assert {"optimizer", "rng", "progress", "ema"} == last.keys() - best.keys()
     assert best["words"][:4] == ["<pad>", "<start>", "<end>", "<unk>"] and best["image_size"] == 32
-    assert [row["epoch"] for row in read_log(run_folder / "log.jsonl")] == [1, 2]
+    assert [row["epoch"] for row in read_jsonl(run_folder / "log.jsonl")] == [1, 2]
 
 
 def test_training_overfits_four_images():
@@ -81,9 +81,9 @@ def test_training_overfits_four_images():
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     batch = collate([(i, images[i], captions[i]) for i in range(4)])
     settings = replace(SMALL, dropout=0.0, doubly_stochastic=0.0, label_smoothing=0.0)
-    captioner = build_captioner(asdict(settings), 7, 32, "", "squash").train()
+    captioner = build(settings, 7).train()
     optimizer = make_optimizer(captioner, settings)
-    arguments = (captioner, optimizer, batch, settings, torch.device("cpu"), torch.float32)
+    arguments = (captioner, optimizer, batch, settings, CPU)
     losses = [loss / words for loss, words in (train.train_step(*arguments) for _ in range(150))]
     assert losses[0] > 1.5 and losses[-1] < 0.1
 
@@ -102,7 +102,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_runs_once_an_image(shapes, tmp_path
     assert sum(encoded) == 24 + 2
     torch.manual_seed(settings.seed)
     words = json.loads((shapes / "word_map.json").read_text())
-    fresh = build_captioner(asdict(settings), len(words), 32, "", "squash").state_dict()
+    fresh = build(settings, len(words)).state_dict()
     trained = weights(tmp_path / "last.pt")
     assert all(torch.equal(fresh[name], trained[name]) for name in fresh if name.startswith("encoder"))
     assert not all(torch.equal(fresh[name], trained[name]) for name in fresh if name.startswith("decoder"))
@@ -120,12 +120,21 @@ def test_init_from_starts_a_new_run_with_the_weights_words_and_model_settings(co
 
 def test_cider_as_objective_raises_the_reward_of_the_captions_drawn(command, shapes, run_folder, tmp_path):
     arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--max_length", 12, "--epochs", 12)
-    start = ("--init_from", run_folder / "best.pt", "--learning_rate", 5e-3, "--patience", 12, "--accumulate", 2)
+    start = (
+        "--init_from",
+        run_folder / "best.pt",
+        "--learning_rate",
+        5e-3,
+        "--patience",
+        12,
+        "--gradient_accumulation_steps",
+        2,
+    )
     status, _, err = command(
-        train, *arguments, *start, "--objective", "cider", "--fine_tune_encoder", "--precision", "fp32"
+        train, *arguments, *start, "--objective", "scst", "--fine_tune_encoder", "--precision", "fp32"
     )
     assert status == 0, err
-    rewards = [-row["loss"] for row in read_log(tmp_path / "run" / "log.jsonl")]
+    rewards = [row["train/reward"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     assert 0 < sum(rewards[:3]) < 0.9 * sum(rewards[-3:])
 
 
@@ -141,11 +150,11 @@ def test_cider_learns_with_dropout_and_hard_attention_at_its_expectation(shapes,
 
         monkeypatch.setattr(Decoder, name, note)
 
-    noting("step", Decoder.step)  # draws captions and searches them
+    noting("step", Decoder.step)  # samples captions and searches them
     noting("forward", Decoder.forward)
     start = str(tmp_path / "start" / "last.pt")
-    train.main(replace(settings, run_folder=str(tmp_path / "run"), objective="cider", init_from=start))
-    assert modes == {("step", False, False), ("forward", True, False)}
+    train.main(replace(settings, run_folder=str(tmp_path / "run"), objective="scst", init_from=start))
+    assert modes == {("step", False, False), ("forward", True, False), ("forward", False, False)}  # the last validates
     baselines = [weights(tmp_path / name / "last.pt")["decoder.attention.baseline"] for name in ("start", "run")]
     assert baselines[0] == baselines[1] != 0  # it follows the words' loss, which rewards are not
 
@@ -153,7 +162,7 @@ def test_cider_learns_with_dropout_and_hard_attention_at_its_expectation(shapes,
 def test_look_draws_several_runs_into_one_picture(command, run_folder, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(run_folder, tmp_path / name)
-    status, out, _ = command(train, "--look", tmp_path / "a", tmp_path / "b")
+    status, out, _ = command(train, "--plot", tmp_path / "a", tmp_path / "b")
     assert status == 0 and out == f"{tmp_path / 'curves.png'}\n"
     assert Image.open(tmp_path / "curves.png").size == (1200, 350)
 
@@ -176,9 +185,9 @@ def test_tensorboard_gets_each_epochs_numbers_where_it_is_installed(shapes, tmp_
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path), fine_tune_encoder=False))
-    rows = read_log(tmp_path / "log.jsonl")
-    for name in ("loss", "learning_rate", "cider"):
-        expected = [(tmp_path / "tensorboard", name, row[name], row["epoch"]) for row in rows]
+    rows = read_jsonl(tmp_path / "log.jsonl")
+    for name in ("train/loss", "val/loss", "lr", "val/cider"):
+        expected = [(str(tmp_path / "tensorboard"), name, row[name], row["epoch"]) for row in rows]
         assert [one for one in written if one[1] == name] == expected
 
 
@@ -186,18 +195,18 @@ def test_early_stopping_and_decay(shapes, tmp_path):
     settings = replace(
         SMALL, data_folder=str(shapes), run_folder=str(tmp_path), epochs=9, patience=2, learning_rate=1e-9
     )
-    train.main(replace(settings, fine_tune_encoder=False, schedule="step", learning_rate_decay=0.5))
-    rows = read_log(tmp_path / "log.jsonl")
-    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-9, 0.5e-9, 0.25e-9])
+    train.main(replace(settings, fine_tune_encoder=False, lr_schedule="step", learning_rate_decay=0.5))
+    rows = read_jsonl(tmp_path / "log.jsonl")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-9, 0.5e-9, 0.25e-9])
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shapes, tmp_path, monkeypatch):
-    def spoiled(*arguments, original=build_captioner):
-        captioner = original(*arguments)
+    def spoiled(*arguments, original=build_captioner, **settings):
+        captioner = original(*arguments, **settings)
         captioner.decoder.output.bias.data[5] = math.nan
         return captioner
 
-    monkeypatch.setattr(runs, "build_captioner", spoiled)
+    monkeypatch.setattr(start, "build_captioner", spoiled)
     status, _, err = command(train, *flags(shapes, tmp_path / "run"))
     assert status == 2 and "the loss is nan at epoch 1, step 1, learning rate 0.01: lower --learning_rate" in err
 
@@ -210,20 +219,20 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shape
         (("--init_from", "missing.pt"), "no such file: missing.pt"),
         (("--resume", "a.pt", "--init_from", "b.pt"), "give one of them"),
         (("--resume", "{run}/best.pt"), "cannot be resumed: give the run's last.pt"),
-        (("--resume", "{run}/last.pt", "--hidden_size", "99"), "--hidden_size 99 does not go with"),
-        (("--init_from", "{run}/best.pt", "--hidden_size", "99"), "which was trained with 16"),
+        (("--resume", "{run}/last.pt", "--hidden_dim", "99"), "--hidden_dim 99 does not go with"),
+        (("--init_from", "{run}/best.pt", "--hidden_dim", "99"), "which was trained with 16"),
         (("--run_folder", "{run}"), "holds a run: continue it with --resume"),
         (("--run_folder", "{run}/last.pt/run"), "last.pt/run cannot be written"),
         (("--encoder", "resnet999"), "--encoder resnet999"),
         (("--encoder_weights", "missing.pth"), "missing.pth"),
         (("--encoder_weights", "{run}/log.jsonl"), "log.jsonl is refused"),
-        (("--look", "{run}", "missing"), "--look missing: no run there"),
-        (("--objective", "cider"), "--objective cider needs a model that can caption already"),
-        (("--fine_tune_from", "layer3"), "--fine_tune_from layer3 needs --fine_tune_encoder"),
-        (("--fine_tune_encoder", "--fine_tune_from", "layer9"), "--fine_tune_from layer9: resnet18 has conv1"),
-        (("--freeze_word_vectors",), "--freeze_word_vectors needs --word_vectors"),
-        (("--word_vectors", "missing.txt"), "--word_vectors missing.txt: no such file"),
-        (("--graph_layers", "1", "--graph_heads", "3"), "--graph_heads 3: the 512 features"),
+        (("--plot", "{run}", "missing"), "--plot missing: no run there"),
+        (("--objective", "scst"), "--objective scst needs a trained model"),
+        (("--unfreeze_from", "layer3"), "--unfreeze_from layer3 needs --fine_tune_encoder"),
+        (("--fine_tune_encoder", "--unfreeze_from", "layer9"), "--unfreeze_from layer9: resnet18 has conv1"),
+        (("--freeze_embeddings",), "--freeze_embeddings needs --pretrained_embeddings"),
+        (("--pretrained_embeddings", "missing.txt"), "--pretrained_embeddings missing.txt: no such file"),
+        (("--graph_layers", "1", "--graph_heads", "3"), "--graph_heads 3: does not divide the 512 features"),
         (("--epochs", "0"), "--epochs 0: must be at least 1"),
         (("--learning_rate", "nan"), "--learning_rate nan: must be at least 0"),
         (("--dropout", "1.5"), "--dropout 1.5: must be below 1"),
@@ -243,8 +252,8 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(command, shapes, run_fold
 
 def test_an_empty_validation_split_is_named(command, shapes, tmp_path):
     folder = shutil.copytree(shapes, tmp_path / "copy")
-    card = json.loads((folder / "dataset.json").read_text())
-    card["splits"]["val"]["images"] = 0
-    (folder / "dataset.json").write_text(json.dumps(card))
+    metadata = json.loads((folder / "dataset.json").read_text())
+    metadata["splits"]["val"]["images"] = 0
+    (folder / "dataset.json").write_text(json.dumps(metadata))
     status, _, err = command(train, *flags(folder, tmp_path / "run"))
     assert status == 2 and "the val split" in err and not (tmp_path / "run").exists()

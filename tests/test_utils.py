@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import utils
+from common import files
+from training import state
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,11 @@ def test_require_at_least_names_the_setting(value):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.json"
-    utils.write_json(path, {"old": True})
-    with pytest.raises(RuntimeError), utils.written_whole(path) as temporary:
+    files.write_json(path, {"old": True})
+    with pytest.raises(RuntimeError), files.atomic_write(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    assert utils.read_json(path) == {"old": True}
+    assert files.read_json(path) == {"old": True}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -63,7 +65,7 @@ def test_what_a_killed_program_left_is_removed_in_time(tmp_path):
     for path in (old, new):
         path.write_text("half")
     os.utime(old, (0, 0))
-    utils.write_json(tmp_path / "file.json", {})
+    files.write_json(tmp_path / "file.json", {})
     assert {path.name for path in tmp_path.iterdir()} == {"file.json", ".file.456.json"}
 
 
@@ -80,7 +82,7 @@ class Malicious:
 def test_nothing_that_is_loaded_executes_code(tmp_path):
     torch.save({"format": 1, "model": Malicious(str(tmp_path / "owned"))}, tmp_path / "bad.pt")
     with pytest.raises(utils.InputError, match=r"bad\.pt is refused"):
-        utils.load_state(tmp_path / "bad.pt")
+        files.safe_load(tmp_path / "bad.pt")
     assert not (tmp_path / "owned").exists()
 
 
@@ -88,20 +90,20 @@ def test_nothing_that_is_loaded_executes_code(tmp_path):
 def test_damaged_files_are_named(tmp_path, content):
     (tmp_path / "bad.pt").write_bytes(content)
     with pytest.raises(utils.InputError, match=r"bad\.pt"):
-        utils.load_state(tmp_path / "bad.pt")
+        files.safe_load(tmp_path / "bad.pt")
 
 
 def test_random_state_comes_back():
-    state = utils.random_state()
+    saved = state.get_rng_state()
     first = torch.rand(3)
-    utils.set_random_state(state)
+    state.set_rng_state(saved)
     assert torch.equal(first, torch.rand(3))
 
 
 def test_auto_precision_is_float32_where_bfloat16_is_emulated():
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    assert utils.choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
-    assert utils.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    assert utils.choose_runtime("cpu", "auto").dtype == (torch.bfloat16 if native else torch.float32)
+    assert utils.choose_runtime("cpu", "bf16").dtype == torch.bfloat16
 
 
 def test_unknown_devices_are_refused():

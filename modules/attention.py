@@ -1,0 +1,140 @@
+"""Attention over the regions of an image, computed before each word.
+
+Shapes: B images, R regions, D their width, C captions of an image, A width of the attention, H of the hidden state,
+Z of the context. alpha (B, C, R) are the attention weights.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from modules.layers import SharedLinear, linear_of_tanh, sample_categorical
+
+
+class Attention(nn.Module):
+    """Gated attention: the context is a weighted mean of the regions, scaled by a gate.
+
+    Source: "Show, Attend and Tell" (Xu et al., 2015), equations 5 and 13 and section 4.2.1. A subclass implements
+    `scores`.
+    """
+
+    def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
+        super().__init__()
+        self.context_dim = region_dim  # Z
+        self.keys = nn.Linear(region_dim, attention_dim)  # independent of the words: once per image
+        self.query = SharedLinear(hidden_dim, attention_dim)
+        self.gate = nn.Linear(hidden_dim, 1)
+
+    @contextmanager
+    def batched_weight_grad(self) -> Iterator[None]:
+        """As `SharedLinear.batched_weight_grad`, for the query."""
+        with self.query.batched_weight_grad():
+            yield
+
+    def forward(
+        self, regions: Tensor, keys: Tensor, hidden: Tensor, sampled_log_probs: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, Z), alpha (B, C, R).
+
+        Where `mix` samples regions, it appends their log-probabilities (B, C) to sampled_log_probs.
+        """
+        alpha = self.scores(keys, hidden).float().softmax(dim=-1)  # (B, C, R)
+        mix = self.mix(alpha, sampled_log_probs).to(regions.dtype)  # (B, C, R)
+        return self.gate(hidden).sigmoid() * (mix @ regions), alpha
+
+    def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
+        """Unnormalized scores: keys (B, R, A), hidden (B, C, H) -> (B, C, R)."""
+        raise NotImplementedError
+
+    def mix(self, alpha: Tensor, sampled_log_probs: list[Tensor] | None) -> Tensor:
+        """The weights (B, C, R) of the regions in the context: alpha itself, so that the context is an expectation."""
+        return alpha
+
+
+class SoftAttention(Attention):
+    """Additive attention: "Show, Attend and Tell", equation 4, with the scoring network of Bahdanau et al. (2015)."""
+
+    def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
+        super().__init__(region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim)
+        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a bias
+
+    def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
+        """As `Attention.scores`: score(tanh(keys + query(hidden)))."""
+        energy = keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)  # (B, C, R, A), the largest tensor of a step
+        return linear_of_tanh(self.score, energy).squeeze(-1)
+
+
+class DotAttention(Attention):
+    """Scaled dot-product attention ("Attention Is All You Need", Vaswani et al., 2017, equation 1)."""
+
+    def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
+        """As `Attention.scores`: query(hidden) . keys / sqrt(A)."""
+        return self.query(hidden) @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+
+
+class HardAttention(SoftAttention):
+    """Stochastic "hard" attention ("Show, Attend and Tell", section 4.1): training samples one region per word.
+
+    With probability SOFT_PROB a step takes the expectation instead, which reduces the variance of the gradient; the
+    paper decides this once per image. In eval mode every step takes the expectation, as in the authors' code.
+    `training.losses.hard_attention_loss` trains the sampling, with the moving average `baseline` of the loss.
+    """
+
+    SOFT_PROB = 0.5
+
+    baseline: Tensor  # (), 0 before the first update
+
+    def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
+        super().__init__(region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim)
+        self.register_buffer("baseline", torch.zeros(()))
+
+    def mix(self, alpha: Tensor, sampled_log_probs: list[Tensor] | None) -> Tensor:
+        """As `Attention.mix`: in training a one-hot sample (B, C, R), or alpha with probability SOFT_PROB.
+
+        Appends the samples' log-probabilities (B, C) to sampled_log_probs, 0 where the expectation is taken.
+        """
+        if not self.training:
+            return alpha
+        sampled = sample_categorical(alpha.detach()).unsqueeze(-1)  # (B, C, 1)
+        soft = torch.rand_like(alpha[..., :1]) < self.SOFT_PROB  # (B, C, 1)
+        if sampled_log_probs is not None:
+            log_probs = alpha.gather(-1, sampled).clamp_min(1e-20).log()
+            sampled_log_probs.append(log_probs.masked_fill(soft, 0).squeeze(-1))
+        return alpha.where(soft, torch.zeros_like(alpha).scatter(-1, sampled, 1))
+
+    def update_baseline(self, loss: float) -> None:
+        """Update the baseline with the mean loss per word of a step: moving average of decay 0.9 (section 4.1)."""
+        self.baseline.fill_(0.9 * self.baseline.item() + 0.1 * loss if self.baseline else loss)
+
+
+class NoAttention(nn.Module):
+    """No attention: zero-width context and uniform placeholder weights; the image only sets the initial state.
+
+    That is the decoder of "Show and Tell" (Vinyals et al., 2015), except that its image is the LSTM's first input.
+    """
+
+    def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
+        super().__init__()
+        self.context_dim = 0
+
+    @contextmanager
+    def batched_weight_grad(self) -> Iterator[None]:
+        """As `Attention.batched_weight_grad`; there is no weight."""
+        yield
+
+    def keys(self, regions: Tensor) -> Tensor:
+        """regions (B, R, D) -> keys (B, R, 0)."""
+        return regions[..., :0]
+
+    def forward(
+        self, regions: Tensor, keys: Tensor, hidden: Tensor, sampled_log_probs: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Attention.forward`, with Z = 0 and alpha = 1 / R."""
+        alpha = hidden.new_full((*hidden.shape[:2], regions.shape[1]), 1 / regions.shape[1], dtype=torch.float)
+        return hidden[..., :0], alpha
+
+
+ATTENTIONS = {"soft": SoftAttention, "dot": DotAttention, "hard": HardAttention, "none": NoAttention}

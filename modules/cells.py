@@ -1,0 +1,88 @@
+"""Recurrent cells.
+
+Shapes: E width of a word embedding, Z of the context, H of the hidden state; G gates, candidate included.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, lerp, nn
+
+from modules.layers import SharedLinear
+
+
+class Cell(nn.Module):
+    """The linear maps of a recurrent cell: from the word, the context and the hidden state to its gates.
+
+    The word's part, `words`, does not depend on the state, so teacher forcing computes it for all steps in one
+    matmul. A state is a tuple of NUM_STATES tensors (..., H), the hidden state first.
+    """
+
+    NUM_GATES = NUM_STATES = 1
+
+    def __init__(self, *, embed_dim: int, context_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.words = nn.Linear(embed_dim, self.NUM_GATES * hidden_dim)
+        self.context = SharedLinear(context_dim, self.NUM_GATES * hidden_dim)
+        self.hidden = SharedLinear(hidden_dim, self.NUM_GATES * hidden_dim)
+
+    def reset_parameters(self) -> None:
+        """Orthogonal recurrent weights (Saxe et al., 2014): the initial recurrence keeps the norm of the state."""
+        for gate in self.hidden.weight.data.chunk(self.NUM_GATES):
+            nn.init.orthogonal_(gate)
+
+    @contextmanager
+    def batched_weight_grad(self) -> Iterator[None]:
+        """As `SharedLinear.batched_weight_grad`, for the context and the hidden state."""
+        with self.context.batched_weight_grad(), self.hidden.batched_weight_grad():
+            yield
+
+    def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One time step.
+
+        word_gates (..., G H) from `words`, context (..., Z), state tuple of (..., H) -> next state tuple of (..., H).
+        """
+        raise NotImplementedError
+
+
+class RNNCell(Cell):
+    """torch's RNNCell with tanh (Elman, 1990), without its second bias."""
+
+    def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As `Cell.forward`, with G = 1."""
+        return ((word_gates + self.context(context) + self.hidden(state[0])).tanh(),)
+
+
+class GRUCell(Cell):
+    """torch's GRUCell (Cho et al., 2014, equations 5 to 8, reset applied after the matmul), without its second bias."""
+
+    NUM_GATES = 3
+
+    def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As `Cell.forward`, with G = 3: reset gate, update gate, candidate."""
+        reset, update, candidate = (word_gates + self.context(context)).chunk(3, dim=-1)
+        hidden_reset, hidden_update, hidden_candidate = self.hidden(state[0]).chunk(3, dim=-1)
+        candidate = (candidate + (reset + hidden_reset).sigmoid() * hidden_candidate).tanh()
+        return (lerp(candidate, state[0].to(candidate.dtype), (update + hidden_update).sigmoid()),)
+
+
+class LSTMCell(Cell):
+    """torch's LSTMCell ("Show, Attend and Tell", Xu et al., 2015, equations 1 to 3), without its second bias."""
+
+    NUM_GATES, NUM_STATES = 4, 2
+
+    def reset_parameters(self) -> None:
+        """As the other cells, with a forget gate bias of 1 (Jozefowicz et al., 2015)."""
+        super().reset_parameters()
+        self.words.bias.data.chunk(4)[1].fill_(1)
+
+    def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As `Cell.forward`, with G = 4: input gate, forget gate, candidate, output gate; state: hidden, cell."""
+        hidden, cell = state
+        gates = word_gates + self.context(context) + self.hidden(hidden)
+        input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
+        cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+        return output_gate.sigmoid() * cell.tanh(), cell
+
+
+CELLS = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell}

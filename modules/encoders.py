@@ -1,0 +1,194 @@
+"""Encoders: any torchvision classification network, cut at a layer whose output is a grid of regions.
+
+Shapes: B images, R regions, F features of a region.
+"""
+
+import math
+import re
+import urllib.error
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from common.files import safe_load
+from utils import InputError, first_line
+
+# The last layer of each family that still has a grid, by the prefix of the networks' names.
+GRID_LAYERS = {
+    "resnet": "layer4",
+    "resnext": "layer4",
+    "vgg": "features",
+    "densenet": "features",
+    "mobilenet": "features",
+    "efficientnet": "features",
+    "convnext": "features",
+    "squeezenet": "features",
+    "mnasnet": "layers",
+    "shufflenet": "conv5",
+    "regnet": "trunk_output",
+    "inception": "Mixed_7c",
+    "googlenet": "inception5b",
+    "swin": "permute",
+    "vit": "encoder",
+}
+
+
+class Encoder(nn.Module):
+    """A torchvision classification network up to a layer with a grid of features.
+
+    Attributes: num_regions R, feature_dim F, and `pretrained`, which keeps BatchNorm in eval mode.
+
+    Args:
+        name: torchvision's name of the network, such as "resnet101".
+        layer: name of the layer to cut at, "" for the family's last one with a grid.
+        weights: "imagenet", "" (random) or the path of a torchvision state dict.
+        grid_size: pool the grid to grid_size x grid_size (14 in "Show, Attend and Tell"), 0 keeps the network's own.
+        image_size: side of the images in pixels.
+
+    Raises InputError for a network or layer that does not exist, or weights that cannot be loaded.
+    """
+
+    mean: Tensor  # (3, 1, 1) of the network's training images
+    std: Tensor  # (3, 1, 1)
+
+    def __init__(
+        self, name: str, *, layer: str = "", weights: str = "", grid_size: int = 0, image_size: int = 224
+    ) -> None:
+        super().__init__()
+        if name not in torchvision.models.list_models(module=torchvision.models):
+            raise InputError(f"--encoder {name}: torchvision has no such classification network")
+        self.name, self.layer, self.grid_size = name, layer or _default_layer(name), grid_size
+        self.pretrained = bool(weights)
+        network = build_network(name, weights, image_size)
+        try:
+            self.network = create_feature_extractor(network, {self.layer: "grid"})
+        except ValueError:
+            names = " ".join(child for child, _ in network.named_children())
+            raise InputError(f"--encoder_layer {self.layer}: {name} has {names} and their parts") from None
+        if weights not in ("", "imagenet"):
+            load_encoder_weights(self.network, weights)
+        self.network = self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        preset = imagenet_weights(name).transforms()
+        self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1), persistent=False)
+        self.num_regions, self.feature_dim = self._infer_output_shape(image_size)
+
+    def _infer_output_shape(self, image_size: int) -> tuple[int, int]:
+        """R and F, from the output for a black image."""
+        self.eval()
+        try:
+            with torch.inference_mode():
+                grid = self._grid(torch.zeros(1, 3, image_size, image_size))
+        except AttributeError:
+            raise InputError(f"--encoder_layer {self.layer}: not a grid of features") from None
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"{self.name} does not take images of {image_size} pixels: {first_line(error)}") from None
+        if grid.ndim != 4 or grid.shape[2] != grid.shape[3]:
+            raise InputError(f"--encoder_layer {self.layer}: not a grid of features, its shape is {tuple(grid.shape)}")
+        self.train()
+        return (self.grid_size or grid.shape[2]) ** 2, grid.shape[1]
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As `nn.Module.train`, but frozen modules stay in eval mode, and so does BatchNorm of pretrained weights.
+
+        The statistics of small batches would spoil BatchNorm's.
+        """
+        super().train(mode)
+        for module in self.network.modules():
+            parameters = list(module.parameters())
+            frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+            if frozen or (self.pretrained and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+                module.eval()
+        return self
+
+    def unfreeze_from(self, block: str) -> None:
+        """Train the block with this name (layer3, features.10, ...) and all later ones; "" trains everything.
+
+        Raises InputError where the network has no such block with weights.
+        """
+        reached = not block
+        for name, parameter in self.network.named_parameters():  # in the order of the forward pass
+            reached = reached or name.startswith(f"{block}.")
+            parameter.requires_grad_(reached)
+        if not reached:
+            names = dict.fromkeys(name.split(".")[0] for name, _ in self.network.named_parameters() if "." in name)
+            raise InputError(f"--unfreeze_from {block}: {self.name} has {' '.join(names)} and their parts")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, h, w) uint8 -> regions (B, R, F) in row-major order."""
+        images = (images.float() / 255 - self.mean) / self.std
+        grid = self._grid(images.contiguous(memory_format=torch.channels_last))  # (B, F, rows, columns)
+        if self.grid_size:
+            grid = functional.adaptive_avg_pool2d(grid, self.grid_size)
+        return grid.flatten(2).transpose(1, 2)  # (B, R, F)
+
+    def _grid(self, images: Tensor) -> Tensor:
+        """The layer's output; a vision transformer's tokens (B, 1 + R, F) become a grid without the class token."""
+        grid = self.network(images)["grid"]
+        side = math.isqrt(grid.shape[1] - 1)
+        if grid.ndim == 3 and grid.shape[1] == 1 + side**2:  # the class token is the first
+            grid = grid[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        return grid
+
+
+def _default_layer(name: str) -> str:
+    """The layer of the family that a network belongs to; InputError where there is none."""
+    for family, layer in GRID_LAYERS.items():
+        if name.removeprefix("wide_").startswith(family):
+            return layer
+    raise InputError(f"--encoder {name}: give the layer to take as --encoder_layer")
+
+
+def imagenet_weights(name: str) -> torchvision.models.WeightsEnum:
+    """torchvision's first ImageNet weights of a network, those of the published results."""
+    known = torchvision.models.get_model_weights(name)
+    return known["IMAGENET1K_V1" if "IMAGENET1K_V1" in known.__members__ else "DEFAULT"]
+
+
+def build_network(name: str, weights: str, image_size: int) -> nn.Module:
+    """A torchvision network, with its ImageNet weights for "imagenet" and random ones otherwise.
+
+    Raises InputError where the weights cannot be downloaded or do not fit the image size.
+    """
+    options: dict[str, Any] = {}
+    if name in ("inception_v3", "googlenet"):  # transform_input: their ImageNet weights expect another normalization
+        options = {"transform_input": True, "init_weights": not weights}
+    if name.startswith("vit") and weights != "imagenet":  # the ImageNet weights fix the image size
+        options = {"image_size": image_size}
+    try:
+        if weights != "imagenet":
+            return torchvision.models.get_model(name, weights=None, **options)
+        network = torchvision.models.get_model(name, weights=imagenet_weights(name), **options)
+        if getattr(network, "image_size", image_size) != image_size:
+            raise AssertionError(f"its ImageNet weights are for {network.image_size} pixels")
+        return network
+    except AssertionError as error:
+        raise InputError(f"{name} does not take images of {image_size} pixels: {error}") from None
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"the ImageNet weights of {name} cannot be downloaded ({first_line(error)}): fetch "
+            f"{imagenet_weights(name).url} where there is a network and give the file as --encoder_weights FILE"
+        ) from None
+
+
+def load_encoder_weights(network: nn.Module, path: str) -> None:
+    """Load a torchvision state dict; weights of the layers behind the cut are not needed.
+
+    Raises InputError where the file is not a state dict of this network.
+    """
+    weights = safe_load(path)
+    if not isinstance(weights, dict):
+        raise InputError(f"--encoder_weights {path}: not a state dict of weights")
+    # DenseNet's files have the parameter names of torchvision before 0.3.
+    weights = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): weights[name] for name in weights}
+    expected = network.state_dict()
+    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
+    wrong = [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
+    if missing or wrong:
+        example = f"{missing[0]} is missing" if missing else f"{wrong[0]} has another shape"
+        raise InputError(f"--encoder_weights {path}: not the weights of this network, {example}")
+    network.load_state_dict({name: weights[name] for name in expected if name in weights}, strict=False)

@@ -1,0 +1,84 @@
+"""What the tutorial says is so: its code runs, its references and links exist, its figures are drawn by one script."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+REFERENCES = re.findall(r"\[`([^`]+\.py)`\]\(([^)]+)\) `([\w.]+)`", TUTORIAL)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def defined_names(path):
+    """The functions and classes of a file, and the methods of its classes as Class.method."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names.update(f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef))
+    return names
+
+
+def test_the_code_runs_and_learns_to_attend(capsys):
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL):
+        exec(compile(block, "docs/tutorial.md", "exec"), namespace)
+    assert namespace["accuracy"] > 0.95
+    alpha = namespace["alpha"].mean(dim=0)  # (T, R)
+    assert alpha[:4].argmax(dim=1).tolist() == [0, 1, 2, 3]
+    assert "BLEU-4: 0.595" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("shown", "target", "name"), REFERENCES)
+def test_every_reference_names_what_its_file_defines(shown, target, name):
+    path = (ROOT / "docs" / target).resolve()
+    assert path == ROOT / shown
+    assert name in defined_names(path)
+
+
+def test_no_file_is_named_without_one_of_its_functions():
+    named = re.findall(r"\[`([^`]+\.py)`\]", TUTORIAL)
+    assert len(named) == len(REFERENCES) + 1  # docs/figures.py draws what the page shows
+
+
+def test_links_exist():
+    for target in re.findall(r"\]\(([^)#]+)", TUTORIAL):
+        assert target.startswith("http") or (ROOT / "docs" / target).exists(), target
+
+
+def test_figures_that_need_no_model_are_drawn_and_others_skipped(figures, command, tmp_path):
+    status, out, _ = command(
+        figures, "--output_folder", tmp_path, "--shapes_checkpoint", tmp_path / "none.pt", "--data_folder", tmp_path
+    )
+    assert status == 0
+    assert out.count("skipped") == 2
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {f"{name}.png" for name in figures.DIAGRAMS}
+    assert all(path.stat().st_size < 250_000 for path in tmp_path.glob("*.png"))
+
+
+def test_shapes_figures_are_drawn(figures, command, shapes, run_folder, tmp_path):
+    status, out, _ = command(
+        figures, "--output_folder", tmp_path, "--shapes_checkpoint", run_folder / "best.pt", "--data_folder", shapes
+    )
+    assert status == 0
+    assert {f"{name}.png" for name in figures.SHAPES_FIGURES} <= {path.name for path in tmp_path.glob("*.png")}
+
+
+def test_every_figure_of_the_tutorial_is_drawn_by_the_script(figures):
+    shown = set(re.findall(r"\(figures/(\w+)\.png\)", TUTORIAL))
+    photos = {f"photo_{name}" for name in figures.PHOTOS}
+    assert shown <= {*figures.DIAGRAMS, *figures.SHAPES_FIGURES, *photos}
+    assert {*figures.DIAGRAMS, *figures.SHAPES_FIGURES} <= shown

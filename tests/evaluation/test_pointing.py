@@ -1,0 +1,36 @@
+"""Pointing accuracy on scenes with known boxes."""
+
+import pytest
+import torch
+
+from evaluation.pointing import pointing_accuracy
+
+ENTRY = {
+    "objects": [
+        {"words": ["small", "red", "circle"], "box": [0, 0, 0.5, 0.5]},
+        {"words": ["large", "blue", "circle"], "box": [0.5, 0.5, 1, 1]},
+        {"words": ["large", "blue", "star"], "box": [0.5, 0, 1, 0.5]},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("caption", "regions", "accuracy"),
+    [
+        ("a red circle", (3, 3, 0), 1),
+        ("a blue circle", (3, 3, 0), 0),  # the color selects the other circle
+        ("a pink circle", (0, 0, 3), 1),  # the color selects none: either circle counts
+        ("a blue star left of a blue circle", (0, 0, 1, 0, 0, 0, 0, 1), 0.5),
+        ("a red square", (0, 0, 0), 0),  # no noun of this data set
+    ],
+)
+def test_pointing_accuracy(caption, regions, accuracy):
+    alpha = torch.eye(4)[list(regions)]  # all attention on one of 2x2 regions at each word
+    assert pointing_accuracy([ENTRY], [caption.split()], [alpha]) == accuracy
+
+
+def test_a_noun_that_names_no_object_is_a_miss():
+    other = {"objects": [{"words": ["small", "red", "square"], "box": [0, 0, 1, 1]}]}
+    alpha = torch.eye(4)[[0, 0, 0]]
+    captions = [["a", "red", "circle"], ["a", "red", "circle"]]
+    assert pointing_accuracy([ENTRY, other], captions, [alpha] * 2) == 0.5

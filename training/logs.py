@@ -1,0 +1,64 @@
+"""The log of a run as TensorBoard files and as a picture of its curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.files import atomic_write, read_jsonl, require_writable
+from utils import InputError
+
+# The panels of curves.png: the log keys of each and the line style of each key.
+PANELS = {
+    "loss": {"train/loss": "-", "val/loss": "--"},
+    "CIDEr": {"train/reward": "--", "val/cider": "-"},
+    "validation BLEU-4": {"val/bleu_4": "-"},
+}
+
+
+def write_tensorboard(folder: str | Path, rows: list[dict]) -> None:
+    """Add rows of the log to TensorBoard's files in a folder, where the package tensorboard is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(str(folder)) as writer:
+        for row in rows:
+            for name in row.keys() - {"epoch"}:
+                if row[name] is not None:
+                    writer.add_scalar(name, row[name], row["epoch"])
+
+
+def plot_curves(log_paths: Sequence[str | Path], picture_path: str | Path) -> None:
+    """Plot losses and validation scores by epoch of one run or several, from their logs, training beside validation."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axes, (title, styles) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for i, path in enumerate(log_paths):
+            rows, run = read_jsonl(path), str(Path(path).parent)
+            for name, style in styles.items():
+                points = [(row["epoch"], row[name]) for row in rows if name in row]
+                if points:
+                    label = f"{run} {name}" if len(log_paths) > 1 else name
+                    axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=f"C{i}", label=label)
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
+    with atomic_write(picture_path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def plot_runs(folders: Sequence[str]) -> Path:
+    """Plot the curves of several runs into curves.png beside the first; returns its path.
+
+    Raises InputError for a folder without a run.
+    """
+    for folder in folders:
+        if not read_jsonl(Path(folder) / "log.jsonl"):
+            raise InputError(f"--plot {folder}: no run there, it has no log.jsonl with an epoch")
+    picture = Path(folders[0]).resolve().parent / "curves.png"
+    require_writable(picture.parent)
+    plot_curves([Path(folder) / "log.jsonl" for folder in folders], picture)
+    return picture

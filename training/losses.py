@@ -1,0 +1,110 @@
+"""The losses: cross-entropy of teacher forcing, REINFORCE for hard attention, self-critical training.
+
+Shapes: B images, C captions of an image, T words, N words of all captions together, R regions, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from modules.decoders import DecoderOutput
+from text.vocabulary import BANNED_IDS
+
+# Captions sampled at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
+TEMPERATURE = 0.5
+
+# Of hard attention. The entropy's weight is that of the authors' code, whose 0.1 for the reward learned slower.
+REWARD_WEIGHT = 0.01
+ENTROPY_WEIGHT = 0.002
+
+
+def captioning_loss(
+    output: DecoderOutput, lengths: Tensor, settings: Any, words: int, captions: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of teacher forcing and, of it, the cross-entropy summed over all words, without label smoothing.
+
+    The loss adds label smoothing (Szegedy et al., 2016, section 7) and the doubly stochastic term of "Show, Attend and
+    Tell" (equation 14): over a caption, the attention weights of each region should sum to about one.
+
+    Args:
+        output: of `Decoder.forward`.
+        lengths: (B, C) as it takes them.
+        settings: of train.py: label_smoothing and doubly_stochastic.
+        words, captions: the counts to divide by, those of the whole step where this is a micro-batch of it.
+    """
+    log_probs = output.logits.float().log_softmax(dim=-1)  # (N, V)
+    word_losses = functional.nll_loss(log_probs, output.targets, reduction="none")  # (N,)
+    cross_entropy = smoothed = word_losses.sum()
+    if smoothing := settings.label_smoothing:
+        smoothed = (1 - smoothing) * cross_entropy - smoothing * log_probs.mean(dim=-1).sum()
+    loss = smoothed / words
+    if settings.doubly_stochastic:
+        coverage = output.alpha.sum(dim=0)[lengths.to(output.alpha.device) > 0]  # (captions, R)
+        coverage_penalty = (1 - coverage).square().mean(dim=-1).sum()
+        loss = loss + settings.doubly_stochastic * coverage_penalty / captions
+    if output.sampled_log_probs is not None:
+        loss = loss + hard_attention_loss(output, lengths, word_losses.detach()) / words
+    return loss, cross_entropy
+
+
+def caption_mask(lengths: Tensor) -> Tensor:
+    """Which words exist, in whose order teacher forcing has its N words: (B, C) -> (T, B, C)."""
+    return torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths
+
+
+def hard_attention_loss(
+    output: DecoderOutput,
+    lengths: Tensor,
+    word_losses: Tensor,
+    reward_weight: float = REWARD_WEIGHT,
+    entropy_weight: float = ENTROPY_WEIGHT,
+) -> Tensor:
+    """REINFORCE loss for hard attention, summed over words.
+
+    Raises the log-probability of sampled regions in proportion to the reward of the words that follow.
+
+    Source: "Show, Attend and Tell", equations 11 and 12, with a moving average as baseline
+    (`HardAttention.update_baseline`), and the entropy of the attention weights, so that they do not settle too early.
+    A sample is rewarded for the words from its time step on, as it changes none before, each with the baseline of a
+    word: the loss of a whole caption depends most of all on its length.
+
+    Args:
+        output: of `Decoder.forward` with hard attention.
+        lengths: (B, C) as it takes them.
+        word_losses: (N,) of the words, without gradient.
+        reward_weight: lambda_r of the equation; 1 is the gradient of the expected loss.
+        entropy_weight: lambda_e.
+    """
+    assert output.baseline is not None and output.sampled_log_probs is not None, "not the output of hard attention"
+    mask = caption_mask(lengths).to(word_losses.device)
+    baseline = output.baseline.where(output.baseline != 0, word_losses.mean())  # until there is an average
+    excess = word_losses.new_zeros(mask.shape).masked_scatter(mask, word_losses - baseline)  # (T, B, C)
+    advantages = excess.flip(0).cumsum(dim=0).flip(0)  # of each word and all that follow
+    reinforce = (advantages * output.sampled_log_probs).sum()
+    alpha = output.alpha[mask]  # (N, R)
+    entropy = -(alpha * alpha.clamp_min(1e-20).log()).sum()
+    return reward_weight * reinforce - entropy_weight * entropy
+
+
+def self_critical_loss(output: DecoderOutput, lengths: Tensor, rewards: Tensor, words: int) -> Tensor:
+    """The loss whose gradient makes captions more probable that earned more reward than the image's others.
+
+    Source: "Self-critical Sequence Training" (Rennie et al., 2017), equation 7; the baseline of a caption is the mean
+    reward of the image's other captions ("Buy 4 REINFORCE samples", Kool et al., 2019).
+
+    Args:
+        output: of `Decoder.forward` for the captions sampled at TEMPERATURE.
+        lengths: (B, C) as it takes them.
+        rewards: (B, C) of the captions, C at least 2.
+        words: the count to divide by, of the whole step.
+    """
+    logits = output.logits.float() / TEMPERATURE
+    logits[:, BANNED_IDS] = -math.inf  # as they were sampled
+    cross_entropy = functional.cross_entropy(logits, output.targets, reduction="none")  # (N,)
+    baselines = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    mask = caption_mask(lengths)
+    advantages = (rewards - baselines).expand(mask.shape)[mask].to(logits.device)  # (N,)
+    return (advantages * cross_entropy).sum() / words

@@ -1,0 +1,74 @@
+"""The optimizer, its learning rate schedule and the moving average of the weights."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from models import Captioner
+
+
+def make_optimizer(captioner: Captioner, settings: Any) -> torch.optim.Optimizer:
+    """Adam over the decoder and, where it is fine-tuned, the encoder with its own learning rate.
+
+    `settings` are those of train.py. Sets which parameters are trained. Raises InputError where --unfreeze_from names no part of the encoder.
+    """
+    captioner.encoder.requires_grad_(False)
+    if settings.fine_tune_encoder:
+        captioner.encoder.unfreeze_from(settings.unfreeze_from)
+    captioner.decoder.embedding.weight.requires_grad_(not settings.freeze_embeddings)
+    encoder_params = [param for param in captioner.encoder.parameters() if param.requires_grad]
+    encoder_ids = set(map(id, captioner.encoder.parameters()))
+    decoder_params = [p for p in captioner.parameters() if p.requires_grad and id(p) not in encoder_ids]
+    groups = [{"params": decoder_params, "lr": settings.learning_rate}]
+    if encoder_params:
+        groups.append({"params": encoder_params, "lr": settings.encoder_learning_rate})
+    for group in groups:
+        group["initial_lr"] = group["lr"]  # what the schedule starts from
+    return torch.optim.Adam(groups, fused=True)
+
+
+def learning_rate_factor(settings: Any, step: int, steps_per_epoch: int) -> float:
+    """The factor on the learning rates at a step, counted from 0 over all epochs: linear warmup, then the schedule."""
+    steps = settings.epochs * steps_per_epoch
+    warmup = min(1, (step + 1) / max(1, settings.warmup_ratio * steps))
+    if settings.lr_schedule == "step":
+        return warmup * settings.learning_rate_decay ** (step // steps_per_epoch)
+    return warmup * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class ModelEMA:
+    """A captioner whose weights are the exponential moving average of those that are trained.
+
+    The average forgets faster while it is young, so that the random start does not linger in it.
+    """
+
+    def __init__(self, captioner: Captioner, decay: float) -> None:
+        frozen = not any(param.requires_grad for param in captioner.encoder.parameters())
+        shared = {id(captioner.encoder): captioner.encoder} if frozen else {}
+        self.captioner, self.decay = copy.deepcopy(captioner, shared), decay
+        averages = dict(self.captioner.named_parameters())
+        trained = {name: param for name, param in captioner.named_parameters() if param.requires_grad}
+        self.averages = {name: averages[name] for name in trained}
+        self.params = list(trained.values())
+        pairs = zip(self.captioner.buffers(), captioner.buffers(), strict=True)
+        self.buffers = [(average, buffer) for average, buffer in pairs if average is not buffer]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after a step, counted from 0 over all epochs."""
+        update_averages = get_ema_multi_avg_fn(min(self.decay, (step + 1) / (step + 10)))
+        update_averages(list(self.averages.values()), self.params, None)
+        for average, buffer in self.buffers:
+            average.copy_(buffer)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averages by the names of their parameters."""
+        return {name: average.detach() for name, average in self.averages.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` returned."""
+        for name, average in self.averages.items():
+            average.data.copy_(state[name])

@@ -1,0 +1,184 @@
+"""How a run starts: anew, resumed from its last.pt, or from the weights of another run's best.pt."""
+
+import shutil
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from common.distributed import rank, world_size
+from common.files import read_jsonl, write_jsonl
+from models import Captioner, build_captioner, captioner_from_checkpoint, load_checkpoint, model_settings
+from preparation.storage import read_metadata
+from text.embeddings import read_pretrained_embeddings
+from text.vocabulary import Vocabulary
+from training.logs import write_tensorboard
+from training.optim import ModelEMA, make_optimizer
+from training.state import TrainState
+from utils import InputError
+
+# Settings that say how a program starts, not how a run trains.
+START_SETTINGS = ("run_folder", "overwrite", "resume", "init_from", "plot")
+# Settings that a resumed run may change: it stays the same run.
+RESUME_SETTINGS = (
+    "data_folder",
+    "epochs",
+    "patience",
+    "workers",
+    "device",
+    "gradient_accumulation_steps",
+    "save_minutes",
+    "in_memory",
+)
+
+
+def given_settings(settings: Any, checkpoint: dict[str, Any]) -> set[str]:
+    """The names of the settings that the user gave: as a flag, or by editing a default of train.py.
+
+    A flag counts even at its default. A default counts as edited where it is not what it was when the checkpoint was
+    written.
+    """
+    defaults = checkpoint["defaults"]
+    edited = {name for name, value in asdict(settings).items() if value != defaults.get(name, value)}
+    return edited | getattr(settings, "given", frozenset())
+
+
+def merge_settings(
+    settings: Any, checkpoint: dict[str, Any], path: str, names: Iterable[str], may_differ: Collection[str]
+) -> Any:
+    """Settings with the checkpoint's values of `names`, but for those that the user gave.
+
+    Raises InputError for one that was given, differs and may not.
+    """
+    given, saved = given_settings(settings, checkpoint), checkpoint["settings"]
+    for name in names:
+        value = getattr(settings, name)
+        if name not in given:
+            settings = replace(settings, **{name: saved[name]})
+        elif name not in may_differ and value != saved[name]:
+            raise InputError(f"--{name} {value} does not go with {path}, which was trained with {saved[name]}")
+    return settings
+
+
+def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Resolve --resume and --init_from: the settings to run with and the checkpoint to start from, or None.
+
+    Raises InputError where they do not go with the other settings, or the run folder holds a run.
+    """
+    if settings.resume and settings.init_from:
+        raise InputError("--resume continues a run and --init_from starts a new one: give one of them")
+    if settings.resume:
+        return resume_settings(settings)
+    last = Path(settings.run_folder) / "last.pt"
+    if last.exists() and not settings.overwrite:
+        raise InputError(
+            f"{settings.run_folder} holds a run: continue it with --resume {last}, start again with --overwrite, or "
+            f"give another --run_folder"
+        )
+    if settings.init_from:
+        if settings.pretrained_embeddings:
+            raise InputError(
+                f"--pretrained_embeddings {settings.pretrained_embeddings}: --init_from has trained words, leave it out"
+            )
+        checkpoint = load_checkpoint(settings.init_from)
+        names = model_settings(asdict(settings))
+        may_differ = names.keys() - {"encoder_weights"}  # of which none is read: `captioner_for` checks the others
+        return merge_settings(settings, checkpoint, settings.init_from, names, may_differ), checkpoint
+    return settings, None
+
+
+def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The settings of a resumed run and its checkpoint. Raises InputError for a setting that would make it another."""
+    checkpoint = load_checkpoint(settings.resume)
+    if "optimizer" not in checkpoint:
+        raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
+    run_folder = Path(settings.resume).parent
+    names = [field.name for field in fields(settings) if field.name not in START_SETTINGS]
+    merged = merge_settings(settings, checkpoint, settings.resume, names, RESUME_SETTINGS)
+    if (
+        "run_folder" in given_settings(settings, checkpoint)
+        and Path(settings.run_folder).resolve() != run_folder.resolve()
+    ):
+        raise InputError(f"--run_folder {settings.run_folder}: --resume continues in {run_folder}, leave it out")
+    return replace(merged, run_folder=str(run_folder)), checkpoint
+
+
+def captioner_for(settings: Any, checkpoint: dict[str, Any]) -> tuple[Captioner, Vocabulary]:
+    """The captioner of a checkpoint with the model settings of a run that starts from it.
+
+    Those that no weight depends on (dropout, graph_knn, ...) may differ. Raises InputError for one whose change the
+    weights do not fit.
+    """
+    path, settings_now = settings.resume or settings.init_from, model_settings(asdict(settings))
+    saved = checkpoint["model_settings"]
+    checkpoint = checkpoint | {"fine_tune_encoder": settings.fine_tune_encoder}
+    try:
+        return captioner_from_checkpoint(checkpoint, path, settings_now)
+    except InputError as error:
+        for name, value in settings_now.items():
+            if value != saved[name] and not fits(checkpoint, path, {name: value}):
+                message = f"--{name} {value} does not go with {path}, which was trained with {saved[name]}"
+                raise InputError(message) from None
+        raise error
+
+
+def fits(checkpoint: dict[str, Any], path: str, changes: dict[str, Any]) -> bool:
+    """Whether a checkpoint's weights fit a model with these changes to its settings."""
+    try:
+        captioner_from_checkpoint(checkpoint, path, changes)
+    except InputError:
+        return False
+    return True
+
+
+def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.device) -> TrainState:
+    """Build the model, new or from a checkpoint, its optimizer and its average."""
+    torch.manual_seed(settings.seed)
+    if checkpoint:
+        captioner, vocabulary = captioner_for(settings, checkpoint)
+    else:
+        metadata = read_metadata(settings.data_folder)
+        vocabulary = Vocabulary.load(settings.data_folder)
+        captioner = build_captioner(
+            len(vocabulary),
+            metadata["image_size"],
+            metadata["resize"],
+            settings.fine_tune_encoder,
+            **model_settings(asdict(settings)),
+        )
+        if settings.pretrained_embeddings:
+            vectors = read_pretrained_embeddings(settings.pretrained_embeddings, vocabulary, settings.embed_dim)
+            captioner.decoder.load_pretrained_embeddings(*vectors)
+    captioner.to(device)
+    optimizer = make_optimizer(captioner, settings)
+    ema = ModelEMA(captioner, settings.ema_decay)
+    network = captioner
+    if world_size() > 1:
+        network = DistributedDataParallel(captioner, broadcast_buffers=settings.fine_tune_encoder)
+    if rank() > 0:
+        torch.manual_seed(settings.seed + rank())  # the same weights, but dropout of its own
+    state = TrainState(settings, captioner, vocabulary, optimizer, ema, network)
+    if settings.resume:
+        assert checkpoint is not None
+        state.restore(checkpoint)
+    return state
+
+
+def start_files(state: TrainState, checkpoint: dict[str, Any] | None) -> None:
+    """Bring the run folder to where the run starts: that of a resumed run has no later rows than its checkpoint."""
+    folder, rows = Path(state.settings.run_folder), []
+    if state.settings.resume:
+        assert checkpoint is not None
+        rows = [row for row in read_jsonl(folder / "log.jsonl") if row["epoch"] <= checkpoint["epoch"]]
+    elif rank() == 0:
+        for name in ("best.pt", "curves.png"):  # of a run that --overwrite replaces
+            (folder / name).unlink(missing_ok=True)
+    if rank() == 0:
+        write_jsonl(folder / "log.jsonl", rows)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        if rows:
+            write_tensorboard(folder / "tensorboard", rows)
+    state.save("last.pt", with_training_state=True)

@@ -1,0 +1,103 @@
+"""The state of a training run and its checkpoints: all that a run changes, saves and restores."""
+
+import contextlib
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from common.distributed import all_gather, all_reduce_sum, rank
+from common.files import atomic_write
+from models import CHECKPOINT_FORMAT, Captioner, model_settings
+from text.vocabulary import Vocabulary
+from training.optim import ModelEMA
+
+
+@dataclass
+class TrainState:
+    """All that a training run changes as it goes, and so all that it must save."""
+
+    settings: Any  # of train.py
+    captioner: Captioner
+    vocabulary: Vocabulary
+    optimizer: torch.optim.Optimizer
+    ema: ModelEMA
+    network: nn.Module  # the captioner, in DistributedDataParallel where there are several processes
+    epoch: int = 0  # complete epochs
+    step: int = 0  # steps of the current epoch
+    seconds: float = 0.0  # that they took
+    loss: float = 0.0  # cross-entropy or, under SCST, reward in them, summed over the words or captions of this process
+    count: int = 0  # of these words or captions
+    best_score: float = -1.0
+    epochs_since_improvement: int = 0
+
+    PROGRESS: ClassVar = ("epoch", "step", "seconds", "best_score", "epochs_since_improvement")
+
+    def save(self, name: str, with_training_state: bool) -> None:
+        """Write a checkpoint into the run folder: the averaged weights or, with the training state, the trained ones.
+
+        Every process calls it, rank 0 writes.
+        """
+        captioner = self.captioner if with_training_state else self.ema.captioner
+        checkpoint = {
+            "format": CHECKPOINT_FORMAT,
+            "model": captioner.state_dict(),
+            "model_settings": model_settings(asdict(self.settings)),
+            "image_size": captioner.image_size,
+            "resize": captioner.resize,
+            "fine_tune_encoder": captioner.fine_tune_encoder,
+            "words": self.vocabulary.idx2word,
+            "settings": asdict(self.settings),
+            "defaults": asdict(type(self.settings)()),  # by which an edited default is recognized later
+            "epoch": self.epoch,
+            "best_score": self.best_score,
+            "git": git_revision(),
+        }
+        if with_training_state:
+            loss, count = all_reduce_sum([self.loss, self.count])
+            progress = {name: getattr(self, name) for name in self.PROGRESS}
+            checkpoint["progress"] = progress | {"loss": loss, "count": count}
+            checkpoint["optimizer"] = self.optimizer.state_dict()
+            checkpoint["ema"] = self.ema.state_dict()
+            checkpoint["rng"] = all_gather([get_rng_state()])
+        if rank() == 0:
+            with atomic_write(Path(self.settings.run_folder) / name) as temporary, open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what `save` wrote beside the model, the random number generators last."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.ema.load_state_dict(checkpoint["ema"])
+        for name in self.PROGRESS:
+            setattr(self, name, checkpoint["progress"][name])
+        if rank() == 0:  # sums over all processes, however many there were
+            self.loss, self.count = checkpoint["progress"]["loss"], checkpoint["progress"]["count"]
+        if rank() < len(checkpoint["rng"]):
+            set_rng_state(checkpoint["rng"][rank()])
+
+
+def get_rng_state() -> dict[str, Tensor]:
+    """The state of every random number generator that training draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Put back what `get_rng_state` returned."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def git_revision() -> str:
+    """The commit of the code that runs, "" outside a checkout."""
+    with contextlib.suppress(OSError):
+        command = ["git", "rev-parse", "HEAD"]
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return result.stdout.strip()
+    return ""
