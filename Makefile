@@ -1,30 +1,37 @@
-# make demo, make test, make lint and make bench each create .venv and install what they need by themselves.
+# Each target creates .venv and installs what it needs by itself.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test lint bench
+.PHONY: demo check test lint bench
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest ruff
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest pytest-xdist ruff "pyright[nodejs]"
 	touch $@
 
+# Draws shapes, trains a small captioner, scores it and captions a picture.
 demo: .venv/installed
 	$(RUN) create_input_files.py --image_size 64
 	$(RUN) train.py --overwrite --encoder regnet_x_400mf --encoder_layer trunk_output.block2 --encoder_weights= \
-	    --fine_tune_encoder --encoder_learning_rate 2e-3 --grid_size 4 --region_dim 128 --embedding_size 128 \
-	    --attention_size 64 --hidden_size 128 --dropout 0.1 --label_smoothing 0 --learning_rate 2e-3 \
+	    --fine_tune_encoder --encoder_learning_rate 2e-3 --grid_size 4 --region_dim 128 --embed_dim 128 \
+	    --attention_dim 64 --hidden_dim 128 --dropout 0.1 --label_smoothing 0 --learning_rate 2e-3 \
 	    --batch_size 16 --epochs 8
 	$(RUN) eval.py --beam_sizes 3
 	$(RUN) caption.py data/shapes/photos/test_04401.png
 
+# What to run at every step: style, types and the fast tests. Two processes of one thread each.
+check: lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not slow"
+
+# The whole suite, with its slowest tests.
 test: .venv/installed
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --durations=10
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
 
 bench: .venv/installed
 	$(RUN) benchmarks/bench_train.py

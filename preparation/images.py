@@ -1,55 +1,58 @@
-"""Photos: any that people have, upright, in RGB, and squared as training and captioning both see them."""
+"""Photos of all common formats, upright, in RGB and square, as training and captioning both see them."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from torch.nn import functional
 
 from utils import InputError, first_line
 
-# The formats of photos. Pillow knows more, and hands some of them to other programs (EPS to Ghostscript).
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-PAD_COLOR = (124, 116, 104)  # the mean of ImageNet's photos, so that networks see nothing there
+# Pillow knows more formats, and hands some of them to other programs (EPS to Ghostscript).
+PHOTO_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+PAD_COLOR = (124, 116, 104)  # ImageNet's mean color, about zero after normalization
 
 
-def open_photo(path, min_side=0):
-    """Read a photo upright and in RGB, as a Pillow image: of an animation the first, white behind what is transparent.
+def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
+    """Read a photo upright and in RGB: the first frame of an animation, white behind transparent pixels.
 
-    A JPEG is decoded at half, a quarter or an eighth of its size where each side keeps `min_side` pixels so; 0 keeps
-    its size. Raises InputError where the photo is missing, not whole, or too large.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as each side keeps `min_side` pixels; 0: at its full size.
+    Raises InputError where the photo is missing, damaged, too large or of another format.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
     try:
-        with Image.open(path, formats=FORMATS) as photo:
+        with Image.open(path, formats=PHOTO_FORMATS) as photo:
             if min_side:
-                photo.draft(None, (min_side, min_side))
+                photo.draft(None, (min_side, min_side))  # pyright: ignore[reportArgumentType]
             ImageOps.exif_transpose(photo, in_place=True)
             if photo.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, of a range that nobody knows")
-            if photo.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8 instead of scaling
+                raise ValueError("its pixels are floating-point numbers of unknown range")
+            converted = photo
+            if photo.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 8 instead of scaling
                 pixels = np.asarray(photo).clip(0, 65535)
-                photo = Image.fromarray((pixels // 256 if pixels.max() > 255 else pixels).astype(np.uint8))
-            if photo.has_transparency_data:
-                photo = photo.convert("RGBA")
-                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-            photo.load()
-            return photo if photo.mode == "RGB" else photo.convert("RGB")
+                converted = Image.fromarray((pixels // 256 if pixels.max() > 255 else pixels).astype(np.uint8))
+            if converted.has_transparency_data:
+                converted = converted.convert("RGBA")
+                converted = Image.alpha_composite(Image.new("RGBA", converted.size, "white"), converted)
+            converted.load()
+            return converted if converted.mode == "RGB" else converted.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a photo ({', '.join(FORMATS)})") from None
+        raise InputError(f"{path}: not a photo ({', '.join(PHOTO_FORMATS)})") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, make it smaller") from None
+        raise InputError(f"{path}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, make it smaller") from None
     except Exception as error:  # a damaged file raises almost anything
         raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
 
 
-def to_square(photo, side, resize):
-    """A Pillow image as a square, (3, side, side) uint8: squashed, its middle (crop), or whole on a gray ground (pad).
+def to_square(photo: Image.Image, side: int, resize: str) -> Tensor:
+    """Make a photo a square image (3, side, side) uint8: squashed, its center (crop), or all of it on gray (pad).
 
-    torch's bicubic filter, which is three times as fast as Pillow's and rounds a pixel in twenty otherwise.
+    Uses torch's bicubic filter, which is three times as fast as Pillow's; one pixel in twenty is rounded differently.
     """
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)  # (3, h, w)
     height, width = pixels.shape[1:]
@@ -69,9 +72,10 @@ def to_square(photo, side, resize):
     return pixels.contiguous()
 
 
-def load_image(path, size, resize="squash"):
-    """A photo as training and captioning both see it: a square, (3, size, size) uint8. Raises as `open_photo`.
+def load_image(path: str | Path, size: int, resize: str = "squash") -> np.ndarray:
+    """A photo as the square image (3, size, size) uint8 that training and captioning both see.
 
-    JPEGs may be decoded smaller, yet not below 1.4 times the size: from there on, the filter has little to blur.
+    JPEGs may be decoded at a smaller size, yet not below 1.4 times `size`: from there on the filter blurs little.
+    Raises InputError as `open_photo`.
     """
     return to_square(open_photo(path, round(1.4 * size)), size, resize).numpy()

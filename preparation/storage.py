@@ -1,25 +1,28 @@
-"""Prepared folders: what create_input_files.py writes, and everything else reads."""
+"""Prepared folders: what create_input_files.py writes and everything else reads."""
 
 import itertools
 import json
 from array import array
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from common.files import atomic_write, read_json
-from text.vocabulary import END, START
+from text.vocabulary import END, START, Vocabulary
 from utils import InputError
 
 SPLITS = ("train", "val", "test")
 
 
-def read_metadata(data_folder):
-    """The dataset.json of a prepared folder: image_size and, for each split, images, captions and digest.
+def read_metadata(data_folder: str | Path) -> dict[str, Any]:
+    """The dataset.json of a prepared folder: image_size, resize, source (the settings that it is made from) and, for
+    each split, images, captions and digest.
 
-    It is written last, so a folder without it is half-made. Raises InputError.
+    It is written last, so a folder without it is incomplete. Raises InputError for that, and for another file.
     """
     folder = Path(data_folder)
     if not folder.is_dir():
@@ -27,81 +30,86 @@ def read_metadata(data_folder):
     if not (folder / "dataset.json").is_file():
         raise InputError(f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py")
     metadata = read_json(folder / "dataset.json")
-    if not isinstance(metadata, dict) or not metadata.keys() >= {"image_size", "splits", "source"}:
+    if not isinstance(metadata, dict) or not metadata.keys() >= {"image_size", "resize", "splits", "source"}:
         raise InputError(f"{folder / 'dataset.json'} was not written by create_input_files.py: run it again")
-    return {"resize": "squash"} | metadata  # a folder of an earlier version knew no other
+    return metadata
 
 
 class PackedCaptions:
-    """The captions of a split in three arrays: item i is those of image i, each a list of word numbers.
+    """The captions of a split in three arrays: item i is those of image i, each a list of word ids.
 
-    A list of strings a caption takes ten times the memory, which counts with COCO's 616,000 captions. The numbers are
-    those of `words`, the split's own; `encoded` gives them as a vocabulary's.
+    Lists of strings take ten times the memory, which matters for COCO's 616,000 captions.
     """
 
-    def __init__(self, words, numbers, caption_offsets, image_offsets):
-        self.words = words  # of this split
-        self.word_ids = numbers  # of all words, one behind the other
-        self.caption_offsets = caption_offsets  # places in numbers, a 0 first
-        self.image_offsets = image_offsets  # places in caption_offsets, a 0 first
+    def __init__(
+        self, idx2word: list[str], word_ids: np.ndarray, caption_offsets: np.ndarray, image_offsets: np.ndarray
+    ) -> None:
+        self.idx2word = idx2word  # the split's own words after `pack`, a vocabulary's after `encode`
+        self.word_ids = word_ids  # of all captions, concatenated
+        self.caption_offsets = caption_offsets  # caption j is word_ids[caption_offsets[j] : caption_offsets[j + 1]]
+        self.image_offsets = image_offsets  # image i has the captions image_offsets[i] to image_offsets[i + 1]
 
     @classmethod
-    def pack(cls, images):
-        """Of any iterable that yields, for each image, its captions as lists of strings."""
-        known, numbers, caption_offsets, image_offsets = {}, array("i"), array("q", [0]), array("q", [0])
+    def pack(cls, images: Iterable[list[list[str]]]) -> "PackedCaptions":
+        """Pack the captions of each image, given as lists of strings."""
+        word2idx, word_ids, caption_offsets, image_offsets = {}, array("i"), array("q", [0]), array("q", [0])
         for captions in images:
             for caption in captions:
-                numbers.extend([known.setdefault(word, len(known)) for word in caption])
-                caption_offsets.append(len(numbers))
+                word_ids.extend([word2idx.setdefault(word, len(word2idx)) for word in caption])
+                caption_offsets.append(len(word_ids))
             image_offsets.append(len(caption_offsets) - 1)
-        return cls(list(known), *map(np.asarray, (numbers, caption_offsets, image_offsets)))
+        return cls(list(word2idx), np.asarray(word_ids), np.asarray(caption_offsets), np.asarray(image_offsets))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.image_offsets) - 1
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> list[list[int]]:
         first, last = self.image_offsets[index], self.image_offsets[index + 1]
-        ends = self.caption_offsets[first : last + 1].tolist()
-        return [self.word_ids[start:end].tolist() for start, end in itertools.pairwise(ends)]
+        offsets = self.caption_offsets[first : last + 1].tolist()
+        return [self.word_ids[start:end].tolist() for start, end in itertools.pairwise(offsets)]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[list[int]]]:
         return map(self.__getitem__, range(len(self)))
 
-    def num_captions(self):
-        """The number of captions."""
+    def num_captions(self) -> int:
+        """The number of captions of all images."""
         return len(self.caption_offsets) - 1
 
-    def lengths(self):
-        """The number of words of each caption, an array."""
+    def lengths(self) -> np.ndarray:
+        """The number of words of each caption, (captions,)."""
         return np.diff(self.caption_offsets)
 
-    def counts(self):
-        """How often each word occurs, a Counter."""
-        times = np.bincount(self.word_ids, minlength=len(self.words)).tolist()
-        return Counter(dict(zip(self.words, times, strict=True)))
+    def counts(self) -> Counter[str]:
+        """How often each word occurs."""
+        counts = np.bincount(self.word_ids, minlength=len(self.idx2word)).tolist()
+        return Counter(dict(zip(self.idx2word, counts, strict=True)))
 
-    def decode(self):
+    def decode(self) -> list[list[list[str]]]:
         """For each image its captions as lists of strings."""
-        return [[[self.words[number] for number in caption] for caption in captions] for captions in self]
+        return [[[self.idx2word[word_id] for word_id in caption] for caption in captions] for captions in self]
 
-    def encode(self, vocabulary):
-        """The same captions in a vocabulary's numbers, between <start> and <end>."""
-        to_vocabulary = np.array([vocabulary.word_id(word) for word in self.words], np.int32)
-        ends = self.caption_offsets + 2 * np.arange(self.num_captions() + 1)
-        numbers, is_word = np.empty(ends[-1], np.int32), np.ones(ends[-1], bool)
-        for places, number in ((ends[:-1], START), (ends[1:] - 1, END)):
-            numbers[places], is_word[places] = number, False
-        numbers[is_word] = to_vocabulary[self.word_ids]
-        return PackedCaptions(vocabulary.idx2word, numbers, ends, self.image_offsets)
+    def encode(self, vocabulary: Vocabulary) -> "PackedCaptions":
+        """The same captions in a vocabulary's word ids, between <start> and <end>."""
+        to_vocabulary = np.array([vocabulary.word_id(word) for word in self.idx2word], np.int32)
+        offsets = self.caption_offsets + 2 * np.arange(self.num_captions() + 1)
+        word_ids, is_word = np.empty(offsets[-1], np.int32), np.ones(offsets[-1], bool)
+        for indices, token_id in ((offsets[:-1], START), (offsets[1:] - 1, END)):
+            word_ids[indices], is_word[indices] = token_id, False
+        word_ids[is_word] = to_vocabulary[self.word_ids]
+        return PackedCaptions(vocabulary.idx2word, word_ids, offsets, self.image_offsets)
 
 
-def read_captions(data_folder, split):
-    """One split's images in order: [{"image", "image_id", and "objects" where known}], and their PackedCaptions.
+def read_captions(
+    data_folder: str | Path, split: str, metadata: dict[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], PackedCaptions]:
+    """One split's images in order, [{"image", "image_id", and "objects" where known}], and their captions.
 
-    Raises InputError where the split is empty or the files are not those that dataset.json describes.
+    `metadata` is the folder's where it is read already. Raises InputError where the split is empty or the files are
+    not those that dataset.json describes.
     """
-    metadata = read_metadata(data_folder)
-    if not metadata["splits"][split]["images"]:
+    metadata = metadata or read_metadata(data_folder)
+    described = metadata["splits"][split]
+    if not described["images"]:
         filled = " ".join(name for name in SPLITS if metadata["splits"][name]["images"])
         raise InputError(f"the {split} split of {data_folder} is empty (filled: {filled})")
     images_path = Path(data_folder) / f"{split}_images.hdf5"
@@ -109,18 +117,20 @@ def read_captions(data_folder, split):
     captions = PackedCaptions.pack(iter_captions(captions_path, entries))
     try:
         with h5py.File(images_path) as file:
-            found = (file["images"].shape[0], file.attrs.get("digest"))
+            images: Any = file["images"]
+            stored = (images.shape[0], file.attrs.get("digest"))
     except (OSError, KeyError) as error:
         raise InputError(f"{images_path} is missing or damaged ({error}): run create_input_files.py again") from None
-    images, digest = (metadata["splits"][split][name] for name in ("images", "digest"))
-    for path, fits in ((images_path, found == (images, digest)), (captions_path, len(entries) == images)):
-        if not fits:
+    images_match = stored == (described["images"], described["digest"])
+    captions_match = len(entries) == described["images"]
+    for path, matches in ((images_path, images_match), (captions_path, captions_match)):
+        if not matches:
             raise InputError(f"{path} is not the file that dataset.json describes: run create_input_files.py again")
     return entries, captions
 
 
-def write_captions(path, entries):
-    """Write the images of a split as JSON, each in a line of its own, so that one can be read at a time."""
+def write_captions(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Write the images of a split as JSON, one per line, so that they can be read one at a time."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("[")
         for i, entry in enumerate(entries):
@@ -128,15 +138,18 @@ def write_captions(path, entries):
         file.write("\n]\n")
 
 
-def iter_captions(path, entries):
-    """Yield each image's captions from what `write_captions` wrote, and append all else of it to `entries`."""
+def iter_captions(path: str | Path, entries: list[dict[str, Any]]) -> Iterator[list[list[str]]]:
+    """Yield each image's captions from what `write_captions` wrote, and append the rest of it to `entries`.
+
+    Raises InputError where the file is missing or damaged.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             for line in file:
                 if line in ("[\n", "]\n"):
                     continue
                 content = json.loads(line.rstrip(",\n"))
-                for entry in content if isinstance(content, list) else [content]:  # earlier versions: all in one line
+                for entry in content if isinstance(content, list) else [content]:
                     captions = [caption["words"] for caption in entry.pop("captions")]
                     entries.append(entry)
                     yield captions

@@ -13,7 +13,7 @@ from utils import InputError
 RED, GREEN = (200, 30, 20), (20, 160, 40)
 
 
-def two_colours(width=40, height=20):
+def two_colors(width=40, height=20):
     """A photo whose left half is red and whose right half is green."""
     photo = Image.new("RGB", (width, height), RED)
     photo.paste(GREEN, (width // 2, 0, width, height))
@@ -35,26 +35,26 @@ def near(found, wanted, gap=6):
 def test_formats(tmp_path, name):
     options = {"progressive": True} if name == "progressive.jpg" else {}
     quality = {"quality": 95} if name.endswith(("jpg", "webp")) else {}
-    two_colours().save(tmp_path / name, **options, **quality)
+    two_colors().save(tmp_path / name, **options, **quality)
     assert near(colors(tmp_path / name), (RED, GREEN))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA", "P", "CMYK", "RGBA"])
 def test_modes(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    photo = two_colours().convert(mode, dither=Image.Dither.NONE)
+    photo = two_colors().convert(mode, dither=Image.Dither.NONE)
     photo.save(path, **({"quality": 95} if mode == "CMYK" else {}))
     assert near(colors(path), [one[:3] for one in np.asarray(photo.convert("RGB"))[10, [10, 30]].tolist()], gap=8)
 
 
 def test_what_is_clear_is_white(tmp_path):
-    photo = two_colours().convert("RGBA")
+    photo = two_colors().convert("RGBA")
     photo.putalpha(Image.new("L", photo.size, 255))
     photo.paste((0, 0, 0, 0), (20, 0, 40, 20))  # the color behind a clear pixel is often black
     photo.save(tmp_path / "rgba.png")
     gray = photo.convert("LA")
     gray.save(tmp_path / "gray.png")
-    palette = two_colours().quantize(4)
+    palette = two_colors().quantize(4)
     palette.save(tmp_path / "palette.png", transparency=palette.getpixel((30, 10)))
     palette.save(tmp_path / "palette.gif", transparency=palette.getpixel((30, 10)))
     for name in ("rgba.png", "gray.png", "palette.png", "palette.gif"):
@@ -81,7 +81,7 @@ def test_numbers_of_an_unknown_range_are_refused(tmp_path):
 @pytest.mark.parametrize(("orientation", "angle"), [(3, 180), (6, 90), (8, 270)])
 def test_photos_stand_upright(tmp_path, orientation, angle):
     for name in ("a.jpg", "a.png"):
-        photo = two_colours().rotate(angle, expand=True)  # as the camera was held
+        photo = two_colors().rotate(angle, expand=True)  # as the camera was held
         exif = photo.getexif()
         exif[0x0112] = orientation
         photo.save(tmp_path / name, exif=exif, **({"quality": 95} if name == "a.jpg" else {}))
@@ -90,7 +90,7 @@ def test_photos_stand_upright(tmp_path, orientation, angle):
 
 def test_of_what_moves_the_first_picture_counts(tmp_path):
     for name in ("a.gif", "a.webp", "a.png"):
-        two_colours().save(tmp_path / name, save_all=True, append_images=[Image.new("RGB", (40, 20))], lossless=True)
+        two_colors().save(tmp_path / name, save_all=True, append_images=[Image.new("RGB", (40, 20))], lossless=True)
         assert near(colors(tmp_path / name), (RED, GREEN), gap=12), name
 
 
@@ -105,7 +105,7 @@ def test_one_pixel_and_a_line_are_photos(tmp_path):
 
 def test_resize(tmp_path):
     photo = Image.new("RGB", (60, 20), (0, 0, 255))
-    photo.paste(two_colours(20, 20), (20, 0))
+    photo.paste(two_colors(20, 20), (20, 0))
     photo.save(tmp_path / "a.png")
     assert near(colors(tmp_path / "a.png", resize="crop"), (RED, GREEN))
     pixels = load_image(tmp_path / "a.png", 24, "pad")

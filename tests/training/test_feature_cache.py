@@ -27,13 +27,13 @@ def small_captioner(weights_seed=0, grid_size=0, fine_tune_encoder=False):
     return build(settings, 10).eval()
 
 
-def open_split(folder, captioner, hflip=False):
+def open_dataset(folder, captioner, hflip=False):
     return build_dataset(folder, "val", Vocabulary.load(folder), captioner, CPU, hflip=hflip)
 
 
 def test_cached_features_are_the_encoders(copied):
     captioner = small_captioner()
-    cached, plain = open_split(copied, captioner), open_split(copied, small_captioner(fine_tune_encoder=True))
+    cached, plain = open_dataset(copied, captioner), open_dataset(copied, small_captioner(fine_tune_encoder=True))
     images = torch.stack([plain[i, False][1] for i in range(len(plain))])
     with torch.inference_mode():
         expected = captioner.encode_images(images)
@@ -44,8 +44,8 @@ def test_cached_features_are_the_encoders(copied):
 
 def test_flipped_images_have_left_and_right_exchanged(copied):
     captioner = small_captioner()
-    cached = open_split(copied, captioner, hflip=True)
-    plain = open_split(copied, small_captioner(fine_tune_encoder=True))
+    cached = open_dataset(copied, captioner, hflip=True)
+    plain = open_dataset(copied, small_captioner(fine_tune_encoder=True))
     word2idx, seen = Vocabulary.load(copied).word2idx, set()
     exchanged = {word2idx["left"]: word2idx["right"], word2idx["right"]: word2idx["left"]}
     for i in range(len(plain)):
@@ -59,8 +59,8 @@ def test_flipped_images_have_left_and_right_exchanged(copied):
 
 def test_features_of_flipped_images_are_the_encoders(copied):
     captioner = small_captioner()
-    cached = open_split(copied, captioner, hflip=True)
-    plain = open_split(copied, small_captioner(fine_tune_encoder=True))
+    cached = open_dataset(copied, captioner, hflip=True)
+    plain = open_dataset(copied, small_captioner(fine_tune_encoder=True))
     for i in range(len(plain)):
         for flipped in (False, True):
             with torch.inference_mode():
@@ -69,18 +69,18 @@ def test_features_of_flipped_images_are_the_encoders(copied):
 
 
 def test_the_cache_is_reused_but_never_for_anything_else(copied):
-    (path,) = open_split(copied, small_captioner()).feature_paths
+    (path,) = open_dataset(copied, small_captioner()).feature_paths
     written = path.stat().st_mtime_ns
-    assert open_split(copied, small_captioner()).feature_paths == [path] and path.stat().st_mtime_ns == written
-    assert open_split(copied, small_captioner(weights_seed=1)).feature_paths != [path]
-    assert open_split(copied, small_captioner(grid_size=2)).feature_paths != [path]
+    assert open_dataset(copied, small_captioner()).feature_paths == [path] and path.stat().st_mtime_ns == written
+    assert open_dataset(copied, small_captioner(weights_seed=1)).feature_paths != [path]
+    assert open_dataset(copied, small_captioner(grid_size=2)).feature_paths != [path]
     with h5py.File(copied / "val_images.hdf5", "a") as file:
         file["images"][0] = 0
         file.attrs["digest"] = "another"
     metadata = json.loads((copied / "dataset.json").read_text())
     metadata["splits"]["val"]["digest"] = "another"
     (copied / "dataset.json").write_text(json.dumps(metadata))
-    assert open_split(copied, small_captioner()).feature_paths != [path]
+    assert open_dataset(copied, small_captioner()).feature_paths != [path]
 
 
 def test_features_that_the_cache_cannot_hold_are_refused_and_nothing_is_left(copied):
@@ -88,7 +88,7 @@ def test_features_that_the_cache_cannot_hold_are_refused_and_nothing_is_left(cop
     captioner.encoder.network.bn1.weight.data.fill_(1e6)
     before = set(copied.rglob("*"))
     with pytest.raises(InputError, match="resnet18's features do not fit into float16"):
-        open_split(copied, captioner)
+        open_dataset(copied, captioner)
     assert set(copied.rglob("*")) - {copied / "features"} == before - {copied / "features"}
 
 
@@ -97,7 +97,7 @@ def test_images_of_another_size_or_form_are_refused(copied, name, value):
     captioner = small_captioner()
     setattr(captioner, name, value)
     with pytest.raises(InputError, match=rf"images of 32 pixels, made by squash.*--{name} {value}"):
-        open_split(copied, captioner)
+        open_dataset(copied, captioner)
 
 
 def truncate(path):
@@ -125,4 +125,4 @@ def test_half_made_folders_are_refused(copied, spoil, message):
     spoil(copied)
     with pytest.raises(InputError, match=message):
         read_metadata(copied)  # as every script does first
-        open_split(copied, small_captioner())
+        open_dataset(copied, small_captioner())
