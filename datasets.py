@@ -104,7 +104,7 @@ class CaptionDataset(Dataset):
     def load_into_memory(self) -> None:
         """Read all images into memory, once for all workers."""
         with h5py.File(self.images_path) as file:
-            self.memory = torch.from_numpy(file["images"][:])  # tensors are shared between processes
+            self.memory = torch.from_numpy(np.asarray(file["images"]))  # tensors are shared between processes
 
     def _arrays(self) -> Any:
         if self.memory is not None:

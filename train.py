@@ -19,8 +19,10 @@ from common.files import append_jsonl, require_writable
 from datasets import Batch, CaptionDataset, collate, in_order, make_batches, make_loader, shuffled_indices
 from evaluation.generation import DecodingSettings, evaluate
 from models import Captioner
-from modules.attention import HardAttention
+from modules.attention import ATTENTIONS, HardAttention
 from modules.beam_search import sample
+from modules.cells import CELLS
+from modules.decoders import DecoderOutput
 from text.vocabulary import END, START
 from training.feature_cache import build_dataset
 from training.logs import plot_curves, plot_runs, write_tensorboard
@@ -69,8 +71,8 @@ class Settings:
     graph_layers: int = 0  # graph attention layers between the regions, before the decoder; 0: none
     graph_knn: int = 4  # most similar regions that each is connected to, besides those around it
     graph_heads: int = 4  # attention heads of a graph layer
-    cell: Literal["lstm", "gru", "rnn"] = "lstm"  # recurrent cell
-    attention: Literal["soft", "dot", "hard", "none"] = "soft"  # none: the image only sets the initial state
+    cell: Literal[tuple(CELLS)] = "lstm"  # pyright: ignore[reportInvalidTypeForm]  # recurrent cell
+    attention: Literal[tuple(ATTENTIONS)] = "soft"  # pyright: ignore[reportInvalidTypeForm]  # none: no attention
     embed_dim: int = 512  # units of a word embedding
     attention_dim: int = 512  # units of the attention
     hidden_dim: int = 512  # units of the recurrent cell
@@ -195,7 +197,7 @@ def scst_step(
     return optimize(network, optimizer, batch, settings, micro_batch_loss)
 
 
-def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling: float = 0.0):
+def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling: float = 0.0) -> DecoderOutput:
     """Teacher forcing on a batch of which inputs and words are copied to the device: a `DecoderOutput`."""
     inputs = batch.inputs.to(runtime.device, non_blocking=True)
     words = batch.words.to(runtime.device, non_blocking=True)
@@ -219,8 +221,9 @@ def optimize(
     micro_batches = batch.micro_batches(settings.gradient_accumulation_steps)
     for i, micro_batch in enumerate(micro_batches, start=1):
         # Processes average their gradients once a step, with the last micro-batch.
-        no_sync = isinstance(network, nn.parallel.DistributedDataParallel) and i < len(micro_batches)
-        sync_context = network.no_sync() if no_sync else contextlib.nullcontext()
+        sync_context = contextlib.nullcontext()
+        if isinstance(network, nn.parallel.DistributedDataParallel) and i < len(micro_batches):
+            sync_context = network.no_sync()
         with sync_context:
             loss, micro_batch_total, micro_batch_count = micro_batch_loss(micro_batch)
             if not math.isfinite(loss.item()):
@@ -372,11 +375,12 @@ def validate_and_save(
     decoding = DecodingSettings(beam_size=1, max_length=settings.max_length)
     scores, captions = evaluate(captioner, state.vocabulary, validation, decoding, runtime)
     loss, count = all_reduce_sum([state.loss, state.count])
+    not_logged = ("beam_size", "images_per_second", "meteor")  # METEOR starts slowly: eval.py has it
     row = {
         "epoch": state.epoch + 1,
         "train/reward" if settings.objective == "scst" else "train/loss": loss / count,
         "val/loss": validation_loss(captioner, validation, decoding.batch_size, runtime),
-        **{f"val/{name}": score for name, score in scores.items() if name not in ("beam_size", "images_per_second")},
+        **{f"val/{name}": score for name, score in scores.items() if name not in not_logged},
         "lr": state.optimizer.param_groups[0]["lr"],
         "seconds": state.seconds,
         "captions_per_second": training.captions.num_captions() / state.seconds,

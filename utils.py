@@ -14,11 +14,12 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 
+
 class InputError(ValueError):
     """A user's mistake, in one line that names the thing, the value and what to do."""
 
 
-class StopRequested(Exception):
+class StopRequested(Exception):  # noqa: N818 (not an error)
     """A program that ended itself in order because a signal asked it to."""
 
     def __init__(self, signum: int, message: str) -> None:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from nltk.util import ngrams
 from PIL import Image
+from pycocoevalcap.meteor.meteor import Meteor
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -40,7 +41,6 @@ from utils import Runtime, choose_runtime, run_script
 
 INK, GRAY, PALE = "#222222", "#8a8f98", "#eceef1"
 IMAGE, ATTENTION, STATE, WORD = "#7a5fb0", "#e07b1a", "#2f6db5", "#3f8f55"  # what a color means in every diagram
-DPI = 110
 BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # of the test split: one shape; two shapes on white
 PHOTOS = ("astronaut", "coffee", "chelsea")  # of scikit-image
 
@@ -67,10 +67,10 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Write a figure as a PNG of 256 colors."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     picture = Image.open(buffer).convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE)
     with atomic_write(path) as temporary:
         picture.save(temporary, optimize=True)
@@ -98,10 +98,11 @@ def box(
 def arrow(axes: Axes, *points: tuple[float, float], color: str = GRAY, **style: Any) -> None:
     """A line through points, with a head at the last."""
     style = {"color": color, "linewidth": 1.5} | style
-    if len(points) > 2:
-        axes.plot(*zip(*points[:-1], strict=True), solid_joinstyle="round", **style)
+    *line, end = points
+    if len(line) > 1:
+        axes.plot(*zip(*line, strict=True), solid_joinstyle="round", **style)
     head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13} | style
-    axes.annotate("", points[-1], points[-2], arrowprops=head)
+    axes.annotate("", end, line[-1], arrowprops=head)
 
 
 def show_image(axes: Axes, pixels: np.ndarray, x: float, y: float, width: float, height: float, **style: Any) -> None:
@@ -318,21 +319,25 @@ def draw_metrics(picture: np.ndarray, references: list[list[str]], all_reference
     all_references are the captions of many scenes, whose n-gram frequencies CIDEr takes.
     """
     reward = CiderReward(all_references)
+    texts = {i: [" ".join(reference) for reference in references] for i in range(len(CANDIDATES))}
+    meteor = [None] * len(CANDIDATES)
+    if has_java():  # once for all: it takes seconds to start
+        meteor = Meteor().compute_score(texts, {i: [text] for i, text in enumerate(CANDIDATES.values())})[1]
     names = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr / 10"}
     colors = (STATE, IMAGE, WORD, ATTENTION)
     figure, axes = canvas(10, 3.9)
     show_image(axes, picture, 0.2, 1.25, 2.2, 2.2)
     axes.text(1.3, 3.62, "scene", ha="center", fontsize=11, weight="bold", color=INK)
     axes.text(1.3, 1.05, "references", ha="center", va="center", fontsize=9.5, weight="bold", color=GRAY)
-    for i, reference in enumerate(references[:3]):
-        axes.text(1.3, 0.8 - 0.22 * i, " ".join(reference), ha="center", va="center", fontsize=6.8, color=GRAY)
+    for i, reference in enumerate(references):
+        axes.text(1.3, 0.86 - 0.18 * i, " ".join(reference), ha="center", va="center", fontsize=6.8, color=GRAY)
     for i, (title, caption) in enumerate(CANDIDATES.items()):
-        scores = compute_metrics([references], [caption.split()], meteor=has_java())
+        scores = compute_metrics([references], [caption.split()]) | {"meteor": meteor[i]}
         scores["cider"] = reward(references, [caption.split()])[0] / 10
         bottom = 2.88 - 0.92 * i
         axes.text(3.0, bottom + 0.62, title, fontsize=10.5, weight="bold", color=INK)
         axes.text(3.0, bottom + 0.36, caption, fontsize=9, color=INK)
-        shown = {name: scores[name] for name in names if scores[name] is not None}
+        shown = {name: score for name in names if (score := scores[name]) is not None}
         for j, (name, score) in enumerate(shown.items()):
             y = bottom + 0.78 - 0.19 * j
             axes.barh(y, 2.0 * score, left=7.35, height=0.15, color=colors[list(names).index(name)])
@@ -360,30 +365,30 @@ def draw_beam_search(
         )
         if bool((captions == END).any(dim=-1).all()):
             break
-    spacing, left = 1.14, 2.5
-    figure, axes = canvas(left + spacing * len(steps) + 0.1, 0.85 * beam_size + 0.75)
+    spacing, left = 1.02, 2.15
+    figure, axes = canvas(left + spacing * len(steps) - 0.45, 0.85 * beam_size + 0.5)
     height = figure.get_figheight()
-    show_image(axes, picture, 0.15, height / 2 - 0.75, 1.3, 1.3)
-    positions = {(): (1.5, height / 2 - 0.1)}
+    show_image(axes, picture, 0.1, height / 2 - 0.75, 1.2, 1.2)
+    positions = {(): (1.34, height / 2 - 0.15)}
     best = steps[-1][0][0]
     kept = {caption[:t] for caption, _ in steps[-1] for t in range(len(steps) + 1)}
     for t, beams in enumerate(steps, start=1):
         axes.text(left + spacing * (t - 1), height - 0.2, f"step {t}", ha="center", fontsize=9, color=GRAY)
         for rank, (caption, score) in enumerate(beams):
-            x, y = left + spacing * (t - 1), height - 0.75 - 0.85 * rank
+            x, y = left + spacing * (t - 1), height - 0.7 - 0.85 * rank
             positions[caption] = (x, y)
             on_best = caption == best[:t]
             color = WORD if on_best else STATE if caption in kept else GRAY
             start = positions[caption[:-1]]
             arrow(
                 axes,
-                (start[0] + (0.45 if t > 1 else 0), start[1]),
-                (x - 0.47, y),
+                (start[0] + (0.41 if t > 1 else 0), start[1]),
+                (x - 0.42, y),
                 color=color,
                 linewidth=2 if on_best else 1.1,
             )
             word = vocabulary.idx2word[caption[-1]]
-            box(axes, x, y, 0.9, 0.5, f"{word}\n{score:.2f}", color, size=8.5)
+            box(axes, x, y, 0.8, 0.5, f"{word}\n{score:.2f}", color, size=8.5)
     return figure
 
 
@@ -482,7 +487,8 @@ def draw_photos(settings: Settings, folder: Path, runtime: Runtime) -> None:
         image = to_square(photo, captioner.image_size, captioner.resize)
         caption = caption_image(captioner, vocabulary, image, DecodingSettings(beam_size=5), runtime)
         photo.thumbnail((320, 320))
-        save_figure(plot_attention(photo, caption.words, caption.alpha.numpy()), folder / f"photo_{name}.png")
+        figure = plot_attention(photo, caption.words, caption.alpha.numpy())
+        save_figure(figure, folder / f"photo_{name}.png", dpi=85)
         print(f"  {' '.join(caption.words)}")
 
 

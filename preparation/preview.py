@@ -87,13 +87,11 @@ def _plot_lengths(axes: Axes, captions: dict[str, PackedCaptions]) -> None:
 
 
 def _plot_ranks(axes: Axes, counts: list[int]) -> None:
-    """Plot word counts, in decreasing order, by rank, and mark how many words --min_word_freq 2, 5 and 10 would keep."""
+    """Plot decreasing word counts by rank, and mark how many words --min_word_freq 2, 5 and 10 would keep."""
     axes.loglog(range(1, len(counts) + 1), counts)
     for min_word_freq in (2, 5, 10):
         kept = sum(count >= min_word_freq for count in counts)
         if kept:
             text, offset = f"{kept} words at least {min_word_freq} times", (-6, -4)
-            axes.annotate(
-                text, (kept, min_word_freq), textcoords="offset points", xytext=offset, ha="right", va="top"
-            )
+            axes.annotate(text, (kept, min_word_freq), textcoords="offset points", xytext=offset, ha="right", va="top")
             axes.plot(kept, min_word_freq, "o", color="black", markersize=4)

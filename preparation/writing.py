@@ -1,4 +1,7 @@
-"""Writing a prepared folder: what is chosen, decoded, written and put in place."""
+"""Writing a prepared folder: sampling of the training data, decoding, the files, and their installation.
+
+`settings` are those of create_input_files.py.
+"""
 
 import contextlib
 import errno
@@ -10,10 +13,12 @@ import shutil
 import statistics
 import sys
 from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -22,214 +27,257 @@ from tqdm import tqdm
 
 from common.files import write_json
 from preparation.images import load_image, to_square
+from preparation.records import ImageRecord
 from preparation.storage import SPLITS, write_captions
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
 from utils import InputError
 
+# ------------------------------------------------------------------------------------------------ training data
 
-def subsample_train(photos, settings):
-    """The training photos with the captions that the settings leave of them; says what goes."""
+
+def subsample_train(records: list[ImageRecord], settings: Any) -> list[ImageRecord]:
+    """The training records and captions that the settings keep, sampled with the seed; prints what is left out."""
     generator = random.Random(settings.seed)
-    if 0 < settings.max_train_images < len(photos):
-        print(f"{settings.max_train_images} of {len(photos)} training images, chosen with seed {settings.seed}")
-        photos = [photos[place] for place in sorted(generator.sample(range(len(photos)), settings.max_train_images))]
-    if most := settings.max_caption_length:
-        long = sum(len(caption["words"]) > most for photo in photos for caption in photo.captions)
+    if 0 < settings.max_train_images < len(records):
+        print(f"{settings.max_train_images} of {len(records)} training images, chosen with seed {settings.seed}")
+        records = [records[i] for i in sorted(generator.sample(range(len(records)), settings.max_train_images))]
+    if max_length := settings.max_caption_length:
+        long = sum(len(caption["words"]) > max_length for record in records for caption in record.captions)
         verb = {"truncate": "truncated", "drop": "dropped"}[settings.long_captions]
-        print(f"{long} training captions of more than {most} words are {verb}")
-        shortened = [replace(photo, captions=shorten(photo.captions, settings)) for photo in photos]
-        left = [new for new, photo in zip(shortened, photos, strict=True) if new.captions or not photo.captions]
-        if len(left) < len(photos):
-            print(f"{len(photos) - len(left)} training images have no other captions, they are left out")
-        photos = left
-    if most := settings.captions_per_image:
-        photos = [
-            replace(photo, captions=generator.sample(photo.captions, min(most, len(photo.captions))))
-            for photo in photos
+        print(f"{long} training captions of more than {max_length} words are {verb}")
+        shortened = [replace(record, captions=shorten(record.captions, settings)) for record in records]
+        kept = [new for new, old in zip(shortened, records, strict=True) if new.captions or not old.captions]
+        if len(kept) < len(records):
+            print(f"{len(records) - len(kept)} training images have no other captions, they are left out")
+        records = kept
+    if max_captions := settings.captions_per_image:
+        records = [
+            replace(record, captions=generator.sample(record.captions, min(max_captions, len(record.captions))))
+            for record in records
         ]
-    return photos
+    return records
 
 
-def shorten(captions, settings):
-    """Captions of max_length words at most, longer ones truncated or left out."""
+def shorten(captions: list[dict[str, Any]], settings: Any) -> list[dict[str, Any]]:
+    """Captions of at most max_caption_length words, longer ones truncated or dropped."""
     if settings.long_captions == "drop":
         return [caption for caption in captions if len(caption["words"]) <= settings.max_caption_length]
     return [{**caption, "words": caption["words"][: settings.max_caption_length]} for caption in captions]
 
 
-def describe_split(split, photos, vocabulary):
-    """A line on a split: its images, its captions and their lengths, the share of words not known."""
-    lengths = sorted(len(caption["words"]) for photo in photos for caption in photo.captions)
-    if not lengths:
-        return f"{split}: no images"
-    words = (word for photo in photos for caption in photo.captions for word in caption["words"])
-    unknown = sum(word not in vocabulary.word2idx or word in SPECIAL_TOKENS for word in words)
-    return (
-        f"{split}: {len(photos)} images, {len(lengths)} captions of {lengths[0]} to {lengths[-1]} words "
-        f"(median {statistics.median_low(lengths)}), {unknown / sum(lengths):.2%} <unk>"
-    )
+# ------------------------------------------------------------------------------------------------ images
 
 
-def decode(photo, size, resize):
-    """A photo's pixels (3, S, S) uint8, or the InputError that says what is wrong with it."""
-    if not photo.captions:
-        return InputError(f"{photo.path}: has no captions")
+def load_record(record: ImageRecord, size: int, resize: str) -> np.ndarray | InputError:
+    """The image (3, size, size) uint8 of a record, or the error that makes it unusable."""
+    if not record.captions:
+        return InputError(f"{record.path}: has no captions")
     try:
-        if photo.row < 0:
-            return load_image(photo.path, size, resize)
-        with h5py.File(photo.path) as file:
-            image = Image.fromarray(file["images"][photo.row].transpose(1, 2, 0))
+        if record.row < 0:
+            return load_image(record.path, size, resize)
+        with h5py.File(record.path) as file:
+            images: Any = file["images"]
+            image = Image.fromarray(images[record.row].transpose(1, 2, 0))
         return to_square(image, size, resize).numpy()
     except InputError as error:
         return error
     except OSError as error:
-        return InputError(f"{photo.path}, image {photo.row}: {error}")
+        return InputError(f"{record.path}, image {record.row}: {error}")
 
 
-def decode_all(photos, size, resize, description):
-    """Decode photos on all cores: yields (photo, what `decode` returns) in their order.
+def load_records(
+    records: list[ImageRecord], size: int, resize: str, description: str
+) -> Iterator[tuple[ImageRecord, np.ndarray | InputError]]:
+    """Yield each record in order with its `load_record`, on all cores, under a progress bar with a description.
 
-    Pillow lets go of the interpreter while it decodes and resizes, so threads use every core. Few are ahead of what is
-    written, so that memory stays flat.
+    Pillow and torch release the interpreter lock while they decode and resize, so threads use every core. Only a few
+    images are loaded ahead, so memory stays constant.
     """
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(photos), desc=description, unit="photo") as bar:
-        futures = ((photo, pool.submit(decode, photo, size, resize)) for photo in photos)
-        waiting = deque(islice(futures, 8 * workers))
-        while waiting:
-            photo, pixels = waiting.popleft()
-            yield photo, pixels.result()
-            waiting.extend(islice(futures, 1))
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(records), desc=description, unit="photo") as bar:
+        futures = ((record, pool.submit(load_record, record, size, resize)) for record in records)
+        queue = deque(islice(futures, 8 * workers))
+        while queue:
+            record, future = queue.popleft()
+            yield record, future.result()
+            queue.extend(islice(futures, 1))
             bar.update()
 
 
-def write_split(folder, split, photos, settings):
-    """Write one split's images and captions; returns its line of dataset.json, the photos kept and what is bad."""
-    if not photos:
+# ------------------------------------------------------------------------------------------------ files
+
+
+def write_split(
+    folder: Path, split: str, records: list[ImageRecord], settings: Any
+) -> tuple[dict[str, Any], list[ImageRecord], list[str]]:
+    """Write one split's images and captions; returns its metadata, the records written and the errors of the others."""
+    if not records:
         return {"images": 0, "captions": 0, "digest": ""}, [], []
-    kept, bad, digest, size = [], [], hashlib.sha256(), settings.image_size
+    kept, errors, digest, size = [], [], hashlib.sha256(), settings.image_size
     with h5py.File(folder / f"{split}_images.hdf5", "w") as file:
-        shape = (len(photos), 3, size, size)
+        shape = (len(records), 3, size, size)
         images = file.create_dataset("images", shape, np.uint8, chunks=(1, *shape[1:]), maxshape=shape)
-        for photo, pixels in decode_all(photos, size, settings.resize, f"{split} photos"):
-            if isinstance(pixels, InputError):
-                bad.append(str(pixels))
+        for record, image in load_records(records, size, settings.resize, f"{split} photos"):
+            if isinstance(image, InputError):
+                errors.append(str(image))
             else:
-                content = pixels.tobytes()
-                images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # twice as fast as images[...] =, or faster
+                content = image.tobytes()
+                images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # at least twice as fast as images[i] = ...
                 digest.update(content)
-                kept.append(photo)
+                kept.append(record)
         images.resize(len(kept), axis=0)
         file.attrs["digest"] = digest.hexdigest()
     entries = (
-        {"image": photo.name, "image_id": photo.image_id, "captions": photo.captions}
-        | ({"objects": photo.objects} if photo.objects else {})
-        for photo in kept
+        {"image": record.name, "image_id": record.image_id, "captions": record.captions}
+        | ({"objects": record.objects} if record.objects else {})
+        for record in kept
     )
     write_captions(folder / f"{split}_captions.json", entries)
-    captions = sum(len(photo.captions) for photo in kept)
-    return {"images": len(kept), "captions": captions, "digest": digest.hexdigest()}, kept, bad
+    num_captions = sum(len(record.captions) for record in kept)
+    return {"images": len(kept), "captions": num_captions, "digest": digest.hexdigest()}, kept, errors
 
 
-def write_folder(folder, photos, settings, words):
-    """Write a whole prepared folder, dataset.json last. Raises InputError where photos are bad, or space is short.
+def write_folder(folder: Path, records: list[ImageRecord], settings: Any, words: list[str] | None) -> None:
+    """Write all files of a prepared folder, dataset.json last.
 
-    `words` are those of the vocabulary; None counts them in the training captions.
+    `words` are the vocabulary's, special tokens excluded; None: those of the training captions that the settings keep.
+    Raises InputError where photos are unusable and not to be skipped, none is left, or the disk is too small.
     """
-    chosen = {split: [photo for photo in photos if photo.split == split] for split in SPLITS}
-    chosen["train"] = subsample_train(chosen["train"], settings)
-    total = sum(map(len, chosen.values()))
+    by_split = {split: [record for record in records if record.split == split] for split in SPLITS}
+    by_split["train"] = subsample_train(by_split["train"], settings)
+    total = sum(map(len, by_split.values()))
     require_space(folder, total, settings.image_size)
-    splits, kept, bad = {}, {}, []
+    splits, kept, errors = {}, {}, []
     for split in SPLITS:
-        splits[split], kept[split], bad_of_split = write_split(folder, split, chosen[split], settings)
-        bad += bad_of_split
-    if bad:
-        print("\n".join(bad), file=sys.stderr)
+        splits[split], kept[split], split_errors = write_split(folder, split, by_split[split], settings)
+        errors += split_errors
+    if errors:
+        print("\n".join(errors), file=sys.stderr)
         if not settings.skip_broken:
-            raise InputError(f"{len(bad)} of {total} photos are bad, listed above: --skip_broken leaves them out")
+            raise InputError(f"{len(errors)} of {total} photos are unusable, listed above: --skip_broken skips them")
     if not any(kept.values()):
         raise InputError("no photo is left to write")
-    if words is None:
-        counts = Counter(word for photo in kept["train"] for caption in photo.captions for word in caption["words"])
-        vocabulary = Vocabulary.from_counts(counts, settings.min_word_freq, settings.vocab_size)
-        most = f", no more than {settings.vocab_size}" if settings.vocab_size else ""
-        source = f"those at least {settings.min_word_freq} times in training{most}"
-    else:
-        vocabulary, source = Vocabulary(SPECIAL_TOKENS + words), "those of the word map"
+    vocabulary, origin = choose_vocabulary(kept["train"], settings, words)
     write_json(folder / "word_map.json", vocabulary.word2idx)
-    write_json(
-        folder / "dataset.json",
-        {
-            "dataset": settings.dataset,
-            "image_size": settings.image_size,
-            "resize": settings.resize,
-            "words": len(vocabulary),
-            "splits": splits,
-            "source": fingerprint(settings, photos),
-        },
-        indent=1,
-    )
-    print(f"{len(vocabulary)} words: four special ones and {source}")
+    metadata = {
+        "dataset": settings.dataset,
+        "image_size": settings.image_size,
+        "resize": settings.resize,
+        "words": len(vocabulary),
+        "splits": splits,
+        "source": fingerprint(settings, records),
+    }
+    write_json(folder / "dataset.json", metadata, indent=1)
+    print(f"{len(vocabulary)} words: four special tokens and {origin}")
     for split in SPLITS:
         print(describe_split(split, kept[split], vocabulary))
 
 
-def fingerprint(settings, photos):
-    """What a prepared folder is made from: the settings that shape it and a digest of what the captions say."""
+def choose_vocabulary(records: list[ImageRecord], settings: Any, words: list[str] | None) -> tuple[Vocabulary, str]:
+    """The vocabulary of given words, or else of training records, and where its words are from."""
+    if words is not None:
+        return Vocabulary(SPECIAL_TOKENS + words), "those of the word map"
+    counts = Counter(word for record in records for caption in record.captions for word in caption["words"])
+    limit = f", {settings.vocab_size} at most" if settings.vocab_size else ""
+    origin = f"those at least {settings.min_word_freq} times in the training captions{limit}"
+    return Vocabulary.from_counts(counts, settings.min_word_freq, settings.vocab_size), origin
+
+
+def describe_split(split: str, records: list[ImageRecord], vocabulary: Vocabulary) -> str:
+    """One line on a split: its images, its captions with their lengths, and the share of <unk>."""
+    lengths = sorted(len(caption["words"]) for record in records for caption in record.captions)
+    if not lengths:
+        return f"{split}: no images"
+    words = (word for record in records for caption in record.captions for word in caption["words"])
+    unknown = sum(word not in vocabulary.word2idx or word in SPECIAL_TOKENS for word in words)
+    return (
+        f"{split}: {len(records)} images, {len(lengths)} captions of {lengths[0]} to {lengths[-1]} words "
+        f"(median {statistics.median_low(lengths)}), {unknown / sum(lengths):.2%} <unk>"
+    )
+
+
+def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
+    """What a prepared folder is made from: the settings that shape it, the photos' folder and a digest of the records.
+
+    Shapes are made from settings alone.
+    """
     source = asdict(settings)
     for name in ("output_folder", "overwrite", "preview", "captions", "format"):
         source.pop(name)
     if settings.dataset != "shapes":
-        photos_path = Path(settings.images or next(iter(settings.captions), "")).resolve()
-        source["images"] = os.fsencode(photos_path).decode(errors="replace")
+        images = Path(settings.images or next(iter(settings.captions), "")).resolve()
+        source["images"] = os.fsencode(images).decode(errors="replace")
         digest = hashlib.sha256()
-        for photo in photos:
-            digest.update(repr((photo.name, photo.image_id, photo.split, photo.captions)).encode())
+        for record in records:
+            digest.update(repr((record.name, record.image_id, record.split, record.captions)).encode())
         source["captions"] = digest.hexdigest()
     return source
 
 
-def owned_files(folder):
-    """What this program, and the feature cache, may have written into a folder."""
+# ------------------------------------------------------------------------------------------------ installation
+
+
+@contextlib.contextmanager
+def installed_folder(output: Path) -> Iterator[Path]:
+    """Yield a new folder beside `output` that is installed there when the block ends, and removed when it fails.
+
+    Raises InputError where the disk is full.
+    """
+    partial = output.resolve().with_name(f".{output.resolve().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with one_line_disk_errors(output):
+            yield partial
+            install_folder(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def owned_files(folder: Path) -> list[str]:
+    """Names of what create_input_files.py and the feature cache may have written into a folder."""
     names = ["dataset.json", "word_map.json", "features", "contact_sheet.png", "words.png"]
     names += [f"{split}_{kind}" for split in SPLITS for kind in ("images.hdf5", "captions.json")]
-    if (folder / "dataset_shapes.json").exists():  # elsewhere photos are not ours
+    if (folder / "dataset_shapes.json").exists():  # the photos of another data set belong to the user
         names += ["photos", "dataset_shapes.json"]
     return names
 
 
-def install_folder(made, output):
-    """Let a complete folder take the place of what an earlier run wrote; dataset.json leaves first, comes last."""
+def install_folder(complete: Path, output: Path) -> None:
+    """Move a complete folder to `output`, replacing what an earlier run wrote there; other files stay.
+
+    dataset.json is removed first and moved last, so that a half-replaced folder is recognized.
+    """
     if not output.exists():
-        os.replace(made, output)
+        os.replace(complete, output)
         return
     for name in owned_files(output):
         if (output / name).is_dir():
             shutil.rmtree(output / name)
         else:
             (output / name).unlink(missing_ok=True)
-    for source in sorted(made.iterdir(), key=lambda path: path.name == "dataset.json"):
-        os.replace(source, output / source.name)
+    for path in sorted(complete.iterdir(), key=lambda path: path.name == "dataset.json"):
+        os.replace(path, output / path.name)
 
 
-def require_space(folder, images, size):
-    """Raise InputError where images, which are not compressed, will not fit on the disk of a folder."""
-    needed, free = images * 3 * size * size, shutil.disk_usage(folder).free
+def require_space(folder: Path, num_images: int, size: int) -> None:
+    """Raise InputError where uncompressed images of `size` pixels a side will not fit on a folder's disk."""
+    needed, free = num_images * 3 * size * size, shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"{images} images of {size} pixels take {needed / 1e9:.3g} GB, {folder.parent} has {free / 1e9:.3g} GB "
+            f"{num_images} images of {size} pixels take {needed / 1e9:.3g} GB, {folder.parent} has {free / 1e9:.3g} GB "
             f"left: give another --output_folder or a smaller --image_size"
         )
 
 
 @contextlib.contextmanager
-def disk_errors_in_one_line(output):
-    """Turn what h5py raises in several parts where the disk is full, or fails otherwise, into one InputError."""
+def one_line_disk_errors(output: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, which h5py raises in several lines, into one InputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason = re.search(r"error message = '([^']*)'", str(error))
         if reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(f"{output} cannot be written: {reason[1] if reason else error.strerror}") from None
+            detail = reason[1] if reason else getattr(error, "strerror", None)
+            raise InputError(f"{output} cannot be written: {detail}") from None
         raise

@@ -13,7 +13,8 @@ from models import Captioner
 def make_optimizer(captioner: Captioner, settings: Any) -> torch.optim.Optimizer:
     """Adam over the decoder and, where it is fine-tuned, the encoder with its own learning rate.
 
-    `settings` are those of train.py. Sets which parameters are trained. Raises InputError where --unfreeze_from names no part of the encoder.
+    `settings` are those of train.py. Sets which parameters are trained. Raises InputError where --unfreeze_from names
+    no part of the encoder.
     """
     captioner.encoder.requires_grad_(False)
     if settings.fine_tune_encoder:
@@ -52,7 +53,7 @@ class ModelEMA:
         averages = dict(self.captioner.named_parameters())
         trained = {name: param for name, param in captioner.named_parameters() if param.requires_grad}
         self.averages = {name: averages[name] for name in trained}
-        self.params = list(trained.values())
+        self.params: list[torch.Tensor] = list(trained.values())
         pairs = zip(self.captioner.buffers(), captioner.buffers(), strict=True)
         self.buffers = [(average, buffer) for average, buffer in pairs if average is not buffer]
 

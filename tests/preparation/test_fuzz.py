@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import create_input_files
+from preparation import writing
 from preparation.caption_formats import FORMATS
 from preparation.storage import SPLITS, read_captions, read_metadata
 from text.vocabulary import Vocabulary
@@ -44,18 +45,18 @@ def spoil_bytes(content, generator):
     for _ in range(generator.randint(1, 4)):
         start = generator.randrange(len(content) + 1)
         end = min(len(content), start + generator.choice((1, 1, 4, 30)))
-        way = generator.randrange(6)
-        if way == 0 and start < end:
+        error = generator.randrange(6)
+        if error == 0 and start < end:
             content[start] ^= 1 << generator.randrange(8)
-        elif way == 1:
+        elif error == 1:
             content[start:end] = bytes([generator.choice((0, 1, 127, 128, 255))]) * (end - start)
-        elif way == 2 and generator.random() < 0.3:
+        elif error == 2 and generator.random() < 0.3:
             del content[start:]
-        elif way == 3:
+        elif error == 3:
             content[start:start] = generator.randbytes(end - start)
-        elif way == 4:
+        elif error == 4:
             del content[start:end]
-        elif way == 5:
+        elif error == 5:
             content[start:start] = content[start:end]
     return bytes(content)
 
@@ -69,7 +70,7 @@ def pick(value, generator):
     return found
 
 
-def odd(generator):
+def unexpected_value(generator):
     """A value that JSON may hold where another is expected."""
     return copy.deepcopy(generator.choice(generator.choice((TEXTS, VALUES, ("\ud800",), ("\ud800", "DEEP", "HUGE")))))
 
@@ -78,20 +79,20 @@ def spoil_values(content, generator):
     """Drop, rename, copy, wrap, repeat or retype one to three values in nested lists and dictionaries; returns them."""
     whole = [content]
     for _ in range(generator.choice((1, 1, 3))):
-        (container, key), (other, place) = pick(whole, generator), pick(whole, generator)
-        way = generator.randrange(6)
-        if way == 0:
+        (container, key), (other, other_key) = pick(whole, generator), pick(whole, generator)
+        error = generator.randrange(6)
+        if error == 0:
             del container[key]
-        elif way == 1 and isinstance(container, dict):
+        elif error == 1 and isinstance(container, dict):
             container[generator.choice(("", "\ud800", "filepath"))] = container.pop(key)
-        elif way == 2:
-            container[key] = copy.deepcopy(other[place])
-        elif way == 3:
+        elif error == 2:
+            container[key] = copy.deepcopy(other[other_key])
+        elif error == 3:
             container[key] = generator.choice(([container[key]], {key: container[key]}, str(container[key])))
-        elif way == 4 and isinstance(container, list):
+        elif error == 4 and isinstance(container, list):
             container.append(copy.deepcopy(container[key]))
         else:
-            container[key] = odd(generator)
+            container[key] = unexpected_value(generator)
     return whole[0] if whole else None
 
 
@@ -99,29 +100,29 @@ def spoil_rows(rows, generator):
     """Drop, repeat, shorten, lengthen or change one to three rows of a table of strings, in place."""
     for _ in range(generator.choice((1, 1, 3))):
         row = generator.choice(rows)
-        place, way = generator.randrange(len(row) + 1), generator.randrange(6)
-        if way == 0 and len(rows) > 1:
+        column, error = generator.randrange(len(row) + 1), generator.randrange(6)
+        if error == 0 and len(rows) > 1:
             rows.remove(row)
-        elif way == 1:
+        elif error == 1:
             rows.insert(generator.randrange(len(rows)), list(row))
-        elif way == 2:
-            del row[place:]
-        elif way == 3:
-            row.insert(place, generator.choice(TEXTS))
+        elif error == 2:
+            del row[column:]
+        elif error == 3:
+            row.insert(column, generator.choice(TEXTS))
         else:
-            row[place : place + 1] = [generator.choice(TEXTS)]
+            row[column : column + 1] = [generator.choice(TEXTS)]
     return rows
 
 
 def write_text(path, text, generator, share=0.4):
     """Write a text, a share of them with errors: blank lines, no quotes, other line ends, encodings and bytes."""
-    way, encoding = (generator.randrange(3) if generator.random() < share else None), "utf-8"
-    if way == 0:
+    error, encoding = (generator.randrange(3) if generator.random() < share else None), "utf-8"
+    if error == 0:
         text = text.replace(*generator.choice((("\n", "\n\n"), ("\n", "\r\n"), ("\n", "\r"), ('"', ""), (",", ";"))))
-    elif way == 1:
+    elif error == 1:
         encoding = generator.choice(("utf-8-sig", "utf-8-sig", "utf-16", "utf-32", "utf-7", "latin-1", "cp1252"))
     content = text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
-    path.write_bytes(spoil_bytes(content, generator) if way == 2 else content)
+    path.write_bytes(spoil_bytes(content, generator) if error == 2 else content)
 
 
 def write_json(path, content, generator, share=1.0):
@@ -148,8 +149,8 @@ def write_table(path, rows, generator, delimiter):
 def karpathy(folder, generator):
     """Karpathy's JSON."""
     images = []
-    for number, name in enumerate(NAMES):
-        image = {"filename": name, "split": generator.choice((*SPLITS, "restval")), "imgid": number, "cocoid": "x"}
+    for index, name in enumerate(NAMES):
+        image = {"filename": name, "split": generator.choice((*SPLITS, "restval")), "imgid": index, "cocoid": "x"}
         image["sentences"] = [{"tokens": ["a", "dog", name], "raw": "A dog."}, {"tokens": ["x"], "raw": "X"}]
         image["objects"] = [{"words": ["a", "dog"], "box": [0, 0, 1, 0.5]}]
         images.append(image | generator.choice(({}, {"filepath": "."})))
@@ -160,11 +161,11 @@ def karpathy(folder, generator):
 def coco(folder, generator):
     """COCO's own JSON, one file or two."""
     paths = [folder / "captions_train2014.json", folder / "captions_val2014.json"][: generator.randint(1, 2)]
-    for number, path in enumerate(paths):
-        names = NAMES[number :: len(paths)]
+    for index, path in enumerate(paths):
+        names = NAMES[index :: len(paths)]
         ids = [generator.choice((0, 0, "x", "\ud800", None, 2.5, 10**40)), 1, 2, 3]
         content = {
-            "images": [{"id": ids[place], "file_name": name} for place, name in enumerate(names)],
+            "images": [{"id": ids[i], "file_name": name} for i, name in enumerate(names)],
             "annotations": [{"image_id": ids[i % len(names)], "id": i, "caption": f"Dog {i}."} for i in range(5)],
         }
         write_json(path, content, generator, 0.6)
@@ -178,11 +179,11 @@ def kaggle(folder, generator):
     return [folder / "captions.txt"]
 
 
-def own(folder, generator):
-    """One's own CSV with splits, its columns in any order."""
+def own_csv(folder, generator):
+    """A CSV that users write themselves, with splits, its columns in any order."""
     order = generator.sample(range(3), 3)
     rows = [("file", "caption", "split"), *((name, f"A {name}.", generator.choice(SPLITS)) for name in NAMES)]
-    rows = [[row[place] for place in order] for row in rows]
+    rows = [[row[column] for column in order] for row in rows]
     write_table(folder / "own.csv", rows, generator, generator.choice(",;\t"))
     return [folder / "own.csv"]
 
@@ -190,7 +191,7 @@ def own(folder, generator):
 def flickr30k(folder, generator):
     """Flickr30k's results.csv."""
     rows = [["image_name", " comment_number", " comment"]]
-    rows += [[name, f" {number}", f" Two dogs, {number} ."] for name in NAMES for number in range(2)]
+    rows += [[name, f" {i}", f" Two dogs, {i} ."] for name in NAMES for i in range(2)]
     text = "\n".join("|".join(row) for row in spoil_rows(rows, generator))
     write_text(folder / "results.csv", text, generator)
     return [folder / "results.csv"]
@@ -198,18 +199,18 @@ def flickr30k(folder, generator):
 
 def token(folder, generator):
     """Flickr8k.token.txt, some with split lists beside it."""
-    rows = spoil_rows([[name, "#", str(number), "\t", "A dog ."] for name in NAMES for number in range(2)], generator)
+    rows = spoil_rows([[name, "#", str(i), "\t", "A dog ."] for name in NAMES for i in range(2)], generator)
     write_text(folder / "Flickr8k.token.txt", "\n".join(map("".join, rows)), generator)
     lists = ("trainImages", "devImages", "testImages")
-    for place, kind in enumerate(lists[: generator.choice((0, 3, 3, 3, 2))]):
-        names = [[name] for name in NAMES[place::3]]
+    for index, kind in enumerate(lists[: generator.choice((0, 3, 3, 3, 2))]):
+        names = [[name] for name in NAMES[index::3]]
         if generator.random() < 0.3:
             names = spoil_rows(names, generator)
         write_text(folder / f"Flickr_8k.{kind}.txt", "\n".join(map("".join, names)), generator, 0.1)
     return [folder / "Flickr8k.token.txt"]
 
 
-def beside(folder, generator):
+def text_beside(folder, generator):
     """A folder of photos with .txt beside, names and texts with errors."""
     (folder / "both" / "inner.txt").mkdir(parents=True)
     names = [*NAMES, "inner.txt/g.png", generator.choice(TEXTS) + ".jpg"]
@@ -237,20 +238,20 @@ def tutorial(folder, generator):
         write_json(folder / f"{split}_CAPTIONS_own.json", captions, generator, 0.1)
         write_json(folder / f"{split}_CAPLENS_own.json", [4, 3] * 2, generator, 0.1)
         name, shape, dtype, per_image = "images", (2, 3, 9, 9), "uint8", 2
-        way = generator.randrange(15)
-        if way == 0:
+        error = generator.randrange(15)
+        if error == 0:
             name = generator.choice(("pictures", "images/images"))
-        elif way == 1:
+        elif error == 1:
             shape = generator.choice(((2, 3, 9, 7), (2, 3, 9), (2, 3, 0, 0), (0, 3, 9, 9), (4, 3, 1, 1), (), None))
-        elif way == 2:
+        elif error == 2:
             dtype = generator.choice(("float32", "int64", "S3"))
-        elif way == 3:
+        elif error == 3:
             per_image = generator.choice((0, -1, 1, 2.5, np.nan, np.inf, 2**62, "2", "two", "", [2, 2], np.bool_(1)))
         with h5py.File(folder / f"{split}_IMAGES_own.hdf5", "w") as file:
             file.create_dataset(name, shape, dtype)
-            if way != 4:
+            if error != 4:
                 file.attrs["captions_per_image"] = per_image
-        if way == 5:
+        if error == 5:
             path = folder / f"{split}_IMAGES_own.hdf5"
             path.write_bytes(spoil_bytes(path.read_bytes(), generator))
     return [folder]
@@ -272,7 +273,7 @@ def seed_photos():
         *((mode, {"format": "WEBP", "lossless": mode == "RGB", "exif": turned}) for mode in ("RGB", "RGBA")),
         ("RGB", {"format": "WEBP", "save_all": True, "append_images": [other]}),
         *((mode, {"format": "TIFF"}) for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "F")),
-        *(("RGB", {"format": "TIFF", "compression": way}) for way in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")),
+        *(("RGB", {"format": "TIFF", "compression": compression}) for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")),
         ("1", {"format": "TIFF", "compression": "group4"}),
     ]
     contents = []
@@ -288,28 +289,28 @@ def damaged(folder, generator):
     (folder / "both").mkdir()
     (folder / "both" / "whole.jpg").write_bytes(seed_photos()[0])
     (folder / "both" / "whole.txt").write_text("A dog.")
-    for number in range(4):
+    for i in range(4):
         content = spoil_bytes(generator.choice(seed_photos()), generator)
-        (folder / "both" / f"{number}.jpg").write_bytes(content)
-        (folder / "both" / f"{number}.txt").write_text("A cat.")
+        (folder / "both" / f"{i}.jpg").write_bytes(content)
+        (folder / "both" / f"{i}.txt").write_text("A cat.")
     return [folder / "both"]
 
 
-KINDS = (karpathy, coco, kaggle, own, flickr30k, token, beside, tutorial, damaged)
+KINDS = (karpathy, coco, kaggle, own_csv, flickr30k, token, text_beside, tutorial, damaged)
 
 
 # ----------------------------------------------------------------------------------------------------- the test
 
 
 def more_flags(kind, generator):
-    """Flags that any data set may be prepared with, most often those that leave bad photos out."""
+    """Flags that any data set may be prepared with, most often --skip_broken."""
     more = ["--skip_broken"] if generator.random() < (0.9 if kind == damaged else 0.5) else []
     for flag, values in {
         "--resize": ("squash", "crop", "pad"),
         "--max_train_images": (1, 2),
         "--captions_per_image": (1, 3),
         "--vocab_size": (1, 3),
-        "--max_length": (1, 2),
+        "--max_caption_length": (1, 2),
         "--long_captions": ("drop", "truncate"),
     }.items():
         if generator.random() < 0.2:
@@ -324,28 +325,28 @@ def assert_complete(output):
     assert filled and len(Vocabulary.load(output)) == metadata["words"]
     for split in filled:
         entries, captions = read_captions(output, split)
-        told = metadata["splits"][split]
-        assert len(entries) == len(captions) == told["images"] and captions.num_captions() == told["captions"]
+        described = metadata["splits"][split]
+        assert len(entries) == len(captions) == described["images"] and captions.num_captions() == described["captions"]
         assert min(captions.lengths()) > 0
         with h5py.File(output / f"{split}_images.hdf5") as file:
             images = file["images"][:]
         assert images.shape == (len(entries), 3, 8, 8) and images.dtype == np.uint8
-        assert hashlib.sha256(images.tobytes()).hexdigest() == told["digest"]
+        assert hashlib.sha256(images.tobytes()).hexdigest() == described["digest"]
     assert not list(output.glob(".*"))
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Thousands of runs need neither progress bars, nor to wait for the disk, nor the source of Settings each time."""
-    monkeypatch.setattr(create_input_files, "tqdm", functools.partial(create_input_files.tqdm, disable=True))
+    """No progress bars, no waiting for the disk and no parsing of Settings' source in each of thousands of runs."""
+    monkeypatch.setattr(writing, "tqdm", functools.partial(writing.tqdm, disable=True))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
 
 
-def try_case(command, photos, folder, number):
-    """TrainState case `number`, of the kind whose turn it is, in a new folder; returns the exit status."""
+def run_case(command, photos, folder, case):
+    """Run a case, of the kind whose turn it is, in a new folder; returns the exit status."""
     folder.mkdir()
-    kind, generator, output = KINDS[number % len(KINDS)], random.Random(number), folder / "out"
+    kind, generator, output = KINDS[case % len(KINDS)], random.Random(case), folder / "out"
     captions = kind(folder, generator)
     given = set(folder.iterdir())
     arguments = ["--dataset", "own", "--captions", *captions, "--output_folder", output, "--image_size", 8]
@@ -362,17 +363,18 @@ def try_case(command, photos, folder, number):
     return status
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged photos
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_errors_end_in_a_complete_folder_or_in_one_line(command, tmp_path, quick, kind):
     (tmp_path / "photos").mkdir()
     for name, content in zip(NAMES, seed_photos(), strict=False):
         (tmp_path / "photos" / name).write_bytes(content)
-    ends = Counter()
-    for number in range(KINDS.index(kind), len(KINDS) * CASES, len(KINDS)):
+    statuses = Counter()
+    for case in range(KINDS.index(kind), len(KINDS) * CASES, len(KINDS)):
         try:
-            # No message may break at the name of this folder.
-            ends[try_case(command, tmp_path / "photos", tmp_path / f"case\n{number}", number)] += 1
+            # A line break in this folder's name must not break a message into two lines.
+            statuses[run_case(command, tmp_path / "photos", tmp_path / f"case\n{case}", case)] += 1
         except Exception as error:
-            raise AssertionError(f"case {number}, {kind.__name__}: {error!r}") from error
-    assert min(ends[0], ends[2]) > CASES / 20, f"the cases of {kind.__name__} all end alike: {ends}"
+            raise AssertionError(f"case {case}, {kind.__name__}: {error!r}") from error
+    assert min(statuses[0], statuses[2]) > CASES / 20, f"the cases of {kind.__name__} all end alike: {statuses}"

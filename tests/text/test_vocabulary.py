@@ -1,13 +1,10 @@
-"""Words: which are kept, and the vectors that they start from."""
+"""The vocabulary: which words it keeps, and word ids in both directions."""
 
 from collections import Counter
 
 import pytest
-import torch
 
-import train
-from text.embeddings import read_pretrained_embeddings
-from text.vocabulary import SPECIAL_TOKENS, Vocabulary
+from text.vocabulary import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary
 from utils import InputError
 
 COUNTS = Counter({"a": 9, "dog": 4, "cat": 4, "runs": 2, "<pad>": 7})
@@ -15,69 +12,24 @@ VOCABULARY = Vocabulary.from_counts(COUNTS, 1)
 
 
 @pytest.mark.parametrize(
-    ("frequency", "most", "words"),
+    ("min_word_freq", "vocab_size", "words"),
     [(1, 0, "a cat dog runs"), (3, 0, "a cat dog"), (1, 2, "a cat"), (5, 3, "a"), (1, 9, "a cat dog runs")],
 )
-def test_the_most_frequent_words_are_kept(frequency, most, words):
-    assert Vocabulary.from_counts(COUNTS, frequency, most).words == SPECIAL_TOKENS + words.split()
+def test_the_most_frequent_words_are_kept(min_word_freq, vocab_size, words):
+    vocabulary = Vocabulary.from_counts(COUNTS, min_word_freq, vocab_size)
+    assert vocabulary.idx2word == SPECIAL_TOKENS + words.split()
 
 
-GLOVE = "a 1 2 3\n. . 0 0 0\ndog 0.5 -1 2e-1\ncat 1 2\nruns 1 x 3\nfish 7 7 7\n\nruns 1 nan 3\n"
+def test_unknown_words_and_special_tokens_have_the_id_of_unk():
+    words = ("a", "dog", "fish", "<end>", "<pad>", "<start>", "<unk>")
+    assert [VOCABULARY.word_id(word) for word in words] == [4, 6, UNK, UNK, UNK, UNK, UNK]
 
 
-@pytest.mark.parametrize(("header", "malformed"), [("", 4), ("400000 3\n", 4)])
-def test_word_vectors_are_read_and_malformed_lines_counted(tmp_path, capsys, header, malformed):
-    (tmp_path / "vectors.txt").write_text(header + GLOVE)
-    numbers, vectors = read_pretrained_embeddings(tmp_path / "vectors.txt", VOCABULARY, 3)
-    assert [VOCABULARY.words[number] for number in numbers] == ["a", "dog"]
-    expected = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 0.2]])
-    torch.testing.assert_close(vectors / vectors[0, 0], expected)
-    assert vectors.square().mean().item() == pytest.approx(1)
-    assert f"vectors for 2 of 4 words (50.0%), {malformed} malformed lines" in capsys.readouterr().out
+def test_decode_stops_at_end_and_skips_start_and_padding():
+    assert VOCABULARY.decode([START, 4, UNK, PAD, 6, END, 5]) == ["a", "<unk>", "dog"]
+    assert VOCABULARY.decode([4, 5]) == ["a", "cat"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        ("a 1 2\ndog 3 4\n", "2 numbers a line, so give --embed_dim 2"),
-        ("fish 1 2 3\n", "holds none of the 8 words"),
-        ("", "not a text file of a word and its numbers a line"),
-        ("a\t1\t2\t3\n", "not a text file of a word and its numbers a line"),
-        ("<unk> 1 2 3\n", "holds none of the 8 words"),
-        ("a 0 0 0\n", "all zero, or too large"),
-        ("a 1e39 0 0\n", "all zero, or too large"),
-        ("a 1 2 3".encode("utf-16"), "holds none"),
-    ],
-)
-def test_word_vectors_that_cannot_be_used_are_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "vectors.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=message):
-        read_pretrained_embeddings(tmp_path / "vectors.txt", VOCABULARY, 3)
-
-
-@pytest.mark.parametrize("freeze", [True, False])
-def test_a_model_starts_from_word_vectors(command, shapes, tmp_path, freeze):
-    lines = [f"{word} {' '.join(str(len(word) * k) for k in range(16))}" for word in ("red", "blue")]
-    (tmp_path / "vectors.txt").write_text("\n".join(lines))
-    small = ["--encoder", "resnet18", "--encoder_layer", "layer1", "--encoder_weights", "", "--epochs", 1]
-    sizes = ["--embed_dim", 16, "--hidden_dim", 16, "--attention_dim", 16, "--region_dim", 16]
-    status, out, error = command(
-        train, *small, *sizes, "--data_folder", shapes, "--run_folder", tmp_path / "run", "--ema_decay", 0,
-        "--pretrained_embeddings", tmp_path / "vectors.txt", "--freeze_embeddings" if freeze else "--no-freeze_embeddings",
-    )  # fmt: skip
-    assert status == 0 and "vectors for 2 of" in out, error
-    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    red, blue = (checkpoint["model"]["decoder.embedding.weight"][checkpoint["words"].index(w)] for w in ("red", "blue"))
-    assert torch.allclose(red / red[1], torch.arange(16.0), atol=1e-5) == freeze
-    if freeze:
-        torch.testing.assert_close(blue, red * 4 / 3)
-
-
-def test_word_vectors_do_not_go_with_trained_words(command, shapes, run_folder, tmp_path):
-    status, _, error = command(
-        train, "--data_folder", shapes, "--run_folder", tmp_path, "--init_from", run_folder / "best.pt",
-        "--pretrained_embeddings", "vectors.txt",
-    )  # fmt: skip
-    assert status == 2 and "--pretrained_embeddings vectors.txt: --init_from has trained words" in error
+def test_words_must_start_with_the_special_tokens():
+    with pytest.raises(InputError, match="a word map starts with <pad> <start> <end> <unk>, not with a dog"):
+        Vocabulary(["a", "dog"])

@@ -1,0 +1,89 @@
+"""Caption formats in JSON: Karpathy's and COCO's."""
+
+from pathlib import Path
+from typing import Any
+
+from common.files import read_json
+from preparation.records import ImageRecord, parse_split, require_type, tokenize_captions
+from preparation.storage import SPLITS
+from utils import InputError
+
+
+def read_karpathy(path: Path, images: Path) -> list[ImageRecord]:
+    """Read Karpathy's JSON (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json).
+
+    Raises InputError where it has another form.
+    """
+    content, records = read_json(path), []
+    try:
+        for index, image in enumerate(content["images"]):
+            name = require_type(image["filename"], str)
+            if image.get("filepath"):
+                name = f"{require_type(image['filepath'], str)}/{name}"
+            captions = [
+                {"words": require_words(sentence["tokens"]), "raw": require_type(sentence["raw"], str)}
+                for sentence in image["sentences"]
+            ]
+            image_id = require_type(image.get("cocoid", image.get("imgid", index)), (int, str))
+            split = parse_split(image["split"], path, name)
+            captions = [caption for caption in captions if caption["words"]]
+            objects = validate_objects(image.get("objects", []))
+            records.append(ImageRecord(images / name, name, image_id, split, captions, objects))
+    except KeyError as error:
+        raise InputError(f"{path}: no key {error} in images[{len(records)}], is this Karpathy's JSON?") from None
+    except (TypeError, AttributeError):
+        raise InputError(f"{path}: images[{len(records)}] has another form, is this Karpathy's JSON?") from None
+    return records
+
+
+def require_words(value: Any) -> list[str]:
+    """A list of words without empty ones; TypeError for anything else."""
+    return [word for word in require_type(value, list) if require_type(word, str)]
+
+
+def validate_objects(value: Any) -> list[dict[str, Any]]:
+    """Return a list of objects with words and box unchanged; TypeError or KeyError for anything else."""
+    for item in value:
+        box = item["box"]
+        if not require_words(item["words"]) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
+            raise TypeError
+    return value
+
+
+def read_coco(paths: list[Path], images: Path) -> list[ImageRecord]:
+    """Read COCO's captions_train2014.json and the like; of several files each is a split, named by its file name.
+
+    Raises InputError where a file has another form, or captions of images that it does not list.
+    """
+    records = []
+    for path in paths:
+        split = ""
+        if len(paths) > 1:
+            split = next((split for split in SPLITS if split in path.stem), "")
+            if not split:
+                raise InputError(f"{path}: one of several files, its name must contain {', '.join(SPLITS)}")
+        records += read_coco_file(path, images, split)
+    return records
+
+
+def read_coco_file(path: Path, images: Path, split: str) -> list[ImageRecord]:
+    """Read one of COCO's files, all of whose images belong to a split; its photos may lie in a folder train2014."""
+    content, name, captions, records = read_json(path), None, {}, []
+    folder = path.stem.removeprefix("captions_")  # train2014
+    prefix = f"{folder}/" if (images / folder).is_dir() else ""
+    try:
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(require_type(annotation["caption"], str))
+        for image in content["images"]:
+            image_id, name = require_type(image["id"], (int, str)), prefix + require_type(image["file_name"], str)
+            image_captions = tokenize_captions(captions.pop(image_id, []))
+            records.append(ImageRecord(images / name, name, image_id, split, image_captions))
+    except KeyError as error:
+        raise InputError(f"{path}: no key {error} after {name or 'its start'}, is this COCO's JSON?") from None
+    except (TypeError, AttributeError):
+        raise InputError(f"{path}: another form after {name or 'its start'}, is this COCO's JSON?") from None
+    if captions:
+        raise InputError(
+            f"{path}: {len(captions)} images have captions only, such as image_id {next(iter(captions))!r}"
+        )
+    return records

@@ -1,0 +1,60 @@
+"""Image records: what every caption format is read into."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from preparation.storage import SPLITS
+from text.tokenizer import tokenize
+from utils import InputError
+
+SPLIT_NAMES = {"restval": "train", "valid": "val", "validation": "val", "dev": "val"}  # other names of SPLITS
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image of a data set with its captions."""
+
+    path: Path  # of the photo, or of an HDF5 file of images
+    name: str  # as the captions file spells it
+    image_id: int | str
+    split: str  # empty where the captions have no splits
+    captions: list[dict[str, Any]]  # [{"words": [...], "raw": "..."}]
+    objects: list[dict[str, Any]] = field(default_factory=list)  # [{"words": [...], "box": [left, top, right, bottom]}]
+    row: int = -1  # index in an HDF5 file of images; -1: `path` is a photo
+
+
+def records_of(
+    captions: Mapping[str, list[str]], images: Path, splits: Mapping[str, str] | None = None
+) -> list[ImageRecord]:
+    """Records of a dictionary from file names to captions, their ids counted in its order.
+
+    Args:
+        images: the folder that the names are relative to.
+        splits: from file names to splits; None: the captions have no splits.
+    """
+    return [
+        ImageRecord(images / name, name, index, (splits or {}).get(name, ""), tokenize_captions(image_captions))
+        for index, (name, image_captions) in enumerate(captions.items())
+    ]
+
+
+def tokenize_captions(captions: Iterable[str]) -> list[dict[str, Any]]:
+    """Captions as an `ImageRecord` holds them, without those that have no word."""
+    return [{"words": words, "raw": caption.strip()} for caption in captions if (words := tokenize(caption))]
+
+
+def parse_split(name: Any, path: Path, image: str) -> str:
+    """One of SPLITS from its name in a file. Raises InputError, with the path and the image, for an unknown name."""
+    split = SPLIT_NAMES.get(name, name) if isinstance(name, str) else name
+    if split not in SPLITS:
+        raise InputError(f"{path}: {image} has the split {name!r}, not one of {' '.join((*SPLITS, *SPLIT_NAMES))}")
+    return split
+
+
+def require_type(value: Any, kind: type | tuple[type, ...]) -> Any:
+    """Return a value unchanged; TypeError where it is of another type."""
+    if not isinstance(value, kind):
+        raise TypeError
+    return value

@@ -1,0 +1,88 @@
+"""Prepared folders: packed captions, captions files, and folders that are incomplete or mixed up."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+from preparation.storage import PackedCaptions, iter_captions, read_captions, read_metadata, write_captions
+from text.vocabulary import END, START, UNK, Vocabulary
+from utils import InputError
+
+CAPTIONS = [[["a", "dog"], ["two", "dogs", "<end>"]], [], [["a"]]]  # of three images
+
+
+def test_packed_captions_are_the_captions():
+    packed = PackedCaptions.pack(CAPTIONS)
+    assert packed.decode() == CAPTIONS and len(packed) == 3 and packed.num_captions() == 3
+    assert list(packed) == [[[0, 1], [2, 3, 4]], [], [[0]]]
+    assert packed.lengths().tolist() == [2, 3, 1]
+    assert packed.counts() == Counter({"a": 2, "dog": 1, "two": 1, "dogs": 1, "<end>": 1})
+
+
+def test_encoded_captions_have_the_ids_of_a_vocabulary():
+    encoded = PackedCaptions.pack(CAPTIONS).encode(Vocabulary.from_counts(Counter(["a", "dog"]), 1))
+    assert list(encoded) == [[[START, 4, 5, END], [START, UNK, UNK, UNK, END]], [], [[START, 4, END]]]
+
+
+def test_captions_files_are_json_that_is_read_line_by_line(tmp_path):
+    contents = [{"image": "é", "captions": [{"words": words} for words in captions]} for captions in CAPTIONS]
+    write_captions(tmp_path / "captions.json", contents)
+    assert json.loads((tmp_path / "captions.json").read_text(encoding="utf-8")) == contents
+    entries = []
+    assert PackedCaptions.pack(iter_captions(tmp_path / "captions.json", entries)).decode() == CAPTIONS
+    assert entries == [{"image": "é"}] * 3
+
+
+@pytest.mark.parametrize(
+    "line", ["{", '{"image": "b"}', '{"captions": 5}', "[3]", "5", '{"captions": [{"raw": "A dog"}]}', "[" * 100_000]
+)
+def test_damaged_captions_are_named(tmp_path, line):
+    (tmp_path / "captions.json").write_text(f'[\n{{"image": "a", "captions": []}},\n{line}\n]\n')
+    with pytest.raises(InputError, match=r"captions\.json, image 2: not valid JSON as create_input_files\.py writes"):
+        list(iter_captions(tmp_path / "captions.json", []))
+
+
+def test_missing_captions_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no such file: .*captions\.json"):
+        list(iter_captions(tmp_path / "captions.json", []))
+
+
+@pytest.fixture
+def copied(shapes, tmp_path):
+    """A copy of the shapes that may be damaged."""
+    return shutil.copytree(shapes, tmp_path / "copied")
+
+
+def test_an_incomplete_folder_is_refused(copied):
+    (copied / "dataset.json").unlink()
+    with pytest.raises(InputError, match=r"is not a complete data folder, it has no dataset\.json"):
+        read_metadata(copied)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"image_size": 8, "splits": {}, "source": {}}'])
+def test_another_dataset_json_is_refused(copied, content):
+    (copied / "dataset.json").write_text(content)
+    with pytest.raises(InputError, match=r"dataset\.json was not written by create_input_files\.py"):
+        read_metadata(copied)
+
+
+def test_an_empty_split_is_refused(copied):
+    metadata = read_metadata(copied)
+    metadata["splits"]["val"] = {"images": 0, "captions": 0, "digest": ""}
+    with pytest.raises(InputError, match=r"the val split of .* is empty \(filled: train test\)"):
+        read_captions(copied, "val", metadata)
+
+
+@pytest.mark.parametrize("name", ["images.hdf5", "captions.json"])
+def test_files_of_another_split_are_refused(copied, name):
+    shutil.copy(copied / f"train_{name}", copied / f"val_{name}")
+    with pytest.raises(InputError, match=f"val_{name} is not the file that dataset.json describes"):
+        read_captions(copied, "val")
+
+
+def test_missing_images_are_named(copied):
+    (copied / "val_images.hdf5").unlink()
+    with pytest.raises(InputError, match=r"val_images\.hdf5 is missing or damaged"):
+        read_captions(copied, "val")

@@ -1,0 +1,77 @@
+"""Pretrained word vectors: read, refused, and copied into a model."""
+
+import pytest
+import torch
+
+import train
+from text.embeddings import read_pretrained_embeddings
+from text.vocabulary import SPECIAL_TOKENS, Vocabulary
+from utils import InputError
+
+VOCABULARY = Vocabulary([*SPECIAL_TOKENS, "a", "cat", "dog", "runs"])
+GLOVE = "a 1 2 3\n. . 0 0 0\ndog 0.5 -1 2e-1\ncat 1 2\nruns 1 x 3\nfish 7 7 7\n\nruns 1 nan 3\n"
+
+
+@pytest.mark.parametrize(("header", "malformed"), [("", 4), ("400000 3\n", 4)])
+def test_vectors_are_read_and_malformed_lines_counted(tmp_path, capsys, header, malformed):
+    (tmp_path / "vectors.txt").write_text(header + GLOVE)
+    word_ids, vectors = read_pretrained_embeddings(tmp_path / "vectors.txt", VOCABULARY, 3)
+    assert [VOCABULARY.idx2word[word_id] for word_id in word_ids] == ["a", "dog"]
+    expected = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 0.2]])
+    torch.testing.assert_close(vectors / vectors[0, 0], expected)
+    assert vectors.square().mean().item() == pytest.approx(1)
+    assert f"vectors for 2 of 4 words (50.0%), {malformed} malformed lines" in capsys.readouterr().out
+
+
+def test_the_first_valid_vector_of_a_word_counts(tmp_path):
+    (tmp_path / "vectors.txt").write_text("a 1 nan 3\na 1 2 3\na 4 5 6\n")
+    word_ids, vectors = read_pretrained_embeddings(tmp_path / "vectors.txt", VOCABULARY, 3)
+    assert word_ids.tolist() == [4]
+    torch.testing.assert_close(vectors / vectors[0, 0], torch.tensor([[1.0, 2.0, 3.0]]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("a 1 2\ndog 3 4\n", "its vectors have size 2, so give --embed_dim 2"),
+        ("fish 1 2 3\n", "holds none of the 8 words"),
+        ("", "not a text file of a word and its vector per line"),
+        ("a\t1\t2\t3\n", "not a text file of a word and its vector per line"),
+        ("<unk> 1 2 3\n", "holds none of the 8 words"),
+        ("a 0 0 0\n", "all zero, or too large"),
+        ("a 1e39 0 0\n", "all zero, or too large"),
+        ("a 1 2 3".encode("utf-16"), "holds none"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "vectors.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"--pretrained_embeddings .*vectors\.txt: .*{message}"):
+        read_pretrained_embeddings(tmp_path / "vectors.txt", VOCABULARY, 3)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_model_starts_from_pretrained_embeddings(command, shapes, tmp_path, freeze):
+    lines = [f"{word} {' '.join(str(len(word) * k) for k in range(16))}" for word in ("red", "blue")]
+    (tmp_path / "vectors.txt").write_text("\n".join(lines))
+    small = ["--encoder", "resnet18", "--encoder_layer", "layer1", "--encoder_weights", "", "--epochs", 1]
+    sizes = ["--embed_dim", 16, "--hidden_dim", 16, "--attention_dim", 16, "--region_dim", 16]
+    status, out, error = command(
+        train, *small, *sizes, "--data_folder", shapes, "--run_folder", tmp_path / "run", "--ema_decay", 0,
+        "--pretrained_embeddings", tmp_path / "vectors.txt", "--freeze_embeddings" if freeze else "--no-freeze_embeddings",
+    )  # fmt: skip
+    assert status == 0 and "vectors for 2 of" in out, error
+    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    red, blue = (checkpoint["model"]["decoder.embedding.weight"][checkpoint["words"].index(w)] for w in ("red", "blue"))
+    assert torch.allclose(red / red[1], torch.arange(16.0), atol=1e-5) == freeze
+    if freeze:
+        torch.testing.assert_close(blue, red * 4 / 3)
+
+
+def test_pretrained_embeddings_contradict_init_from(command, shapes, run_folder, tmp_path):
+    status, _, error = command(
+        train, "--data_folder", shapes, "--run_folder", tmp_path, "--init_from", run_folder / "best.pt",
+        "--pretrained_embeddings", "vectors.txt",
+    )  # fmt: skip
+    assert status == 2 and "--pretrained_embeddings vectors.txt: --init_from has trained words" in error
