@@ -357,12 +357,8 @@ def draw_beam_search(
     steps = []  # at each step the beams: pairs of a caption, a tuple of word ids, and its log-probability
     for t in range(1, 12):
         captions, log_probs = beam_search(captioner.decoder, regions, beam_size, max_length=t)
-        steps.append(
-            [
-                (tuple(caption), log_prob)
-                for caption, log_prob in zip(captions[0].tolist(), log_probs[0].tolist(), strict=True)
-            ]
-        )
+        beams = zip(captions[0].tolist(), log_probs[0].tolist(), strict=True)
+        steps.append([(tuple(caption), log_prob) for caption, log_prob in beams])
         if bool((captions == END).any(dim=-1).all()):
             break
     spacing, left = 1.02, 2.15
@@ -379,14 +375,9 @@ def draw_beam_search(
             positions[caption] = (x, y)
             on_best = caption == best[:t]
             color = WORD if on_best else STATE if caption in kept else GRAY
-            start = positions[caption[:-1]]
-            arrow(
-                axes,
-                (start[0] + (0.41 if t > 1 else 0), start[1]),
-                (x - 0.42, y),
-                color=color,
-                linewidth=2 if on_best else 1.1,
-            )
+            start_x, start_y = positions[caption[:-1]]
+            start = (start_x + (0.41 if t > 1 else 0), start_y)
+            arrow(axes, start, (x - 0.42, y), color=color, linewidth=2 if on_best else 1.1)
             word = vocabulary.idx2word[caption[-1]]
             box(axes, x, y, 0.8, 0.5, f"{word}\n{score:.2f}", color, size=8.5)
     return figure
@@ -414,9 +405,9 @@ def draw_attention_shapes(
         row, column = divmod(int(alpha[t].argmax()), side)
         tile.plot((column + 0.5) / side, (row + 0.5) / side, "x", color=INK, markersize=8, markeredgewidth=2)
         tile.set_title(word, fontsize=11)
-        for thing in objects:
-            if thing["words"][-1] == word and thing["words"][-2] == words[t - 1]:
-                x0, y0, x1, y1 = thing["box"]
+        for item in objects:
+            if item["words"][-1] == word and item["words"][-2] == words[t - 1]:
+                x0, y0, x1, y1 = item["box"]
                 tile.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="none", edgecolor=STATE, linewidth=2.5))
         tile.set(xlim=(0, 1), ylim=(1, 0))
     return figure
@@ -470,7 +461,7 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
     picture, image = scene(samples)
     torch.manual_seed(2)
     regions = captioner.encode_images(image.unsqueeze(0))
-    sampled = [vocabulary.decode(caption) for caption in sample(captioner.decoder, regions, 5)[0]]
+    sampled = [vocabulary.decode(caption) for caption in sample(captioner.decoder, regions, 5)[0].tolist()]
     rewards = CiderReward(references)(references[samples], sampled)
     figure = draw_self_critical(picture, [" ".join(words) for words in sampled], rewards)
     save_figure(figure, folder / "self_critical.png")

@@ -54,7 +54,7 @@ def caption_image(
         )
         log_probs, alpha = force_decode(captioner.decoder, regions, captions[:, 0])
     return ImageCaption(
-        words=vocabulary.decode(captions[0, 0]),
+        words=vocabulary.decode(captions[0, 0].tolist()),
         log_prob=log_probs.item(),
         alpha=alpha[0].float().cpu(),
         neighbors=None if neighbors is None else neighbors[0].cpu(),
@@ -91,7 +91,7 @@ def caption_dataset(
                 alpha = force_decode(captioner.decoder, regions, decoded[:, 0])[1] if dataset.has_boxes else None
             for b, index in enumerate(batch.indices):
                 image_alpha = None if alpha is None else alpha[b].float().cpu()
-                results.append((index, vocabulary.decode(decoded[b, 0]), image_alpha))
+                results.append((index, vocabulary.decode(decoded[b, 0].tolist()), image_alpha))
             progress.update(len(batch.indices) * world_size())
     captions: list[list[str]] = [[] for _ in range(len(dataset))]
     alphas: list[Tensor | None] = [None] * len(dataset)

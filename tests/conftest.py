@@ -116,7 +116,7 @@ def tiny_decoder():
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """TrainState a script's command line in this process: (module, arguments) -> exit status, stdout, stderr."""
+    """Run a script's command line in this process: (module, arguments) -> exit status, stdout, stderr."""
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""Reading captions, drawing shapes, writing folders whole."""
+"""The script as users run it: prepared folders, what is chosen, what is replaced, and errors in one line."""
 
 import json
 import re
@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 import create_input_files
-from preparation import shapes
 from preparation.storage import read_captions
 
 
@@ -21,8 +20,8 @@ def photos(tmp_path):
     """Three photos in a folder."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number, name in enumerate(("a b.jpg", "é.png", "c.jpg")):
-        Image.new("RGB", (20, 10), (80 * number, 0, 0)).save(folder / name)
+    for i, name in enumerate(("a b.jpg", "é.png", "c.jpg")):
+        Image.new("RGB", (20, 10), (80 * i, 0, 0)).save(folder / name)
     return folder
 
 
@@ -85,20 +84,23 @@ def test_kaggle_csv_is_split_by_image(command, tmp_path, photos):
         for split in ("train", "val", "test")
         for entry in json.loads((tmp_path / "out" / f"{split}_captions.json").read_text())
     ]
-    captions = {entry["image"]: [one["raw"] for one in entry["captions"]] for entry in entries}
+    captions = {entry["image"]: [caption["raw"] for caption in entry["captions"]] for entry in entries}
     assert captions["c.jpg"] == ['A "big" cat, sleeping .', "A cat's nap"] and len(captions) == 3
 
 
-def test_other_peoples_files_are_left_alone(command, tmp_path, photos):
+# ------------------------------------------------------------------------------------------------ replaced folders
+
+
+def test_a_folder_with_other_files_is_left_alone(command, tmp_path, photos):
     status, _, err = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos, "--output_folder", photos)
     assert status == 2 and "photos holds other files: give another --output_folder" in err
     assert len(list(photos.iterdir())) == 3
 
 
-def test_overwriting_takes_away_what_was_ours_and_nothing_else(command, tmp_path, photos):
+def test_overwrite_removes_owned_files_only(command, tmp_path, photos):
     output = tmp_path / "out"
     assert prepare(command, tmp_path, karpathy(tmp_path / "captions.json", ("train", "val", "test")), photos)[0] == 0
-    assert command(create_input_files, "--look", output)[0] == 0
+    assert command(create_input_files, "--preview", output)[0] == 0
     (output / "features").mkdir()
     (output / "notes.txt").write_text("mine")
     captions = karpathy(tmp_path / "captions.json", ("train", "train", None))
@@ -107,100 +109,110 @@ def test_overwriting_takes_away_what_was_ours_and_nothing_else(command, tmp_path
     assert prepare(command, tmp_path, captions, photos, "--overwrite")[0] == 0
     names = {"train_images.hdf5", "train_captions.json", "word_map.json", "dataset.json", "notes.txt"}
     assert {path.name for path in output.iterdir()} == names
-    (output / "dataset.json").unlink()
+
+
+def test_a_half_replaced_folder_is_completed(command, tmp_path, photos):
+    captions = karpathy(tmp_path / "captions.json", ("train", "train", None))
+    assert prepare(command, tmp_path, captions, photos)[0] == 0
+    (tmp_path / "out" / "dataset.json").unlink()  # what a killed run leaves
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     status, _, err = prepare(command, tmp_path, captions, photos, "--overwrite")
     assert status == 2 and "out holds other files: give another --output_folder" in err
-    (output / "notes.txt").unlink()  # then it is what a killed run leaves
+    (tmp_path / "out" / "notes.txt").unlink()
     assert prepare(command, tmp_path, captions, photos)[0] == 0
+    assert (tmp_path / "out" / "dataset.json").is_file()
 
 
-def test_the_split_lists_count_too(command, tmp_path, photos):
-    (tmp_path / "tokens.txt").write_text("".join(f"{name}#0\tA dog\n" for name in ("a b.jpg", "c.jpg")))
-    lists = [tmp_path / f"Flickr_8k.{name}Images.txt" for name in ("train", "dev", "test")]
-    for path, name in zip(lists, ("a b.jpg", "c.jpg", ""), strict=True):
-        path.write_text(name)
-    assert prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[0] == 0
-    assert "is there already" in prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[1]
-    lists[1].write_text("a b.jpg")
-    lists[0].write_text("c.jpg")
-    assert "was made with other settings" in prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[2]
-
-
-def test_captions_without_a_name_are_not_ignored(command, tmp_path):
-    status, _, err = command(create_input_files, "--captions", "a.json", "--output_folder", tmp_path / "out")
-    assert status == 2 and "name the data set that --captions and --images are of" in err
-
-
-def test_bad_photos_stop_the_run_or_are_left_out(command, tmp_path, photos):
-    (photos / "c.jpg").write_text("no photo")
-    (photos / "a b.jpg").unlink()
-    captions = karpathy(tmp_path / "captions.json", ("train", "train", "train"))
-    status, _, err = prepare(command, tmp_path, captions, photos)
-    assert status == 2 and "c.jpg: not a photo" in err and "a b.jpg: no such file" in err
-    assert "2 of 3 photos are bad, listed above: --skip_broken leaves them out" in err
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-    status, _, err = prepare(command, tmp_path, captions, photos, "--skip_broken")
-    assert status == 0 and "c.jpg: not a photo" in err
-    with h5py.File(tmp_path / "out" / "train_images.hdf5") as file:
-        assert file["images"].shape == (1, 3, 8, 8)
-
-
-def test_the_same_settings_do_nothing_and_others_ask(command, tmp_path, photos):
+def test_the_same_settings_change_nothing(command, tmp_path, photos):
     captions = karpathy(tmp_path / "captions.json")
     assert prepare(command, tmp_path, captions, photos)[0] == 0
-    metadata = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    del metadata["source"]["vocab_size"]  # a folder of an earlier version
-    (tmp_path / "out" / "dataset.json").write_text(json.dumps(metadata))
     written = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
     (tmp_path / "out" / "features").mkdir()
-    assert "is there already" in prepare(command, tmp_path, captions, photos)[1]
+    status, out, _ = prepare(command, tmp_path, captions, photos)
+    assert status == 0 and "exists already, made with the same settings" in out
     assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == written
+    assert (tmp_path / "out" / "features").exists()
+
+
+def test_other_settings_need_overwrite(command, tmp_path, photos):
+    captions = karpathy(tmp_path / "captions.json")
+    assert prepare(command, tmp_path, captions, photos)[0] == 0
+    (tmp_path / "out" / "features").mkdir()
     status, _, err = prepare(command, tmp_path, captions, photos, "--seed", 1)
     assert status == 2 and "--overwrite replaces it" in err
     assert prepare(command, tmp_path, captions, photos, "--seed", 1, "--overwrite")[0] == 0
     assert not (tmp_path / "out" / "features").exists()
 
 
-def test_vocab_size_keeps_the_most_frequent_and_limit_some_training_images(command, tmp_path, photos):
+def test_other_split_lists_are_other_settings(command, tmp_path, photos):
+    (tmp_path / "tokens.txt").write_text("".join(f"{name}#0\tA dog\n" for name in ("a b.jpg", "c.jpg")))
+    lists = [tmp_path / f"Flickr_8k.{name}Images.txt" for name in ("train", "dev", "test")]
+    for path, name in zip(lists, ("a b.jpg", "c.jpg", ""), strict=True):
+        path.write_text(name)
+    assert prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[0] == 0
+    assert "exists already" in prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[1]
+    lists[1].write_text("a b.jpg")
+    lists[0].write_text("c.jpg")
+    assert "was made with other settings" in prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[2]
+
+
+# ------------------------------------------------------------------------------------------------ words and captions
+
+
+def test_vocab_size_keeps_the_most_frequent_words(command, tmp_path, photos):
     captions = karpathy(tmp_path / "captions.json", splits=("train", "train", "val"))
-    status, out, _ = prepare(
-        command, tmp_path, captions, photos, "--vocab_size", 2, "--max_train_images", 1, "--seed", 3
-    )
-    assert status == 0 and "1 of 2 training images, chosen with seed 3" in out
-    metadata = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert [metadata["splits"][split]["images"] for split in ("train", "val")] == [1, 1] and metadata["words"] == 6
+    status, out, _ = prepare(command, tmp_path, captions, photos, "--vocab_size", 2)
+    assert status == 0 and "6 words: four special tokens and those at least 1 times" in out
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["words"] == 6
     assert list(json.loads((tmp_path / "out" / "word_map.json").read_text()))[4:] == ["a", "cat"]
-    first = (tmp_path / "out" / "train_captions.json").read_text()
-    chosen = set()
-    for seed in range(8):
-        prepare(command, tmp_path, captions, photos, "--max_train_images", 1, "--seed", seed, "--overwrite")
-        entries = (tmp_path / "out" / "train_captions.json").read_text()
-        chosen.add(entries)
-        assert seed != 3 or entries == first
-    assert len(chosen) == 2
+
+
+def test_training_images_are_chosen_with_the_seed(command, tmp_path, photos):
+    captions = karpathy(tmp_path / "captions.json", splits=("train", "train", "val"))
+    chosen = []
+    for seed in (*range(8), 3):
+        more = ("--max_train_images", 1, "--seed", seed, "--overwrite")
+        status, out, _ = prepare(command, tmp_path, captions, photos, *more)
+        assert status == 0 and f"1 of 2 training images, chosen with seed {seed}" in out
+        splits = json.loads((tmp_path / "out" / "dataset.json").read_text())["splits"]
+        assert [splits[split]["images"] for split in ("train", "val")] == [1, 1]
+        chosen.append((tmp_path / "out" / "train_captions.json").read_text())
+    assert len(set(chosen)) == 2 and chosen[3] == chosen[-1]
 
 
 def captions_of(folder, split="train"):
     return read_captions(folder, split)[1].decode()
 
 
-def test_long_captions_are_truncated_or_dropped_in_training_only(command, tmp_path, photos):
-    sentences = ["A cat sleeps on a mat.", "A cat."]
+@pytest.fixture
+def long_captions(tmp_path):
+    """A CSV with two long training captions, one of them the only one of its image, and a long one for validation."""
+    captions = ["A cat sleeps on a mat.", "A cat."]
     rows = [
-        f'"{name}","{said}","{split}"' for name, split in (("c.jpg", "train"), ("é.png", "val")) for said in sentences
+        f'"{name}","{caption}","{split}"'
+        for name, split in (("c.jpg", "train"), ("é.png", "val"))
+        for caption in captions
     ]
     rows.append('"a b.jpg","A dog sleeps on a mat.","train"')
     path = tmp_path / "own.csv"
     path.write_text("\n".join(["file,caption,split", *rows]), encoding="utf-8")
-    status, out, _ = prepare(command, tmp_path, path, photos, "--max_length", 3)
+    return path
+
+
+def test_long_training_captions_are_truncated(command, tmp_path, photos, long_captions):
+    status, out, _ = prepare(command, tmp_path, long_captions, photos, "--max_caption_length", 3)
     assert status == 0 and "2 training captions of more than 3 words are truncated" in out
     assert captions_of(tmp_path / "out") == [[["a", "cat", "sleeps"], ["a", "cat"]], [["a", "dog", "sleeps"]]]
-    assert [len(one) for one in captions_of(tmp_path / "out", "val")[0]] == [6, 2]
-    more = ("--max_length", 3, "--long_captions", "drop", "--overwrite")
-    status, out, _ = prepare(command, tmp_path, path, photos, *more)
+    assert [len(words) for words in captions_of(tmp_path / "out", "val")[0]] == [6, 2]
+
+
+def test_long_training_captions_are_dropped(command, tmp_path, photos, long_captions):
+    more = ("--max_caption_length", 3, "--long_captions", "drop")
+    status, out, _ = prepare(command, tmp_path, long_captions, photos, *more)
     assert status == 0 and "2 training captions of more than 3 words are dropped" in out
     assert "1 training images have no other captions, they are left out" in out
     assert captions_of(tmp_path / "out") == [[["a", "cat"]]]
+    assert [len(words) for words in captions_of(tmp_path / "out", "val")[0]] == [6, 2]
 
 
 def test_captions_per_image_are_chosen_with_the_seed(command, tmp_path, photos):
@@ -209,22 +221,58 @@ def test_captions_per_image_are_chosen_with_the_seed(command, tmp_path, photos):
     path.write_text("\n".join(["file,caption,split", *rows]), encoding="utf-8")
     for seed in (1, 2, 1):
         prepare(command, tmp_path, path, photos, "--captions_per_image", 4, "--seed", seed, "--overwrite")
-        (of_image,) = captions_of(tmp_path / "out")
-        assert len({tuple(words) for words in of_image}) == 4 and len(captions_of(tmp_path / "out", "val")[0]) == 9
-        chosen.add(str(of_image))
+        (captions,) = captions_of(tmp_path / "out")
+        assert len({tuple(words) for words in captions}) == 4 and len(captions_of(tmp_path / "out", "val")[0]) == 9
+        chosen.add(str(captions))
     assert len(chosen) == 2
 
 
-def test_a_folder_to_look_at(command, shapes):
-    status, out, err = command(create_input_files, "--look", shapes)
-    assert status == 0, err
-    for name, least in (("contact_sheet.png", 500), ("words.png", 500)):
-        with Image.open(shapes / name) as picture:
-            assert str(shapes / name) in out and picture.width > least and np.asarray(picture.convert("L")).std() > 10
-        (shapes / name).unlink()
-    assert command(create_input_files, "--look", "nowhere")[2].endswith(
-        "no data folder nowhere: run create_input_files.py --output_folder nowhere first\n"
-    )
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--captions", "a.json"), "--dataset shapes reads no files: name the data set of --captions and --images"),
+        (("--dataset", "own"), "--dataset own needs --captions FILE and --images FOLDER, or a folder of both"),
+        (("--dataset", "own", "--captions", "a.json", "--images", "none"), "--images none: no such folder"),
+        (
+            ("--dataset", "own", "--captions", ".", "--images", "."),
+            "--images .: leave it out, --captions . is a folder",
+        ),
+        (("--long_captions", "drop"), "--long_captions drop needs --max_caption_length"),
+        (("--num_scenes", 0), "--num_scenes 0: must be at least 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(command, tmp_path, arguments, message):
+    status, _, err = command(create_input_files, *arguments, "--output_folder", tmp_path / "out")
+    assert status == 2 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def broken_photos(photos):
+    """The folder of photos, one of them missing and one not a photo."""
+    (photos / "c.jpg").write_text("no photo")
+    (photos / "a b.jpg").unlink()
+    return photos
+
+
+def test_broken_photos_stop_the_run(command, tmp_path, broken_photos):
+    captions = karpathy(tmp_path / "captions.json", ("train", "train", "train"))
+    status, _, err = prepare(command, tmp_path, captions, broken_photos)
+    assert status == 2 and "c.jpg: not a photo" in err and "a b.jpg: no such file" in err
+    assert "2 of 3 photos are unusable, listed above: --skip_broken skips them" in err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_skip_broken_leaves_broken_photos_out(command, tmp_path, broken_photos):
+    captions = karpathy(tmp_path / "captions.json", ("train", "train", "train"))
+    status, _, err = prepare(command, tmp_path, captions, broken_photos, "--skip_broken")
+    assert status == 0 and "c.jpg: not a photo" in err and "a b.jpg: no such file" in err
+    with h5py.File(tmp_path / "out" / "train_images.hdf5") as file:
+        assert file["images"].shape == (1, 3, 8, 8)
+    assert [len(captions) for captions in captions_of(tmp_path / "out")] == [2]
 
 
 def test_a_disk_that_is_too_small_is_one_line(command, tmp_path, photos, monkeypatch):
@@ -250,24 +298,6 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, photos):
     assert "Traceback" not in result.stderr and not list(tmp_path.glob(".out*"))
 
 
-def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        shapes.draw_shapes(tmp_path / name, 20, 64, seed=3)
-    first, second = ((tmp_path / name / "dataset_shapes.json").read_text() for name in ("one", "two"))
-    assert first == second
-    for image in json.loads(first)["images"]:
-        pixels = np.asarray(Image.open(tmp_path / "one" / "photos" / image["filename"])).astype(int)
-        background = pixels[0, 0]
-        inside = np.zeros(pixels.shape[:2], bool)
-        for thing in image["objects"]:
-            left, top, right, bottom = (round(64 * side) for side in thing["box"])
-            assert (pixels[top:bottom, left:right] != background).any()
-            inside[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = True
-            assert sum(thing["words"][-1] in sentence["tokens"] for sentence in image["sentences"]) >= 4
-        assert (pixels[~inside] == background).all(), image["filename"]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -277,7 +307,7 @@ def test_shapes_are_deterministic_and_boxes_hold_the_shapes(tmp_path):
         ('{"images": [{"filename": "c.jpg", "sentences": []}]}', r"no key 'split' in images\[0\]"),
         ('{"images": [{"filename": "c.jpg", "split": "all", "sentences": []}]}', "has the split 'all'"),
         ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": [{"raw": "x"}]}]}', "no key 'tokens'"),
-        ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": []}]}', "photos are bad"),
+        ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": []}]}', "photos are unusable"),
         ("", "starts with '': neither a CSV"),
         ("photo;text\nc.jpg;hello", "starts with 'photo;text': neither a CSV"),
         ("image,caption\nc.jpg", "line 2: no caption for 'c.jpg'"),

@@ -57,22 +57,24 @@ def test_links_exist():
 
 
 @pytest.mark.slow
-def test_one_script_draws_every_figure_of_the_tutorial(figures, command, shapes, run_folder, tmp_path):
+def test_one_script_draws_every_figure_of_the_tutorial(figures, command, monkeypatch, shapes, run_folder, tmp_path):
+    monkeypatch.setattr(figures, "has_java", lambda: False)  # METEOR takes most of the time
     checkpoint = run_folder / "best.pt"
     arguments = ("--output_folder", tmp_path, "--checkpoint", checkpoint, "--shapes_checkpoint", checkpoint)
     status, _, _ = command(figures, *arguments, "--data_folder", shapes)
     assert status == 0
     drawn = {path.name for path in tmp_path.iterdir()}
     assert set(re.findall(r"\(figures/(\w+\.png)\)", TUTORIAL)) <= drawn
-    assert all(path.stat().st_size < 250_000 for path in tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_figures_without_a_model_are_skipped_in_a_line_each(figures, command, tmp_path):
+def test_figures_without_a_model_are_skipped_in_a_line_each(figures, command, monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, "draw_diagrams", lambda folder: None)
     missing = tmp_path / "missing"
-    status, out, _ = command(
-        figures, "--output_folder", tmp_path, "--shapes_checkpoint", missing, "--data_folder", missing
-    )
+    status, out, _ = command(figures, "--shapes_checkpoint", missing, "--data_folder", missing)
     assert status == 0
-    assert len(re.findall("^skipped ", out, re.MULTILINE)) == 2
-    assert (tmp_path / "decoder.png").is_file() and not (tmp_path / "beam_search.png").exists()
+    assert [line.split()[0] for line in out.splitlines()] == ["skipped", "skipped"]
+
+
+def test_figures_are_small():
+    for path in (ROOT / "docs" / "figures").glob("*.png"):
+        assert path.stat().st_size < 250_000, path

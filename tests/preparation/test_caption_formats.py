@@ -1,7 +1,7 @@
-"""Captions in every format that people have: the same photos and words, or one clear line."""
+"""Every caption format: the same photos and words, or one clear line."""
 
 import json
-import unicodedata
+import os
 from pathlib import Path
 
 import h5py
@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 import create_input_files
-from preparation import caption_formats
-from preparation.caption_formats import random_split, read_records
+from preparation.caption_formats import FORMATS, random_split, read_records
+from preparation.records import ImageRecord
 from preparation.storage import SPLITS, read_captions
 from text.tokenizer import tokenize
 from utils import InputError
 
-FLICKR8K = Path(__file__).parent.parent.parent / "shared" / "flickr8k"
-SAID = {"a.jpg": ["A dog, running .", "Two dogs"], "b.jpg": ['The "big" cat', "It's a cat"], "c.jpg": ["One man"]}
+REAL_DATA = os.environ.get("CAPTIONING_REAL_DATA", "")  # a folder with flickr8k/
+CAPTIONS = {"a.jpg": ["A dog, running .", "Two dogs"], "b.jpg": ['The "big" cat', "It's a cat"], "c.jpg": ["One man"]}
 WORDS = {
     "a.jpg": [["a", "dog", "running"], ["two", "dogs"]],
     "b.jpg": [["the", "big", "cat"], ["its", "a", "cat"]],
@@ -31,7 +31,7 @@ def photos(tmp_path):
     """Three photos in a folder."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for name in SAID:
+    for name in CAPTIONS:
         Image.new("RGB", (20, 10), (200, 100, 0)).save(folder / name)
     return folder
 
@@ -44,50 +44,54 @@ def write(path, content):
 
 def write_karpathy(folder, photos):
     images = [
-        {"filename": name, "split": SPLIT[name], "sentences": [{"tokens": tokenize(raw), "raw": raw} for raw in said]}
-        for name, said in SAID.items()
+        {
+            "filename": name,
+            "split": SPLIT[name],
+            "sentences": [{"tokens": tokenize(raw), "raw": raw} for raw in captions],
+        }
+        for name, captions in CAPTIONS.items()
     ]
     return write(folder / "captions.any", json.dumps({"images": images}))
 
 
 def write_kaggle(folder, photos):
     lines = ["image,caption"]
-    lines += ['{},"{}"'.format(name, raw.replace('"', '""')) for name, said in SAID.items() for raw in said]
+    lines += ['{},"{}"'.format(name, raw.replace('"', '""')) for name, captions in CAPTIONS.items() for raw in captions]
     return write(folder / "captions.any", "\n".join(lines))
 
 
-def write_own_csv(folder, photos):
+def write_split_csv(folder, photos):
     lines = ["\ufeffSplit;File;Caption", ""]  # as Excel writes it in some countries
-    for name, said in SAID.items():
-        lines += ['{};{};"{}"'.format(SPLIT[name], name, raw.replace('"', '""')) for raw in said]
+    for name, captions in CAPTIONS.items():
+        lines += ['{};{};"{}"'.format(SPLIT[name], name, raw.replace('"', '""')) for raw in captions]
     return write(folder / "captions.any", "\r\n".join(lines))
 
 
 def write_flickr30k(folder, photos):
     lines = ["image_name| comment_number| comment"]
-    lines += [f"{name}| {i}| {raw}" for name, said in SAID.items() for i, raw in enumerate(said)]
+    lines += [f"{name}| {i}| {raw}" for name, captions in CAPTIONS.items() for i, raw in enumerate(captions)]
     lines[1] = lines[1].replace("| 0| ", "| 0   ")  # as one line of the published file
     return write(folder / "captions.any", "\n".join(lines))
 
 
 def write_token(folder, photos):
-    lines = [f"{name}#{i}\t{raw}" for name, said in SAID.items() for i, raw in enumerate(said)]
+    lines = [f"{name}#{i}\t{raw}" for name, captions in CAPTIONS.items() for i, raw in enumerate(captions)]
     lines.append("a.jpg.1#0\tA photo that is nowhere")  # as in the published file
     for split, name in {"train": "trainImages", "val": "devImages", "test": "testImages"}.items():
-        write(folder / f"Flickr_8k.{name}.txt", "".join(f"{one}\n" for one in SPLIT if SPLIT[one] == split))
+        write(folder / f"Flickr_8k.{name}.txt", "".join(f"{photo}\n" for photo in SPLIT if SPLIT[photo] == split))
     return write(folder / "captions.any", "\n".join(lines) + "\n")
 
 
 def write_coco(folder, photos):
     paths = []
     for split in ("train", "val", "test"):
-        names = [name for name in SAID if SPLIT[name] == split]
+        names = [name for name in CAPTIONS if SPLIT[name] == split]
         content = {
             "info": {},
             "images": [{"id": 100 + ord(name[0]), "file_name": name} for name in names],
             "annotations": [
                 {"id": i, "image_id": 100 + ord(name[0]), "caption": raw} for name in names
-                for i, raw in enumerate(SAID[name])
+                for i, raw in enumerate(CAPTIONS[name])
             ],
         }  # fmt: skip
         paths += write(folder / f"captions_{split}2014.json", json.dumps(content))
@@ -95,24 +99,24 @@ def write_coco(folder, photos):
 
 
 def write_folder(folder, photos):
-    for name, said in SAID.items():
-        write(photos / f"{name[0]}.txt", "\n".join([*said, ""]))
+    for name, captions in CAPTIONS.items():
+        write(photos / f"{name[0]}.txt", "\n".join([*captions, ""]))
     return [photos]
 
 
 def write_tutorial(folder, photos):
     folder.mkdir()
-    words = sorted({word for said in WORDS.values() for one in said for word in one} - {"man"})
-    numbers = {word: i for i, word in enumerate(words, start=1)}
-    numbers |= {"<unk>": len(words) + 1, "<start>": len(words) + 2, "<end>": len(words) + 3, "<pad>": 0}
-    (folder / "WORDMAP_own_2_cap.json").write_text(json.dumps(numbers))
+    words = sorted({word for captions in WORDS.values() for words in captions for word in words} - {"man"})
+    word2idx = {word: i for i, word in enumerate(words, start=1)}
+    word2idx |= {"<unk>": len(words) + 1, "<start>": len(words) + 2, "<end>": len(words) + 3, "<pad>": 0}
+    (folder / "WORDMAP_own_2_cap.json").write_text(json.dumps(word2idx))
     for name, split in SPLIT.items():
-        said = (WORDS[name] * 2)[:2]
-        told = [["<start>", *(word if word in numbers else "<unk>" for word in one), "<end>"] for one in said]
-        rows = [[numbers[word] for word in one] + [0] * (10 - len(one)) for one in told]
+        captions = [["<start>", *words, "<end>"] for words in (WORDS[name] * 2)[:2]]
+        encoded = [[word2idx.get(word, word2idx["<unk>"]) for word in words] for words in captions]
+        padded = [word_ids + [0] * (10 - len(word_ids)) for word_ids in encoded]
         stem = f"{split.upper()}_{{}}_own_2_cap"
-        (folder / f"{stem.format('CAPTIONS')}.json").write_text(json.dumps(rows))
-        (folder / f"{stem.format('CAPLENS')}.json").write_text(json.dumps([len(one) for one in told]))
+        (folder / f"{stem.format('CAPTIONS')}.json").write_text(json.dumps(padded))
+        (folder / f"{stem.format('CAPLENS')}.json").write_text(json.dumps([len(words) for words in captions]))
         with h5py.File(folder / f"{stem.format('IMAGES')}.hdf5", "w") as file:
             file.attrs["captions_per_image"] = 2
             images = file.create_dataset("images", (1, 3, 16, 16), np.uint8)
@@ -123,24 +127,32 @@ def write_tutorial(folder, photos):
 WRITERS = {
     "karpathy": write_karpathy,
     "kaggle": write_kaggle,
-    "own": write_own_csv,
+    "split_csv": write_split_csv,
     "flickr30k": write_flickr30k,
     "token": write_token,
     "coco": write_coco,
     "folder": write_folder,
     "tutorial": write_tutorial,
 }
-KINDS = {"kaggle": "csv", "own": "csv"}
+KINDS = {"kaggle": "csv", "split_csv": "csv"}
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_format_is_told_and_read(command, tmp_path, photos, writer):
+def test_every_format_is_detected(tmp_path, photos, writer):
+    paths = WRITERS[writer](tmp_path / "given", photos)
+    kind = KINDS.get(writer, writer)
+    detected = read_records([str(path) for path in paths], str(photos), "auto")
+    assert detected == read_records([str(path) for path in paths], str(photos), kind)
+    assert detected[1] == kind and kind in FORMATS
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_format_is_prepared(command, tmp_path, photos, writer):
     paths = WRITERS[writer](tmp_path / "given", photos)
     kind = KINDS.get(writer, writer)
     arguments = ("--dataset", "own", "--captions", *paths, "--output_folder", tmp_path / "out", "--image_size", 8)
     if not paths[0].is_dir():
         arguments += ("--images", photos)
-    assert read_records([str(path) for path in paths], str(photos), "auto")[1] == kind
     for forced in ((), ("--format", kind, "--overwrite")):
         status, out, err = command(create_input_files, *arguments, "--min_word_freq", 1, *forced)
         assert status == 0, err
@@ -150,16 +162,16 @@ def test_every_format_is_told_and_read(command, tmp_path, photos, writer):
         assert ("no splits given" in out) != has_splits
         found = {}
         for split in SPLITS:
-            entries, captions = read_captions(tmp_path / "out", split)
+            entries, packed = read_captions(tmp_path / "out", split)
             with h5py.File(tmp_path / "out" / f"{split}_images.hdf5") as file:
                 assert file["images"].shape == (len(entries), 3, 8, 8)
-            for entry, said in zip(entries, captions.decode(), strict=True):
-                found[entry["image"]] = (split, said)
+            for entry, captions in zip(entries, packed.decode(), strict=True):
+                found[entry["image"]] = (split, captions)
         if kind == "tutorial":
-            unknown = [["one", "<unk>"], ["one", "<unk>"]]
-            assert list(found.values()) == list(zip(SPLITS, (WORDS["a.jpg"], WORDS["b.jpg"], unknown), strict=True))
+            expected = (WORDS["a.jpg"], WORDS["b.jpg"], [["one", "<unk>"]] * 2)
+            assert list(found.values()) == list(zip(SPLITS, expected, strict=True))
         else:
-            assert {name: said for name, (_, said) in found.items()} == WORDS
+            assert {name: captions for name, (_, captions) in found.items()} == WORDS
             assert not has_splits or {name: split for name, (split, _) in found.items()} == SPLIT
 
 
@@ -168,78 +180,82 @@ def test_the_tutorials_images_and_words_are_taken_over(command, tmp_path, photos
     arguments = ("--dataset", "own", "--captions", folder, "--output_folder", tmp_path / "out", "--image_size", 16)
     status, out, err = command(create_input_files, *arguments)
     assert status == 0, err
-    assert (
-        "those of the word map" in out and "test: 1 images, 2 captions of 2 to 2 words (median 2), 50.00% <unk>" in out
-    )
+    assert "those of the word map" in out
+    assert "test: 1 images, 2 captions of 2 to 2 words (median 2), 50.00% <unk>" in out
     with h5py.File(tmp_path / "out" / "val_images.hdf5") as file:
         assert (file["images"][0] == np.arange(3 * 256).reshape(3, 16, 16) % 256).all()
     words = json.loads((tmp_path / "out" / "word_map.json").read_text())
     assert list(words)[:6] == ["<pad>", "<start>", "<end>", "<unk>", "a", "big"] and "man" not in words
 
 
-def test_a_photo_is_found_whatever_the_case_and_hidden_folders_are_not_looked_into(tmp_path, photos):
+def test_hidden_folders_are_skipped_and_suffixes_may_be_upper_case(tmp_path, photos, capsys):
     write_folder(None, photos)
     (photos / "a.txt").rename(photos / "a.TXT")
     (photos / "b.jpg").rename(photos / "b.JPG")
     (photos / ".thumbnails").mkdir()
     Image.new("RGB", (2, 2)).save(photos / ".thumbnails" / "a.jpg")
-    (photos / "no photo.txt").write_text("lonely")
-    found = read_records([str(photos)], "", "auto")[0]
-    assert [(photo.name, len(photo.captions)) for photo in found] == [("a.jpg", 2), ("b.JPG", 2), ("c.jpg", 1)]
+    (photos / "no photo.txt").write_text("unpaired")
+    records = read_records([str(photos)], "", "auto")[0]
+    assert [(record.name, len(record.captions)) for record in records] == [("a.jpg", 2), ("b.JPG", 2), ("c.jpg", 1)]
+    assert "1 .txt files have no photo beside them, such as 'no photo.txt'" in capsys.readouterr().out
 
 
-def test_one_of_cocos_files_is_split_by_the_seed(tmp_path, photos):
+def test_one_of_cocos_files_has_no_splits(tmp_path, photos):
     paths = write_coco(tmp_path / "given", photos)
-    assert [photo.split for photo in read_records([str(paths[0])], str(photos), "auto")[0]] == [""]
+    assert [record.split for record in read_records([str(paths[0])], str(photos), "auto")[0]] == [""]
 
 
-def test_cocos_photos_lie_in_a_folder_of_the_split(tmp_path, photos):
+def test_cocos_photos_may_lie_in_a_folder_of_the_split(tmp_path, photos):
     (tmp_path / "coco").mkdir()
     photos.rename(tmp_path / "coco" / "train2014")
     path = write_coco(tmp_path / "given", photos)[0]
-    ((photo,), _) = read_records([str(path)], str(tmp_path / "coco"), "auto")
-    assert photo.name == "train2014/a.jpg" and photo.path.is_file() and photo.image_id == 100 + ord("a")
+    ((record,), _) = read_records([str(path)], str(tmp_path / "coco"), "auto")
+    assert record.name == "train2014/a.jpg" and record.path.is_file() and record.image_id == 100 + ord("a")
 
 
-def test_photos_of_one_name_in_two_folders_are_two(tmp_path):
+def test_photos_of_the_same_name_in_two_folders_are_two(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name / "ü dog.png")
         (tmp_path / name / "ü dog.txt").write_text(f"dog {name}\n", encoding="utf-8")
-    photos, kind = read_records([str(tmp_path)], "", "auto")
+    records, kind = read_records([str(tmp_path)], "", "auto")
     assert kind == "folder"
-    assert {photo.name: photo.captions[0]["raw"] for photo in photos} == {
+    assert {record.name: record.captions[0]["raw"] for record in records} == {
         "one/ü dog.png": "dog one",
         "two/ü dog.png": "dog two",
     }
 
 
-def test_images_and_never_captions_are_split():
-    photos = [caption_formats.ImageRecord(None, str(i), i, "", []) for i in range(40)]
-    for seed in (0, 1):
-        split = random_split(photos, seed)
-        assert [photo.name for photo in split] == [photo.name for photo in photos]
-        assert [sum(photo.split == name for photo in split) for name in SPLITS] == [32, 4, 4]
-    assert random_split(photos, 1) == split != random_split(photos, 0)
-    assert [[photo.split for photo in random_split(photos[:n], 0)].count("train") for n in (1, 2, 3)] == [1, 1, 1]
+def test_coordinates_of_boxes_may_be_integers(tmp_path, photos):
+    item = {"words": ["red", "circle"], "box": [0, 0.5, 1, 1]}
+    image = {"filename": "a.jpg", "split": "val", "objects": [item], "sentences": [{"tokens": ["a"], "raw": "A"}]}
+    path = write(tmp_path / "given.any", json.dumps({"images": [image]}))[0]
+    assert read_records([str(path)], str(photos), "auto")[0][0].objects == [item]
 
 
-@pytest.mark.parametrize(
-    ("caption", "words"),
-    [
-        ("Two dogs, don't  run... 42!", "two dogs dont run 42"),
-        ("A t-shirt (red) & #3_x", "a t shirt red 3 x"),
-        ("Cafe\u0301 ÉLAN", "caf\u00e9 élan"),  # composed
-        ("İstanbul", "i\u0307stanbul"),  # lower case first, then composed
-        ("एक कुत्ता दौड़ता है।", "एक कुत्ता दौड़ता है"),  # vowel signs stay
-        ("\u0645\u06cc\u200c\u062e\u0648\u0631", "\u0645\u06cc\u200c\u062e\u0648\u0631"),  # Persian, joined
-        ("\u200c -- ...", ""),
-        ("I \u2764\ufe0f Hunde\u00adh\u00fctten 5\ufe0f\u20e3", "i hundeh\u00fctten 5\u20e3"),  # emoji, a soft hyphen
-        ("它在跑。", "它在跑"),
-    ],
-)
-def test_tokenize(caption, words):
-    assert tokenize(caption) == unicodedata.normalize("NFC", words).split()
+# ------------------------------------------------------------------------------------------------ random splits
+
+UNSPLIT = [ImageRecord(Path("photo.jpg"), str(i), i, "", []) for i in range(40)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_tenth_of_the_images_each_is_for_val_and_test(seed):
+    records = random_split(UNSPLIT, seed)
+    assert [record.name for record in records] == [record.name for record in UNSPLIT]
+    assert [sum(record.split == name for record in records) for name in SPLITS] == [32, 4, 4]
+
+
+def test_the_seed_chooses_the_split():
+    assert random_split(UNSPLIT, 1) == random_split(UNSPLIT, 1) != random_split(UNSPLIT, 0)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1])])
+def test_few_images_are_split_too(count, sizes):
+    records = random_split(UNSPLIT[:count], 0)
+    assert [sum(record.split == name for record in records) for name in SPLITS] == sizes
+
+
+# ------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -273,7 +289,7 @@ def test_tokenize(caption, words):
         ('{"annotations": [{"image_id": 1}], "images": []}', "no key 'caption'"),
     ],
 )
-def test_what_cannot_be_read_is_named_in_one_line(command, tmp_path, photos, content, message):
+def test_unreadable_captions_are_named_in_one_line(command, tmp_path, photos, content, message):
     paths = write(tmp_path / "given.any", content)
     arguments = ("--dataset", "own", "--captions", *paths, "--images", photos, "--output_folder", tmp_path / "out")
     status, _, err = command(create_input_files, *arguments)
@@ -282,16 +298,19 @@ def test_what_cannot_be_read_is_named_in_one_line(command, tmp_path, photos, con
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_paths_that_do_not_fit_are_named(tmp_path, photos):
-    path = str(write(tmp_path / "given.any", "image,caption\na.jpg,A dog")[0])
-    for paths, kind, message in (
-        ([str(photos / "none")], "auto", "none: no such file or folder"),
-        ([path, path], "auto", "only COCO's own may be several, this is --format csv"),
-        ([str(photos)], "csv", "is a folder, which --format csv is not"),
-        ([path], "folder", "is a file, which --format folder is not"),
-    ):
-        with pytest.raises(InputError, match=message):
-            read_records(paths, str(photos), kind)
+@pytest.mark.parametrize(
+    ("captions", "kind", "message"),
+    [
+        (["none"], "auto", "none: no such file or folder"),
+        (["given.any", "given.any"], "auto", "only COCO's may be several, this is --format csv"),
+        (["photos"], "csv", "is a folder, which --format csv is not"),
+        (["given.any"], "folder", "is a file, which --format folder is not"),
+    ],
+)
+def test_paths_that_do_not_fit_are_named(tmp_path, photos, captions, kind, message):
+    write(tmp_path / "given.any", "image,caption\na.jpg,A dog")
+    with pytest.raises(InputError, match=message):
+        read_records([str(tmp_path / name) for name in captions], str(photos), kind)
 
 
 @pytest.mark.parametrize(
@@ -306,42 +325,42 @@ def test_missing_parts_are_named(tmp_path, photos, missing):
         read_records([str(path) for path in paths], str(photos), kind)
 
 
-def test_the_tutorials_files_must_belong_together(tmp_path, photos):
+@pytest.mark.parametrize("content", ["[]", "[[99, 98, 97], [99, 98, 97]]"])
+def test_the_tutorials_files_must_belong_together(tmp_path, photos, content):
     (folder,) = write_tutorial(tmp_path / "given", photos)
-    path = folder / "VAL_CAPTIONS_own_2_cap.json"
-    path.write_text(json.dumps([[99, 98, 97], [99, 98, 97]]))
+    (folder / "VAL_CAPTIONS_own_2_cap.json").write_text(content)
     with pytest.raises(InputError, match=r"do not belong together"):
         read_records([str(folder)], "", "auto")
+
+
+def test_the_tutorials_words_must_be_unicode(tmp_path, photos):
+    (folder,) = write_tutorial(tmp_path / "given", photos)
     word_map = folder / "WORDMAP_own_2_cap.json"
-    words = word_map.read_text()
-    word_map.write_text(words.replace('"a"', '"\\ud800"'))
+    word_map.write_text(word_map.read_text().replace('"a"', '"\\ud800"'))
     with pytest.raises(InputError, match=r"surrogates not allowed"):
         read_records([str(folder)], "", "auto")
-    word_map.write_text(words)
-    path.write_text("[]")
-    with pytest.raises(InputError, match=r"do not belong together"):
-        read_records([str(folder)], "", "auto")
 
 
-@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="Flickr8k does not lie beside the checkout")
-def test_two_formats_of_flickr8k_say_the_same():
-    """What the README says of their words."""
+def test_split_lists_must_not_contradict_each_other(tmp_path, photos):
+    (path,) = write_token(tmp_path / "given", photos)
+    (path.parent / "Flickr_8k.testImages.txt").write_text("a.jpg\n")
+    with pytest.raises(InputError, match=r"testImages\.txt: a\.jpg is also in the list of train"):
+        read_records([str(path)], str(photos), "token")
+
+
+@pytest.mark.skipif(not REAL_DATA, reason="CAPTIONING_REAL_DATA names no folder of real data")
+def test_two_formats_of_flickr8k_have_the_same_words():
+    """The differences that docs/data.md reports."""
     karpathy, kaggle = (
         {
-            photo.name: [caption["words"] for caption in photo.captions]
-            for photo in read_records([str(path)], "", "auto")[0]
+            record.name: [caption["words"] for caption in record.captions]
+            for record in read_records([str(Path(REAL_DATA) / "flickr8k" / name)], "", "auto")[0]
         }
-        for path in (FLICKR8K / "dataset_flickr8k.json", FLICKR8K / "captions.txt")
+        for name in ("dataset_flickr8k.json", "captions.txt")
     )
     assert karpathy.keys() == kaggle.keys() and sum(map(len, karpathy.values())) == 35_000
-    other = [(one, two) for name in kaggle for one, two in zip(karpathy[name], kaggle[name], strict=True) if one != two]
-    symbols = sum(any(symbol in " ".join(one) for symbol in "()#&") for one, _ in other)
-    joined = sum("".join(one) == "".join(two) for one, two in other)
-    assert (len(other), symbols, joined) == (28, 21, 7)
-
-
-def test_sides_of_boxes_may_be_whole_numbers(tmp_path, photos):
-    thing = {"words": ["red", "circle"], "box": [0, 0.5, 1, 1]}
-    image = {"filename": "a.jpg", "split": "val", "objects": [thing], "sentences": [{"tokens": ["a"], "raw": "A"}]}
-    path = write(tmp_path / "given.any", json.dumps({"images": [image]}))[0]
-    assert read_records([str(path)], str(photos), "auto")[0][0].objects == [thing]
+    pairs = [pair for name in kaggle for pair in zip(karpathy[name], kaggle[name], strict=True)]
+    different = [(first, second) for first, second in pairs if first != second]
+    symbols = sum(any(symbol in " ".join(words) for symbol in "()#&") for words, _ in different)
+    joined = sum("".join(first) == "".join(second) for first, second in different)
+    assert (len(different), symbols, joined) == (28, 21, 7)

@@ -273,7 +273,10 @@ def seed_photos():
         *((mode, {"format": "WEBP", "lossless": mode == "RGB", "exif": turned}) for mode in ("RGB", "RGBA")),
         ("RGB", {"format": "WEBP", "save_all": True, "append_images": [other]}),
         *((mode, {"format": "TIFF"}) for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "F")),
-        *(("RGB", {"format": "TIFF", "compression": compression}) for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")),
+        *(
+            ("RGB", {"format": "TIFF", "compression": compression})
+            for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")
+        ),
         ("1", {"format": "TIFF", "compression": "group4"}),
     ]
     contents = []

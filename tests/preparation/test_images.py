@@ -10,7 +10,7 @@ from PIL import Image
 from preparation.images import PAD_COLOR, load_image, open_photo
 from utils import InputError
 
-RED, GREEN = (200, 30, 20), (20, 160, 40)
+RED, GREEN, BLUE = (200, 30, 20), (20, 160, 40), (0, 0, 255)
 
 
 def two_colors(width=40, height=20):
@@ -27,8 +27,8 @@ def colors(path, **options):
     return pixels[:, 4, 2].tolist(), pixels[:, 4, 6].tolist()
 
 
-def near(found, wanted, gap=6):
-    return np.abs(np.array(found) - np.array(wanted)).max() <= gap
+def near(found, expected, tolerance=6):
+    return np.abs(np.array(found) - np.array(expected)).max() <= tolerance
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "progressive.jpg", "a.png", "a.bmp", "a.webp", "a.tif", "a.ppm", "a.jp2"])
@@ -44,13 +44,15 @@ def test_modes(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     photo = two_colors().convert(mode, dither=Image.Dither.NONE)
     photo.save(path, **({"quality": 95} if mode == "CMYK" else {}))
-    assert near(colors(path), [one[:3] for one in np.asarray(photo.convert("RGB"))[10, [10, 30]].tolist()], gap=8)
+    assert near(
+        colors(path), [pixel[:3] for pixel in np.asarray(photo.convert("RGB"))[10, [10, 30]].tolist()], tolerance=8
+    )
 
 
-def test_what_is_clear_is_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     photo = two_colors().convert("RGBA")
     photo.putalpha(Image.new("L", photo.size, 255))
-    photo.paste((0, 0, 0, 0), (20, 0, 40, 20))  # the color behind a clear pixel is often black
+    photo.paste((0, 0, 0, 0), (20, 0, 40, 20))  # the color behind a transparent pixel is often black
     photo.save(tmp_path / "rgba.png")
     gray = photo.convert("LA")
     gray.save(tmp_path / "gray.png")
@@ -70,12 +72,15 @@ def test_16_bits_keep_their_brightness(tmp_path):
         assert load_image(tmp_path / name, 8).mean() == pytest.approx(127, abs=2)
 
 
-def test_numbers_of_an_unknown_range_are_refused(tmp_path):
+def test_floating_point_pixels_are_refused(tmp_path):
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif: not a readable photo: its pixels are floating-point"):
         load_image(tmp_path / "a.tif", 8)
-    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "b.tif")  # 32 bits, used as 8
-    assert (load_image(tmp_path / "b.tif", 8) == 200).all()
+
+
+def test_32_bits_that_use_8_keep_their_brightness(tmp_path):
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "a.tif")
+    assert (load_image(tmp_path / "a.tif", 8) == 200).all()
 
 
 @pytest.mark.parametrize(("orientation", "angle"), [(3, 180), (6, 90), (8, 270)])
@@ -88,13 +93,13 @@ def test_photos_stand_upright(tmp_path, orientation, angle):
         assert near(colors(tmp_path / name), (RED, GREEN)), name
 
 
-def test_of_what_moves_the_first_picture_counts(tmp_path):
+def test_the_first_frame_of_an_animation_counts(tmp_path):
     for name in ("a.gif", "a.webp", "a.png"):
         two_colors().save(tmp_path / name, save_all=True, append_images=[Image.new("RGB", (40, 20))], lossless=True)
-        assert near(colors(tmp_path / name), (RED, GREEN), gap=12), name
+        assert near(colors(tmp_path / name), (RED, GREEN), tolerance=12), name
 
 
-def test_one_pixel_and_a_line_are_photos(tmp_path):
+def test_one_pixel_and_a_line_of_pixels_are_photos(tmp_path):
     for resize in ("squash", "crop", "pad"):
         for size in ((1, 1), (1, 3000), (3000, 1)):
             Image.new("RGB", size, RED).save(tmp_path / "small.png")
@@ -103,26 +108,38 @@ def test_one_pixel_and_a_line_are_photos(tmp_path):
     assert colors(tmp_path / "small.png") == (list(RED), list(RED))
 
 
-def test_resize(tmp_path):
-    photo = Image.new("RGB", (60, 20), (0, 0, 255))
+@pytest.fixture
+def wide_photo(tmp_path):
+    """A photo of 60x20 pixels: blue, and in its center a square that is red on the left and green on the right."""
+    photo = Image.new("RGB", (60, 20), BLUE)
     photo.paste(two_colors(20, 20), (20, 0))
     photo.save(tmp_path / "a.png")
-    assert near(colors(tmp_path / "a.png", resize="crop"), (RED, GREEN))
-    pixels = load_image(tmp_path / "a.png", 24, "pad")
+    return tmp_path / "a.png"
+
+
+def test_crop_keeps_the_center(wide_photo):
+    assert near(colors(wide_photo, resize="crop"), (RED, GREEN))
+
+
+def test_pad_keeps_all_on_gray(wide_photo):
+    pixels = load_image(wide_photo, 24, "pad")
     assert (pixels[:, [0, 7, 16, 23]] == np.array(PAD_COLOR).reshape(3, 1, 1)).all()
-    assert near(pixels[:, 12, [2, 10, 14, 21]].T, [(0, 0, 255), RED, GREEN, (0, 0, 255)])
-    squashed = load_image(tmp_path / "a.png", 24)
-    assert near(squashed[:, 12, [2, 10, 14, 21]].T, [(0, 0, 255), RED, GREEN, (0, 0, 255)])
-    assert near(squashed[:, 1, 10], RED)
+    assert near(pixels[:, 12, [2, 10, 14, 21]].T, [BLUE, RED, GREEN, BLUE])
+
+
+def test_squash_keeps_all(wide_photo):
+    pixels = load_image(wide_photo, 24)
+    assert near(pixels[:, 12, [2, 10, 14, 21]].T, [BLUE, RED, GREEN, BLUE])
+    assert near(pixels[:, 1, 10], RED)
 
 
 def test_the_pixels_are_those_of_pillow_within_rounding(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     photo = Image.fromarray(noise).resize((400, 300), Image.Resampling.BICUBIC)
     photo.save(tmp_path / "a.png")
-    wanted = np.asarray(photo.resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
-    gaps = np.abs(load_image(tmp_path / "a.png", 64) - wanted)
-    assert (gaps <= 1).mean() > 0.99 and gaps.mean() < 0.2
+    expected = np.asarray(photo.resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
+    difference = np.abs(load_image(tmp_path / "a.png", 64) - expected)
+    assert (difference <= 1).mean() > 0.99 and difference.mean() < 0.2
 
 
 def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
@@ -132,8 +149,8 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
     assert open_photo(tmp_path / "a.jpg").size == (1600, 1200)
     assert open_photo(tmp_path / "a.jpg", 300).size == (400, 300)
     assert open_photo(tmp_path / "a.jpg", 301).size == (800, 600)
-    wanted = np.asarray(photo.resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
-    assert np.abs(load_image(tmp_path / "a.jpg", 64) - wanted).mean() < 1
+    expected = np.asarray(photo.resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
+    assert np.abs(load_image(tmp_path / "a.jpg", 64) - expected).mean() < 1
 
 
 def png_header(width, height):
@@ -154,7 +171,7 @@ def png_header(width, height):
         (None, "not a readable photo"),
     ],
 )
-def test_what_is_no_photo_is_named(tmp_path, content, message):
+def test_other_files_and_damaged_photos_are_named(tmp_path, content, message):
     path = tmp_path / "my photo é.jpg"
     if content is None:  # a photo cut in half
         Image.effect_noise((64, 64), 50).save(path)
@@ -162,6 +179,9 @@ def test_what_is_no_photo_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"my photo é\.jpg: {message}"):
         load_image(path, 8)
+
+
+def test_missing_photos_and_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.jpg: no such file"):
         load_image(tmp_path / "none.jpg", 8)
     with pytest.raises(InputError, match="not a readable photo"):
