@@ -282,6 +282,7 @@ def test_a_disk_that_is_too_small_is_one_line(command, tmp_path, photos, monkeyp
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the size of files")
 def test_a_disk_that_fills_up_is_one_line(tmp_path, photos):
     captions = karpathy(tmp_path / "captions.json")
@@ -311,14 +312,14 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, photos):
         ("", "starts with '': neither a CSV"),
         ("photo;text\nc.jpg;hello", "starts with 'photo;text': neither a CSV"),
         ("image,caption\nc.jpg", "line 2: no caption for 'c.jpg'"),
-        ("image,caption\nc.jpg,A dog, a cat", "line 2: a caption with commas must stand in quotes"),
+        ("image,caption\nc.jpg,A dog, a cat", "line 2: a caption with commas must be in quotes"),
         (
             '{"images": [{"filename": "c.jpg", "split": "val", "sentences": [{"raw": "x", "tokens": "x"}]}]}',
             "other form",
         ),
         ("[1, 2]", "images.0. has another form, is this Karpathy's JSON"),
         ('{"images": [3]}', "is this Karpathy's JSON"),
-        (b"\xff\xfe\x00", "is not a text in UTF-8"),
+        (b"\xff\xfe\x00", "is not a text file in UTF-8"),
     ],
 )
 def test_captions_that_cannot_be_read_end_in_one_line(command, tmp_path, photos, content, message):

@@ -77,6 +77,7 @@ def test_batches_are_sorted_both_ways_and_padded():
 
 
 @pytest.mark.parametrize(("start_method", "in_memory"), [("fork", False), ("forkserver", False), ("spawn", True)])
+@pytest.mark.slow
 def test_workers_give_the_same_batches(shapes, start_method, in_memory):
     dataset = CaptionDataset(shapes, "train", Vocabulary.load(shapes))
     dataset[0, False]  # a handle is open before the workers start

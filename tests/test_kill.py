@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 
 import h5py
+import pytest
 from PIL import Image
 from test_resume import assert_same_run
 
@@ -24,6 +25,7 @@ from conftest import SMALL, flags
 from preparation.storage import SPLITS, read_captions, read_metadata
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, request):
     settings = replace(SMALL, data_folder=str(shapes), epochs=30, patience=30)
     train.main(replace(settings, run_folder=str(tmp_path / "whole")))
@@ -47,6 +49,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, 
     assert files - {"tensorboard"} == {"last.pt", "best.pt", "log.jsonl", "curves.png"}
 
 
+@pytest.mark.slow
 def test_preprocessing_killed_at_random_moments_never_leaves_half_a_folder(tmp_path, request):
     (tmp_path / "photos").mkdir()
     rows = ["file,caption"]

@@ -59,6 +59,7 @@ def search(captioner, regions):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_every_model(variant, tmp_path):
     changes = {"encoder": "squeezenet1_1", "encoder_layer": "", "grid_size": 0, **VARIANTS[variant]}
     size = changes.pop("image_size", 64)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +18,7 @@ def run(folder, script, *arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_from_shapes_to_a_captioned_photo(tmp_path):
     run(tmp_path, "create_input_files.py", "--image_size", 32, "--num_scenes", 40)
     small = ("--hidden_dim", 32, "--embed_dim", 32, "--attention_dim", 32, "--epochs", 3, "--batch_size", 8)
@@ -30,6 +32,7 @@ def test_from_shapes_to_a_captioned_photo(tmp_path):
     assert "log-probability" in out and Image.open(tmp_path / "captions/test_00044.png").size > (300, 100)
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_and_exit_status_2(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--data_folder", "nowhere"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)

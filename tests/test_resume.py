@@ -36,6 +36,7 @@ def assert_same_run(whole, parts):
 
 @pytest.mark.parametrize("fine_tune", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shapes, tmp_path, fine_tune, precision):
     folder = shutil.copytree(shapes, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
     settings = replace(
@@ -79,6 +80,7 @@ def after_step(monkeypatch, step, act):
         (4, 2, signal.SIGTERM, {"hflip": True}),
     ],
 )
+@pytest.mark.slow
 def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole(
     shapes, run_folder, tmp_path, monkeypatch, command, request, step, workers, number, others
 ):
@@ -99,6 +101,7 @@ def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_workers_alone(shapes, tmp_path):
     arguments = [*flags(shapes, tmp_path / "run"), "--workers", "2", "--epochs", "99", "--patience", "99"]
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Training: it learns, resumes exactly, and refuses what cannot be."""
+"""Training: it learns, and refuses bad input in one line."""
 
 import json
 import math
@@ -41,6 +41,7 @@ def test_accumulating_gives_the_same_step(shapes):
 
 
 @pytest.mark.parametrize("others", [{}, {"cell": "gru", "attention": "none", "graph_layers": 1}])
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(shapes, tmp_path, others):
     """The same batches on two processes of torchrun: the same losses, scores and features."""
     folder = shutil.copytree(shapes, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
@@ -118,7 +119,8 @@ def test_init_from_starts_a_new_run_with_the_weights_words_and_model_settings(co
     assert all(torch.equal(started[name], trained[name]) for name in trained if name.startswith("decoder"))
 
 
-def test_cider_as_objective_raises_the_reward_of_the_captions_drawn(command, shapes, run_folder, tmp_path):
+@pytest.mark.slow
+def test_scst_raises_the_reward_of_the_sampled_captions(command, shapes, run_folder, tmp_path):
     arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--max_length", 12, "--epochs", 12)
     start = (
         "--init_from",
@@ -138,7 +140,8 @@ def test_cider_as_objective_raises_the_reward_of_the_captions_drawn(command, sha
     assert 0 < sum(rewards[:3]) < 0.9 * sum(rewards[-3:])
 
 
-def test_cider_learns_with_dropout_and_hard_attention_at_its_expectation(shapes, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_scst_learns_with_dropout_and_hard_attention_at_its_expectation(shapes, tmp_path, monkeypatch):
     settings = replace(SMALL, data_folder=str(shapes), attention="hard", epochs=1, fine_tune_encoder=False)
     train.main(replace(settings, run_folder=str(tmp_path / "start")))
     modes = set()
@@ -159,7 +162,7 @@ def test_cider_learns_with_dropout_and_hard_attention_at_its_expectation(shapes,
     assert baselines[0] == baselines[1] != 0  # it follows the words' loss, which rewards are not
 
 
-def test_look_draws_several_runs_into_one_picture(command, run_folder, tmp_path):
+def test_plot_draws_several_runs_into_one_picture(command, run_folder, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(run_folder, tmp_path / name)
     status, out, _ = command(train, "--plot", tmp_path / "a", tmp_path / "b")

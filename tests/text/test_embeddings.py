@@ -57,10 +57,9 @@ def test_a_model_starts_from_pretrained_embeddings(command, shapes, tmp_path, fr
     (tmp_path / "vectors.txt").write_text("\n".join(lines))
     small = ["--encoder", "resnet18", "--encoder_layer", "layer1", "--encoder_weights", "", "--epochs", 1]
     sizes = ["--embed_dim", 16, "--hidden_dim", 16, "--attention_dim", 16, "--region_dim", 16]
-    status, out, error = command(
-        train, *small, *sizes, "--data_folder", shapes, "--run_folder", tmp_path / "run", "--ema_decay", 0,
-        "--pretrained_embeddings", tmp_path / "vectors.txt", "--freeze_embeddings" if freeze else "--no-freeze_embeddings",
-    )  # fmt: skip
+    folders = ["--data_folder", shapes, "--run_folder", tmp_path / "run"]
+    embeddings = ["--pretrained_embeddings", tmp_path / "vectors.txt", f"--{'' if freeze else 'no-'}freeze_embeddings"]
+    status, out, error = command(train, *small, *sizes, *folders, *embeddings, "--ema_decay", 0)
     assert status == 0 and "vectors for 2 of" in out, error
     checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     red, blue = (checkpoint["model"]["decoder.embedding.weight"][checkpoint["words"].index(w)] for w in ("red", "blue"))
