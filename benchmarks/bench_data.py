@@ -158,7 +158,9 @@ def peak_memory() -> float:
     """This process's peak memory in GB."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux getrusage counts the memory of the parent process, too
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert match
+        return int(match[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 

@@ -26,7 +26,7 @@ def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
     try:
         with Image.open(path, formats=PHOTO_FORMATS) as photo:
             if min_side:
-                photo.draft(None, (min_side, min_side))  # pyright: ignore[reportArgumentType]
+                photo.draft(None, (min_side, min_side))
             ImageOps.exif_transpose(photo, in_place=True)
             if photo.mode == "F":
                 raise ValueError("its pixels are floating-point numbers of unknown range")

@@ -148,11 +148,10 @@ def iter_captions(path: str | Path, entries: list[dict[str, Any]]) -> Iterator[l
             for line in file:
                 if line in ("[\n", "]\n"):
                     continue
-                content = json.loads(line.rstrip(",\n"))
-                for entry in content if isinstance(content, list) else [content]:
-                    captions = [caption["words"] for caption in entry.pop("captions")]
-                    entries.append(entry)
-                    yield captions
+                entry = json.loads(line.rstrip(",\n"))
+                captions = [caption["words"] for caption in entry.pop("captions")]
+                entries.append(entry)
+                yield captions
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

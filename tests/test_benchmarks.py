@@ -54,7 +54,7 @@ def test_compare_models_names_bad_input(command, shapes, tmp_path, monkeypatch):
     [
         ("bench_train.py", "--encoder resnet18 --image_size 64 --batch_size 3 --vocab_size 50 --steps 2"),
         ("bench_caption.py", "--images 6 --max_length 5 --region_dim 32 --hidden_dim 32 --vocab_size 50 --repeats 1"),
-        ("bench_data.py", "--number 10 --image_size 64 --written 40 --coco_images 200 --repeats 1"),
+        ("bench_data.py", "--num_photos 10 --image_size 64 --num_written 40 --coco_images 200 --repeats 1"),
     ],
 )
 def test_benchmark(script, arguments):

@@ -1,8 +1,5 @@
 """Batches, their order and the workers that load them."""
 
-import json
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
@@ -12,15 +9,7 @@ import create_input_files
 import datasets
 from datasets import CaptionDataset, collate, make_loader
 from preparation.images import load_image
-from preparation.storage import PackedCaptions, iter_captions, write_captions
-from text.vocabulary import END, PAD, START, UNK, Vocabulary
-
-
-def test_vocabulary_counts_at_least_and_breaks_ties_by_alphabet():
-    vocabulary = Vocabulary.from_counts(Counter({"b": 2, "a": 2, "c": 3, "rare": 1}), 2)
-    assert vocabulary.idx2word == ["<pad>", "<start>", "<end>", "<unk>", "c", "a", "b"]
-    assert [vocabulary.word_id(word) for word in ("a", "rare", "<end>")] == [5, UNK, UNK]
-    assert vocabulary.decode([START, 5, 4, END, 6]) == ["a", "c"]
+from text.vocabulary import END, PAD, START, Vocabulary
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
@@ -43,28 +32,6 @@ def test_the_image_of_training_is_the_image_of_captioning(tmp_path, resize):
     _, image, _ = CaptionDataset(tmp_path / "data", "val", Vocabulary.load(tmp_path / "data"))[0, False]
     assert image.float().std() > 5
     assert np.array_equal(image.numpy(), load_image(tmp_path / "photo.jpg", 32, resize))
-
-
-def test_packed_captions_are_the_captions(tmp_path):
-    told = [[["a", "dog"], ["two", "dogs", "<end>"]], [], [["a"]]]
-    packed = PackedCaptions.pack(told)
-    assert packed.decode() == told and len(packed) == 3 and packed.num_captions() == 3
-    assert packed.lengths().tolist() == [2, 3, 1]
-    assert packed.counts() == Counter({"a": 2, "dog": 1, "two": 1, "dogs": 1, "<end>": 1})
-    vocabulary = Vocabulary.from_counts(Counter(["a", "dog"]), 1)
-    assert list(packed.encode(vocabulary)) == [
-        [[START, 4, 5, END], [START, UNK, UNK, UNK, END]],
-        [],
-        [[START, 4, END]],
-    ]
-    entries = [{"image": "é", "captions": [{"words": words} for words in one]} for one in told]
-    write_captions(tmp_path / "lines.json", entries)
-    (tmp_path / "one_line.json").write_text(json.dumps(entries))  # as an earlier version wrote it
-    assert json.loads((tmp_path / "lines.json").read_text(encoding="utf-8")) == entries
-    for name in ("lines.json", "one_line.json"):
-        found = []
-        assert PackedCaptions.pack(iter_captions(tmp_path / name, found)).decode() == told
-        assert found == [{"image": "é"}] * 3
 
 
 def test_batches_are_sorted_both_ways_and_padded():

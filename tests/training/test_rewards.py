@@ -10,9 +10,7 @@ from training.rewards import CiderReward
 
 def test_the_reward_is_pycocoevalcaps():
     generator = random.Random(0)
-    references = [
-        [generator.choices("abcdefg", k=generator.randint(1, 9)) for _ in range(3)] for _ in range(20)
-    ]
+    references = [[generator.choices("abcdefg", k=generator.randint(1, 9)) for _ in range(3)] for _ in range(20)]
     candidates = [generator.choices("abcdefgh", k=generator.randint(1, 12)) for _ in references]
     truth = {i: [" ".join(words) for words in one_image] for i, one_image in enumerate(references)}
     found = {i: [" ".join(words)] for i, words in enumerate(candidates)}

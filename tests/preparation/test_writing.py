@@ -1,0 +1,132 @@
+"""Writing: the choice of training data, the order of images, the vocabulary, and the installation of a folder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from create_input_files import Settings
+from preparation.records import ImageRecord
+from preparation.storage import SPLITS, read_captions, read_metadata
+from preparation.writing import fingerprint, install_folder, installed_folder, subsample_train, write_folder
+from text.vocabulary import Vocabulary
+
+SETTINGS = Settings(dataset="own", images="photos", image_size=8, min_word_freq=1)
+
+
+def record(name, split="train", captions=("a dog", "a red dog runs")):
+    return ImageRecord(
+        Path(name), name, name, split, [{"words": text.split(), "raw": text} for text in captions if text]
+    )
+
+
+def texts_of(records):
+    return [[" ".join(caption["words"]) for caption in record.captions] for record in records]
+
+
+def test_without_limits_all_training_data_is_kept(capsys):
+    records = [record("a"), record("b", captions=())]
+    assert subsample_train(records, SETTINGS) == records
+    assert not capsys.readouterr().out
+
+
+def test_long_captions_are_dropped_with_images_that_have_no_other():
+    records = [record("a"), record("b", captions=["a red dog runs"]), record("c", captions=())]
+    settings = replace(SETTINGS, max_caption_length=2, long_captions="drop")
+    kept = subsample_train(records, settings)
+    assert [record.name for record in kept] == ["a", "c"]  # c, without captions from the start, is reported later
+    assert texts_of(kept) == [["a dog"], []]
+
+
+def test_long_captions_are_truncated_and_keep_their_raw_text():
+    (kept,) = subsample_train([record("a")], replace(SETTINGS, max_caption_length=2))
+    assert texts_of([kept]) == [["a dog", "a red"]]
+    assert [caption["raw"] for caption in kept.captions] == ["a dog", "a red dog runs"]
+
+
+def test_max_train_images_keeps_the_order():
+    records = [record(str(i)) for i in range(100)]
+    names = [int(record.name) for record in subsample_train(records, replace(SETTINGS, max_train_images=30))]
+    assert len(names) == 30 and names == sorted(names)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Forty photos, the i-th of color 6 * i, as records of all splits, the 31st broken."""
+    records = []
+    for i in range(40):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (9, 9), (6 * i, 0, 0)).save(path)
+        split = SPLITS[min(2, i % 4)]
+        captions = ["a dog", f"{split} only"]
+        records.append(replace(record(path.name, split, captions), path=path))
+    (tmp_path / "30.png").write_text("no photo")
+    return records
+
+
+def test_images_and_captions_are_in_the_same_order(tmp_path, photos):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_folder(folder, photos, replace(SETTINGS, skip_broken=True), None)
+    assert [read_metadata(folder)["splits"][split]["images"] for split in SPLITS] == [10, 10, 19]
+    for split in SPLITS:
+        entries, _ = read_captions(folder, split)
+        with h5py.File(folder / f"{split}_images.hdf5") as file:
+            colors = file["images"][:, 0, 4, 4]
+        assert np.array_equal(colors, [6 * int(entry["image"].removesuffix(".png")) for entry in entries])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(None, ["a", "dog", "only", "train"]), (["dog", "cat"], ["dog", "cat"])]
+)
+def test_the_words_are_those_of_training_or_given(tmp_path, photos, words, expected):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_folder(folder, photos, replace(SETTINGS, skip_broken=True), words)
+    assert Vocabulary.load(folder).idx2word[4:] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"overwrite": True, "output_folder": "elsewhere", "format": "csv", "captions": ("b.csv",)}, True),
+        ({"images": "other photos"}, False),
+        ({"seed": 1}, False),
+        ({"resize": "pad"}, False),
+    ],
+)
+def test_the_fingerprint_depends_on_what_shapes_the_folder(changes, same):
+    settings, records = replace(SETTINGS, captions=("a.csv",)), [record("a")]
+    assert (fingerprint(replace(settings, **changes), records) == fingerprint(settings, records)) == same
+
+
+def test_the_fingerprint_depends_on_the_captions():
+    assert fingerprint(SETTINGS, [record("a")]) != fingerprint(SETTINGS, [record("a", captions=["a cat"])])
+
+
+def test_a_folder_is_installed_in_the_end_or_not_at_all(tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), installed_folder(output) as folder:
+        (folder / "dataset.json").write_text("1")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with installed_folder(output) as folder:
+        (folder / "dataset.json").write_text("2")
+        assert not output.exists()
+    assert list(tmp_path.iterdir()) == [output] and (output / "dataset.json").read_text() == "2"
+
+
+@pytest.mark.parametrize(("is_shapes", "kept"), [(False, {"photos", "notes.txt"}), (True, {"notes.txt"})])
+def test_photos_are_removed_only_where_this_program_drew_them(tmp_path, is_shapes, kept):
+    complete, output = tmp_path / "complete", tmp_path / "out"
+    (output / "photos").mkdir(parents=True)
+    names = ["notes.txt", "words.png", "val_images.hdf5", *(["dataset_shapes.json"] if is_shapes else [])]
+    for name in names:
+        (output / name).touch()
+    complete.mkdir()
+    (complete / "dataset.json").touch()
+    install_folder(complete, output)
+    assert {path.name for path in output.iterdir()} == kept | {"dataset.json"}
