@@ -25,7 +25,7 @@ def test_from_shapes_to_a_captioned_photo(tmp_path):
     encoder = ("--encoder", "resnet18", "--encoder_layer", "layer1", "--encoder_weights", "", "--fine_tune_encoder")
     out = run(tmp_path, "train.py", *encoder, *small, "--workers", 2, "--learning_rate", "5e-3")
     assert "best cider" in out
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "runs/shapes/log.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["train/loss"] for line in (tmp_path / "runs/shapes/log.jsonl").read_text().splitlines()]
     assert losses[2] < losses[0]
     assert "| 5 |" in run(tmp_path, "eval.py")
     out = run(tmp_path, "caption.py", "data/shapes/photos/test_00044.png")

@@ -34,7 +34,7 @@ def plot_curves(log_paths: Sequence[str | Path], picture_path: str | Path) -> No
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axes, (title, styles) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for i, path in enumerate(log_paths):
-            rows, run = read_jsonl(path), str(Path(path).parent)
+            rows, run = read_jsonl(path), Path(path).parent.name
             for name, style in styles.items():
                 points = [(row["epoch"], row[name]) for row in rows if name in row]
                 if points:
