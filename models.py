@@ -61,10 +61,10 @@ class Captioner(nn.Module):
         return self.encode(inputs, is_features)[0]
 
     def forward(
-        self, inputs: Tensor, words: Tensor, lengths: Tensor, sampling: float = 0.0, is_features: bool = False
+        self, inputs: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, is_features: bool = False
     ) -> DecoderOutput:
         """Teacher forcing, as `Decoder.forward`."""
-        return self.decoder(self.encode_images(inputs, is_features), words, lengths, sampling)
+        return self.decoder(self.encode_images(inputs, is_features), words, lengths, sampling_prob)
 
 
 def build_captioner(

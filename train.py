@@ -63,7 +63,7 @@ class Settings:
     encoder_layer: str = ""  # layer whose grid the decoder sees; empty: the last one with a grid
     encoder_weights: str = "imagenet"  # imagenet, the path of a torchvision state dict, or empty for random
     fine_tune_encoder: bool = False  # train the encoder too; frozen, its features are computed once and cached
-    unfreeze_from: str = ""  # its first part to be trained then, such as layer3; empty: all of it
+    unfreeze_from: str = ""  # first block of the encoder to train, such as layer3; empty: all of it
     grid_size: int = 0  # pool the features to a grid of this side (the paper: 14); 0 keeps the network's
 
     # group: decoder
@@ -145,27 +145,27 @@ def train_step(
     settings: Settings,
     runtime: Runtime,
     counts: tuple[int, int] | None = None,
-    sampling: float = 0.0,
+    sampling_prob: float = 0.0,
 ) -> tuple[float, int]:
     """One step of teacher forcing on a batch; returns the cross-entropy summed over its words, and their number.
 
     Args:
         network: a Captioner, or one in DistributedDataParallel.
         counts: words and captions of this step over all processes; None: those of the batch.
-        sampling: probability of feeding back the model's word (`Decoder.forward`).
+        sampling_prob: probability of feeding back the model's word (`Decoder.forward`).
 
     Raises FloatingPointError where the loss is not finite.
     """
     words, captions = counts or batch.counts()
 
     def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, float, int]:
-        output = forward(network, micro_batch, runtime, sampling)
+        output = forward(network, micro_batch, runtime, sampling_prob)
         loss, cross_entropy = captioning_loss(output, micro_batch.lengths, settings, words, captions)
         return loss, cross_entropy.item(), micro_batch.counts()[0]
 
     cross_entropy, count = optimize(network, optimizer, batch, settings, micro_batch_loss)
     attention = unwrap(network).decoder.attention
-    if isinstance(attention, HardAttention):
+    if isinstance(attention, HardAttention) and attention.training:
         attention.update_baseline(all_reduce_sum([cross_entropy])[0] / words)
     return cross_entropy, count
 
@@ -197,12 +197,12 @@ def scst_step(
     return optimize(network, optimizer, batch, settings, micro_batch_loss)
 
 
-def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling: float = 0.0) -> DecoderOutput:
+def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling_prob: float = 0.0) -> DecoderOutput:
     """Teacher forcing on a batch of which inputs and words are copied to the device: a `DecoderOutput`."""
     inputs = batch.inputs.to(runtime.device, non_blocking=True)
     words = batch.words.to(runtime.device, non_blocking=True)
     with runtime.autocast():
-        return network(inputs, words, batch.lengths, sampling, batch.is_features)
+        return network(inputs, words, batch.lengths, sampling_prob, batch.is_features)
 
 
 def optimize(
@@ -298,13 +298,13 @@ def train_one_epoch(
                 saved = time.perf_counter()
             if stop:
                 raise stop_request(state, caught)
-            one_step(state, batch, runtime, len(batches), (words, captions), reward)
+            optimization_step(state, batch, runtime, len(batches), (words, captions), reward)
             state.seconds = seconds_before + time.perf_counter() - start
             bar.set_postfix({metric: f"{state.loss / state.count:.3f}"}, refresh=False)
             bar.update(captions)
 
 
-def one_step(
+def optimization_step(
     state: TrainState,
     batch: Batch,
     runtime: Runtime,
@@ -323,8 +323,8 @@ def one_step(
             loss, count = scst_step(state.network, optimizer, batch, settings, runtime, reward, counts)
         else:
             # Rising linearly over all steps.
-            sampling = settings.scheduled_sampling_max_prob * step / (settings.epochs * steps_per_epoch)
-            loss, count = train_step(state.network, optimizer, batch, settings, runtime, counts, sampling)
+            sampling_prob = settings.scheduled_sampling_max_prob * step / (settings.epochs * steps_per_epoch)
+            loss, count = train_step(state.network, optimizer, batch, settings, runtime, counts, sampling_prob)
     except FloatingPointError as error:
         raise InputError(
             f"{error} at epoch {state.epoch + 1}, step {state.step + 1}, learning rate "

@@ -166,4 +166,4 @@ def choose_device(name: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}: use --device cpu") from None
+        raise InputError(f"--device {name}: {first_line(error)}: use --device cpu") from None

@@ -222,3 +222,25 @@ def test_init_from_refuses_settings_that_the_weights_depend_on(command, shapes, 
     arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", run_folder / "best.pt")
     status, _, err = command(train, *arguments, "--dropout", 0.25, f"--{flag}", value)
     assert status == 2 and f"--{flag} {value} does not go with" in err and not (tmp_path / "run").exists(), err
+
+
+def test_a_run_that_started_from_another_is_resumed_with_its_origin(command, shapes, run_folder, tmp_path):
+    best, last = run_folder / "best.pt", tmp_path / "run" / "last.pt"
+    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", best, "--max_length", 6)
+    assert command(train, *arguments, "--freeze_embeddings", "--epochs", 1)[0] == 0
+    status, _, err = command(train, "--resume", last, "--epochs", 2)
+    assert status == 0 and torch.load(last, weights_only=True)["settings"]["init_from"] == str(best), err
+
+
+@pytest.mark.parametrize(("name", "value"), [("run_folder", "runs/next"), ("encoder_weights", "resnet101.pth")])
+def test_an_edited_default_of_a_path_blocks_no_resume(run_folder, tmp_path, name, value):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    edited = make_dataclass("Edited", [(name, str, value), ("epochs", int, 3)], bases=(train.Settings,), frozen=True)
+    train.main(edited(resume=str(folder / "last.pt")))
+    assert resumed_epochs(folder) == [1, 2, 3]
+
+
+def test_a_setting_that_differs_from_the_runs_is_printed(capsys, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    train.main(train.Settings(resume=str(folder / "last.pt"), epochs=3))
+    assert "epochs is 3, where " in capsys.readouterr().out

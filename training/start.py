@@ -1,4 +1,4 @@
-"""How a run starts: anew, resumed from its last.pt, or from the weights of another run's best.pt."""
+"""How a run starts: from scratch, resumed from its last.pt, or from the weights of another run's best.pt."""
 
 import shutil
 from collections.abc import Collection, Iterable
@@ -39,11 +39,11 @@ def given_settings(settings: Any, checkpoint: dict[str, Any]) -> set[str]:
     """The names of the settings that the user gave: as a flag, or by editing a default of train.py.
 
     A flag counts even at its default. A default counts as edited where it is not what it was when the checkpoint was
-    written.
+    written; that of --encoder_weights says where a file lies on a machine and never counts.
     """
     defaults = checkpoint["defaults"]
-    edited = {name for name, value in asdict(settings).items() if value != defaults.get(name, value)}
-    return edited | getattr(settings, "given", frozenset())
+    edited = {name for name, value in asdict(settings).items() if value != defaults[name]}
+    return (edited - {"encoder_weights"}) | settings.given
 
 
 def merge_settings(
@@ -59,8 +59,18 @@ def merge_settings(
         if name not in given:
             settings = replace(settings, **{name: saved[name]})
         elif name not in may_differ and value != saved[name]:
-            raise InputError(f"--{name} {value} does not go with {path}, which was trained with {saved[name]}")
+            raise mismatch(name, value, path, saved[name])
+        elif value != saved[name]:
+            print(f"{name} is {value}, where {path} has {saved[name]}: given as a flag, or at the top of train.py")
     return settings
+
+
+def mismatch(name: str, value: Any, path: str, saved: Any) -> InputError:
+    """The error for a setting that was given and does not go with a checkpoint."""
+    return InputError(
+        f"--{name} {value} does not go with {path}, which was trained with {saved}: leave it out, or give "
+        f"--{name} {saved} where the default at the top of train.py is another"
+    )
 
 
 def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
@@ -85,7 +95,8 @@ def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
             )
         checkpoint = load_checkpoint(settings.init_from)
         names = model_settings(asdict(settings))
-        may_differ = names.keys() - {"encoder_weights"}  # of which none is read: `captioner_for` checks the others
+        # No encoder weights are read; `build_from_checkpoint` checks the other settings against the weights.
+        may_differ = names.keys() - {"encoder_weights"}
         return merge_settings(settings, checkpoint, settings.init_from, names, may_differ), checkpoint
     return settings, None
 
@@ -98,15 +109,13 @@ def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
     run_folder = Path(settings.resume).parent
     names = [field.name for field in fields(settings) if field.name not in START_SETTINGS]
     merged = merge_settings(settings, checkpoint, settings.resume, names, RESUME_SETTINGS)
-    if (
-        "run_folder" in given_settings(settings, checkpoint)
-        and Path(settings.run_folder).resolve() != run_folder.resolve()
-    ):
+    if "run_folder" in settings.given and Path(settings.run_folder).resolve() != run_folder.resolve():
         raise InputError(f"--run_folder {settings.run_folder}: --resume continues in {run_folder}, leave it out")
-    return replace(merged, run_folder=str(run_folder)), checkpoint
+    origin = checkpoint["settings"]["init_from"]
+    return replace(merged, run_folder=str(run_folder), init_from=origin), checkpoint
 
 
-def captioner_for(settings: Any, checkpoint: dict[str, Any]) -> tuple[Captioner, Vocabulary]:
+def build_from_checkpoint(settings: Any, checkpoint: dict[str, Any]) -> tuple[Captioner, Vocabulary]:
     """The captioner of a checkpoint with the model settings of a run that starts from it.
 
     Those that no weight depends on (dropout, graph_knn, ...) may differ. Raises InputError for one whose change the
@@ -117,15 +126,14 @@ def captioner_for(settings: Any, checkpoint: dict[str, Any]) -> tuple[Captioner,
     checkpoint = checkpoint | {"fine_tune_encoder": settings.fine_tune_encoder}
     try:
         return captioner_from_checkpoint(checkpoint, path, settings_now)
-    except InputError as error:
+    except InputError:
         for name, value in settings_now.items():
-            if value != saved[name] and not fits(checkpoint, path, {name: value}):
-                message = f"--{name} {value} does not go with {path}, which was trained with {saved[name]}"
-                raise InputError(message) from None
-        raise error
+            if value != saved[name] and not weights_fit(checkpoint, path, {name: value}):
+                raise mismatch(name, value, path, saved[name]) from None
+        raise
 
 
-def fits(checkpoint: dict[str, Any], path: str, changes: dict[str, Any]) -> bool:
+def weights_fit(checkpoint: dict[str, Any], path: str, changes: dict[str, Any]) -> bool:
     """Whether a checkpoint's weights fit a model with these changes to its settings."""
     try:
         captioner_from_checkpoint(checkpoint, path, changes)
@@ -138,7 +146,7 @@ def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.de
     """Build the model, new or from a checkpoint, its optimizer and its average."""
     torch.manual_seed(settings.seed)
     if checkpoint:
-        captioner, vocabulary = captioner_for(settings, checkpoint)
+        captioner, vocabulary = build_from_checkpoint(settings, checkpoint)
     else:
         metadata = read_metadata(settings.data_folder)
         vocabulary = Vocabulary.load(settings.data_folder)
