@@ -19,7 +19,7 @@ from utils import InputError, require_at_least, run_script
 
 @dataclass(frozen=True)
 class Settings:
-    """Prepare a data set. Edit a value here or give it as flag: python create_input_files.py --image_size 224"""
+    """Prepare a data set. Edit a value here or pass it as a flag: python create_input_files.py --image_size 224"""
 
     # group: paths
     dataset: str = "shapes"  # shapes draws its scenes itself; any other name reads --captions and --images

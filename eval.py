@@ -15,7 +15,7 @@ from utils import choose_runtime, require_at_least, run_script
 
 @dataclass(frozen=True)
 class Settings:
-    """Score a checkpoint: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr by beam size. Edit a value here or give it as flag."""
+    """Score a checkpoint: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr by beam size. Edit a value or pass it as a flag."""
 
     # group: paths
     checkpoint: str = "runs/shapes/best.pt"  # what train.py wrote

@@ -46,7 +46,7 @@ from utils import (
 
 @dataclass(frozen=True)
 class Settings:
-    """Train an image captioner. Edit a value here or give it as flag: python train.py --batch_size 64"""
+    """Train an image captioner. Edit a value here or pass it as a flag: python train.py --batch_size 64"""
 
     given: ClassVar[frozenset[str]] = frozenset()  # names of the flags on the command line
 
@@ -86,13 +86,13 @@ class Settings:
     batch_size: int = 8  # images per step in total, over all processes and micro-batches, each with all its captions
     gradient_accumulation_steps: int = 1  # micro-batches of a step: less memory, the same gradient but for BatchNorm
     hflip: bool = False  # flip half of the images horizontally, "left" and "right" exchanged in their captions
-    learning_rate: float = 1e-3  # of the decoder (Adam)
-    encoder_learning_rate: float = 1e-4  # of the encoder, where it is trained
+    learning_rate: float = 1e-3  # learning rate of the decoder (Adam)
+    encoder_learning_rate: float = 1e-4  # learning rate of the encoder, where it is trained
     warmup_ratio: float = 0.05  # share of all steps over which both learning rates rise to these values
     lr_schedule: Literal["cosine", "step"] = "cosine"  # then they fall to 0 along a cosine, or by a factor an epoch
-    learning_rate_decay: float = 0.8  # that factor
+    learning_rate_decay: float = 0.8  # factor per epoch of --lr_schedule step
     grad_clip: float = 5.0  # maximum norm of the gradient; 0: not clipped
-    doubly_stochastic: float = 0.0  # weight of the doubly stochastic attention term (alpha_c of SG's tutorial)
+    doubly_stochastic: float = 0.0  # weight of the doubly stochastic attention term (alpha_c of sgrvinod's tutorial)
     label_smoothing: float = 0.1  # share of a target's probability that is spread over all words
     scheduled_sampling_max_prob: float = 0.0  # probability, at the end, of feeding back the model's word
     ema_decay: float = 0.999  # decay of the moving average of the weights that best.pt holds; 0: none

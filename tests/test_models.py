@@ -156,3 +156,11 @@ def test_features_that_heads_cannot_share_are_an_error():
     settings = replace(SMALL, graph_layers=1, graph_heads=3)
     with pytest.raises(InputError, match="--graph_heads 3: does not divide the 16 features"):
         build(settings, 7, 32)
+
+
+def test_regions_are_a_dense_layer_with_relu_on_the_features():
+    captioner = build(SMALL, 7).eval()
+    features = torch.randn(2, 16, 64)
+    linear = captioner.region_layer[0]
+    expected = (features @ linear.weight.T + linear.bias).clamp_min(0)
+    torch.testing.assert_close(captioner.encode_images(features, is_features=True), expected)

@@ -14,12 +14,13 @@ from PIL import Image
 
 import train
 from common.files import read_jsonl
-from conftest import CPU, SMALL, build, flags, weights
+from conftest import CPU, SMALL, build, flags, step_by_step, weights
 from datasets import collate
-from models import build_captioner
+from models import build_captioner, load_captioner
 from modules.decoders import Decoder
 from modules.encoders import Encoder
 from training import start
+from training.feature_cache import build_dataset
 from training.optim import make_optimizer
 
 
@@ -74,6 +75,20 @@ def test_a_run_leaves_its_files_and_checkpoints_hold_only_plain_things(run_folde
     assert {"optimizer", "rng", "progress", "ema"} == last.keys() - best.keys()
     assert best["words"][:4] == ["<pad>", "<start>", "<end>", "<unk>"] and best["image_size"] == 32
     assert [row["epoch"] for row in read_jsonl(run_folder / "log.jsonl")] == [1, 2]
+
+
+def test_the_validation_loss_is_that_of_each_word_of_each_caption(shapes, run_folder):
+    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
+    epoch = torch.load(run_folder / "best.pt", weights_only=True)["epoch"]
+    validation = build_dataset(shapes, "val", vocabulary, captioner, CPU)
+    log_prob, words = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(validation)):
+            _, image, captions = validation[i, False]
+            regions = captioner.encode_images(image.unsqueeze(0))
+            log_prob += sum(step_by_step(captioner.decoder, regions, caption[1:])[0] for caption in captions)
+            words += sum(len(caption) - 1 for caption in captions)
+    assert read_jsonl(run_folder / "log.jsonl")[epoch - 1]["val/loss"] == pytest.approx(-log_prob / words, rel=1e-4)
 
 
 def test_training_overfits_four_images():

@@ -20,6 +20,11 @@ def test_the_most_frequent_words_are_kept(min_word_freq, vocab_size, words):
     assert vocabulary.idx2word == SPECIAL_TOKENS + words.split()
 
 
+def test_a_word_counted_exactly_min_word_freq_times_is_kept():
+    vocabulary = Vocabulary.from_counts(Counter({"b": 2, "a": 2, "c": 3, "rare": 1}), 2)
+    assert vocabulary.idx2word == [*SPECIAL_TOKENS, "c", "a", "b"]
+
+
 def test_unknown_words_and_special_tokens_have_the_id_of_unk():
     words = ("a", "dog", "fish", "<end>", "<pad>", "<start>", "<unk>")
     assert [VOCABULARY.word_id(word) for word in words] == [4, 6, UNK, UNK, UNK, UNK, UNK]
