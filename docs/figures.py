@@ -285,7 +285,7 @@ def draw_photos(settings: Settings, folder: Path, runtime: Runtime) -> None:
         caption = caption_image(captioner, vocabulary, image, DecodingSettings(beam_size=5), runtime)
         photo.thumbnail((320, 320))
         figure = plot_attention(photo, caption.words, caption.alpha.numpy())
-        save_figure(figure, folder / f"photo_{name}.png", dpi=85, dpi=80)
+        save_figure(figure, folder / f"photo_{name}.png", dpi=70)
         print(f"  {' '.join(caption.words)}")
 
 
