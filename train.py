@@ -1,37 +1,30 @@
 """Train a captioner: python train.py --data_folder data/flickr8k --run_folder runs/flickr8k"""
 
-import contextlib
-import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import nn
 from tqdm import tqdm
 
 from common.distributed import all_reduce_sum, broadcast, init_distributed, rank, world_size
 from common.files import append_jsonl, require_writable
-from datasets import Batch, CaptionDataset, collate, in_order, make_batches, make_loader, shuffled_indices
+from datasets import Batch, CaptionDataset, in_order, make_batches, make_loader, shuffled_indices
 from evaluation.generation import DecodingSettings, evaluate
 from models import Captioner
-from modules.attention import ATTENTIONS, HardAttention
-from modules.beam_search import sample
+from modules.attention import ATTENTIONS
 from modules.cells import CELLS
-from modules.decoders import DecoderOutput
-from text.vocabulary import END, START
 from training.feature_cache import build_dataset
 from training.logs import plot_curves, plot_runs, write_tensorboard
-from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
 from training.optim import learning_rate_factor
 from training.rewards import CiderReward
 from training.shutdown import graceful_shutdown
 from training.start import prepare_run, start_files, start_run
 from training.state import TrainState
+from training.steps import forward, scst_step, train_step
 from utils import (
     InputError,
     Runtime,
@@ -133,132 +126,6 @@ def validate_settings(settings: Settings) -> None:
             f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "
             f"--gradient_accumulation_steps {settings.gradient_accumulation_steps}: give at least {micro_batches}"
         )
-
-
-# ---------------------------------------------------------------------------------------------------- one step
-
-
-def train_step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    settings: Settings,
-    runtime: Runtime,
-    counts: tuple[int, int] | None = None,
-    sampling_prob: float = 0.0,
-) -> tuple[float, int]:
-    """One step of teacher forcing on a batch; returns the cross-entropy summed over its words, and their number.
-
-    Args:
-        network: a Captioner, or one in DistributedDataParallel.
-        counts: words and captions of this step over all processes; None: those of the batch.
-        sampling_prob: probability of feeding back the model's word (`Decoder.forward`).
-
-    Raises FloatingPointError where the loss is not finite.
-    """
-    words, captions = counts or batch.counts()
-
-    def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, float, int]:
-        output = forward(network, micro_batch, runtime, sampling_prob)
-        loss, cross_entropy = captioning_loss(output, micro_batch.lengths, settings, words, captions)
-        return loss, cross_entropy.item(), micro_batch.counts()[0]
-
-    cross_entropy, count = optimize(network, optimizer, batch, settings, micro_batch_loss)
-    attention = unwrap(network).decoder.attention
-    if isinstance(attention, HardAttention) and attention.training:
-        attention.update_baseline(all_reduce_sum([cross_entropy])[0] / words)
-    return cross_entropy, count
-
-
-def scst_step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    settings: Settings,
-    runtime: Runtime,
-    reward: CiderReward,
-    counts: tuple[int, int] | None = None,
-) -> tuple[float, int]:
-    """One step of self-critical training on captions that the captioner samples for a batch's images.
-
-    Returns their rewards, summed, and their number. `network`, `counts` and errors are as in `train_step`.
-    """
-    words, _ = counts or batch.counts()
-    captioner = unwrap(network)
-
-    def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, float, int]:
-        sampled, rewards = sample_captions(captioner.eval(), micro_batch, reward, settings.max_length, runtime)
-        captioner.train()  # dropout: without it, rewards are soon learned by heart
-        captioner.decoder.attention.eval()  # hard attention takes its expectation: no reward tells of its samples
-        output = forward(network, sampled, runtime)
-        loss = self_critical_loss(output, sampled.lengths, rewards, words)
-        return loss, rewards.sum().item(), rewards.numel()
-
-    return optimize(network, optimizer, batch, settings, micro_batch_loss)
-
-
-def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling_prob: float = 0.0) -> DecoderOutput:
-    """Teacher forcing on a batch of which inputs and words are copied to the device: a `DecoderOutput`."""
-    inputs = batch.inputs.to(runtime.device, non_blocking=True)
-    words = batch.words.to(runtime.device, non_blocking=True)
-    with runtime.autocast():
-        return network(inputs, words, batch.lengths, sampling_prob, batch.is_features)
-
-
-def optimize(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    settings: Settings,
-    micro_batch_loss: Callable[[Batch], tuple[Tensor, float, int]],
-) -> tuple[float, int]:
-    """Accumulate the gradient over the micro-batches of a batch, clip it and take the optimizer's step.
-
-    `micro_batch_loss` returns the loss of a micro-batch, a sum to report and a count; returns both summed up.
-    """
-    total, count = 0.0, 0
-    optimizer.zero_grad(set_to_none=True)
-    micro_batches = batch.micro_batches(settings.gradient_accumulation_steps)
-    for i, micro_batch in enumerate(micro_batches, start=1):
-        # Processes average their gradients once a step, with the last micro-batch.
-        sync_context = contextlib.nullcontext()
-        if isinstance(network, nn.parallel.DistributedDataParallel) and i < len(micro_batches):
-            sync_context = network.no_sync()
-        with sync_context:
-            loss, micro_batch_total, micro_batch_count = micro_batch_loss(micro_batch)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss is {loss.item()}")
-            (loss * world_size()).backward()
-        total, count = total + micro_batch_total, count + micro_batch_count
-    if settings.grad_clip:
-        clip_grad_norm_(network.parameters(), settings.grad_clip)
-    optimizer.step()
-    return total, count
-
-
-def unwrap(network: nn.Module) -> Captioner:
-    """The captioner of a network that may be wrapped in DistributedDataParallel."""
-    captioner = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-    assert isinstance(captioner, Captioner)
-    return captioner
-
-
-def sample_captions(
-    captioner: Captioner, batch: Batch, reward: CiderReward, max_length: int, runtime: Runtime
-) -> tuple[Batch, Tensor]:
-    """Captions that a captioner samples for the images of a batch, as a Batch, and their rewards (B, C).
-
-    Each image gets as many as the image with the most references has, and at least two.
-    """
-    count = max(2, batch.words.shape[1])
-    with torch.inference_mode(), runtime.autocast():
-        regions = captioner.encode_images(batch.inputs.to(runtime.device, non_blocking=True), batch.is_features)
-        sampled = sample(captioner.decoder, regions, count, max_length, TEMPERATURE).tolist()
-    captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
-    new_batch = collate(list(zip(batch.indices, batch.inputs, captions, strict=True)), batch.is_features)
-    references = dict(zip(batch.indices, batch.captions(), strict=True))
-    pairs = zip(new_batch.indices, new_batch.captions(), strict=True)
-    return new_batch, torch.tensor([reward(references[index], candidates) for index, candidates in pairs])
 
 
 # --------------------------------------------------------------------------------------------------- one epoch

@@ -13,6 +13,7 @@ from models import CHECKPOINT_FORMAT, load_captioner, model_settings
 from modules.beam_search import beam_search, force_decode
 from modules.encoders import GRID_LAYERS
 from text.vocabulary import PAD, SPECIAL_TOKENS
+from training.losses import captioning_loss
 from training.optim import make_optimizer
 from utils import InputError
 
@@ -82,7 +83,7 @@ def test_every_model(variant, tmp_path):
     assert outputs.alpha.shape == (T, 4, 2, R) and captioner.encode_images(images).shape[:2] == (4, R)
     real = torch.arange(T).view(-1, 1, 1) < batch.lengths
     torch.testing.assert_close(outputs.alpha.sum(-1), real.float())
-    loss, _ = train.captioning_loss(outputs, batch.lengths, settings, *batch.counts())
+    loss, _ = captioning_loss(outputs, batch.lengths, settings, *batch.counts())
     loss.backward()
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     assert len(trained) == len(list(captioner.parameters()))
