@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from common.files import save_figure
 from evaluation.generation import DecodingSettings, caption_image
-from evaluation.pictures import open_for_picture, plot_attention, plot_edges, save_figure
+from evaluation.pictures import open_for_picture, plot_attention, plot_edges
 from models import Captioner, load_captioner
 from modules.graph import edge_attribution
 from preparation.images import load_image

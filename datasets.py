@@ -64,11 +64,14 @@ class CaptionDataset(Dataset):
 
     A flipped item is image i mirrored horizontally, with left and right exchanged in its captions. The input is the
     image (3, S, S) uint8, or its features (R, F) float16 after `use_features`. Files are opened at the first item, by
-    each process for itself: an open HDF5 handle must not cross a fork or a pickle.
+    each process for itself: an open HDF5 handle must not cross a fork or a pickle. `metadata` is the folder's where it
+    is read already (`preparation.storage.read_metadata`).
     """
 
-    def __init__(self, data_folder: str | Path, split: str, vocabulary: Vocabulary) -> None:
-        self.entries, self.references = read_captions(data_folder, split)
+    def __init__(
+        self, data_folder: str | Path, split: str, vocabulary: Vocabulary, metadata: dict[str, Any] | None = None
+    ) -> None:
+        self.entries, self.references = read_captions(data_folder, split, metadata)
         self.captions = self.references.encode(vocabulary)
         self.images_path = Path(data_folder) / f"{split}_images.hdf5"
         self.has_boxes = all("objects" in entry for entry in self.entries)

@@ -289,18 +289,9 @@ def train(settings: Settings, device: torch.device) -> None:
     require_writable(settings.run_folder)
     runtime = choose_runtime(device, settings.precision)
     state = start_run(settings, checkpoint, device)
-    validation, training = (
-        build_dataset(
-            settings.data_folder,
-            split,
-            state.vocabulary,
-            state.captioner,
-            runtime,
-            hflip=hflip,
-            in_memory=settings.in_memory,
-        )
-        for split, hflip in (("val", False), ("train", settings.hflip))
-    )
+    data_folder, in_memory, model = settings.data_folder, settings.in_memory, (state.vocabulary, state.captioner)
+    validation = build_dataset(data_folder, "val", *model, runtime, in_memory=in_memory)
+    training = build_dataset(data_folder, "train", *model, runtime, hflip=settings.hflip, in_memory=in_memory)
     if len(training) < world_size():
         raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
     start_files(state, checkpoint)

@@ -34,6 +34,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a matplotlib figure atomically, as a file of the type that its suffix names."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
 def require_writable(folder: str | Path) -> None:
     """Raise InputError where files cannot be written into a folder, be it there already or not; makes nothing."""
     nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())

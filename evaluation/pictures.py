@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from skimage.transform import pyramid_expand, resize
 
-from common.files import atomic_write
 from preparation.images import open_photo, to_square
 
 PHOTO_SIDE = 400  # pixels of a photo's longer side in a picture
@@ -85,9 +84,3 @@ def plot_edges(
         arrow = {"arrowstyle": "->", "color": "orange", "linewidth": 3 * strength, "alpha": 0.3 + 0.7 * strength}
         axes.annotate("", center(target), center(source), arrowprops=arrow)
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a file of the type that its suffix names."""
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=100)

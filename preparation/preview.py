@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.files import atomic_write, require_writable
+from common.files import require_writable, save_figure
 from preparation.storage import SPLITS, PackedCaptions, read_captions, read_metadata
 
 COLUMNS, ROWS = 6, 4
@@ -33,8 +33,7 @@ def plot_preview(data_folder: str | Path) -> list[Path]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for path, figure in figures.items():
-            with atomic_write(path) as temporary:
-                figure.savefig(temporary, dpi=100)
+            save_figure(figure, path)
     if any("Glyph" in str(warning.message) for warning in caught):
         print("matplotlib's font lacks some characters: they are drawn as boxes")
     return list(figures)

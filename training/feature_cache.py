@@ -46,7 +46,7 @@ def build_dataset(
             f"was trained on {captioner.image_size}, {captioner.resize}: run create_input_files.py "
             f"--image_size {captioner.image_size} --resize {captioner.resize}"
         )
-    dataset = CaptionDataset(data_folder, split, vocabulary)
+    dataset = CaptionDataset(data_folder, split, vocabulary, metadata)
     if not captioner.fine_tune_encoder:
         paths = [cache_features(dataset, split, captioner.encoder, runtime, flipped=False)]
         if hflip:

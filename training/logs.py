@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.files import atomic_write, read_jsonl, require_writable
+from common.files import read_jsonl, require_writable, save_figure
 from utils import InputError
 
 # The panels of curves.png: the log keys of each and the line style of each key.
@@ -46,8 +46,7 @@ def plot_curves(log_paths: Sequence[str | Path], picture_path: str | Path) -> No
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)
-    with atomic_write(picture_path) as temporary:
-        figure.savefig(temporary, dpi=100)
+    save_figure(figure, picture_path)
 
 
 def plot_runs(folders: Sequence[str]) -> Path:
