@@ -5,13 +5,11 @@ Z of the context. alpha (B, C, R) are the attention weights.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from modules.layers import SharedLinear, linear_of_tanh, sample_categorical
+from modules.layers import linear_of_tanh, sample_categorical
 
 
 class Attention(nn.Module):
@@ -25,14 +23,8 @@ class Attention(nn.Module):
         super().__init__()
         self.context_dim = region_dim  # Z
         self.keys = nn.Linear(region_dim, attention_dim)  # independent of the words: once per image
-        self.query = SharedLinear(hidden_dim, attention_dim)
+        self.query = nn.Linear(hidden_dim, attention_dim, bias=False)
         self.gate = nn.Linear(hidden_dim, 1)
-
-    @contextmanager
-    def batched_weight_grad(self) -> Iterator[None]:
-        """As `SharedLinear.batched_weight_grad`, for the query."""
-        with self.query.batched_weight_grad():
-            yield
 
     def forward(
         self, regions: Tensor, keys: Tensor, hidden: Tensor, sampled_log_probs: list[Tensor] | None = None
@@ -119,11 +111,6 @@ class NoAttention(nn.Module):
     def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
         super().__init__()
         self.context_dim = 0
-
-    @contextmanager
-    def batched_weight_grad(self) -> Iterator[None]:
-        """As `Attention.batched_weight_grad`; there is no weight."""
-        yield
 
     def keys(self, regions: Tensor) -> Tensor:
         """regions (B, R, D) -> keys (B, R, 0)."""

@@ -3,12 +3,7 @@
 Shapes: E width of a word embedding, Z of the context, H of the hidden state; G gates, candidate included.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor, lerp, nn
-
-from modules.layers import SharedLinear
 
 
 class Cell(nn.Module):
@@ -23,19 +18,13 @@ class Cell(nn.Module):
     def __init__(self, *, embed_dim: int, context_dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.words = nn.Linear(embed_dim, self.NUM_GATES * hidden_dim)
-        self.context = SharedLinear(context_dim, self.NUM_GATES * hidden_dim)
-        self.hidden = SharedLinear(hidden_dim, self.NUM_GATES * hidden_dim)
+        self.context = nn.Linear(context_dim, self.NUM_GATES * hidden_dim, bias=False)
+        self.hidden = nn.Linear(hidden_dim, self.NUM_GATES * hidden_dim, bias=False)
 
     def reset_parameters(self) -> None:
         """Orthogonal recurrent weights (Saxe et al., 2014): the initial recurrence keeps the norm of the state."""
         for gate in self.hidden.weight.data.chunk(self.NUM_GATES):
             nn.init.orthogonal_(gate)
-
-    @contextmanager
-    def batched_weight_grad(self) -> Iterator[None]:
-        """As `SharedLinear.batched_weight_grad`, for the context and the hidden state."""
-        with self.context.batched_weight_grad(), self.hidden.batched_weight_grad():
-            yield
 
     def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One time step.

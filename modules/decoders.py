@@ -160,23 +160,22 @@ class Decoder(nn.Module):
         state = tuple(part.expand(B, C, -1) for part in self.init_state(regions))
         embedded, gates = self._embed_inputs(words, active_shapes)
         steps = _StepOutputs(embedded, [], [], [], [])
-        with self.attention.batched_weight_grad(), self.cell.batched_weight_grad():
-            for t, (b, c) in enumerate(active_shapes):
-                if sampling_prob and t:
-                    sampled = self._sample_words(embedded[t - 1], steps.hidden[-1], steps.context[-1])
-                    sampled = sampled.view(active_shapes[t - 1])[:b, :c]
-                    embedded[t] = self._embed_mixed(sampled, words[:b, :c, t], sampling_prob)
-                    gates[t] = self.cell.words(embedded[t])
-                if b < len(regions):  # a slice of the last slice: its gradient has fewer zeros to fill in
-                    regions, keys = regions[:b], keys[:b]
-                if (b, c) != state[0].shape[:2]:
-                    state = tuple(part[:b, :c] for part in state)  # (b, c, H)
-                context, alpha, state = self._recurrent_step(
-                    gates[t].view(b, c, -1), regions, keys, state, steps.sampled_log_probs
-                )
-                steps.hidden.append(state[0].flatten(0, 1))
-                steps.context.append(context.flatten(0, 1))
-                steps.alpha.append(_pad_captions(alpha, words))
+        for t, (b, c) in enumerate(active_shapes):
+            if sampling_prob and t:
+                sampled = self._sample_words(embedded[t - 1], steps.hidden[-1], steps.context[-1])
+                sampled = sampled.view(active_shapes[t - 1])[:b, :c]
+                embedded[t] = self._embed_mixed(sampled, words[:b, :c, t], sampling_prob)
+                gates[t] = self.cell.words(embedded[t])
+            if b < len(regions):  # a slice of the last slice: its gradient has fewer zeros to fill in
+                regions, keys = regions[:b], keys[:b]
+            if (b, c) != state[0].shape[:2]:
+                state = tuple(part[:b, :c] for part in state)  # (b, c, H)
+            context, alpha, state = self._recurrent_step(
+                gates[t].view(b, c, -1), regions, keys, state, steps.sampled_log_probs
+            )
+            steps.hidden.append(state[0].flatten(0, 1))
+            steps.context.append(context.flatten(0, 1))
+            steps.alpha.append(_pad_captions(alpha, words))
         return steps
 
     def _embed_inputs(self, words: Tensor, active_shapes: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
