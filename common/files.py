@@ -1,6 +1,7 @@
 """Files: atomic writes, JSON and JSON lines, and loading that executes nothing."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -14,24 +15,78 @@ import torch
 
 from utils import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextlib.contextmanager
+def hold_lock(path: str | Path, message: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file, made for it, in the block; InputError(message) where another process holds it.
+
+    The system releases it when the process ends, however it ends. Where the file system or the platform has no locks,
+    nothing is locked.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            file = stack.enter_context(open(path, "a"))
+            try:
+                fcntl.lockf(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # unlike flock, not inherited by workers that outlive us
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise InputError(message) from None
+        yield
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it when the block ends: never a half-written file."""
+    """Yield a temporary path beside `path` that replaces it when the block ends: never a half-written file.
+
+    An OSError of the block names `path`, that of a full disk too.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
-        with contextlib.suppress(FileNotFoundError):  # another program may be done with it just now
-            if time.time() - leftover.stat().st_mtime > 3600:  # whoever wrote it was killed
-                leftover.unlink()
+    remove_leftovers(path.parent, f".{glob.escape(path.stem)}.*{path.suffix}")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # figures are typed by their suffix
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(temporary, "wb") as marker:
+            if fcntl:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(marker, fcntl.LOCK_SH | fcntl.LOCK_NB)  # not a leftover, `remove_leftovers` sees
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the temporary files of `atomic_write` that killed processes left in a folder, by a pattern of names."""
+    for leftover in folder.glob(pattern):
+        with contextlib.suppress(OSError), open(leftover, "rb+") as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: its writer is alive
+            if time.time() - leftover.stat().st_mtime > (10 if fcntl else 3600):  # made, and locked by now
+                leftover.unlink()
+
+
+def save_torch(path: str | Path, content: Any) -> None:
+    """Write with torch.save atomically; OSError where the disk is full."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides the reason of a failed write
+                raise error.__context__ from None
+            raise
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

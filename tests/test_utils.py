@@ -1,6 +1,5 @@
-"""Settings as flags, files written whole, the run log."""
+"""Settings as flags, random state, device and precision."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 import utils
-from common import files
 from training import state
 
 
@@ -48,49 +46,6 @@ def test_wrong_flags_exit_with_2(arguments):
 def test_require_at_least_names_the_setting(value):
     with pytest.raises(utils.InputError, match=f"--rate {value}: must be at least 0"):
         utils.require_at_least(Example(("a",), rate=value), 0, "rate")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file.json"
-    files.write_json(path, {"old": True})
-    with pytest.raises(RuntimeError), files.atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert files.read_json(path) == {"old": True}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_what_a_killed_program_left_is_removed_in_time(tmp_path):
-    old, new = tmp_path / ".file.123.json", tmp_path / ".file.456.json"
-    for path in (old, new):
-        path.write_text("half")
-    os.utime(old, (0, 0))
-    files.write_json(tmp_path / "file.json", {})
-    assert {path.name for path in tmp_path.iterdir()} == {"file.json", ".file.456.json"}
-
-
-class Malicious:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-def test_nothing_that_is_loaded_executes_code(tmp_path):
-    torch.save({"format": 1, "model": Malicious(str(tmp_path / "owned"))}, tmp_path / "bad.pt")
-    with pytest.raises(utils.InputError, match=r"bad\.pt is refused"):
-        files.safe_load(tmp_path / "bad.pt")
-    assert not (tmp_path / "owned").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip"])
-def test_damaged_files_are_named(tmp_path, content):
-    (tmp_path / "bad.pt").write_bytes(content)
-    with pytest.raises(utils.InputError, match=r"bad\.pt"):
-        files.safe_load(tmp_path / "bad.pt")
 
 
 def test_random_state_comes_back():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import all_gather, all_reduce_sum, rank
-from common.files import atomic_write
+from common.files import save_torch
 from models import CHECKPOINT_FORMAT, Captioner, model_settings
 from text.vocabulary import Vocabulary
 from training.optim import ModelEMA
@@ -64,8 +64,7 @@ class TrainState:
             checkpoint["ema"] = self.ema.state_dict()
             checkpoint["rng"] = all_gather([get_rng_state()])
         if rank() == 0:
-            with atomic_write(Path(self.settings.run_folder) / name) as temporary, open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
+            save_torch(Path(self.settings.run_folder) / name, checkpoint)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Take over what `save` wrote beside the model, the random number generators last."""
