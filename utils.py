@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import dataclasses
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -35,8 +36,9 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
 
     The field gives the type, the default and, through Literal, the choices; the comment behind it is the help, and a
     line `# group: NAME` starts a group of flags. bool becomes --x/--no-x, a tuple takes several values, and a field
-    without a default is positional. The attribute `given` of the result holds the names of the flags on the command
-    line, those given at their defaults too.
+    without a default is positional. Text that is ~ or starts with ~/ is a path in the user's home folder, which a shell
+    does not expand in quotes or after a =. The attribute `given` of the result holds the names of the flags on the
+    command line, those given at their defaults too.
     """
     parser = argparse.ArgumentParser(description=settings_class.__doc__, allow_abbrev=False)
     source = inspect.getsource(settings_class)
@@ -65,9 +67,18 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
             group.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(arguments))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = settings_class(**(defaults | given))
+    settings = settings_class(**{name: expand_home(value) for name, value in (defaults | given).items()})
     object.__setattr__(settings, "given", frozenset(given))  # a frozen dataclass takes it no other way
     return settings
+
+
+def expand_home(value: Any) -> Any:
+    """Text, or each of a tuple of texts, that is ~ or starts with ~/ as a path in the home folder; other values stay."""
+    if isinstance(value, tuple):
+        return tuple(map(expand_home, value))
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        return os.path.expanduser(value)
+    return value
 
 
 def run_script(main: Callable[[Any], None], settings_class: type) -> None:

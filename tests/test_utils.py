@@ -35,6 +35,13 @@ def test_help_shows_comment_default_and_choices(capsys):
         assert part in text
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    photos = ("~/a.jpg", "~", "~b.jpg", "c/~/d.jpg", "")
+    settings = utils.parse_settings(Example, [*photos, "--rate", "1"])
+    assert settings.photos == ("/home/ada/a.jpg", "/home/ada", "~b.jpg", "c/~/d.jpg", "")
+
+
 @pytest.mark.parametrize("arguments", [["a", "--rat", "1"], ["a", "--cell", "rnn"], ["a", "--rate", "x"], []])
 def test_wrong_flags_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
