@@ -45,7 +45,9 @@ def test_nothing_runs_at_import(path):
         constant = isinstance(node, ast.Assign) and not any(isinstance(part, ast.Call) for part in ast.walk(node))
         unrolled = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("range(")
         optional = isinstance(node, ast.Try) and all(isinstance(part, ast.Import) for part in node.body)
-        assert guard or docstring or constant or unrolled or optional or isinstance(node, allowed), f"{path}, line {node.lineno}"
+        assert guard or docstring or constant or unrolled or optional or isinstance(node, allowed), (
+            f"{path}, line {node.lineno}"
+        )
 
 
 def test_the_top_level_holds_the_seven_scripts_and_modules():
