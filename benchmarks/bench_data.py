@@ -144,7 +144,9 @@ def generate_captions(folder: Path, num_images: int, seed: int) -> None:
     words = SPECIAL_TOKENS + [f"word{i}" for i in range(10_000)]
     write_json(folder / "word_map.json", {word: index for index, word in enumerate(words)})
     splits = {split: {"images": num_images if split == "train" else 0, "digest": ""} for split in SPLITS}
-    write_json(folder / "dataset.json", {"image_size": 8, "resize": "squash", "splits": splits, "source": {}})
+    write_json(
+        folder / "dataset.json", {"image_size": 8, "resize": "squash", "splits": splits, "digest": "", "source": {}}
+    )
 
 
 def load_captions(folder: Path) -> tuple[float, int]:

@@ -19,8 +19,8 @@ SPLITS = ("train", "val", "test")
 
 
 def read_metadata(data_folder: str | Path) -> dict[str, Any]:
-    """The dataset.json of a prepared folder: image_size, resize, source (the settings that it is made from) and, for
-    each split, images, captions and digest.
+    """The dataset.json of a prepared folder: image_size, resize, source (the settings that it is made from), digest
+    (of all images, captions and words; a copy has the same) and, for each split, images, captions and digest.
 
     It is written last, so a folder without it is incomplete. Raises InputError for that, and for another file.
     """
@@ -30,8 +30,10 @@ def read_metadata(data_folder: str | Path) -> dict[str, Any]:
     if not (folder / "dataset.json").is_file():
         raise InputError(f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py")
     metadata = read_json(folder / "dataset.json")
-    if not isinstance(metadata, dict) or not metadata.keys() >= {"image_size", "resize", "splits", "source"}:
-        raise InputError(f"{folder / 'dataset.json'} was not written by create_input_files.py: run it again")
+    if not isinstance(metadata, dict) or not metadata.keys() >= {"image_size", "resize", "splits", "digest", "source"}:
+        raise InputError(
+            f"{folder / 'dataset.json'} was not written by this create_input_files.py: run it again with --overwrite"
+        )
     return metadata
 
 

@@ -6,6 +6,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import random
 import re
@@ -165,12 +166,21 @@ def write_folder(folder: Path, records: list[ImageRecord], settings: Any, words:
         "resize": settings.resize,
         "words": len(vocabulary),
         "splits": splits,
+        "digest": content_digest(folder, splits),
         "source": fingerprint(settings, records),
     }
     write_json(folder / "dataset.json", metadata, indent=1)
     print(f"{len(vocabulary)} words: four special tokens and {origin}")
     for split in SPLITS:
         print(describe_split(split, kept[split], vocabulary))
+
+
+def content_digest(folder: Path, splits: dict[str, Any]) -> str:
+    """What identifies the images, captions and words of a prepared folder, wherever it is moved or copied."""
+    digest = hashlib.sha256(json.dumps(splits).encode())  # with the digest of each split's images
+    for name in ("word_map.json", *(f"{split}_captions.json" for split in SPLITS if splits[split]["images"])):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def choose_vocabulary(records: list[ImageRecord], settings: Any, words: list[str] | None) -> tuple[Vocabulary, str]:

@@ -61,10 +61,10 @@ def test_an_incomplete_folder_is_refused(copied):
         read_metadata(copied)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"image_size": 8, "splits": {}, "source": {}}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"image_size": 8, "resize": "pad", "splits": {}, "source": {}}'])
 def test_another_dataset_json_is_refused(copied, content):
     (copied / "dataset.json").write_text(content)
-    with pytest.raises(InputError, match=r"dataset\.json was not written by create_input_files\.py"):
+    with pytest.raises(InputError, match=r"not written by this create_input_files\.py: run it again with --ov"):
         read_metadata(copied)
 
 

@@ -89,6 +89,22 @@ def test_the_words_are_those_of_training_or_given(tmp_path, photos, words, expec
     assert Vocabulary.load(folder).idx2word[4:] == expected
 
 
+def test_the_digest_is_that_of_images_captions_and_words(tmp_path, photos):
+    def digest(name, records=photos, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_folder(folder, records, replace(SETTINGS, skip_broken=True, **changes), None)
+        return read_metadata(folder)["digest"]
+
+    others = [
+        digest("image size", image_size=9),
+        digest("words", vocab_size=2),
+        digest("images", [*photos[:-1], replace(photos[-1], path=photos[0].path)]),
+        digest("captions", [*photos[:-1], replace(photos[-1], captions=[{"words": ["a"], "raw": "a"}])]),
+    ]
+    assert len({digest("once"), *others}) == 5 and digest("again") == read_metadata(tmp_path / "once")["digest"]
+
+
 @pytest.mark.parametrize(
     ("changes", "same"),
     [
