@@ -73,7 +73,7 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
 
 
 def expand_home(value: Any) -> Any:
-    """Text, or each of a tuple of texts, that is ~ or starts with ~/ as a path in the home folder; other values stay."""
+    """Text that is ~ or starts with ~/, also in a tuple, as a path in the home folder; any other value as it is."""
     if isinstance(value, tuple):
         return tuple(map(expand_home, value))
     if isinstance(value, str) and (value == "~" or value.startswith("~/")):
