@@ -23,7 +23,8 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def hold_lock(path: str | Path, message: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file, made for it, in the block; InputError(message) where another process holds it.
+    """Hold an exclusive lock on a file, made for it and removed after the block; InputError(message) where another
+    process holds it.
 
     The system releases it when the process ends, however it ends. Where the file system or the platform has no locks,
     nothing is locked.
@@ -32,12 +33,13 @@ def hold_lock(path: str | Path, message: str) -> Iterator[None]:
         if fcntl:
             file = stack.enter_context(open(path, "a"))
             try:
-                fcntl.lockf(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # unlike flock, not inherited by workers that outlive us
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    raise InputError(message)  # its holder has removed the file since it was opened here
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
+                if error.errno in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
                     raise InputError(message) from None
+            stack.callback(Path(path).unlink, missing_ok=True)  # while it is still locked
         yield
 
 

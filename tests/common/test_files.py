@@ -70,7 +70,8 @@ def test_a_lock_is_held_until_the_process_ends(tmp_path):
         process.kill()
         process.wait()
     with files.hold_lock(tmp_path / ".lock", "in use"):
-        pass
+        assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
