@@ -1,20 +1,20 @@
 """Train a captioner: python train.py --data_folder data/flickr8k --run_folder runs/flickr8k"""
 
+import functools
+import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from common.distributed import all_reduce_sum, broadcast, init_distributed, rank, world_size
-from common.files import append_jsonl, require_writable
-from datasets import Batch, CaptionDataset, in_order, make_batches, make_loader, shuffled_indices
+from common.files import append_jsonl
+from datasets import FLIPPED_WORDS, Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
 from evaluation.generation import DecodingSettings, evaluate
-from models import Captioner
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from training.feature_cache import build_dataset
@@ -22,9 +22,10 @@ from training.logs import plot_curves, plot_runs, write_tensorboard
 from training.optim import learning_rate_factor
 from training.rewards import CiderReward
 from training.shutdown import graceful_shutdown
-from training.start import prepare_run, start_files, start_run
+from training.start import lock_run_folder, prepare_run, start_files, start_run
 from training.state import TrainState
-from training.steps import forward, scst_step, train_step
+from training.steps import scst_step, train_step
+from training.validation import describe_best, epoch_key, is_informative, print_epoch, validation_loss
 from utils import (
     InputError,
     Runtime,
@@ -49,6 +50,7 @@ class Settings:
     overwrite: bool = False  # start again in a run folder that holds a run
     resume: str = ""  # a last.pt: continue that run exactly, in its folder and with its settings
     init_from: str = ""  # a best.pt: a new run from its weights, words and model settings
+    features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
     plot: tuple[str, ...] = ()  # run folders: plot their curves into one picture and stop
 
     # group: encoder
@@ -91,7 +93,7 @@ class Settings:
     ema_decay: float = 0.999  # decay of the moving average of the weights that best.pt holds; 0: none
 
     # group: run
-    best_metric: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
+    best_metric: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt, stops early
     patience: int = 5  # stop after this many epochs without improvement
     max_length: int = 30  # maximum words of a caption decoded for validation, or sampled for scst
     save_minutes: float = 10.0  # write last.pt this often within an epoch, too
@@ -218,19 +220,6 @@ def stop_request(state: TrainState, caught: list[int]) -> StopRequested:
 # -------------------------------------------------------------------------------------------------- validation
 
 
-@torch.inference_mode()
-def validation_loss(captioner: Captioner, validation: CaptionDataset, batch_size: int, runtime: Runtime) -> float:
-    """The cross-entropy of a word of the validation captions under teacher forcing, without label smoothing."""
-    captioner.eval()
-    total, count = 0.0, 0
-    for batch in make_loader(validation, make_batches(in_order(len(validation)), batch_size)):
-        output = forward(captioner, batch, runtime)
-        total += nn.functional.cross_entropy(output.logits.float(), output.targets, reduction="sum").item()
-        count += batch.counts()[0]
-    total, count = all_reduce_sum([total, count])
-    return total / count
-
-
 def validate_and_save(
     state: TrainState, training: CaptionDataset, validation: CaptionDataset, runtime: Runtime
 ) -> None:
@@ -252,10 +241,7 @@ def validate_and_save(
         "seconds": state.seconds,
         "captions_per_second": training.captions.num_captions() / state.seconds,
     }
-    improved = scores[settings.best_metric] > state.best_score
-    state.epoch, state.step, state.seconds, state.loss, state.count = state.epoch + 1, 0, 0.0, 0.0, 0
-    state.epochs_since_improvement = 0 if improved else state.epochs_since_improvement + 1
-    state.best_score = max(state.best_score, scores[settings.best_metric])
+    improved = state.finish_epoch(epoch_key(row, settings.best_metric, len(validation)))
     folder = Path(settings.run_folder)
     if rank() == 0:
         append_jsonl(folder / "log.jsonl", row)
@@ -269,34 +255,47 @@ def validate_and_save(
     print(f"  {validation.entries[0]['image']}: {' '.join(captions[0])}")
 
 
-def print_epoch(row: dict, improved: bool) -> None:
-    """Print a row of the log as one line."""
-    metric = "reward" if "train/reward" in row else "loss"
-    print(
-        f"epoch {row['epoch']}: {metric} {row[f'train/{metric}']:.3f}, validation loss {row['val/loss']:.3f}, "
-        f"BLEU-4 {row['val/bleu_4']:.4f}, CIDEr {row['val/cider']:.4f}, {row['captions_per_second']:.0f} captions/s, "
-        f"{row['seconds']:.0f} s{', best' if improved else ''}"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- all of it
+
+
+def print_warnings(settings: Settings, training: CaptionDataset, validation: CaptionDataset) -> None:
+    """Say which settings have no effect on this data."""
+    if not is_informative(settings.best_metric, len(validation)):
+        print(
+            "warning: CIDEr of one validation image is always 0: the validation loss picks best.pt and --patience has "
+            "no effect. Give more validation photos, or --best_metric bleu_4"
+        )
+    if settings.hflip and not training.flipped_ids:
+        print(
+            f"warning: --hflip flips photos but no words, the captions have neither {' nor '.join(FLIPPED_WORDS)}: "
+            f"leave it out where they tell sides in other words"
+        )
 
 
 def train(settings: Settings, device: torch.device) -> None:
     """Train until the validation score stops rising: model, data, optimizer and state, then the epochs."""
     settings, checkpoint = prepare_run(settings)
     validate_settings(settings)
-    require_writable(settings.run_folder)
+    if settings.features_folder:  # found again from another working directory
+        settings = replace(settings, features_folder=os.path.abspath(settings.features_folder))
     runtime = choose_runtime(device, settings.precision)
     state = start_run(settings, checkpoint, device)
-    data_folder, in_memory, model = settings.data_folder, settings.in_memory, (state.vocabulary, state.captioner)
-    validation = build_dataset(data_folder, "val", *model, runtime, in_memory=in_memory)
-    training = build_dataset(data_folder, "train", *model, runtime, hflip=settings.hflip, in_memory=in_memory)
+    build = functools.partial(
+        build_dataset,
+        vocabulary=state.vocabulary,
+        captioner=state.captioner,
+        runtime=runtime,
+        in_memory=settings.in_memory,
+        features_folder=settings.features_folder,
+    )
+    validation = build(settings.data_folder, "val")
+    training = build(settings.data_folder, "train", hflip=settings.hflip)
     if len(training) < world_size():
         raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
-    start_files(state, checkpoint)
+    start_files(state)
     dtype = str(runtime.dtype).split(".")[1]
     print(f"{len(training)} training images, {len(state.vocabulary)} words, {device}, {dtype}")
+    print_warnings(settings, training, validation)
     if state.epochs_since_improvement >= settings.patience:
         print(f"nothing to do: no improvement in {state.epochs_since_improvement} epochs, raise --patience to go on")
     elif state.epoch >= settings.epochs:
@@ -309,7 +308,7 @@ def train(settings: Settings, device: torch.device) -> None:
         while state.epoch < settings.epochs and state.epochs_since_improvement < settings.patience:
             train_one_epoch(state, training, runtime, caught, reward)
             validate_and_save(state, training, validation, runtime)
-    print(f"best {settings.best_metric} {state.best_score:.4f}: {Path(settings.run_folder) / 'best.pt'}")
+    print(f"best {describe_best(state.best_key, settings.best_metric)}: {Path(settings.run_folder) / 'best.pt'}")
 
 
 def main(settings: Settings) -> None:
@@ -317,7 +316,7 @@ def main(settings: Settings) -> None:
     if settings.plot:
         print(plot_runs(settings.plot))
         return
-    with init_distributed(settings.device) as device:
+    with init_distributed(settings.device) as device, lock_run_folder(settings):
         train(settings, device)  # all that uses the process group is freed before it is destroyed
 
 

@@ -4,13 +4,13 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from utils import choose_device
+from utils import InputError, choose_device
 
 
 def rank() -> int:
@@ -71,3 +71,17 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def barrier() -> None:
     """Wait until all processes are here."""
     all_gather([])
+
+
+def on_rank_zero(function: Callable[[], Any]) -> Any:
+    """Call a function on rank 0 alone; all processes get what it returns, or raise its InputError or OSError."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function()
+        except (InputError, OSError) as raised:
+            error = raised
+    result, error = all_gather([(result, error)])[0]
+    if error:
+        raise error
+    return result

@@ -197,7 +197,7 @@ def test_a_data_folder_given_at_its_default_counts_when_resuming(command, shapes
     monkeypatch.chdir(tmp_path)
     arguments = ("--resume", folder / "last.pt", "--epochs", 3, "--data_folder", train.Settings().data_folder)
     status, _, err = command(train, *arguments)
-    assert status == 2 and f"no data folder {train.Settings().data_folder}" in err
+    assert status == 2 and f"{train.Settings().data_folder} is no data folder: give the one that" in err
     shutil.copytree(shapes, tmp_path / train.Settings().data_folder)
     status, _, err = command(train, *arguments)
     assert status == 0 and (tmp_path / "data").is_dir() and resumed_epochs(folder) == [1, 2, 3], err

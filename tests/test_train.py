@@ -72,7 +72,7 @@ def test_a_run_leaves_its_files_and_checkpoints_hold_only_plain_things(run_folde
     }
     best = torch.load(run_folder / "best.pt", weights_only=True)
     last = torch.load(run_folder / "last.pt", weights_only=True)
-    assert {"optimizer", "rng", "progress", "ema"} == last.keys() - best.keys()
+    assert {"optimizer", "rng", "progress", "ema", "data"} == last.keys() - best.keys()
     assert best["words"][:4] == ["<pad>", "<start>", "<end>", "<unk>"] and best["image_size"] == 32
     assert [row["epoch"] for row in read_jsonl(run_folder / "log.jsonl")] == [1, 2]
 

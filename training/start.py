@@ -1,7 +1,9 @@
 """How a run starts: from scratch, resumed from its last.pt, or from the weights of another run's best.pt."""
 
+import contextlib
+import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common.distributed import rank, world_size
-from common.files import read_jsonl, write_jsonl
+from common.distributed import on_rank_zero, rank, world_size
+from common.files import hold_lock, read_jsonl, require_writable, write_jsonl
 from models import Captioner, build_captioner, captioner_from_checkpoint, load_checkpoint, model_settings
 from preparation.storage import read_metadata
 from text.embeddings import read_pretrained_embeddings
@@ -32,7 +34,40 @@ RESUME_SETTINGS = (
     "gradient_accumulation_steps",
     "save_minutes",
     "in_memory",
+    "features_folder",
 )
+
+
+@contextlib.contextmanager
+def lock_run_folder(settings: Any) -> Iterator[None]:
+    """Make the run folder and keep every other train.py out of it in the block; without a run in it, it is removed.
+
+    Raises InputError where the folder cannot be written or another process holds it.
+    """
+    if settings.resume and settings.init_from:
+        raise InputError("--resume continues a run and --init_from starts a new one: give one of them")
+    if settings.resume and not Path(settings.resume).is_file():
+        raise InputError(f"no such file: {settings.resume}")
+    folder = Path(settings.resume).parent if settings.resume else Path(settings.run_folder)
+    with contextlib.ExitStack() as stack:
+        on_rank_zero(lambda: stack.enter_context(lock_folder(folder)))
+        yield
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """What `lock_run_folder` does on rank 0."""
+    require_writable(folder)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    message = f"{folder} is in use by another train.py: wait until it ends, stop it, or give another --run_folder"
+    try:
+        with hold_lock(folder / ".lock", message):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty: there is a run
+            for path in new:
+                path.rmdir()
 
 
 def given_settings(settings: Any, checkpoint: dict[str, Any]) -> set[str]:
@@ -78,8 +113,6 @@ def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
 
     Raises InputError where they do not go with the other settings, or the run folder holds a run.
     """
-    if settings.resume and settings.init_from:
-        raise InputError("--resume continues a run and --init_from starts a new one: give one of them")
     if settings.resume:
         return resume_settings(settings)
     last = Path(settings.run_folder) / "last.pt"
@@ -104,15 +137,36 @@ def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
 def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
     """The settings of a resumed run and its checkpoint. Raises InputError for a setting that would make it another."""
     checkpoint = load_checkpoint(settings.resume)
-    if "optimizer" not in checkpoint:
+    if "data" not in checkpoint:
         raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
     run_folder = Path(settings.resume).parent
     names = [field.name for field in fields(settings) if field.name not in START_SETTINGS]
     merged = merge_settings(settings, checkpoint, settings.resume, names, RESUME_SETTINGS)
     if "run_folder" in settings.given and Path(settings.run_folder).resolve() != run_folder.resolve():
         raise InputError(f"--run_folder {settings.run_folder}: --resume continues in {run_folder}, leave it out")
+    given = "data_folder" in given_settings(settings, checkpoint)
+    folders = [merged.data_folder] if given else checkpoint["data"]["folders"]
+    data_folder = find_data_folder(folders, checkpoint, settings.resume)
     origin = checkpoint["settings"]["init_from"]
-    return replace(merged, run_folder=str(run_folder), init_from=origin), checkpoint
+    return replace(merged, run_folder=str(run_folder), data_folder=data_folder, init_from=origin), checkpoint
+
+
+def find_data_folder(folders: list[str], checkpoint: dict[str, Any], path: str) -> str:
+    """The first of the folders that holds the data that a checkpoint was trained on; InputError where none does."""
+    prepared = [folder for folder in folders if (Path(folder) / "dataset.json").is_file()]
+    for folder in prepared:
+        if read_metadata(folder)["digest"] == checkpoint["data"]["digest"]:
+            return folder
+    trained_on = next(filter(os.path.isabs, checkpoint["data"]["folders"]))
+    if not prepared:
+        raise InputError(
+            f"{folders[0]} is no data folder: give the one that {path} was trained on, {trained_on}, as "
+            f"--data_folder, wherever it is now"
+        )
+    raise InputError(
+        f"{prepared[0]} does not hold the data that {path} was trained on in {trained_on}: give that data as "
+        f"--data_folder, or start a new run on this data with --init_from"
+    )
 
 
 def build_from_checkpoint(settings: Any, checkpoint: dict[str, Any]) -> tuple[Captioner, Vocabulary]:
@@ -145,10 +199,10 @@ def weights_fit(checkpoint: dict[str, Any], path: str, changes: dict[str, Any]) 
 def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.device) -> TrainState:
     """Build the model, new or from a checkpoint, its optimizer and its average."""
     torch.manual_seed(settings.seed)
+    metadata = read_metadata(settings.data_folder)
     if checkpoint:
         captioner, vocabulary = build_from_checkpoint(settings, checkpoint)
     else:
-        metadata = read_metadata(settings.data_folder)
         vocabulary = Vocabulary.load(settings.data_folder)
         captioner = build_captioner(
             len(vocabulary),
@@ -168,25 +222,27 @@ def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.de
         network = DistributedDataParallel(captioner, broadcast_buffers=settings.fine_tune_encoder)
     if rank() > 0:
         torch.manual_seed(settings.seed + rank())  # the same weights, but dropout of its own
-    state = TrainState(settings, captioner, vocabulary, optimizer, ema, network)
+    folders = [settings.data_folder, os.path.abspath(settings.data_folder)]
+    state = TrainState(settings, captioner, vocabulary, optimizer, ema, network, metadata["digest"], folders)
     if settings.resume:
         assert checkpoint is not None
         state.restore(checkpoint)
     return state
 
 
-def start_files(state: TrainState, checkpoint: dict[str, Any] | None) -> None:
+def start_files(state: TrainState) -> None:
     """Bring the run folder to where the run starts: that of a resumed run has no later rows than its checkpoint."""
-    folder, rows = Path(state.settings.run_folder), []
-    if state.settings.resume:
-        assert checkpoint is not None
-        rows = [row for row in read_jsonl(folder / "log.jsonl") if row["epoch"] <= checkpoint["epoch"]]
-    elif rank() == 0:
-        for name in ("best.pt", "curves.png"):  # of a run that --overwrite replaces
-            (folder / name).unlink(missing_ok=True)
-    if rank() == 0:
-        write_jsonl(folder / "log.jsonl", rows)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        if rows:
-            write_tensorboard(folder / "tensorboard", rows)
     state.save("last.pt", with_training_state=True)
+    on_rank_zero(lambda: clean_files(Path(state.settings.run_folder), state.epoch))
+
+
+def clean_files(folder: Path, epoch: int) -> None:
+    """Remove from a run folder the log of later epochs and, before the first, what --overwrite replaces."""
+    rows = [row for row in read_jsonl(folder / "log.jsonl") if row["epoch"] <= epoch]
+    if not epoch:
+        for name in ("best.pt", "curves.png"):
+            (folder / name).unlink(missing_ok=True)
+    write_jsonl(folder / "log.jsonl", rows)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    if rows:
+        write_tensorboard(folder / "tensorboard", rows)

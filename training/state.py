@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common.distributed import all_gather, all_reduce_sum, rank
+from common.distributed import all_gather, all_reduce_sum, on_rank_zero, rank
 from common.files import save_torch
 from models import CHECKPOINT_FORMAT, Captioner, model_settings
 from text.vocabulary import Vocabulary
@@ -26,15 +26,30 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: ModelEMA
     network: nn.Module  # the captioner, in DistributedDataParallel where there are several processes
+    data_digest: str  # of the data folder
+    data_folders: list[str]  # where that data has been found, the latest first
     epoch: int = 0  # complete epochs
     step: int = 0  # steps of the current epoch
     seconds: float = 0.0  # that they took
     loss: float = 0.0  # cross-entropy or, under SCST, reward in them, summed over the words or captions of this process
     count: int = 0  # of these words or captions
-    best_score: float = -1.0
+    best_key: tuple[float, ...] = ()  # of the best epoch so far (`training.validation.epoch_key`)
     epochs_since_improvement: int = 0
 
-    PROGRESS: ClassVar = ("epoch", "step", "seconds", "best_score", "epochs_since_improvement")
+    PROGRESS: ClassVar = ("epoch", "step", "seconds", "best_key", "epochs_since_improvement")
+
+    def finish_epoch(self, key: tuple[float, ...]) -> bool:
+        """Go on to the next epoch; returns whether the one that ends is the best so far.
+
+        An epoch counts against --patience only where the first value of its key has been above 0 in any epoch: until
+        then the scores do not tell whether the captioner improves.
+        """
+        improved = key > self.best_key
+        self.best_key = max(key, self.best_key)
+        stagnates = not improved and self.best_key[0] > 0
+        self.epochs_since_improvement = self.epochs_since_improvement + 1 if stagnates else 0
+        self.epoch, self.step, self.seconds, self.loss, self.count = self.epoch + 1, 0, 0.0, 0.0, 0
+        return improved
 
     def save(self, name: str, with_training_state: bool) -> None:
         """Write a checkpoint into the run folder: the averaged weights or, with the training state, the trained ones.
@@ -53,23 +68,23 @@ class TrainState:
             "settings": asdict(self.settings),
             "defaults": asdict(type(self.settings)()),  # by which an edited default is recognized later
             "epoch": self.epoch,
-            "best_score": self.best_score,
             "git": git_revision(),
         }
         if with_training_state:
             loss, count = all_reduce_sum([self.loss, self.count])
             progress = {name: getattr(self, name) for name in self.PROGRESS}
             checkpoint["progress"] = progress | {"loss": loss, "count": count}
+            checkpoint["data"] = {"digest": self.data_digest, "folders": self.data_folders}
             checkpoint["optimizer"] = self.optimizer.state_dict()
             checkpoint["ema"] = self.ema.state_dict()
             checkpoint["rng"] = all_gather([get_rng_state()])
-        if rank() == 0:
-            save_torch(Path(self.settings.run_folder) / name, checkpoint)
+        on_rank_zero(lambda: save_torch(Path(self.settings.run_folder) / name, checkpoint))
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Take over what `save` wrote beside the model, the random number generators last."""
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.ema.load_state_dict(checkpoint["ema"])
+        self.data_folders = list(dict.fromkeys([*self.data_folders, *checkpoint["data"]["folders"]]))
         for name in self.PROGRESS:
             setattr(self, name, checkpoint["progress"][name])
         if rank() == 0:  # sums over all processes, however many there were

@@ -1,0 +1,59 @@
+"""Validation: the loss, which epoch is the best, and the line that is printed of each."""
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common.distributed import all_reduce_sum, rank, world_size
+from datasets import CaptionDataset, in_order, make_batches, make_loader
+from models import Captioner
+from training.steps import forward
+from utils import Runtime
+
+
+@torch.inference_mode()
+def validation_loss(captioner: Captioner, validation: CaptionDataset, batch_size: int, runtime: Runtime) -> float:
+    """The cross-entropy of a word of the validation captions under teacher forcing, without label smoothing."""
+    captioner.eval()
+    total, count = 0.0, 0
+    progress = tqdm(total=len(validation), desc="validation loss", unit="image", leave=False, disable=rank() > 0)
+    with progress as bar:
+        for batch in make_loader(validation, make_batches(in_order(len(validation)), batch_size)):
+            output = forward(captioner, batch, runtime)
+            total += nn.functional.cross_entropy(output.logits.float(), output.targets, reduction="sum").item()
+            count += batch.counts()[0]
+            bar.update(len(batch.indices) * world_size())
+    total, count = all_reduce_sum([total, count])
+    return total / count
+
+
+def is_informative(best_metric: str, num_images: int) -> bool:
+    """Whether a metric can tell epochs apart: CIDEr of one image is 0, as each of its n-grams is in all images."""
+    return best_metric != "cider" or num_images > 1
+
+
+def epoch_key(row: dict, best_metric: str, num_images: int) -> tuple[float, ...]:
+    """What orders epochs, the best one last, from a row of the log: `best_metric`, the other metric, a low loss.
+
+    The loss alone where the metric is not informative.
+    """
+    if not is_informative(best_metric, num_images):
+        return (-row["val/loss"],)
+    other_metric = "bleu_4" if best_metric == "cider" else "cider"
+    return row[f"val/{best_metric}"], row[f"val/{other_metric}"], -row["val/loss"]
+
+
+def describe_best(key: tuple[float, ...], best_metric: str) -> str:
+    """What an epoch was chosen by, from its `epoch_key`."""
+    score = key[0]
+    return f"{best_metric} {score:.4f}" if len(key) > 1 else f"validation loss {-score:.4f}"
+
+
+def print_epoch(row: dict, improved: bool) -> None:
+    """Print a row of the log as one line."""
+    metric = "reward" if "train/reward" in row else "loss"
+    print(
+        f"epoch {row['epoch']}: {metric} {row[f'train/{metric}']:.3f}, validation loss {row['val/loss']:.3f}, "
+        f"BLEU-4 {row['val/bleu_4']:.4f}, CIDEr {row['val/cider']:.4f}, {row['captions_per_second']:.0f} captions/s, "
+        f"{row['seconds']:.0f} s{', best' if improved else ''}"
+    )
