@@ -4,24 +4,29 @@ Shapes: B images, R regions, F features of the encoder, D features of a region a
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from common.files import safe_load
+from modules.attention import ATTENTIONS
+from modules.cells import CELLS
 from modules.decoders import Decoder, DecoderOutput
 from modules.encoders import Encoder
 from modules.graph import RegionGraph
 from modules.layers import Dropout, init_linear
 from text.vocabulary import Vocabulary
-from utils import InputError, first_line
+from utils import InputError, first_line, require_at_least, require_below_one
 
 CHECKPOINT_FORMAT = 4
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
+MAX_IMAGE_SIZE = 4096  # pixels; a checkpoint of others could ask for any amount of memory otherwise
 
 
 class Captioner(nn.Module):
@@ -70,7 +75,7 @@ class Captioner(nn.Module):
 def build_captioner(
     vocab_size: int,
     image_size: int,
-    resize: str,
+    resize: Literal["squash", "crop", "pad"],
     fine_tune_encoder: bool = False,
     load_weights: bool = True,
     *,
@@ -82,8 +87,8 @@ def build_captioner(
     graph_layers: int,
     graph_knn: int,
     graph_heads: int,
-    cell: str,
-    attention: str,
+    cell: Literal[tuple(CELLS)],  # pyright: ignore[reportInvalidTypeForm]
+    attention: Literal[tuple(ATTENTIONS)],  # pyright: ignore[reportInvalidTypeForm]
     embed_dim: int,
     attention_dim: int,
     hidden_dim: int,
@@ -98,6 +103,14 @@ def build_captioner(
 
     Raises InputError for a network, layer or weights that do not exist, or sizes that do not fit.
     """
+    sizes = SimpleNamespace(**locals())
+    require_at_least(sizes, 1, "image_size", "embed_dim", "attention_dim", "hidden_dim", "graph_heads")
+    require_at_least(sizes, 0, "grid_size", "region_dim", "graph_layers", "graph_knn")
+    require_below_one(sizes, "dropout")
+    if image_size > MAX_IMAGE_SIZE:
+        raise InputError(f"images of {image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
+    if grid_size > image_size:
+        raise InputError(f"--grid_size {grid_size}: finer than the images, which have {image_size} pixels")
     network = Encoder(
         encoder,
         layer=encoder_layer,
@@ -157,31 +170,119 @@ def captioner_from_checkpoint(
 ) -> tuple[Captioner, Vocabulary]:
     """Build a checkpoint's captioner and vocabulary, with `changes` to its model settings.
 
-    Raises InputError where the weights do not fit the words or the settings.
+    The captioner takes the checkpoint's tensors as its weights, without a copy. It is built without memory for
+    weights first, so settings that the weights do not fit cost nothing. Raises InputError for such settings or words,
+    and for weights that are not finite.
     """
-    vocabulary = Vocabulary(checkpoint["words"])
-    rows = len(checkpoint["model"]["decoder.embedding.weight"])
-    if rows != len(vocabulary):
-        raise InputError(f"{path} names {len(vocabulary)} words but its model has {rows}: it is not one run's file")
-    settings = checkpoint["model_settings"] | (changes or {})
-    data_settings = (checkpoint[name] for name in ("image_size", "resize", "fine_tune_encoder"))
-    captioner = build_captioner(rows, *data_settings, load_weights=False, **settings)
+    weights, settings = checkpoint["model"], checkpoint["model_settings"] | (changes or {})
+    layers = settings["graph_layers"]
+    if layers > len(weights):
+        raise InputError(f"{path}: its {len(weights)} weights do not fit --graph_layers {_shown(layers)}")
+    data_settings = [checkpoint[name] for name in ("image_size", "resize", "fine_tune_encoder")]
     try:
-        captioner.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise InputError(f"{path}: its weights do not fit its settings: {first_line(error)}") from None
+        vocabulary = Vocabulary(checkpoint["words"])
+        with EmptyWeights():
+            captioner = build_captioner(len(vocabulary), *data_settings, load_weights=False, **settings)
+    except (InputError, RuntimeError, ValueError, TypeError) as error:  # torch has all of these for impossible sizes
+        raise InputError(f"{path}: {first_line(error)[:200]}") from None
+    expected = captioner.state_dict()
+    for name in expected.keys() ^ weights.keys():
+        state = "missing" if name in expected else "not a part of the model"
+        raise InputError(f"{path}: its weights do not fit its settings: {_shown(name)} is {state}")
+    for name, weight in weights.items():
+        wanted = expected[name]
+        if (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype):
+            raise InputError(
+                f"{path}: its weights do not fit its settings and {len(vocabulary)} words: {name} is {weight.dtype} "
+                f"{tuple(weight.shape)}, not {wanted.dtype} {tuple(wanted.shape)}"
+            )
+        if not weight.isfinite().all():
+            raise InputError(f"{path}: {name} has values that are not finite")
+    captioner.load_state_dict(dict(weights), assign=True)
     return captioner, vocabulary
 
 
+class EmptyWeights(TorchFunctionMode):
+    """In this context modules get weights with a shape and no memory (device meta), and nothing is drawn at random.
+
+    Unlike `torch.device("meta")` it leaves other tensors as they are: torchvision computes sizes with some.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch; those that allocate weights, on the device meta."""
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of train.py as the dictionary that it is; InputError for any other file."""
+    """Read a checkpoint of train.py as the dictionary that it is; InputError for any other file.
+
+    What inference needs has the types that train.py writes, whoever wrote the file.
+    """
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder, not a checkpoint: give {Path(path) / 'best.pt'}")
     checkpoint = safe_load(path, device)
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+    if not isinstance(checkpoint, dict) or type(checkpoint.get("format")) is not int:
         raise InputError(f"{path} is not a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise InputError(
-            f"{path} has checkpoint format {checkpoint['format']}, this code reads {CHECKPOINT_FORMAT}: train again"
-        )
+        found = _shown(checkpoint["format"])
+        raise InputError(f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_FORMAT}: train again")
     if not checkpoint.keys() >= CHECKPOINT_KEYS:
         raise InputError(f"{path} is not a checkpoint of train.py")
+    _check_settings(checkpoint, path)
+    _check_words(checkpoint["words"], path)
+    _check_weights(checkpoint["model"], path)
     return checkpoint
+
+
+def _check_settings(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Raise InputError where a setting is missing, unknown or not of its type in `build_captioner`."""
+    hints, settings = get_type_hints(build_captioner), checkpoint["model_settings"]
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: model_settings is {_shown(settings)}, not a dictionary")
+    for name in settings.keys() ^ model_settings(hints).keys():
+        raise InputError(f"{path}: model_settings has {_shown(name)} too {'many' if name in settings else 'few'}")
+    for name, value in (checkpoint | settings).items():
+        hint = hints.get(name)
+        if hint is None or name not in CHECKPOINT_KEYS | settings.keys():
+            continue
+        choices = get_args(hint)
+        if choices and not (type(value) is str and value in choices):
+            raise InputError(f"{path}: {name} is {_shown(value)}, not one of {' '.join(choices)}")
+        if not choices and type(value) not in ((int, float) if hint is float else (hint,)):
+            raise InputError(f"{path}: {name} is {_shown(value)}, not of type {hint.__name__}")
+
+
+def _check_words(words: Any, path: str | Path) -> None:
+    """Raise InputError where words are not a list of different words."""
+    if not isinstance(words, list) or not all(type(word) is str for word in words):
+        raise InputError(f"{path}: words is not a list of words")
+    if len(set(words)) < len(words):
+        raise InputError(f"{path}: words has a word twice")
+    try:
+        " ".join(words).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: words has text that cannot be written (half of a surrogate pair)") from None
+
+
+def _check_weights(weights: Any, path: str | Path) -> None:
+    """Raise InputError where weights are not a state dict of dense tensors.
+
+    Others may have more elements than the file: a single number can stand for a terabyte.
+    """
+    if not isinstance(weights, dict) or not all(type(name) is str for name in weights):
+        raise InputError(f"{path}: model is not a state dict")
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_nested or weight.is_meta:
+            raise InputError(f"{path}: {name} is not a dense tensor")
+        if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+            raise InputError(f"{path}: the elements of {name} are not one after another")
+
+
+def _shown(value: Any) -> str:
+    """A value of a file of others in an error's line, which it must not fill: the start of text or a number."""
+    return repr(value)[:40] if isinstance(value, (str, int, float)) else type(value).__name__

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import time
+import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -125,15 +127,32 @@ def read_json(path: str | Path) -> Any:
 
 
 def safe_load(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Read what torch.save wrote, executing nothing; InputError where the file is missing or is not that."""
+    """Read what torch.save wrote, executing nothing; InputError where the file is missing or is not that.
+
+    The memory that it takes is in proportion to the file's size.
+    """
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # a damaged file raises almost anything, and torch's own message advises to load it unsafely
-        raise InputError(f"{path} is refused: it is damaged, or holds more than tensors and plain containers") from None
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is then refused
+        try:
+            _check_zip(file)
+            return torch.load(file, map_location=device, weights_only=True)
+        except Exception:  # a damaged file raises almost anything, and torch's own message advises to load it unsafely
+            raise InputError(
+                f"{path} is refused: it is damaged, or holds more than tensors and plain containers"
+            ) from None
+
+
+def _check_zip(file: BinaryIO) -> None:
+    """Raise an exception where a zip file is damaged, which torch.load does not notice, or would unpack to more."""
+    if zipfile.is_zipfile(file):  # torch's files before 1.6 are none
+        with zipfile.ZipFile(file) as archive:
+            if sum(record.file_size for record in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                raise zipfile.BadZipFile("compressed or overlapping records")
+            if archive.testzip():
+                raise zipfile.BadZipFile("wrong checksum")
+    file.seek(0)
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:

@@ -136,13 +136,77 @@ def test_every_model(variant, tmp_path):
     )
 
 
-def test_a_checkpoint_of_another_vocabulary_names_both_sizes(run_folder, tmp_path):
+def change(name, value):
+    """A change of a checkpoint: its setting of this name."""
+    return lambda checkpoint: checkpoint["model_settings"].update({name: value})
+
+
+MALFORMED = {
+    "not a checkpoint": (lambda checkpoint: checkpoint.pop("words"), "is not a checkpoint of train.py"),
+    "no settings": (lambda checkpoint: checkpoint.update(model_settings={}), "model_settings has 'encoder"),
+    "one setting more": (change("beams", 3), "model_settings has 'beams' too many"),
+    "integers as words": (lambda checkpoint: checkpoint.update(words=[1, 2]), "words is not a list of words"),
+    "a word twice": (lambda checkpoint: checkpoint["words"].append("a"), "words has a word twice"),
+    "fewer words": (lambda checkpoint: checkpoint["words"].pop(), r"do not fit its settings and \d+ words: decoder"),
+    "text as a size": (lambda checkpoint: checkpoint.update(image_size="32"), "image_size is '32', not of type int"),
+    "huge images": (lambda checkpoint: checkpoint.update(image_size=10**6), "1000000 pixels are too large"),
+    "an unknown cell": (change("cell", "elman"), "cell is 'elman', not one of lstm gru rnn"),
+    "a wide cell": (change("hidden_dim", 10**7), "decoder.* is .* not torch.float32 .*10000000"),
+    "a wide cell whose sizes overflow": (change("hidden_dim", 10**12), "other.pt: "),
+    "many layers": (change("graph_layers", 10**8), "do not fit --graph_layers 100000000"),
+    "a fine grid": (change("grid_size", 10**6), "finer than the images"),
+    "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be below 1"),
+    "a missing weight": (lambda checkpoint: checkpoint["model"].popitem(), "is missing"),
+    "doubles": (
+        lambda checkpoint: checkpoint.update(model={name: x.double() for name, x in checkpoint["model"].items()}),
+        "float64",
+    ),
+    "a terabyte of one number": (
+        lambda checkpoint: checkpoint["model"].update({"decoder.gate.bias": torch.zeros(1).expand(10**12)}),
+        "not one after another",
+    ),
+    "a sparse weight": (
+        lambda checkpoint: checkpoint["model"].update(x=torch.zeros(2, 2).to_sparse()),
+        "x is not a dense tensor",
+    ),
+    "weights that are not numbers": (
+        lambda checkpoint: checkpoint["model"]["decoder.output.bias"].fill_(float("nan")),
+        "decoder.output.bias has values that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_checkpoint_is_one_line_that_names_it(name, run_folder, tmp_path):
+    change, message = MALFORMED[name]
     checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
-    rows = len(checkpoint["words"])
-    checkpoint["words"] = checkpoint["words"][:-1]
+    change(checkpoint)
     torch.save(checkpoint, tmp_path / "other.pt")
-    with pytest.raises(InputError, match=f"names {rows - 1} words but its model has {rows}"):
+    with pytest.raises(InputError, match=message) as caught:
         load_captioner(tmp_path / "other.pt", "cpu")
+    assert str(tmp_path / "other.pt") in str(caught.value)
+
+
+def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_folder):
+    before = torch.get_rng_state()
+    captioner, _ = load_captioner(run_folder / "best.pt", "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.requires_grad for parameter in captioner.parameters())
+    assert not any(tensor.is_meta for tensor in (*captioner.parameters(), *captioner.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dropout", 1.0, "--dropout 1.0"),
+        ("hidden_dim", 0, "--hidden_dim 0"),
+        ("grid_size", 33, "--grid_size 33: finer"),
+        ("graph_knn", -1, "--graph_knn -1"),
+    ],
+)
+def test_sizes_out_of_range_are_an_error(name, value, message):
+    with pytest.raises(InputError, match=message):
+        build(replace(SMALL, **{name: value}), 7)
 
 
 def test_a_checkpoint_gives_back_the_same_model(run_folder):

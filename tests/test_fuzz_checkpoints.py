@@ -1,0 +1,234 @@
+"""Mutated checkpoints: each gives the captions of the unmutated one, or one line, and never takes much memory.
+
+Three kinds of mutations, all seeded: of the dictionary that a checkpoint is, of the file's bytes, and of the pickle in
+it with the file's checksums made right. A mutation may leave a valid checkpoint of something else: other words, another
+image size or grid, one weight in place of another. Those (`OTHER_MODEL`, and pickles with right checksums) must load
+and caption, or be one line.
+"""
+
+import io
+import math
+import random
+import re
+import zipfile
+
+import pytest
+import torch
+
+from conftest import SMALL, build
+from models import CHECKPOINT_FORMAT, load_captioner, model_settings
+from modules.beam_search import beam_search
+from text.vocabulary import SPECIAL_TOKENS
+from utils import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, of the odd tensors that are made here
+TINY = {**vars(SMALL), "encoder": "squeezenet1_1", "encoder_layer": "features.3", "graph_layers": 1}
+WORDS = [*SPECIAL_TOKENS, *"abcdefgh"]
+OTHER_MODEL = {"image_size", "resize", "grid_size", "graph_knn", "words"}
+OVERHEAD = 16 * 2**20  # bytes that Python and torch may take besides
+VALUES = [
+    *(None, True, False, -1, 0, 1, 3, 10**7, 10**12, 2**70, 2**2000, 0.3, -0.5, 1e308, math.inf, math.nan, 1j),
+    *("", "x", "pad", "gru", "dot", "resnet18", "vgg11", "features", "features.4", "é", "\ud800", "x" * 100_000),
+    *(b"", [], [1], {}, {1: 2}, (), ("a",), set(), torch.Size([2]), torch.float, torch.device("cpu"), [[[]]] * 9),
+    *(torch.tensor(1), torch.zeros(0), torch.zeros(2, 3), torch.zeros(1).expand(10**12)),
+]
+TENSORS = [
+    lambda weight: weight[:0],
+    lambda weight: weight.unsqueeze(0),
+    lambda weight: weight.flatten(),
+    lambda weight: weight.double(),
+    lambda weight: weight.bfloat16(),
+    lambda weight: weight.long(),
+    lambda weight: weight.to(torch.complex64),
+    lambda weight: weight.to(torch.float8_e5m2),
+    lambda weight: torch.full_like(weight, math.nan),
+    lambda weight: torch.full_like(weight, -math.inf),
+    lambda weight: weight.to("meta"),
+    lambda weight: weight.float().to_sparse(),
+    lambda weight: torch.sparse_coo_tensor(torch.zeros(2, 0), [], (10**9, 10**9)),
+    lambda weight: torch.quantize_per_tensor(weight.float(), 0.1, 0, torch.qint8),
+    lambda weight: torch.nested.nested_tensor([weight, weight]),
+    lambda weight: weight.flatten()[:1].expand(10**12),
+    lambda weight: weight.flatten()[:1].expand(10**6, 10**6),
+    lambda weight: weight.flatten()[:1].expand(weight.numel() or 1).view(weight.shape),
+    lambda weight: torch.cat([weight.flatten(), weight.flatten()])[::2],
+]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A checkpoint with the captions of its model: content, path, captions."""
+    torch.manual_seed(3)
+    captioner = build(type(SMALL)(**TINY), len(WORDS))
+    for parameter in captioner.decoder.parameters():
+        parameter.data *= 4  # far from uniform, so that captions differ
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "model": captioner.state_dict(),
+        "model_settings": model_settings(TINY),
+        "image_size": 32,
+        "resize": "squash",
+        "fine_tune_encoder": True,
+        "words": WORDS,
+    }
+    path = tmp_path_factory.mktemp("original") / "best.pt"
+    torch.save(content, path)
+    return content, path, captions_of(*load_captioner(path, "cpu"))
+
+
+def captions_of(captioner, vocabulary):
+    """The captions that a model gives two images, None where they are too large to try."""
+    if captioner.image_size * captioner.encoder.num_regions > 10_000:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    size = (2, 3, captioner.image_size, captioner.image_size)
+    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    with torch.inference_mode():
+        captions, _ = beam_search(captioner.decoder, captioner.encode_images(images), 2, 6)
+    return [vocabulary.decode(caption[0].tolist()) for caption in captions]
+
+
+def copy(content):
+    """A checkpoint's dictionary whose containers can be changed."""
+    return {key: type(value)(value) if isinstance(value, (dict, list)) else value for key, value in content.items()}
+
+
+def mutate_content(rng, content, path):
+    """Write a checkpoint with one entry changed; returns whether it may be a model with other captions."""
+    content = copy(content)
+    where = rng.choice([content, content["model_settings"], content["model"], content["words"]])
+    keys = list(where) if isinstance(where, dict) else list(range(len(where)))
+    key, action = rng.choice(keys), rng.randrange(6)
+    if action == 0:
+        del where[key]
+    elif action == 1 and isinstance(where, dict):
+        where[rng.choice(["", "é", 0, None, (1, 2), "model.x", f"{key}.x"])] = rng.choice(VALUES)
+    elif action == 2 and isinstance(where, dict):
+        where[key] = where[rng.choice(keys)]
+    elif where is content["model"]:
+        where[key] = rng.choice(TENSORS)(where[key]) if action > 3 else rng.choice(VALUES)
+    else:
+        where[key] = rng.choice(VALUES)
+    torch.save(content, path)
+    swapped = action == 2 and where is content.get("model")
+    return swapped or key in OTHER_MODEL or where is content.get("words")
+
+
+def mutate_bytes(rng, data):
+    """A file's bytes with some changed, cut off, left out or put in twice."""
+    data, start, length = bytearray(data), rng.randrange(len(data)), rng.choice([1, 1, 2, 8, 64, 1000])
+    if rng.random() < 0.3:  # near the ends: the zip directory
+        start = (len(data) - 1 - rng.randrange(3000)) % len(data)
+    action = rng.randrange(6)
+    if action == 0:
+        return bytes(data[:start])
+    if action == 1:
+        del data[start : start + length]
+    elif action == 2:
+        data[start:start] = data[start : start + length]
+    elif action == 3:
+        data[start : start + length] = rng.randbytes(length)
+    else:
+        for _ in range(length % 10):
+            data[rng.randrange(start, min(start + 50, len(data)))] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def mutate_pickle(rng, data):
+    """The checkpoint's zip file with a mutated pickle and right checksums."""
+    output = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(output, "w") as target:
+        for name in source.namelist():
+            record = source.read(name)
+            target.writestr(name, mutate_bytes(rng, record) if name.endswith("data.pkl") else record)
+    return output.getvalue()
+
+
+def peak_memory(reset=False):
+    """The most bytes of memory that this process has held since the last reset, 0 where the system does not tell."""
+    try:
+        if reset:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        with open("/proc/self/status") as file:
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", file.read())[1])
+    except OSError:
+        return 0
+
+
+def check(path, original, may_differ):
+    """Whether a checkpoint loads; asserts that it keeps the rules."""
+    model_bytes = sum(weight.nbytes for weight in original[0]["model"].values())
+    limit = 2 * path.stat().st_size + model_bytes + OVERHEAD
+    before = peak_memory(reset=True)
+    try:
+        loaded = load_captioner(path, "cpu")
+    except InputError as error:
+        assert str(path) in str(error) and len(str(error).splitlines()) == 1 and len(str(error)) < 500, error
+        return False
+    finally:
+        assert peak_memory() - before <= limit
+    captions = captions_of(*loaded)
+    assert may_differ or captions == original[2]
+    return True
+
+
+def fuzz(first, last, original, tmp_path):
+    """Check the mutations of these seeds; returns how many loaded."""
+    content, intact, _ = original
+    data, path, loaded = intact.read_bytes(), tmp_path / "mutated.pt", 0
+    for seed in range(first, last):
+        rng, kind, may_differ = random.Random(seed), seed % 3, False
+        if kind == 0:
+            may_differ = mutate_content(rng, content, path)
+        elif kind == 1:
+            path.write_bytes(mutate_bytes(rng, data))
+        else:
+            path.write_bytes(mutate_pickle(rng, data))
+            may_differ = True
+        try:
+            loaded += check(path, original, may_differ)
+        except BaseException as error:
+            error.add_note(f"seed {seed}") if hasattr(error, "add_note") else print(f"seed {seed}")
+            raise
+    return loaded
+
+
+def test_mutated_checkpoints_are_the_same_or_one_line(original, tmp_path):
+    assert fuzz(0, 150, original, tmp_path) > 2  # some mutations do no harm
+
+
+@pytest.mark.slow
+def test_2000_mutated_checkpoints_are_the_same_or_one_line(original, tmp_path):
+    assert fuzz(150, 2150, original, tmp_path) > 20
+
+
+@pytest.mark.parametrize("name", [name for name in model_settings(TINY) if isinstance(TINY[name], int)])
+@pytest.mark.parametrize("value", [-1, 10**7, 2**62, 2**2000])
+def test_sizes_that_the_weights_do_not_have_cost_no_memory(name, value, original, tmp_path):
+    content = copy(original[0])
+    content["model_settings"][name] = value
+    torch.save(content, tmp_path / "mutated.pt")
+    loaded = check(tmp_path / "mutated.pt", original, may_differ=name in OTHER_MODEL)
+    assert not loaded or (name == "graph_knn" and value > 0)
+
+
+def compressed(data, path):
+    """Write a checkpoint's zip file with 500 MB of compressed zeros in it."""
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+        target.writestr("best/data/999", bytes(500_000_000))
+
+
+def test_a_compressed_file_is_not_unpacked(original, tmp_path):
+    compressed(original[1].read_bytes(), tmp_path / "mutated.pt")
+    assert not check(tmp_path / "mutated.pt", original, may_differ=False)
+
+
+def test_a_flipped_bit_of_a_weight_is_found(original, tmp_path):
+    data = bytearray(original[1].read_bytes())
+    weight = original[0]["model"]["decoder.output.weight"].numpy().tobytes()
+    data[data.index(weight) + 100] ^= 1
+    (tmp_path / "mutated.pt").write_bytes(data)
+    assert not check(tmp_path / "mutated.pt", original, may_differ=False)
