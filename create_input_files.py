@@ -1,19 +1,23 @@
 """Prepare photos with captions: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
 
+import os
+import shlex
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from common.files import require_writable
 from preparation.caption_formats import FORMATS, random_split, read_records
 from preparation.folder_formats import tutorial_words
+from preparation.installation import installed_folder, lock_folder, owned_files
 from preparation.json_formats import read_karpathy
 from preparation.preview import plot_preview
 from preparation.records import ImageRecord
 from preparation.shapes import draw_shapes
 from preparation.storage import read_metadata
-from preparation.writing import fingerprint, installed_folder, owned_files, write_folder
+from preparation.writing import fingerprint, write_folder
 from utils import InputError, require_at_least, run_script
 
 
@@ -35,7 +39,7 @@ class Settings:
     skip_broken: bool = False  # skip and list photos that are broken, missing or without captions, instead of stopping
 
     # group: words and captions
-    min_word_freq: int = 5  # rarer words of the training captions become <unk>
+    min_word_freq: int = 0  # rarer words of the training captions become <unk>; 0: 5, or 1 below 1,000 training photos
     vocab_size: int = 0  # most frequent words to keep, special tokens not counted; 0: all
     max_train_images: int = 0  # training images to keep at most, chosen with the seed; 0: all
     captions_per_image: int = 0  # captions per training image to keep at most, chosen with the seed; 0: all
@@ -50,22 +54,60 @@ class Settings:
 
 def validate_settings(settings: Settings) -> None:
     """Raise InputError for settings out of range, or that contradict each other."""
-    require_at_least(settings, 1, "image_size", "min_word_freq", "num_scenes")
-    require_at_least(settings, 0, "vocab_size", "max_train_images", "captions_per_image", "max_caption_length")
+    require_at_least(settings, 1, "image_size", "num_scenes")
+    require_at_least(
+        settings, 0, "min_word_freq", "vocab_size", "max_train_images", "captions_per_image", "max_caption_length"
+    )
     if settings.long_captions == "drop" and not settings.max_caption_length:
         raise InputError("--long_captions drop needs --max_caption_length: how long is long?")
+    if settings.dataset in ("", ".", "..") or set(settings.dataset) & set("/\\"):
+        raise InputError(f"--dataset {settings.dataset!r} is not a name: --output_folder takes a path")
+    if settings.dataset != "shapes":
+        validate_paths(settings)
+    elif settings.captions or settings.images:
+        raise InputError("--dataset shapes reads no files: name the data set of --captions and --images")
+
+
+def validate_paths(settings: Settings) -> None:
+    """Raise InputError where --captions or --images are missing, do not exist or do not go together."""
+    for path in filter(None, settings.captions):
+        if not Path(path).exists():
+            raise InputError(f"--captions {path}: no such file or folder{did_you_mean(path)}")
     has_folder = bool(settings.captions) and Path(settings.captions[0]).is_dir()
-    if settings.dataset == "shapes":
-        if settings.captions or settings.images:
-            raise InputError("--dataset shapes reads no files: name the data set of --captions and --images")
-    elif not settings.captions or not all(settings.captions) or not (settings.images or has_folder):
+    if not settings.captions or not all(settings.captions) or not (settings.images or has_folder):
         raise InputError(
             f"--dataset {settings.dataset} needs --captions FILE and --images FOLDER, or a folder of both as --captions"
         )
-    elif settings.images and has_folder:
+    if settings.images and has_folder:
         raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")
-    elif settings.images and not Path(settings.images).is_dir():
-        raise InputError(f"--images {settings.images}: no such folder")
+    if settings.images and not Path(settings.images).is_dir():
+        raise InputError(f"--images {settings.images}: no such folder{did_you_mean(settings.images)}")
+
+
+def did_you_mean(path: str) -> str:
+    """The end of a message about a path that does not exist: a path with a similar name, if there is one."""
+    missing = next((part for part in (Path(path), *Path(path).parents) if part.parent.is_dir()), Path(path))
+    similar = get_close_matches(missing.name, [found.name for found in missing.parent.iterdir()], 1)
+    return f", did you mean {missing.with_name(similar[0])}?" if similar else ""
+
+
+def expand_home(settings: Settings) -> Settings:
+    """The settings with ~ in their paths replaced by the home folder, which a shell leaves to us within quotes."""
+    paths = {name: os.path.expanduser(getattr(settings, name)) for name in ("images", "output_folder", "preview")}
+    return replace(settings, captions=tuple(map(os.path.expanduser, settings.captions)), **paths)
+
+
+def choose_min_word_freq(settings: Settings, records: list[ImageRecord]) -> Settings:
+    """The settings with a --min_word_freq for the number of training photos, which is printed, where none is given."""
+    if settings.min_word_freq:
+        return settings
+    num_photos = settings.num_scenes
+    if settings.dataset != "shapes":
+        num_photos = sum(record.split == "train" for record in records)
+    num_photos = min(num_photos, settings.max_train_images or num_photos)
+    settings = replace(settings, min_word_freq=5 if num_photos >= 1000 else 1)
+    print(f"--min_word_freq {settings.min_word_freq}, the default for {num_photos} training photos")
+    return settings
 
 
 def read_dataset(settings: Settings) -> tuple[list[ImageRecord], list[str] | None]:
@@ -89,15 +131,20 @@ def is_prepared(output: Path, settings: Settings, records: list[ImageRecord]) ->
         raise InputError(f"{output} holds other files: give another --output_folder")
     if settings.overwrite:
         return False
-    if read_metadata(output)["source"] != fingerprint(settings, records):
+    metadata = read_metadata(output)
+    if metadata["source"] != fingerprint(settings, records):
         raise InputError(
             f"{output} was made with other settings: --overwrite replaces it, or give another --output_folder"
         )
+    for name, size in metadata["files"].items():
+        if not (output / name).is_file() or (output / name).stat().st_size != size:
+            raise InputError(f"{output / name} is missing or was changed: --overwrite prepares the folder again")
     return True
 
 
 def main(settings: Settings) -> None:
     """Write {train,val,test}_images.hdf5 and _captions.json, word_map.json and dataset.json; or preview a folder."""
+    settings = expand_home(settings)
     if settings.preview:
         print(*plot_preview(settings.preview), sep="\n")
         return
@@ -105,15 +152,18 @@ def main(settings: Settings) -> None:
     output = Path(settings.output_folder or f"data/{settings.dataset}")
     require_writable(output)
     records, words = ([], None) if settings.dataset == "shapes" else read_dataset(settings)
-    if is_prepared(output, settings, records):
-        print(f"{output} exists already, made with the same settings")
-        return
-    with installed_folder(output) as folder:
-        if settings.dataset == "shapes":
-            draw_shapes(folder, settings.num_scenes, settings.image_size, settings.seed)
-            records = read_karpathy(folder / "dataset_shapes.json", folder / "photos")
-        write_folder(folder, records, settings, words)
-    print(f"{output} is ready: python train.py --data_folder {output}")
+    if words is None:
+        settings = choose_min_word_freq(settings, records)
+    with lock_folder(output):
+        if is_prepared(output, settings, records):
+            print(f"{output} exists already, made with the same settings")
+            return
+        with installed_folder(output) as folder:
+            if settings.dataset == "shapes":
+                draw_shapes(folder, settings.num_scenes, settings.image_size, settings.seed)
+                records = read_karpathy(folder / "dataset_shapes.json", folder / "photos")
+            write_folder(folder, records, settings, words)
+    print(f"{output} is ready: python train.py --data_folder {shlex.quote(str(output))}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class CaptionDataset(Dataset):
         self.entries, self.references = read_captions(data_folder, split, metadata)
         self.captions = self.references.encode(vocabulary)
         self.images_path = Path(data_folder) / f"{split}_images.hdf5"
-        self.has_boxes = all("objects" in entry for entry in self.entries)
+        self.has_boxes = all("objects" in entry for entry in self.entries) and any(
+            entry["objects"] for entry in self.entries
+        )
         word2idx = vocabulary.word2idx
         self.flipped_ids = {
             word2idx[word]: word2idx.get(opposite, UNK) for word, opposite in FLIPPED_WORDS.items() if word in word2idx

@@ -50,12 +50,12 @@ def read_records(captions: Sequence[str], images: str, kind: str) -> tuple[list[
         images: the folder of the photos; not used where `captions` is a folder.
         kind: a name of READERS, or auto to detect it.
 
-    Raises InputError where the paths do not exist or do not fit the format, or the captions cannot be read.
+    Raises InputError where the paths do not fit the format, or the captions cannot be read.
     """
     paths = [Path(path) for path in captions]
     for path in paths:
-        if not path.exists():
-            raise InputError(f"--captions {path}: no such file or folder")
+        if path.is_file() and not path.stat().st_size:
+            raise InputError(f"--captions {path}: an empty file")
     if kind == "auto":
         kind = detect_format(paths[0])
     if paths[0].is_dir() != (kind in ("folder", "tutorial")):

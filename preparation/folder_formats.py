@@ -3,16 +3,29 @@
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from common.files import read_json
 from preparation.records import ImageRecord, records_of
-from preparation.storage import SPLITS
+from preparation.storage import SPLITS, open_images
 from preparation.text_formats import read_lines
 from text.vocabulary import SPECIAL_TOKENS
 from utils import InputError
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+PHOTO_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".gif",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".jp2",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 
 
 def read_folder(path: Path, _: Path) -> list[ImageRecord]:
@@ -91,13 +104,14 @@ def _read_tutorial_split(
 def _read_tutorial_images(path: Path) -> tuple[int, int]:
     """The number of images in one of the tutorial's HDF5 files, and of captions per image."""
     try:
-        with h5py.File(path) as file:
-            images: Any = file["images"]
-            per_image: Any = file.attrs["captions_per_image"]
+        with open_images(path) as images:
+            per_image: Any = images.file.attrs["captions_per_image"]
             shape, per_image = images.shape, int(per_image)
             is_square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3] > 0
             if images.dtype != "uint8" or not is_square:
                 raise TypeError
+    except InputError:
+        raise
     except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise InputError(f"{path} is damaged, or has no square uint8 images and captions_per_image") from None
     return shape[0], per_image

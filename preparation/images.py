@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from torch.nn import functional
 from utils import InputError, first_line
 
 # Pillow knows more formats, and hands some of them to other programs (EPS to Ghostscript).
-PHOTO_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+PHOTO_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MAX_PIXELS = 64_000_000  # of a photo when decoded, which then takes up to 1 GB of memory
+MIN_DECODED = 1.4  # JPEGs are decoded at no less than so many times an image's size: then the filter blurs little
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
 PAD_COLOR = (124, 116, 104)  # ImageNet's mean color, about zero after normalization
 
 
@@ -22,11 +26,14 @@ def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as each side keeps `min_side` pixels; 0: at its full size.
     Raises InputError where the photo is missing, damaged, too large or of another format.
     """
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is another
+    Image.init()
     try:
-        with Image.open(path, formats=PHOTO_FORMATS) as photo:
+        with Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN]) as photo:
             if min_side:
                 photo.draft(None, (min_side, min_side))
+            if photo.width * photo.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             ImageOps.exif_transpose(photo, in_place=True)
             if photo.mode == "F":
                 raise ValueError("its pixels are floating-point numbers of unknown range")
@@ -42,11 +49,22 @@ def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a photo ({', '.join(PHOTO_FORMATS)})") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, make it smaller") from None
+        raise InputError(f"{path}: {describe_other_file(Path(path))}") from None
+    except Image.DecompressionBombError:  # Pillow's own limit is for JPEGs, which are decoded at a smaller size
+        raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels, make it smaller") from None
     except Exception as error:  # a damaged file raises almost anything
         raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
+
+
+def describe_other_file(path: Path) -> str:
+    """Why a file is none of PHOTO_FORMATS."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if not start:
+        return "an empty file"
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
+        return "HEIC, or AVIF that this Pillow cannot read: convert it to JPEG, for example with heif-convert"
+    return f"not a photo ({', '.join(PHOTO_FORMATS)})"
 
 
 def to_square(photo: Image.Image, side: int, resize: str) -> Tensor:
@@ -55,27 +73,53 @@ def to_square(photo: Image.Image, side: int, resize: str) -> Tensor:
     Uses torch's bicubic filter, which is three times as fast as Pillow's; one pixel in twenty is rounded differently.
     """
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)  # (3, h, w)
-    height, width = pixels.shape[1:]
-    new_height = new_width = side
-    if resize == "crop":
-        shortest = min(height, width)
-        top, left = (height - shortest) // 2, (width - shortest) // 2
-        pixels = pixels[:, top : top + shortest, left : left + shortest]
-    elif resize == "pad":
-        new_height, new_width = (max(1, round(side * length / max(height, width))) for length in (height, width))
+    (left, top, width, height), (new_left, new_top, new_width, new_height) = place(photo.size, side, resize)
+    pixels = pixels[:, top : top + height, left : left + width]
     pixels = functional.interpolate(pixels[None], (new_height, new_width), mode="bicubic", antialias=True)[0]
     if resize == "pad":
         square = torch.tensor(PAD_COLOR, dtype=torch.uint8).view(3, 1, 1).repeat(1, side, side)
-        top, left = (side - new_height) // 2, (side - new_width) // 2
-        square[:, top : top + new_height, left : left + new_width] = pixels
+        square[:, new_top : new_top + new_height, new_left : new_left + new_width] = pixels
         pixels = square
     return pixels.contiguous()
+
+
+def place(size: tuple[int, int], side: int, resize: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The part of a photo (width, height) that `to_square` keeps, and where it comes to lie in the square.
+
+    Both are (left, top, width, height) in pixels.
+    """
+    width, height = size
+    if resize == "crop":
+        shortest = min(size)
+        return ((width - shortest) // 2, (height - shortest) // 2, shortest, shortest), (0, 0, side, side)
+    if resize == "pad":
+        new_width, new_height = (max(1, round(side * length / max(size))) for length in size)
+        return (0, 0, width, height), ((side - new_width) // 2, (side - new_height) // 2, new_width, new_height)
+    return (0, 0, width, height), (0, 0, side, side)
+
+
+def place_objects(objects: list[dict[str, Any]], size: tuple[int, int], side: int, resize: str) -> list[dict[str, Any]]:
+    """The objects of a photo (width, height) with their boxes where `to_square` puts them, clipped to what it keeps.
+
+    A box is [left, top, right, bottom] in fractions of the sides. Objects that are cropped away are left out.
+    """
+    if resize == "squash":
+        return objects
+    kept, target = place(size, side, resize)
+    placed = []
+    for item in objects:
+        box = []
+        for edge, axis in zip(item["box"], (0, 1, 0, 1), strict=True):
+            share = (edge * size[axis] - kept[axis]) / kept[axis + 2]
+            box.append((target[axis] + min(1.0, max(0.0, share)) * target[axis + 2]) / side)
+        if box[0] < box[2] and box[1] < box[3]:
+            placed.append({**item, "box": box})
+    return placed
 
 
 def load_image(path: str | Path, size: int, resize: str = "squash") -> np.ndarray:
     """A photo as the square image (3, size, size) uint8 that training and captioning both see.
 
-    JPEGs may be decoded at a smaller size, yet not below 1.4 times `size`: from there on the filter blurs little.
     Raises InputError as `open_photo`.
     """
-    return to_square(open_photo(path, round(1.4 * size)), size, resize).numpy()
+    return to_square(open_photo(path, round(MIN_DECODED * size)), size, resize).numpy()

@@ -27,7 +27,7 @@ def read_karpathy(path: Path, images: Path) -> list[ImageRecord]:
             image_id = require_type(image.get("cocoid", image.get("imgid", index)), (int, str))
             split = parse_split(image["split"], path, name)
             captions = [caption for caption in captions if caption["words"]]
-            objects = validate_objects(image.get("objects", []))
+            objects = validate_objects(image["objects"], f"{path}: {name}") if "objects" in image else None
             records.append(ImageRecord(images / name, name, image_id, split, captions, objects))
     except KeyError as error:
         raise InputError(f"{path}: no key {error} in images[{len(records)}], is this Karpathy's JSON?") from None
@@ -41,12 +41,17 @@ def require_words(value: Any) -> list[str]:
     return [word for word in require_type(value, list) if require_type(word, str)]
 
 
-def validate_objects(value: Any) -> list[dict[str, Any]]:
-    """Return a list of objects with words and box unchanged; TypeError or KeyError for anything else."""
-    for item in value:
+def validate_objects(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return a list of objects with words and box unchanged; TypeError or KeyError for anything else.
+
+    Raises InputError, which names where they are, for boxes in pixels; a detector's may overshoot the photo a little.
+    """
+    for item in require_type(value, list):
         box = item["box"]
-        if not require_words(item["words"]) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
+        if not require_words(item["words"]) or len(box) != 4:
             raise TypeError
+        if not all(-1 <= require_type(edge, (int, float)) <= 2 for edge in box):
+            raise InputError(f"{where}: a box is left, top, right, bottom in fractions of the photo's sides, not {box}")
     return value
 
 

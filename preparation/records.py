@@ -1,7 +1,7 @@
 """Image records: what every caption format is read into."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class ImageRecord:
     image_id: int | str
     split: str  # empty where the captions have no splits
     captions: list[dict[str, Any]]  # [{"words": [...], "raw": "..."}]
-    objects: list[dict[str, Any]] = field(default_factory=list)  # [{"words": [...], "box": [left, top, right, bottom]}]
+    objects: list[dict[str, Any]] | None = None  # [{"words": [...], "box": [left, top, right, bottom]}] where known
     row: int = -1  # index in an HDF5 file of images; -1: `path` is a photo
 
 

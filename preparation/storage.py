@@ -1,7 +1,9 @@
 """Prepared folders: what create_input_files.py writes and everything else reads."""
 
+import contextlib
 import itertools
 import json
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,7 @@ import numpy as np
 
 from common.files import atomic_write, read_json
 from text.vocabulary import END, START, Vocabulary
-from utils import InputError
+from utils import InputError, first_line
 
 SPLITS = ("train", "val", "test")
 
@@ -26,9 +28,14 @@ def read_metadata(data_folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(data_folder)
     if not folder.is_dir():
-        raise InputError(f"no data folder {folder}: run create_input_files.py --output_folder {folder} first")
+        raise InputError(
+            f"no data folder {folder}: run create_input_files.py --output_folder {shlex.quote(str(folder))} first"
+        )
     if not (folder / "dataset.json").is_file():
-        raise InputError(f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py")
+        raise InputError(
+            f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py, or give the "
+            f"folder that it wrote"
+        )
     metadata = read_json(folder / "dataset.json")
     if not isinstance(metadata, dict) or not metadata.keys() >= {"image_size", "resize", "splits", "digest", "source"}:
         raise InputError(
@@ -118,17 +125,36 @@ def read_captions(
     captions_path, entries = Path(data_folder) / f"{split}_captions.json", []
     captions = PackedCaptions.pack(iter_captions(captions_path, entries))
     try:
-        with h5py.File(images_path) as file:
-            images: Any = file["images"]
-            stored = (images.shape[0], file.attrs.get("digest"))
-    except (OSError, KeyError) as error:
-        raise InputError(f"{images_path} is missing or damaged ({error}): run create_input_files.py again") from None
+        with open_images(images_path) as images:
+            stored = (images.shape[0], images.file.attrs.get("digest"))
+    except (OSError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{images_path} is missing or damaged ({first_line(error)}): run create_input_files.py again with "
+            f"--overwrite"
+        ) from None
     images_match = stored == (described["images"], described["digest"])
     captions_match = len(entries) == described["images"]
     for path, matches in ((images_path, images_match), (captions_path, captions_match)):
         if not matches:
-            raise InputError(f"{path} is not the file that dataset.json describes: run create_input_files.py again")
+            raise InputError(
+                f"{path} is not the file that dataset.json describes: run create_input_files.py again with --overwrite"
+            )
     return entries, captions
+
+
+@contextlib.contextmanager
+def open_images(path: Path) -> Iterator[h5py.Dataset]:
+    """Open the data set `images` of an HDF5 file.
+
+    Raises OSError or KeyError where there is none, and InputError where its content lies in other files: HDF5 would
+    read any file that it names, and somebody's private file would become pixels.
+    """
+    with h5py.File(path) as file:
+        is_link = isinstance(file.get("images", getlink=True), (h5py.SoftLink, h5py.ExternalLink))
+        images: Any = None if is_link else file["images"]
+        if is_link or (isinstance(images, h5py.Dataset) and (images.external or images.is_virtual)):
+            raise InputError(f"{path} is refused: its images are a link or lie in other files, copy them into it")
+        yield images
 
 
 def write_captions(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
@@ -155,8 +181,8 @@ def iter_captions(path: str | Path, entries: list[dict[str, Any]]) -> Iterator[l
                 entries.append(entry)
                 yield captions
     except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
+        raise InputError(f"no such file: {path}: run create_input_files.py again with --overwrite") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
-            f"{path}, image {len(entries) + 1}: not valid JSON as create_input_files.py writes it, run it again"
+            f"{path}, image {len(entries) + 1}: another form, or damaged: run create_input_files.py again with --overwrite"
         ) from None

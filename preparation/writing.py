@@ -1,16 +1,12 @@
-"""Writing a prepared folder: sampling of the training data, decoding, the files, and their installation.
+"""Writing a prepared folder: sampling of the training data, decoding, and the files.
 
 `settings` are those of create_input_files.py.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import random
-import re
-import shutil
 import statistics
 import sys
 from collections import Counter, deque
@@ -27,9 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.files import write_json
-from preparation.images import load_image, to_square
+from preparation.images import MIN_DECODED, open_photo, place_objects, to_square
+from preparation.installation import require_space
 from preparation.records import ImageRecord
-from preparation.storage import SPLITS, write_captions
+from preparation.storage import SPLITS, open_images, write_captions
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
 from utils import InputError
 
@@ -69,17 +66,19 @@ def shorten(captions: list[dict[str, Any]], settings: Any) -> list[dict[str, Any
 # ------------------------------------------------------------------------------------------------ images
 
 
-def load_record(record: ImageRecord, size: int, resize: str) -> np.ndarray | InputError:
-    """The image (3, size, size) uint8 of a record, or the error that makes it unusable."""
+def load_record(record: ImageRecord, size: int, resize: str) -> tuple[ImageRecord, np.ndarray] | InputError:
+    """A record, its boxes placed in the square, and its image (3, size, size) uint8; or why it is unusable."""
     if not record.captions:
         return InputError(f"{record.path}: has no captions")
     try:
         if record.row < 0:
-            return load_image(record.path, size, resize)
-        with h5py.File(record.path) as file:
-            images: Any = file["images"]
-            image = Image.fromarray(images[record.row].transpose(1, 2, 0))
-        return to_square(image, size, resize).numpy()
+            photo = open_photo(record.path, round(MIN_DECODED * size))
+        else:
+            with open_images(record.path) as images:
+                photo = Image.fromarray(images[record.row].transpose(1, 2, 0))
+        if record.objects:
+            record = replace(record, objects=place_objects(record.objects, photo.size, size, resize))
+        return record, to_square(photo, size, resize).numpy()
     except InputError as error:
         return error
     except OSError as error:
@@ -88,19 +87,18 @@ def load_record(record: ImageRecord, size: int, resize: str) -> np.ndarray | Inp
 
 def load_records(
     records: list[ImageRecord], size: int, resize: str, description: str
-) -> Iterator[tuple[ImageRecord, np.ndarray | InputError]]:
-    """Yield each record in order with its `load_record`, on all cores, under a progress bar with a description.
+) -> Iterator[tuple[ImageRecord, np.ndarray] | InputError]:
+    """Yield the `load_record` of each record in order, on all cores, under a progress bar with a description.
 
     Pillow and torch release the interpreter lock while they decode and resize, so threads use every core. Only a few
     images are loaded ahead, so memory stays constant.
     """
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(records), desc=description, unit="photo") as bar:
-        futures = ((record, pool.submit(load_record, record, size, resize)) for record in records)
+        futures = (pool.submit(load_record, record, size, resize) for record in records)
         queue = deque(islice(futures, 8 * workers))
         while queue:
-            record, future = queue.popleft()
-            yield record, future.result()
+            yield queue.popleft().result()
             queue.extend(islice(futures, 1))
             bar.update()
 
@@ -118,10 +116,11 @@ def write_split(
     with h5py.File(folder / f"{split}_images.hdf5", "w") as file:
         shape = (len(records), 3, size, size)
         images = file.create_dataset("images", shape, np.uint8, chunks=(1, *shape[1:]), maxshape=shape)
-        for record, image in load_records(records, size, settings.resize, f"{split} photos"):
-            if isinstance(image, InputError):
-                errors.append(str(image))
+        for loaded in load_records(records, size, settings.resize, f"{split} photos"):
+            if isinstance(loaded, InputError):
+                errors.append(str(loaded))
             else:
+                record, image = loaded
                 content = image.tobytes()
                 images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # at least twice as fast as images[i] = ...
                 digest.update(content)
@@ -130,7 +129,7 @@ def write_split(
         file.attrs["digest"] = digest.hexdigest()
     entries = (
         {"image": record.name, "image_id": record.image_id, "captions": record.captions}
-        | ({"objects": record.objects} if record.objects else {})
+        | ({} if record.objects is None else {"objects": record.objects})
         for record in kept
     )
     write_captions(folder / f"{split}_captions.json", entries)
@@ -167,12 +166,16 @@ def write_folder(folder: Path, records: list[ImageRecord], settings: Any, words:
         "words": len(vocabulary),
         "splits": splits,
         "digest": content_digest(folder, splits),
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
         "source": fingerprint(settings, records),
     }
     write_json(folder / "dataset.json", metadata, indent=1)
     print(f"{len(vocabulary)} words: four special tokens and {origin}")
     for split in SPLITS:
         print(describe_split(split, kept[split], vocabulary))
+    lengths = [len(caption["words"]) for split in SPLITS for record in kept[split] for caption in record.captions]
+    if statistics.median(lengths) <= 1:
+        print("most captions have one word: labels, or sentences whose words must be separated by spaces first")
 
 
 def content_digest(folder: Path, splits: dict[str, Any]) -> str:
@@ -184,13 +187,21 @@ def content_digest(folder: Path, splits: dict[str, Any]) -> str:
 
 
 def choose_vocabulary(records: list[ImageRecord], settings: Any, words: list[str] | None) -> tuple[Vocabulary, str]:
-    """The vocabulary of given words, or else of training records, and where its words are from."""
+    """The vocabulary of given words, or else of training records, and where its words are from.
+
+    Raises InputError where the training captions have words and the settings keep none.
+    """
     if words is not None:
         return Vocabulary(SPECIAL_TOKENS + words), "those of the word map"
     counts = Counter(word for record in records for caption in record.captions for word in caption["words"])
     limit = f", {settings.vocab_size} at most" if settings.vocab_size else ""
     origin = f"those at least {settings.min_word_freq} times in the training captions{limit}"
-    return Vocabulary.from_counts(counts, settings.min_word_freq, settings.vocab_size), origin
+    vocabulary = Vocabulary.from_counts(counts, settings.min_word_freq, settings.vocab_size)
+    if counts and len(vocabulary) == len(SPECIAL_TOKENS):
+        raise InputError(
+            f"no word occurs {settings.min_word_freq} times in the training captions: give a smaller --min_word_freq"
+        )
+    return vocabulary, origin
 
 
 def describe_split(split: str, records: list[ImageRecord], vocabulary: Vocabulary) -> str:
@@ -219,75 +230,7 @@ def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
         source["images"] = os.fsencode(images).decode(errors="replace")
         digest = hashlib.sha256()
         for record in records:
-            digest.update(repr((record.name, record.image_id, record.split, record.captions)).encode())
+            content = (record.name, record.image_id, record.split, record.captions, record.objects)
+            digest.update(repr(content).encode())
         source["captions"] = digest.hexdigest()
     return source
-
-
-# ------------------------------------------------------------------------------------------------ installation
-
-
-@contextlib.contextmanager
-def installed_folder(output: Path) -> Iterator[Path]:
-    """Yield a new folder beside `output` that is installed there when the block ends, and removed when it fails.
-
-    Raises InputError where the disk is full.
-    """
-    partial = output.resolve().with_name(f".{output.resolve().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with one_line_disk_errors(output):
-            yield partial
-            install_folder(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def owned_files(folder: Path) -> list[str]:
-    """Names of what create_input_files.py and the feature cache may have written into a folder."""
-    names = ["dataset.json", "word_map.json", "features", "contact_sheet.png", "words.png"]
-    names += [f"{split}_{kind}" for split in SPLITS for kind in ("images.hdf5", "captions.json")]
-    if (folder / "dataset_shapes.json").exists():  # the photos of another data set belong to the user
-        names += ["photos", "dataset_shapes.json"]
-    return names
-
-
-def install_folder(complete: Path, output: Path) -> None:
-    """Move a complete folder to `output`, replacing what an earlier run wrote there; other files stay.
-
-    dataset.json is removed first and moved last, so that a half-replaced folder is recognized.
-    """
-    if not output.exists():
-        os.replace(complete, output)
-        return
-    for name in owned_files(output):
-        if (output / name).is_dir():
-            shutil.rmtree(output / name)
-        else:
-            (output / name).unlink(missing_ok=True)
-    for path in sorted(complete.iterdir(), key=lambda path: path.name == "dataset.json"):
-        os.replace(path, output / path.name)
-
-
-def require_space(folder: Path, num_images: int, size: int) -> None:
-    """Raise InputError where uncompressed images of `size` pixels a side will not fit on a folder's disk."""
-    needed, free = num_images * 3 * size * size, shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"{num_images} images of {size} pixels take {needed / 1e9:.3g} GB, {folder.parent} has {free / 1e9:.3g} GB "
-            f"left: give another --output_folder or a smaller --image_size"
-        )
-
-
-@contextlib.contextmanager
-def one_line_disk_errors(output: Path) -> Iterator[None]:
-    """Turn the errors of a full disk, which h5py raises in several lines, into one InputError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = re.search(r"error message = '([^']*)'", str(error))
-        if reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            detail = reason[1] if reason else getattr(error, "strerror", None)
-            raise InputError(f"{output} cannot be written: {detail}") from None
-        raise

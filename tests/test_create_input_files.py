@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 from PIL import Image
 
 import create_input_files
+import train
+from conftest import flags
 from preparation.storage import read_captions
 
 
@@ -156,7 +160,79 @@ def test_other_split_lists_are_other_settings(command, tmp_path, photos):
     assert "was made with other settings" in prepare(command, tmp_path, tmp_path / "tokens.txt", photos)[2]
 
 
+def test_objects_shape_the_folder(command, tmp_path, photos):
+    objects = [{"words": ["a", "cat"], "box": [0, 0, 1, 1]}]
+    assert prepare(command, tmp_path, karpathy(tmp_path / "captions.json", objects=objects), photos)[0] == 0
+    assert "exists already" in prepare(command, tmp_path, tmp_path / "captions.json", photos)[1]
+    objects[0]["box"][0] = 0.5
+    karpathy(tmp_path / "captions.json", objects=objects)
+    assert "was made with other settings" in prepare(command, tmp_path, tmp_path / "captions.json", photos)[2]
+
+
+@pytest.mark.parametrize("name", ["train_images.hdf5", "train_captions.json", "word_map.json"])
+@pytest.mark.parametrize("is_lost", [True, False], ids=["lost", "cut"])
+def test_a_lost_file_is_no_dead_end(command, tmp_path, photos, name, is_lost):
+    """What train.py says to do is possible, and works."""
+    captions = karpathy(tmp_path / "captions.json", ("train", "val", "test"))
+    assert prepare(command, tmp_path, captions, photos)[0] == 0
+    path = tmp_path / "out" / name
+    content = path.read_bytes()
+    path.unlink() if is_lost else path.write_bytes(content[: len(content) // 2])
+    status, _, err = command(train, *flags(tmp_path / "out", tmp_path / "run"))
+    assert status == 2 and name in err and err.endswith(": run create_input_files.py again with --overwrite\n"), err
+    status, _, err = prepare(command, tmp_path, tmp_path / "captions.json", photos)
+    assert status == 2 and f"{name} is missing or was changed: --overwrite prepares the folder again" in err
+    assert prepare(command, tmp_path, tmp_path / "captions.json", photos, "--overwrite")[0] == 0
+    assert path.read_bytes() == content
+
+
+# ------------------------------------------------------------------------------------------------ paths
+
+
+def test_a_path_with_spaces_is_quoted_where_it_is_to_be_typed(command, tmp_path, photos):
+    output = tmp_path / "my data"
+    more = ("--output_folder", output)
+    status, out, _ = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos, *more)
+    command_line = out.splitlines()[-1].split("is ready: ")[1]
+    assert status == 0 and shlex.split(command_line) == ["python", "train.py", "--data_folder", str(output)]
+
+
+def test_a_quoted_home_folder_is_found(command, tmp_path, photos, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    karpathy(tmp_path / "captions.json")
+    assert prepare(command, tmp_path, "~/captions.json", "~/photos", "--output_folder", "~/new")[0] == 0
+    assert (tmp_path / "new" / "dataset.json").is_file()
+    assert command(create_input_files, "--preview", "~/new")[0] == 0
+
+
+def test_photos_that_cannot_be_read_say_how_to_convert_them(command, tmp_path, photos):
+    (photos / "new.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (photos / "zero.jpg").touch()
+    for path in list(photos.iterdir()):
+        path.with_suffix(".txt").write_text("A dog.")
+    arguments = ("--dataset", "own", "--captions", photos, "--output_folder", tmp_path / "out", "--image_size", 8)
+    status, _, err = command(create_input_files, *arguments)
+    assert status == 2 and "new.heic: HEIC" in err and "convert it to JPEG" in err and "zero.jpg: an empty file" in err
+    assert command(create_input_files, *arguments, "--skip_broken")[0] == 0
+
+
 # ------------------------------------------------------------------------------------------------ words and captions
+
+
+def test_few_photos_keep_every_word(command, tmp_path, photos):
+    captions = karpathy(tmp_path / "captions.json")
+    status, out, _ = prepare(command, tmp_path, captions, photos, "--min_word_freq", 0)  # the default
+    assert status == 0 and "--min_word_freq 1, the default for 2 training photos" in out
+    assert "7 words: four special tokens and those at least 1 times" in out
+    status, _, err = prepare(command, tmp_path, captions, photos, "--min_word_freq", 5, "--overwrite")
+    assert status == 2 and "no word occurs 5 times in the training captions: give a smaller --min_word_freq" in err
+    assert "exists already" in prepare(command, tmp_path, captions, photos)[1]  # it is 1 there, and nothing is replaced
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, 5), ({"max_train_images": 999}, 1), ({"num_scenes": 999}, 1)])
+def test_many_photos_keep_frequent_words(settings, expected):
+    settings = create_input_files.Settings(**settings)
+    assert create_input_files.choose_min_word_freq(settings, []).min_word_freq == expected
 
 
 def test_vocab_size_keeps_the_most_frequent_words(command, tmp_path, photos):
@@ -235,7 +311,18 @@ def test_captions_per_image_are_chosen_with_the_seed(command, tmp_path, photos):
     [
         (("--captions", "a.json"), "--dataset shapes reads no files: name the data set of --captions and --images"),
         (("--dataset", "own"), "--dataset own needs --captions FILE and --images FOLDER, or a folder of both"),
-        (("--dataset", "own", "--captions", "a.json", "--images", "none"), "--images none: no such folder"),
+        (("--dataset", "own", "--captions", "utils.py", "--images", "none"), "--images none: no such folder\n"),
+        (
+            ("--dataset", "own", "--captions", "utils.py", "--images", "prepartion"),
+            "--images prepartion: no such folder, did you mean preparation?",
+        ),
+        (
+            ("--dataset", "own", "--captions", "tets/conftest.py"),
+            "--captions tets/conftest.py: no such file or folder, did you mean tests?",
+        ),
+        (("--dataset", "../own", "--captions", "."), "--dataset '../own' is not a name: --output_folder takes a path"),
+        (("--dataset", "/tmp/own", "--captions", "."), "--dataset '/tmp/own' is not a name"),
+        (("--dataset", "..", "--captions", "."), "--dataset '..' is not a name"),
         (
             ("--dataset", "own", "--captions", ".", "--images", "."),
             "--images .: leave it out, --captions . is a folder",
@@ -244,7 +331,8 @@ def test_captions_per_image_are_chosen_with_the_seed(command, tmp_path, photos):
         (("--num_scenes", 0), "--num_scenes 0: must be at least 1"),
     ],
 )
-def test_settings_that_contradict_each_other_are_named(command, tmp_path, arguments, message):
+def test_settings_that_contradict_each_other_are_named(command, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(Path(create_input_files.__file__).parent)
     status, _, err = command(create_input_files, *arguments, "--output_folder", tmp_path / "out")
     assert status == 2 and message in err
     assert not (tmp_path / "out").exists()
@@ -309,7 +397,7 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, photos):
         ('{"images": [{"filename": "c.jpg", "split": "all", "sentences": []}]}', "has the split 'all'"),
         ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": [{"raw": "x"}]}]}', "no key 'tokens'"),
         ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": []}]}', "photos are unusable"),
-        ("", "starts with '': neither a CSV"),
+        ("", "captions.any: an empty file"),
         ("photo;text\nc.jpg;hello", "starts with 'photo;text': neither a CSV"),
         ("image,caption\nc.jpg", "line 2: no caption for 'c.jpg'"),
         ("image,caption\nc.jpg,A dog, a cat", "line 2: a caption with commas must be in quotes"),

@@ -39,8 +39,13 @@ class Vocabulary:
     @classmethod
     def load(cls, data_folder: str | Path) -> "Vocabulary":
         """The vocabulary of a prepared folder's word_map.json. Raises InputError where that cannot be read."""
-        word2idx = read_json(Path(data_folder) / "word_map.json")
-        return cls(sorted(word2idx, key=word2idx.get))
+        path = Path(data_folder) / "word_map.json"
+        try:
+            word2idx = read_json(path)
+            return cls(sorted(word2idx, key=word2idx.get))
+        except (InputError, TypeError, AttributeError) as error:
+            reason = error if isinstance(error, InputError) else f"{path} is not a word map"
+            raise InputError(f"{reason}: run create_input_files.py again with --overwrite") from None
 
     def word_id(self, word: str) -> int:
         """The id of a caption's word: that of <unk> where it is unknown, or spelled as another special token."""

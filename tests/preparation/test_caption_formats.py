@@ -233,6 +233,16 @@ def test_coordinates_of_boxes_may_be_integers(tmp_path, photos):
     assert read_records([str(path)], str(photos), "auto")[0][0].objects == [item]
 
 
+def test_boxes_in_pixels_are_named(tmp_path, photos):
+    item = {"words": ["red", "circle"], "box": [0, 12, 100, 60]}
+    image = {"filename": "a.jpg", "split": "val", "objects": [item], "sentences": [{"tokens": ["a"], "raw": "A"}]}
+    path = write(tmp_path / "given.any", json.dumps({"images": [image]}))[0]
+    with pytest.raises(
+        InputError, match=r"a\.jpg: a box is .* in fractions of the photo's sides, not \[0, 12, 100, 60\]"
+    ):
+        read_records([str(path)], str(photos), "auto")
+
+
 # ------------------------------------------------------------------------------------------------ random splits
 
 UNSPLIT = [ImageRecord(Path("photo.jpg"), str(i), i, "", []) for i in range(40)]
@@ -301,7 +311,7 @@ def test_unreadable_captions_are_named_in_one_line(command, tmp_path, photos, co
 @pytest.mark.parametrize(
     ("captions", "kind", "message"),
     [
-        (["none"], "auto", "none: no such file or folder"),
+        (["empty.any"], "auto", "empty.any: an empty file"),
         (["given.any", "given.any"], "auto", "only COCO's may be several, this is --format csv"),
         (["photos"], "csv", "is a folder, which --format csv is not"),
         (["given.any"], "folder", "is a file, which --format folder is not"),
@@ -309,6 +319,7 @@ def test_unreadable_captions_are_named_in_one_line(command, tmp_path, photos, co
 )
 def test_paths_that_do_not_fit_are_named(tmp_path, photos, captions, kind, message):
     write(tmp_path / "given.any", "image,caption\na.jpg,A dog")
+    write(tmp_path / "empty.any", "")
     with pytest.raises(InputError, match=message):
         read_records([str(tmp_path / name) for name in captions], str(photos), kind)
 
@@ -338,6 +349,17 @@ def test_the_tutorials_words_must_be_unicode(tmp_path, photos):
     word_map = folder / "WORDMAP_own_2_cap.json"
     word_map.write_text(word_map.read_text().replace('"a"', '"\\ud800"'))
     with pytest.raises(InputError, match=r"surrogates not allowed"):
+        read_records([str(folder)], "", "auto")
+
+
+def test_the_tutorials_images_must_not_lie_in_other_files(tmp_path, photos):
+    (folder,) = write_tutorial(tmp_path / "given", photos)
+    path = next(folder.glob("VAL_IMAGES_*.hdf5"))
+    path.rename(tmp_path / "other.hdf5")
+    with h5py.File(path, "w") as file:
+        file["images"] = h5py.ExternalLink(str(tmp_path / "other.hdf5"), "images")
+        file.attrs["captions_per_image"] = 2
+    with pytest.raises(InputError, match=r"VAL_IMAGES_.* is refused: its images are a link or lie in other files"):
         read_records([str(folder)], "", "auto")
 
 

@@ -1,11 +1,13 @@
 """Every photo that people have becomes an upright RGB square, or is refused by its name."""
 
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from preparation.images import PAD_COLOR, load_image, open_photo
 from utils import InputError
@@ -37,6 +39,12 @@ def test_formats(tmp_path, name):
     quality = {"quality": 95} if name.endswith(("jpg", "webp")) else {}
     two_colors().save(tmp_path / name, **options, **quality)
     assert near(colors(tmp_path / name), (RED, GREEN))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif(tmp_path):
+    two_colors().save(tmp_path / "a.avif", quality=95)
+    assert near(colors(tmp_path / "a.avif"), (RED, GREEN))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA", "P", "CMYK", "RGBA"])
@@ -153,6 +161,23 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
     assert np.abs(load_image(tmp_path / "a.jpg", 64) - expected).mean() < 1
 
 
+@pytest.mark.slow
+def test_the_memory_of_the_largest_photos_is_bounded(tmp_path):
+    """A large JPEG is decoded at a smaller size; what cannot be takes no more than a gigabyte, or is refused."""
+    Image.new("RGB", (15_000, 11_800)).save(tmp_path / "a.jpg")
+    Image.new("RGBA", (8000, 8000)).save(tmp_path / "a.png", compress_level=1)
+    code = (
+        "import resource, sys; from preparation.images import load_image\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; load_image(sys.argv[1], 8)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True, check=True).stdout)
+        for name in ("a.jpg", "a.png")
+    ]
+    assert peaks[0] < 100e3 and peaks[1] < 1.1e6, peaks  # in kB
+
+
 def png_header(width, height):
     """The beginning of a PNG that says it is this large."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -163,10 +188,12 @@ def png_header(width, height):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a photo"),
+        (b"", "an empty file"),
         (b"A dog runs.", "not a photo"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a photo"),  # Ghostscript would run it
-        (png_header(20_000, 20_000), r"more than 178,956,970 pixels"),
+        (png_header(20_000, 20_000), "more than 64,000,000 pixels"),
+        (png_header(8000, 8001), "more than 64,000,000 pixels"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, or AVIF that this Pillow cannot read: convert it to JPEG"),
         (png_header(0, 5), "not a"),
         (None, "not a readable photo"),
     ],

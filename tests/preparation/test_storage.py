@@ -4,6 +4,8 @@ import json
 import shutil
 from collections import Counter
 
+import h5py
+import numpy as np
 import pytest
 
 from preparation.storage import PackedCaptions, iter_captions, read_captions, read_metadata, write_captions
@@ -40,12 +42,14 @@ def test_captions_files_are_json_that_is_read_line_by_line(tmp_path):
 )
 def test_damaged_captions_are_named(tmp_path, line):
     (tmp_path / "captions.json").write_text(f'[\n{{"image": "a", "captions": []}},\n{line}\n]\n')
-    with pytest.raises(InputError, match=r"captions\.json, image 2: not valid JSON as create_input_files\.py writes"):
+    with pytest.raises(InputError, match=r"captions\.json, image 2: another form, or damaged: run create_"):
         list(iter_captions(tmp_path / "captions.json", []))
 
 
 def test_missing_captions_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"no such file: .*captions\.json"):
+    with pytest.raises(
+        InputError, match=r"no such file: .*captions\.json: run create_input_files\.py again with --over"
+    ):
         list(iter_captions(tmp_path / "captions.json", []))
 
 
@@ -84,5 +88,39 @@ def test_files_of_another_split_are_refused(copied, name):
 
 def test_missing_images_are_named(copied):
     (copied / "val_images.hdf5").unlink()
-    with pytest.raises(InputError, match=r"val_images\.hdf5 is missing or damaged"):
+    with pytest.raises(InputError, match=r"val_images\.hdf5 is missing or damaged .*again with --overwrite"):
+        read_captions(copied, "val")
+
+
+def external_link(file, other):
+    file["images"] = h5py.ExternalLink(other, "images")
+
+
+def soft_link(file, other):
+    file["folder"] = h5py.ExternalLink(other, "/")
+    file["images"] = h5py.SoftLink("/folder/images")
+
+
+def external_storage(file, other):
+    file.create_dataset("images", (2, 3, 32, 32), np.uint8, external=[(other, 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(file, other):
+    layout = h5py.VirtualLayout((2, 3, 32, 32), np.uint8)
+    layout[:] = h5py.VirtualSource(other, "images", (2, 3, 32, 32))
+    file.create_virtual_dataset("images", layout)
+
+
+@pytest.mark.parametrize("link", [external_link, soft_link, external_storage, virtual])
+def test_images_that_lie_in_other_files_are_refused(copied, tmp_path, link):
+    path, other = copied / "val_images.hdf5", str(tmp_path / "other.hdf5")
+    path.rename(other)
+    with h5py.File(other) as file:
+        digest, shape = file.attrs["digest"], file["images"].shape
+    assert shape == (2, 3, 32, 32)
+    with h5py.File(path, "w") as file:
+        file.attrs["digest"] = digest
+        link(file, other)
+        assert file["images"].shape == shape  # as a reader that does not look would get them
+    with pytest.raises(InputError, match=r"val_images\.hdf5 is refused: its images are a link or lie in other files"):
         read_captions(copied, "val")

@@ -1,4 +1,4 @@
-"""Writing: the choice of training data, the order of images, the vocabulary, and the installation of a folder."""
+"""Writing: the choice of training data, the order of images, the vocabulary, boxes, and the digest of a folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from create_input_files import Settings
+from datasets import CaptionDataset
 from preparation.records import ImageRecord
 from preparation.storage import SPLITS, read_captions, read_metadata
-from preparation.writing import fingerprint, install_folder, installed_folder, subsample_train, write_folder
+from preparation.writing import fingerprint, subsample_train, write_folder
 from text.vocabulary import Vocabulary
+from utils import InputError
 
 SETTINGS = Settings(dataset="own", images="photos", image_size=8, min_word_freq=1)
 
@@ -105,6 +107,53 @@ def test_the_digest_is_that_of_images_captions_and_words(tmp_path, photos):
     assert len({digest("once"), *others}) == 5 and digest("again") == read_metadata(tmp_path / "once")["digest"]
 
 
+def test_a_vocabulary_without_words_names_min_word_freq(tmp_path, photos):
+    with pytest.raises(InputError, match="no word occurs 11 times in the training captions: give a smaller --min_w"):
+        write_folder(tmp_path, photos, replace(SETTINGS, skip_broken=True, min_word_freq=11), None)
+
+
+@pytest.mark.parametrize("size", [(160, 80), (80, 160), (100, 100)])
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_boxes_lie_where_the_objects_are_in_the_square(tmp_path, size, resize):
+    colors = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+    boxes = [[0.0, 0.0, 0.2, 0.2], [0.2, 0.4, 0.4, 0.7], [0.6, 0.3, 1.0, 0.6]]
+    photo = Image.new("RGB", size)
+    for color, box in zip(colors.values(), boxes, strict=True):
+        photo.paste(color, tuple(round(edge * side) for edge, side in zip(box, size * 2, strict=True)))
+    photo.save(tmp_path / "a.png")
+    objects = [{"words": [color], "box": box} for color, box in zip(colors, boxes, strict=True)]
+    records = [replace(record("a.png"), path=tmp_path / "a.png", objects=objects)]
+    (tmp_path / "out").mkdir()
+    write_folder(tmp_path / "out", records, replace(SETTINGS, image_size=80, resize=resize), None)
+    ((entry,), _) = read_captions(tmp_path / "out", "train")
+    with h5py.File(tmp_path / "out" / "train_images.hdf5") as file:
+        image = file["images"][0].astype(int)
+    found = {item["words"][0]: item["box"] for item in entry["objects"]}
+    for name, color in colors.items():
+        rows, columns = np.nonzero(abs(image - np.reshape(color, (3, 1, 1))).sum(0) < 100)
+        if name in found:
+            seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert np.abs(np.array(found[name]) * 80 - seen).max() <= 1
+        else:
+            assert not len(rows) and resize == "crop"
+    assert len(found) == (2 if resize == "crop" and size[0] != size[1] else 3)
+
+
+def test_an_image_without_objects_keeps_the_boxes_of_its_split(tmp_path, photos):
+    objects = [{"words": ["dog"], "box": [0.1, 0.1, 0.9, 0.9]}]
+    records = [replace(photos[0], objects=objects), replace(photos[4], objects=[])]
+    write_folder(tmp_path, records, SETTINGS, None)
+    assert CaptionDataset(tmp_path, "train", Vocabulary.load(tmp_path)).has_boxes
+    assert fingerprint(SETTINGS, records) != fingerprint(SETTINGS, photos[0:5:4])
+
+
+@pytest.mark.parametrize(("captions", "warned"), [(["собака", "кошка спит"], False), (["собака"], True)])
+def test_captions_of_one_word_are_warned_of(tmp_path, photos, capsys, captions, warned):
+    records = [replace(record("a", captions=captions), path=photos[0].path)]
+    write_folder(tmp_path, records, SETTINGS, None)
+    assert ("most captions have one word" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize(
     ("changes", "same"),
     [
@@ -121,28 +170,3 @@ def test_the_fingerprint_depends_on_what_shapes_the_folder(changes, same):
 
 def test_the_fingerprint_depends_on_the_captions():
     assert fingerprint(SETTINGS, [record("a")]) != fingerprint(SETTINGS, [record("a", captions=["a cat"])])
-
-
-def test_a_folder_is_installed_in_the_end_or_not_at_all(tmp_path):
-    output = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), installed_folder(output) as folder:
-        (folder / "dataset.json").write_text("1")
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
-    with installed_folder(output) as folder:
-        (folder / "dataset.json").write_text("2")
-        assert not output.exists()
-    assert list(tmp_path.iterdir()) == [output] and (output / "dataset.json").read_text() == "2"
-
-
-@pytest.mark.parametrize(("is_shapes", "kept"), [(False, {"photos", "notes.txt"}), (True, {"notes.txt"})])
-def test_photos_are_removed_only_where_this_program_drew_them(tmp_path, is_shapes, kept):
-    complete, output = tmp_path / "complete", tmp_path / "out"
-    (output / "photos").mkdir(parents=True)
-    names = ["notes.txt", "words.png", "val_images.hdf5", *(["dataset_shapes.json"] if is_shapes else [])]
-    for name in names:
-        (output / name).touch()
-    complete.mkdir()
-    (complete / "dataset.json").touch()
-    install_folder(complete, output)
-    assert {path.name for path in output.iterdir()} == kept | {"dataset.json"}

@@ -38,3 +38,19 @@ def test_decode_stops_at_end_and_skips_start_and_padding():
 def test_words_must_start_with_the_special_tokens():
     with pytest.raises(InputError, match="a word map starts with <pad> <start> <end> <unk>, not with a dog"):
         Vocabulary(["a", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("[", "not valid JSON"),
+        ("[1]", "not a word map"),
+        ('{"a": [], "b": 1}', "not a word map"),
+    ],
+)
+def test_a_word_map_that_cannot_be_read_says_what_to_do(tmp_path, content, message):
+    if content:
+        (tmp_path / "word_map.json").write_text(content)
+    with pytest.raises(InputError, match=rf"{message}.*: run create_input_files\.py again with --overwrite"):
+        Vocabulary.load(tmp_path)

@@ -1,0 +1,90 @@
+"""Installing a prepared folder: by one process at a time, whole or not at all, and never over files of the user's."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.files import hold_lock
+from preparation.storage import SPLITS
+from utils import InputError
+
+
+@contextlib.contextmanager
+def lock_folder(output: Path) -> Iterator[None]:
+    """Let no other process prepare `output` while the block runs; InputError where one does."""
+    lock = output.resolve().with_name(f".{output.resolve().name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with hold_lock(
+        lock, f"{output} is being prepared by another process: wait for it, or give another --output_folder"
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def installed_folder(output: Path) -> Iterator[Path]:
+    """Yield a new folder beside `output` that is installed there when the block ends, and removed when it fails.
+
+    Raises InputError where the disk is full.
+    """
+    partial = output.resolve().with_name(f".{output.resolve().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with one_line_disk_errors(output):
+            yield partial
+            install_folder(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def owned_files(folder: Path) -> list[str]:
+    """Names of what create_input_files.py and the feature cache may have written into a folder."""
+    names = ["dataset.json", "word_map.json", "features", "contact_sheet.png", "words.png"]
+    names += [f"{split}_{kind}" for split in SPLITS for kind in ("images.hdf5", "captions.json")]
+    if (folder / "dataset_shapes.json").exists():  # the photos of another data set belong to the user
+        names += ["photos", "dataset_shapes.json"]
+    return names
+
+
+def install_folder(complete: Path, output: Path) -> None:
+    """Move a complete folder to `output`, replacing what an earlier run wrote there; other files stay.
+
+    dataset.json is removed first and moved last, so that a half-replaced folder is recognized.
+    """
+    if not output.exists():
+        os.replace(complete, output)
+        return
+    for name in owned_files(output):
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        else:
+            (output / name).unlink(missing_ok=True)
+    for path in sorted(complete.iterdir(), key=lambda path: path.name == "dataset.json"):
+        os.replace(path, output / path.name)
+
+
+def require_space(folder: Path, num_images: int, size: int) -> None:
+    """Raise InputError where uncompressed images of `size` pixels a side will not fit on a folder's disk."""
+    needed, free = num_images * 3 * size * size, shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{num_images} images of {size} pixels take {needed / 1e9:.3g} GB, {folder.parent} has {free / 1e9:.3g} GB "
+            f"left: give another --output_folder or a smaller --image_size"
+        )
+
+
+@contextlib.contextmanager
+def one_line_disk_errors(output: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, which h5py raises in several lines, into one InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = re.search(r"error message = '([^']*)'", str(error))
+        if reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            detail = reason[1] if reason else getattr(error, "strerror", None)
+            raise InputError(f"{output} cannot be written: {detail}") from None
+        raise
