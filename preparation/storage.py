@@ -184,5 +184,5 @@ def iter_captions(path: str | Path, entries: list[dict[str, Any]]) -> Iterator[l
         raise InputError(f"no such file: {path}: run create_input_files.py again with --overwrite") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
-            f"{path}, image {len(entries) + 1}: another form, or damaged: run create_input_files.py again with --overwrite"
+            f"{path}, image {len(entries) + 1} has another form: run create_input_files.py again with --overwrite"
         ) from None

@@ -16,7 +16,7 @@ from contextlib import suppress
 import h5py
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import create_input_files
 from preparation import writing
@@ -31,6 +31,7 @@ TEXTS = (
     *("", " ", ".", "..", "/", "../a.jpg", "./a.jpg", "/none/a.jpg", "a.jpg", "d.webp", "train", "DEV", "<pad>", "%s"),
     *('"', "'", ",", ";", "|", "#", "#0", "a,b", 'a"b"c', "\\", "\t", "\n", "\r", "a\nb", "\0", "a.jpg\0", "\x1b[2J"),
     *("\ud800", "\ufeff", "e\u0301", "\u202e", "\u2028", "\u200d", "\u0643\u0644\u0628", "\u72ac", "\U0001f600"),
+    *("\u72ac\u304c 2 \u30f6\u3099", "\u0e19\u0e49\u0e33\u0e32", "\u0e49", "\uff9e\U000e0100", "\u4e00\u200d\u4e01"),
     *("a " * 99, "x" * 300, "x" * 200_000),
 )
 VALUES = (None, True, 0, 7, -1, 2.5, 1e300, float("inf"), float("nan"), 10**40, [], {}, [[]], ["a"], {"a": 1}, [None])
@@ -152,7 +153,7 @@ def karpathy(folder, generator):
     for index, name in enumerate(NAMES):
         image = {"filename": name, "split": generator.choice((*SPLITS, "restval")), "imgid": index, "cocoid": "x"}
         image["sentences"] = [{"tokens": ["a", "dog", name], "raw": "A dog."}, {"tokens": ["x"], "raw": "X"}]
-        image["objects"] = [{"words": ["a", "dog"], "box": [0, 0, 1, 0.5]}]
+        image["objects"] = [{"words": ["a", "dog"], "box": [0, 0, generator.choice((1, 0.1, 1e-9)), 0.5]}]
         images.append(image | generator.choice(({}, {"filepath": "."})))
     write_json(folder / "captions.json", {"images": images, "dataset": "own"}, generator, 0.9)
     return [folder / "captions.json"]
@@ -248,7 +249,11 @@ def tutorial(folder, generator):
         elif error == 3:
             per_image = generator.choice((0, -1, 1, 2.5, np.nan, np.inf, 2**62, "2", "two", "", [2, 2], np.bool_(1)))
         with h5py.File(folder / f"{split}_IMAGES_own.hdf5", "w") as file:
-            file.create_dataset(name, shape, dtype)
+            if error == 6:
+                file[name] = generator.choice((h5py.ExternalLink("other.hdf5", "images"), h5py.SoftLink("/images")))
+            else:
+                external = [("other", 0, h5py.h5f.UNLIMITED)] if error == 7 else None
+                file.create_dataset(name, shape, dtype, external=external)
             if error != 4:
                 file.attrs["captions_per_image"] = per_image
         if error == 5:
@@ -259,7 +264,7 @@ def tutorial(folder, generator):
 
 @functools.cache
 def seed_photos():
-    """Valid photos of a dozen pixels a side, as bytes, in several formats and modes."""
+    """Photos of a dozen pixels a side, as bytes, in several formats and modes, one in HEIC and one empty."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
     photo, other = Image.fromarray(pixels), Image.fromarray(255 - pixels)
     turned = Image.Exif()
@@ -278,13 +283,14 @@ def seed_photos():
             for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")
         ),
         ("1", {"format": "TIFF", "compression": "group4"}),
+        *((mode, {"format": "AVIF"}) for mode in ("RGB", "RGBA") if features.check("avif")),
     ]
     contents = []
     for mode, form in forms:
         file = io.BytesIO()
         photo.convert("L" if mode == "I;16" else mode).convert(mode).save(file, **form)
         contents.append(file.getvalue())
-    return contents
+    return [*contents, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b""]
 
 
 def damaged(folder, generator):
@@ -313,6 +319,7 @@ def more_flags(kind, generator):
         "--max_train_images": (1, 2),
         "--captions_per_image": (1, 3),
         "--vocab_size": (1, 3),
+        "--min_word_freq": (1, 2, 9),
         "--max_caption_length": (1, 2),
         "--long_captions": ("drop", "truncate"),
     }.items():

@@ -42,7 +42,7 @@ def test_captions_files_are_json_that_is_read_line_by_line(tmp_path):
 )
 def test_damaged_captions_are_named(tmp_path, line):
     (tmp_path / "captions.json").write_text(f'[\n{{"image": "a", "captions": []}},\n{line}\n]\n')
-    with pytest.raises(InputError, match=r"captions\.json, image 2: another form, or damaged: run create_"):
+    with pytest.raises(InputError, match=r"captions\.json, image 2 has another form: run create_"):
         list(iter_captions(tmp_path / "captions.json", []))
 
 
