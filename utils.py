@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import dataclasses
 import inspect
+import io
 import os
 import re
 import sys
@@ -83,20 +84,46 @@ def expand_home(value: Any) -> Any:
 
 def run_script(main: Callable[[Any], None], settings_class: type) -> None:
     """Run `main` on the settings from the command line; a user's mistake ends in one line and exit status 2."""
-    settings = parse_settings(settings_class)
-    tune_malloc()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for words that the terminal's encoding does not have
     try:
-        main(settings)
+        try:
+            settings = parse_settings(settings_class)
+            tune_malloc()
+            main(settings)
+        finally:
+            flush_output()
     except InputError as error:
         fail(error)
+    except BrokenPipeError:  # | head
+        sys.exit(128 + 13)  # SIGPIPE, which Windows lacks
     except OSError as error:  # no permission, no space: the system names the file and the reason
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(f"out of memory ({first_line(error)}): give smaller sizes, or use a machine with more")
     except StopRequested as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def flush_output() -> None:
+    """Flush stdout. Where that fails (a closed pipe, a full disk), drop the rest, or Python complains at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated, on a CPU (where torch has no class for it) or a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def tune_malloc() -> None:

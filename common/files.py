@@ -6,12 +6,13 @@ import glob
 import json
 import os
 import re
+import secrets
 import time
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 
@@ -25,11 +26,10 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def hold_lock(path: str | Path, message: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file, made for it and removed after the block; InputError(message) where another
-    process holds it.
+    """Hold an exclusive lock on a file in the block; InputError(message) where another process holds it.
 
-    The system releases it when the process ends, however it ends. Where the file system or the platform has no locks,
-    nothing is locked.
+    The file is made for the lock and removed with it. The system releases the lock of a process that ends, however it
+    ends. Where the file system or the platform has no locks, nothing is locked.
     """
     with contextlib.ExitStack() as stack:
         if fcntl:
@@ -49,20 +49,19 @@ def hold_lock(path: str | Path, message: str) -> Iterator[None]:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block ends: never a half-written file.
 
-    An OSError of the block names `path`, that of a full disk too.
+    Processes and threads that write the same path do not disturb each other, the last one stays. An OSError of the
+    block names `path`, that of a full disk too.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, f".{glob.escape(path.stem)}.*{path.suffix}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # figures are typed by their suffix
+    remove_leftovers(path.parent, f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}")
+    temporary = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")  # figures need the suffix
     try:
-        with open(temporary, "wb") as marker:
-            if fcntl:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(marker, fcntl.LOCK_SH | fcntl.LOCK_NB)  # not a leftover, `remove_leftovers` sees
+        with open(temporary, "wb+") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                _flock(file)  # alive, `remove_leftovers` sees; unlike lockf's, kept when another handle is closed
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary)) and error.errno:
@@ -73,13 +72,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove the temporary files of `atomic_write` that killed processes left in a folder, by a pattern of names."""
+    """Remove the temporary files of `atomic_write` that killed processes left in a folder, by a pattern of names.
+
+    A file that a process still writes is locked, but in its first instant. Without locks nothing is removed.
+    """
     for leftover in folder.glob(pattern):
         with contextlib.suppress(OSError), open(leftover, "rb+") as file:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: its writer is alive
-            if time.time() - leftover.stat().st_mtime > (10 if fcntl else 3600):  # made, and locked by now
+            if time.time() - leftover.stat().st_mtime > 10:  # seconds
+                _flock(file, blocking=False)
                 leftover.unlink()
+
+
+def _flock(file: IO, blocking: bool = True) -> None:
+    """Lock an open file exclusively; OSError where it is locked and not `blocking`, or cannot be locked here."""
+    if not fcntl:
+        raise OSError("no locks on this platform")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
 
 
 def save_torch(path: str | Path, content: Any) -> None:

@@ -1,8 +1,13 @@
 """Settings as flags, random state, device and precision."""
 
+import io
+import os
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,3 +76,57 @@ def test_auto_precision_is_float32_where_bfloat16_is_emulated():
 def test_unknown_devices_are_refused():
     with pytest.raises(utils.InputError, match="--device nowhere"):
         utils.choose_device("nowhere")
+
+
+def script(main):
+    """A script of this main function, as the fixture `command` runs it."""
+    return SimpleNamespace(__name__="script", main=main, Settings=Example)
+
+
+@pytest.mark.parametrize("allocate", [lambda: bytearray(2**62), lambda: np.empty(2**50), lambda: torch.empty(2**58)])
+def test_too_little_memory_is_one_line(command, allocate):
+    status, _, error = command(script(lambda settings: allocate()), "a.jpg")
+    assert status == 2 and error.startswith("script.py: error: out of memory (") and error.count("\n") == 1
+
+
+def test_other_errors_of_the_program_are_not_hidden(command):
+    def main(settings):
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        command(script(main), "a.jpg")
+
+
+def test_words_that_a_terminal_cannot_show_are_escaped(monkeypatch, command):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    output, errors = sys.stdout, sys.stderr
+
+    def main(settings):
+        print("一只狗")
+        raise utils.InputError("猫.jpg: no such file \udcff")
+
+    assert command(script(main), "a.jpg")[0] == 2
+    assert output.buffer.getvalue() == rb"\u4e00\u53ea\u72d7" + b"\n"
+    assert errors.buffer.getvalue() == rb"script.py: error: \u732b.jpg: no such file \udcff" + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "status", "error"),
+    [
+        ("pipe", ["a.jpg"], 141, ""),
+        ("pipe", ["--help"], 141, ""),
+        ("/dev/full", ["a.jpg"], 2, "script.py: error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_output_that_nobody_takes_ends_without_a_traceback(
+    monkeypatch, capsys, command, device, arguments, status, error
+):
+    if device == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(device, os.O_WRONLY)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert command(script(lambda settings: print("caption")), *arguments) == (status, "", error)

@@ -1,9 +1,11 @@
 """Files written whole, locks, full disks, and loading that executes nothing."""
 
+import errno
 import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,7 +50,7 @@ def start_process(code, path):
 
 def test_what_a_killed_program_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path):
     process = start_process(WRITE_AND_WAIT, tmp_path / "file.json")
-    temporary = tmp_path / f".file.{process.pid}.json"
+    (temporary,) = tmp_path.iterdir()
     try:
         os.utime(temporary, (0, 0))
         files.write_json(tmp_path / "file.json", {})
@@ -59,6 +61,44 @@ def test_what_a_killed_program_left_is_removed_and_what_a_running_one_writes_is_
     assert temporary.exists()
     files.write_json(tmp_path / "file.json", {})
     assert not temporary.exists()
+
+
+def test_a_file_of_the_user_is_no_leftover(tmp_path):
+    for name in (".file.backup.json", ".file.1234.json", "file.json.bak"):
+        (tmp_path / name).write_text("mine")
+        os.utime(tmp_path / name, (0, 0))
+    files.write_json(tmp_path / "file.json", {})
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_threads_that_write_one_file_do_not_disturb_each_other(tmp_path):
+    path, texts = tmp_path / "file.json", ["a" * 2**20, "b" * 2**19]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: files.write_json(path, texts[i % 2]), range(40)))
+    assert files.read_json(path) in texts
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_locked_is_written_and_never_a_leftover(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with files.atomic_write(tmp_path / "file.json") as temporary:
+        os.utime(temporary, (0, 0))
+        files.write_json(tmp_path / "file.json", "first")
+        assert temporary.exists()
+        temporary.write_text('"second"')
+    assert files.read_json(tmp_path / "file.json") == "second"
+    monkeypatch.setattr(files, "fcntl", None)  # as on Windows
+    files.write_json(tmp_path / "file.json", "third")
+    assert files.read_json(tmp_path / "file.json") == "third"
+
+
+def test_a_file_is_locked_while_it_is_written(tmp_path):
+    with files.atomic_write(tmp_path / "file") as temporary, open(temporary, "rb+") as other:  # noqa: SIM117
+        with pytest.raises(BlockingIOError):
+            files.fcntl.flock(other, files.fcntl.LOCK_SH | files.fcntl.LOCK_NB)
 
 
 def test_a_lock_is_held_until_the_process_ends(tmp_path):
