@@ -1,6 +1,5 @@
 """Prepare photos with captions: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
 
-import os
 import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -91,12 +90,6 @@ def did_you_mean(path: str) -> str:
     return f", did you mean {missing.with_name(similar[0])}?" if similar else ""
 
 
-def expand_home(settings: Settings) -> Settings:
-    """The settings with ~ in their paths replaced by the home folder, which a shell leaves to us within quotes."""
-    paths = {name: os.path.expanduser(getattr(settings, name)) for name in ("images", "output_folder", "preview")}
-    return replace(settings, captions=tuple(map(os.path.expanduser, settings.captions)), **paths)
-
-
 def choose_min_word_freq(settings: Settings, records: list[ImageRecord]) -> Settings:
     """The settings with a --min_word_freq for the number of training photos, which is printed, where none is given."""
     if settings.min_word_freq:
@@ -144,7 +137,6 @@ def is_prepared(output: Path, settings: Settings, records: list[ImageRecord]) ->
 
 def main(settings: Settings) -> None:
     """Write {train,val,test}_images.hdf5 and _captions.json, word_map.json and dataset.json; or preview a folder."""
-    settings = expand_home(settings)
     if settings.preview:
         print(*plot_preview(settings.preview), sep="\n")
         return

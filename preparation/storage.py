@@ -15,7 +15,7 @@ import numpy as np
 
 from common.files import atomic_write, read_json
 from text.vocabulary import END, START, Vocabulary
-from utils import InputError, first_line
+from utils import InputError
 
 SPLITS = ("train", "val", "test")
 
@@ -127,10 +127,9 @@ def read_captions(
     try:
         with open_images(images_path) as images:
             stored = (images.shape[0], images.file.attrs.get("digest"))
-    except (OSError, KeyError, AttributeError) as error:
+    except (OSError, KeyError, AttributeError):
         raise InputError(
-            f"{images_path} is missing or damaged ({first_line(error)}): run create_input_files.py again with "
-            f"--overwrite"
+            f"{images_path} is missing or damaged: run create_input_files.py again with --overwrite"
         ) from None
     images_match = stored == (described["images"], described["digest"])
     captions_match = len(entries) == described["images"]
@@ -184,5 +183,5 @@ def iter_captions(path: str | Path, entries: list[dict[str, Any]]) -> Iterator[l
         raise InputError(f"no such file: {path}: run create_input_files.py again with --overwrite") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
-            f"{path}, image {len(entries) + 1} has another form: run create_input_files.py again with --overwrite"
+            f"{path}, image {len(entries) + 1}: not valid JSON, run create_input_files.py again with --overwrite"
         ) from None

@@ -179,7 +179,7 @@ def test_a_lost_file_is_no_dead_end(command, tmp_path, photos, name, is_lost):
     content = path.read_bytes()
     path.unlink() if is_lost else path.write_bytes(content[: len(content) // 2])
     status, _, err = command(train, *flags(tmp_path / "out", tmp_path / "run"))
-    assert status == 2 and name in err and err.endswith(": run create_input_files.py again with --overwrite\n"), err
+    assert status == 2 and name in err and err.endswith(" run create_input_files.py again with --overwrite\n"), err
     status, _, err = prepare(command, tmp_path, tmp_path / "captions.json", photos)
     assert status == 2 and f"{name} is missing or was changed: --overwrite prepares the folder again" in err
     assert prepare(command, tmp_path, tmp_path / "captions.json", photos, "--overwrite")[0] == 0

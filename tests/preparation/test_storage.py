@@ -42,7 +42,7 @@ def test_captions_files_are_json_that_is_read_line_by_line(tmp_path):
 )
 def test_damaged_captions_are_named(tmp_path, line):
     (tmp_path / "captions.json").write_text(f'[\n{{"image": "a", "captions": []}},\n{line}\n]\n')
-    with pytest.raises(InputError, match=r"captions\.json, image 2 has another form: run create_"):
+    with pytest.raises(InputError, match=r"captions\.json, image 2: not valid JSON, run create_"):
         list(iter_captions(tmp_path / "captions.json", []))
 
 
@@ -88,7 +88,9 @@ def test_files_of_another_split_are_refused(copied, name):
 
 def test_missing_images_are_named(copied):
     (copied / "val_images.hdf5").unlink()
-    with pytest.raises(InputError, match=r"val_images\.hdf5 is missing or damaged .*again with --overwrite"):
+    with pytest.raises(
+        InputError, match=r"val_images\.hdf5 is missing or damaged: run create_input_files\.py again with --overwrite"
+    ):
         read_captions(copied, "val")
 
 
