@@ -1,19 +1,21 @@
 """Caption photos and plot the attention at each word: python caption.py photo.jpg --checkpoint best.pt"""
 
+import json
+import os
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import save_figure
-from evaluation.generation import DecodingSettings, caption_image
-from evaluation.pictures import open_for_picture, plot_attention, plot_edges
+from common.files import require_writable
+from evaluation.generation import DecodingSettings, ImageCaption, caption_images
+from evaluation.photos import collect_photos, load_photos
+from evaluation.pictures import open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
 from models import Captioner, load_captioner
 from modules.graph import edge_attribution
-from preparation.images import load_image
 from text.vocabulary import Vocabulary
 from utils import InputError, choose_runtime, require_at_least, run_script
 
@@ -23,7 +25,7 @@ class Settings:
     """Caption photos and save a picture of each with the attention at every word."""
 
     # group: paths
-    photos: tuple[str, ...]  # one or more image files
+    photos: tuple[str, ...]  # image files, folders of them, or - for names on standard input
     checkpoint: str = "runs/shapes/best.pt"  # what train.py wrote
     output_folder: str = "captions"  # folder of the pictures, each named after its photo
 
@@ -31,12 +33,31 @@ class Settings:
     beam_size: int = 5  # beams; 1 is greedy decoding
     length_penalty: float = 0.5  # rank by log-probability / length ** this; 0 favors short captions
     max_length: int = 30  # maximum words of a caption
+    batch_size: int = 32  # photos decoded at once
 
-    # group: run
+    # group: output
+    n_best: int = 1  # captions per photo, at most beam_size
+    json: bool = False  # print a line of JSON for each photo: file, caption, log_prob and, from 2 on, n_best
+    pictures: bool = True  # save pictures; without them captioning many photos is several times faster
     graph_word: str = ""  # a word: where a caption has it, plot the graph's edges that mattered for it, too
     show: bool = False  # open each picture
+
+    # group: run
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
     device: str = "auto"  # auto, cpu or cuda
+
+
+def validate_settings(settings: Settings) -> None:
+    """Raise InputError where a value is out of range or two do not go together."""
+    require_at_least(settings, 1, "beam_size", "max_length", "batch_size", "n_best")
+    require_at_least(settings, 0, "length_penalty")
+    if settings.n_best > settings.beam_size:
+        raise InputError(f"--n_best {settings.n_best}: more than --beam_size {settings.beam_size}")
+    for name in ("graph_word", "show"):
+        if getattr(settings, name) and not settings.pictures:
+            raise InputError(f"--{name} needs pictures: leave --no-pictures out")
+    if settings.pictures:
+        require_writable(settings.output_folder)
 
 
 def validate_graph_word(settings: Settings, captioner: Captioner, vocabulary: Vocabulary) -> None:
@@ -49,63 +70,77 @@ def validate_graph_word(settings: Settings, captioner: Captioner, vocabulary: Vo
         raise InputError(f"--graph_word {settings.graph_word}: {settings.checkpoint} does not know this word")
 
 
-def unique_paths(stems: list[str], folder: str) -> list[Path]:
-    """The path of a picture for each stem, with a suffix where several share a stem."""
-    paths: list[Path] = []
-    for stem in stems:
-        path, suffix = Path(folder) / f"{stem}.png", 2
-        while path in paths:
-            path, suffix = Path(folder) / f"{stem}-{suffix}.png", suffix + 1
-        paths.append(path)
-    return paths
+def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str:
+    """What is printed of a photo: its captions with their log-probabilities, as text or as a line of JSON."""
+    file = os.fsencode(photo).decode(errors="replace")  # a name may hold what is no Unicode
+    n_best = [(" ".join(words), log_prob) for words, log_prob in caption.n_best[: settings.n_best]]
+    if not settings.json:
+        (best, *others) = [f"{words} (log-probability {log_prob:.2f})" for words, log_prob in n_best]
+        return "\n  ".join([f"{file}: {best}", *others])
+    rows = [{"caption": words, "log_prob": round(log_prob, 4)} for words, log_prob in n_best]
+    return json.dumps({"file": file} | rows[0] | ({"n_best": rows} if settings.n_best > 1 else {}))
 
 
-def picture_paths(settings: Settings) -> tuple[list[Path], list[Path]]:
-    """The paths of the attention pictures and, with --graph_word, of the edge pictures; one of each per photo.
-
-    Raises InputError where a picture would replace a photo.
-    """
-    stems = [Path(photo).stem for photo in settings.photos]
-    edge_stems = [f"{stem}-edges" for stem in stems] if settings.graph_word else []
-    paths = unique_paths(stems + edge_stems, settings.output_folder)
-    replaced = {path.resolve() for path in paths} & {Path(photo).resolve() for photo in settings.photos}
-    if replaced:
-        raise InputError(
-            f"--output_folder {settings.output_folder}: a picture would replace the photo {replaced.pop()}"
-        )
-    return paths[: len(stems)], paths[len(stems) :]
+def plot_pictures(photo: str, caption: ImageCaption, captioner: Captioner, graph_word: str) -> dict[str, Figure]:
+    """The pictures of a photo by their kind: attention and, where the caption has the graph word, edges."""
+    picture_photo = open_for_picture(photo, captioner.resize)
+    words = caption.words if captioner.decoder.has_attention else []
+    figures = {"attention": plot_attention(picture_photo, words, caption.alpha.numpy(), caption.gates)}
+    if graph_word in caption.words and caption.neighbors is not None:
+        alpha = caption.alpha[caption.words.index(graph_word)]
+        edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
+        figures["edges"] = plot_edges(picture_photo, graph_word, alpha.numpy(), edges)
+    return figures
 
 
 def main(settings: Settings) -> None:
-    """Print the caption of each photo with its log-probability and save its pictures."""
-    require_at_least(settings, 1, "beam_size", "max_length")
-    require_at_least(settings, 0, "length_penalty")
+    """Print the caption of each photo with its log-probability and save its pictures.
+
+    Photos that cannot be read are skipped, listed at the end, and make the exit status 1; a single one is an error.
+    """
+    validate_settings(settings)
     runtime = choose_runtime(settings.device, settings.precision)
+    photos = collect_photos(settings.photos)
     captioner, vocabulary = load_captioner(settings.checkpoint, runtime.device)
     if settings.graph_word:
         validate_graph_word(settings, captioner, vocabulary)
-    # All photos are read before any is captioned: a bad one stops the script before it writes a file.
-    images = [load_image(photo, captioner.image_size, captioner.resize) for photo in settings.photos]
-    paths, edge_paths = picture_paths(settings)
-    Path(settings.output_folder).mkdir(parents=True, exist_ok=True)
-    decoding = DecodingSettings(settings.beam_size, settings.max_length, settings.length_penalty)
-    for i, photo in enumerate(tqdm(settings.photos, unit="photo", disable=len(images) == 1)):
-        caption = caption_image(captioner, vocabulary, torch.from_numpy(images[i]), decoding, runtime)
-        tqdm.write(f"{photo}: {' '.join(caption.words)} (log-probability {caption.log_prob:.2f})")
-        picture_photo = open_for_picture(photo, captioner.resize)
-        attended_words = caption.words if captioner.decoder.has_attention else []
-        figures = {paths[i]: plot_attention(picture_photo, attended_words, caption.alpha.numpy())}
-        if settings.graph_word in caption.words and caption.neighbors is not None:
-            alpha = caption.alpha[caption.words.index(settings.graph_word)]
-            edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
-            figures[edge_paths[i]] = plot_edges(picture_photo, settings.graph_word, alpha.numpy(), edges)
-        elif settings.graph_word:
-            tqdm.write(f"  {settings.graph_word} is not in this caption")
-        for path, figure in figures.items():
-            save_figure(figure, path)
-            tqdm.write(f"  {path}")
-            if settings.show:
-                Image.open(path).show()
+    kinds = ["attention", "edges"] if settings.graph_word else ["attention"]
+    paths = picture_paths(photos, settings.output_folder, kinds if settings.pictures else [])
+    decoding = DecodingSettings(settings.beam_size, settings.max_length, settings.length_penalty, settings.batch_size)
+    notes = sys.stderr if settings.json else sys.stdout
+    broken: list[str] = []
+    missing_glyphs: set[str] = set()
+    progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
+    for indices, images in load_photos(photos, decoding.batch_size, captioner.image_size, captioner.resize, broken):
+        captions = caption_images(captioner, vocabulary, images, decoding, runtime, with_attention=settings.pictures)
+        for i, caption in zip(indices, captions, strict=True):
+            tqdm.write(format_caption(photos[i], caption, settings))
+            figures = plot_pictures(photos[i], caption, captioner, settings.graph_word) if settings.pictures else {}
+            for kind, figure in figures.items():
+                missing_glyphs |= save_picture(figure, paths[i][kind])
+                tqdm.write(f"  {paths[i][kind]}", file=notes)
+                if settings.show:
+                    Image.open(paths[i][kind]).show()
+            if settings.graph_word and "edges" not in figures:
+                tqdm.write(f"  {settings.graph_word} is not in this caption", file=notes)
+            progress.update(i + 1 - progress.n)  # with those skipped
+    progress.close()
+    report(len(photos), broken, missing_glyphs)
+
+
+def report(num_photos: int, broken: list[str], missing_glyphs: set[str]) -> None:
+    """Name what went wrong on the way; exits with status 1 where photos were skipped."""
+    if missing_glyphs:
+        print(
+            f"pictures show boxes for {len(missing_glyphs)} characters that matplotlib's font lacks, such as "
+            f"{min(missing_glyphs)}: install a font that has them and add it to font.family in matplotlibrc",
+            file=sys.stderr,
+        )
+    if broken and num_photos == 1:
+        raise InputError(broken[0])
+    if broken:
+        print("\n  ".join([f"{len(broken)} of {num_photos} photos were skipped:", *broken]), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from nltk.util import ngrams
 from PIL import Image
-from pycocoevalcap.meteor.meteor import Meteor
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -43,8 +42,8 @@ from diagrams import (
     draw_teacher_forcing,
     show_image,
 )
-from evaluation.generation import DecodingSettings, caption_image
-from evaluation.metrics import compute_metrics, has_java
+from evaluation.generation import DecodingSettings, caption_images
+from evaluation.metrics import Meteor, compute_metrics, has_java
 from evaluation.pictures import plot_attention
 from models import Captioner, load_captioner
 from modules.beam_search import beam_search, sample
@@ -260,7 +259,7 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
     save_figure(draw_beam_search(picture, captioner, vocabulary, image), folder / "beam_search.png")
 
     picture, image = scene(attention)
-    caption = caption_image(captioner, vocabulary, image, DecodingSettings(beam_size=3), runtime)
+    caption = caption_images(captioner, vocabulary, image[None], DecodingSettings(beam_size=3), runtime)[0]
     figure = draw_attention_shapes(picture, caption.words, caption.alpha.numpy(), entries[attention]["objects"])
     save_figure(figure, folder / "attention_shapes.png")
 
@@ -282,9 +281,9 @@ def draw_photos(settings: Settings, folder: Path, runtime: Runtime) -> None:
     for name in PHOTOS:
         photo = Image.fromarray(getattr(skimage.data, name)())
         image = to_square(photo, captioner.image_size, captioner.resize)
-        caption = caption_image(captioner, vocabulary, image, DecodingSettings(beam_size=5), runtime)
+        caption = caption_images(captioner, vocabulary, image[None], DecodingSettings(beam_size=5), runtime)[0]
         photo.thumbnail((320, 320))
-        figure = plot_attention(photo, caption.words, caption.alpha.numpy())
+        figure = plot_attention(photo, caption.words, caption.alpha.numpy(), caption.gates)
         save_figure(figure, folder / f"photo_{name}.png", dpi=70)
         print(f"  {' '.join(caption.words)}")
 

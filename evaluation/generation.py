@@ -1,8 +1,10 @@
-"""Decoding captions: of one image, or of a whole split with its scores.
+"""Decoding captions: of a batch of images, or of a whole split with its scores.
 
 Shapes: T words of a caption, R regions, N neighbors of a region in the graph.
 """
 
+import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from evaluation.metrics import compute_metrics
 from evaluation.pointing import pointing_accuracy
 from models import Captioner
 from modules.beam_search import beam_search, force_decode
+from modules.decoders import Decoder
 from text.vocabulary import Vocabulary
 from utils import Runtime
 
@@ -35,31 +38,71 @@ class DecodingSettings:
 class ImageCaption:
     """The caption of one image and what it was decoded from, on the CPU."""
 
-    words: list[str]
-    log_prob: float
-    alpha: Tensor  # (T, R) attention weights, one row more where the caption ends with <end>
+    n_best: list[tuple[list[str], float]]  # captions as words, and their log-probabilities, best first
+    alpha: Tensor  # (T, R) attention weights of the best; T = 0 where they were not asked for
+    gates: list[float] | None  # T gates beta of the best; None where the attention has none
     neighbors: Tensor | None  # (R, N) of the graph; None without graph layers
     edge_weights: list[Tensor]  # (R, N) of each graph layer
 
+    @property
+    def words(self) -> list[str]:
+        """The best caption."""
+        return self.n_best[0][0]
+
+    @property
+    def log_prob(self) -> float:
+        """The log-probability of the best caption."""
+        return self.n_best[0][1]
+
 
 @torch.inference_mode()
-def caption_image(
-    captioner: Captioner, vocabulary: Vocabulary, image: Tensor, decoding: DecodingSettings, runtime: Runtime
-) -> ImageCaption:
-    """Caption one image (3, h, w) uint8 with a captioner in eval mode."""
+def caption_images(
+    captioner: Captioner,
+    vocabulary: Vocabulary,
+    inputs: Tensor,
+    decoding: DecodingSettings,
+    runtime: Runtime,
+    *,
+    is_features: bool = False,
+    with_attention: bool = True,
+) -> list[ImageCaption]:
+    """Caption a batch of images with a captioner in eval mode.
+
+    Args:
+        inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F).
+        with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
+    """
+    inputs = inputs.to(runtime.device, non_blocking=True)
     with runtime.autocast():
-        regions, neighbors, edge_weights = captioner.encode(image.unsqueeze(0).to(runtime.device))
-        captions, _ = beam_search(
+        regions, neighbors, edge_weights = captioner.encode(inputs, is_features)
+        captions, log_probs = beam_search(
             captioner.decoder, regions, decoding.beam_size, decoding.max_length, decoding.length_penalty
         )
-        log_probs, alpha = force_decode(captioner.decoder, regions, captions[:, 0])
-    return ImageCaption(
-        words=vocabulary.decode(captions[0, 0].tolist()),
-        log_prob=log_probs.item(),
-        alpha=alpha[0].float().cpu(),
-        neighbors=None if neighbors is None else neighbors[0].cpu(),
-        edge_weights=[weights[0].float().cpu() for weights in edge_weights],
-    )
+        alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
+        if with_attention:
+            alpha, gates = attend(captioner.decoder, regions, captions[:, 0])
+    words = [[vocabulary.decode(caption) for caption in beams] for beams in captions.tolist()]
+    return [
+        ImageCaption(
+            n_best=[beam for beam in zip(words[b], log_probs[b].tolist(), strict=True) if beam[1] != -math.inf],
+            alpha=alpha[b].float().cpu(),
+            gates=None if gates is None else gates[b].tolist(),
+            neighbors=None if neighbors is None else neighbors[b].cpu(),
+            edge_weights=[weights[b].float().cpu() for weights in edge_weights],
+        )
+        for b in range(len(inputs))
+    ]
+
+
+def attend(decoder: Decoder, regions: Tensor, captions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Attention weights (B, T, R) and gates beta (B, T) of captions (B, T); None for attention without a gate."""
+    gates: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        if decoder.has_attention:
+            hook = decoder.attention.gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid()))
+            stack.callback(hook.remove)
+        alpha = force_decode(decoder, regions, captions)[1]
+    return alpha, torch.cat(gates, dim=1).squeeze(-1) if gates else None
 
 
 def caption_dataset(
@@ -68,36 +111,33 @@ def caption_dataset(
     dataset: CaptionDataset,
     decoding: DecodingSettings,
     runtime: Runtime,
-) -> tuple[list[list[str]], list[Tensor | None]]:
+) -> tuple[list[list[str]], list[Tensor]]:
     """Caption every image of a dataset; each process decodes its share.
 
-    Returns, in the dataset's order, the captions as lists of words and the attention weights (T, R) of each, which are
-    None where the dataset has no boxes to compare them with.
+    Returns, in the dataset's order, the captions as lists of words and the attention weights (T, R) of each, with T = 0
+    where the dataset has no boxes to compare them with.
     """
     captioner.eval()
-    results: list[tuple[int, list[str], Tensor | None]] = []  # of this process
+    results: list[tuple[int, list[str], Tensor]] = []  # of this process
     batches = make_batches(in_order(len(dataset)), decoding.batch_size)
     progress = tqdm(
         total=len(dataset), desc=f"beam {decoding.beam_size}", unit="image", leave=False, disable=rank() > 0
     )
-    with torch.inference_mode(), progress:
+    with progress:
         for batch in make_loader(dataset, batches):
-            with runtime.autocast():
-                inputs = batch.inputs.to(runtime.device, non_blocking=True)
-                regions = captioner.encode_images(inputs, batch.is_features)
-                decoded, _ = beam_search(
-                    captioner.decoder, regions, decoding.beam_size, decoding.max_length, decoding.length_penalty
-                )
-                alpha = force_decode(captioner.decoder, regions, decoded[:, 0])[1] if dataset.has_boxes else None
-            for b, index in enumerate(batch.indices):
-                image_alpha = None if alpha is None else alpha[b].float().cpu()
-                results.append((index, vocabulary.decode(decoded[b, 0].tolist()), image_alpha))
+            decoded = caption_images(
+                captioner,
+                vocabulary,
+                batch.inputs,
+                decoding,
+                runtime,
+                is_features=batch.is_features,
+                with_attention=dataset.has_boxes,
+            )
+            results += [(index, image.words, image.alpha) for index, image in zip(batch.indices, decoded, strict=True)]
             progress.update(len(batch.indices) * world_size())
-    captions: list[list[str]] = [[] for _ in range(len(dataset))]
-    alphas: list[Tensor | None] = [None] * len(dataset)
-    for index, caption, image_alpha in all_gather(results):
-        captions[index], alphas[index] = caption, image_alpha
-    return captions, alphas
+    results = sorted(all_gather(results), key=lambda result: result[0])
+    return [words for _, words, _ in results], [alpha for _, _, alpha in results]
 
 
 def evaluate(
@@ -110,7 +150,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[list[str]]]:
     """Caption a dataset and score the captions.
 
-    Returns a row of scores.json, with pointing accuracy where the dataset has boxes and the decoder has attention, and
+    Returns a row of scores, with pointing accuracy where the dataset has boxes and the decoder has attention, and
     the captions as lists of words.
     """
     start = time.perf_counter()
@@ -120,5 +160,5 @@ def evaluate(
     row |= compute_metrics(dataset.references.decode(), captions, meteor)
     row["images_per_second"] = len(dataset) / seconds
     if dataset.has_boxes and captioner.decoder.has_attention:
-        row["pointing"] = pointing_accuracy(dataset.entries, captions, [alpha for alpha in alphas if alpha is not None])
+        row["pointing"] = pointing_accuracy(dataset.entries, captions, alphas)
     return row, captions

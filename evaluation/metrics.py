@@ -2,12 +2,15 @@
 
 import shutil
 import subprocess
+import sys
+import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 from nltk.translate.bleu_score import corpus_bleu
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.meteor import meteor as reference_meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
 # The columns of the table, in their order.
@@ -26,13 +29,30 @@ TITLES = {
 FORMATS = {"beam_size": "{}", "images_per_second": "{:.1f}"}  # all others have four digits
 
 
+class Meteor(reference_meteor.Meteor):
+    """pycocoevalcap's METEOR, with its Java program in English.
+
+    In another locale it writes a decimal comma (German), or changes words, as the dotless i (Turkish).
+    """
+
+    def __init__(self) -> None:
+        english = ["-Duser.language=en", "-Duser.country=US"]
+        options = ["-", "-", "-stdio", "-l", "en", "-norm"]
+        self.meteor_cmd = ["java", *english, "-Xmx2G", "-jar", reference_meteor.METEOR_JAR, *options]
+        folder, pipe = Path(reference_meteor.__file__).parent, subprocess.PIPE
+        self.meteor_p = subprocess.Popen(
+            self.meteor_cmd, cwd=folder, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
+        )
+        self.lock = threading.Lock()
+
+
 def compute_metrics(
     references: list[list[list[str]]], predictions: list[list[str]], meteor: bool = False
 ) -> dict[str, float | None]:
     """Score predicted captions against the reference captions of each image.
 
     BLEU-1 to 4 are nltk's corpus BLEU (Papineni et al., 2002); METEOR, ROUGE-L and CIDEr are those of pycocoevalcap.
-    CIDEr is between 0 and 10, all others between 0 and 1.
+    CIDEr is between 0 and 10, all others between 0 and 1; BLEU-n is 0 where no n-gram is in a reference.
 
     Args:
         references: for each image its captions, each a list of words.
@@ -41,12 +61,13 @@ def compute_metrics(
     """
     ngram_weights = [(1,), (1 / 2,) * 2, (1 / 3,) * 3, (1 / 4,) * 4]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # without any common 4-gram BLEU-4 is about 0, which the table shows
+        warnings.simplefilter("ignore")  # of n-grams without a match, whose precision is then the smallest float
         bleu: Any = corpus_bleu(references, predictions, ngram_weights)
+    no_match = sys.float_info.min ** (1 / 4)  # BLEU-4 at most, with such a precision; BLEU-2 and 3 are below
     reference_texts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
     predicted_texts = {i: [" ".join(words)] for i, words in enumerate(predictions)}
     return {
-        **{f"bleu_{n}": float(score) for n, score in enumerate(bleu, start=1)},
+        **{f"bleu_{n}": float(score) if score > no_match else 0.0 for n, score in enumerate(bleu, start=1)},
         "meteor": float(Meteor().compute_score(reference_texts, predicted_texts)[0]) if meteor else None,
         "rouge_l": float(Rouge().compute_score(reference_texts, predicted_texts)[0]),
         "cider": float(Cider().compute_score(reference_texts, predicted_texts)[0]),

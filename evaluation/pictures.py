@@ -1,19 +1,31 @@
 """Pictures of a caption: the attention at each word, and the edges of the graph that mattered for a word.
 
-Shapes: T words of a caption, R regions of a square grid.
+Shapes: T words of a caption, R regions of a square grid. Figures are laid out in inches of 100 pixels.
 """
 
+import itertools
 import math
+import os
+import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from skimage.transform import pyramid_expand, resize
 
+from common.files import atomic_write
 from preparation.images import open_photo, to_square
+from utils import InputError
 
+SOFTWARE = "caption.py (image captioning)"  # PNG metadata by which our pictures are told from the user's files
 PHOTO_SIDE = 400  # pixels of a photo's longer side in a picture
+MAX_ASPECT = 2.5  # of a photo's sides in a picture, a longer one is squeezed: the model sees a square anyway
+MAX_WIDTH, MAX_HEIGHT = 11.5, 16.0  # inches of a picture
+TILE_WIDTH, TITLE_HEIGHT, GAP = 2.3, 0.42, 0.03  # inches; the width at most, smaller where tiles are many
+FULL_BRIGHTNESS = 4.0  # attention, in multiples of the uniform weight 1 / R, from which a tile is fully bright
 
 
 def open_for_picture(path: str | Path, resize_mode: str) -> Image.Image:
@@ -23,36 +35,78 @@ def open_for_picture(path: str | Path, resize_mode: str) -> Image.Image:
     (`preparation.images.to_square`).
     """
     photo = open_photo(path, PHOTO_SIDE)
-    if resize_mode == "squash":
-        photo.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
-        return photo
-    return Image.fromarray(to_square(photo, PHOTO_SIDE, resize_mode).permute(1, 2, 0).numpy())
+    if resize_mode != "squash":
+        return Image.fromarray(to_square(photo, PHOTO_SIDE, resize_mode).permute(1, 2, 0).numpy())
+    longer = min(PHOTO_SIDE, max(photo.size))
+    shorter = max(1, round(longer * min(photo.size) / max(photo.size)), round(longer / MAX_ASPECT))
+    return photo.resize((longer, shorter) if photo.width > photo.height else (shorter, longer))
 
 
-def plot_attention(photo: Image.Image, words: list[str], alpha: np.ndarray) -> Figure:
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def plot_attention(
+    photo: Image.Image, words: Sequence[str], alpha: np.ndarray, gates: Sequence[float] | None = None
+) -> Figure:
     """Plot the photo and, for each word, a tile of the photo that is bright where the attention is high.
 
+    All tiles share one scale, relative to the uniform weight 1 / R, so uniform attention is dim everywhere. Titles
+    name a word's largest weight and its gate beta, which scales the context (Xu et al., 2015, section 4.2.1).
+
     Args:
+        photo: as `open_for_picture` returns it.
         words: T words; without any, the figure is just the photo.
         alpha: (T, R) attention weights; further rows are ignored.
+        gates: beta of each word, None for attention without a gate; further ones are ignored.
     """
-    pixels = np.asarray(photo) / 255
-    side = math.isqrt(alpha.shape[1])
-    columns = min(5, len(words) + 1)
-    rows = math.ceil((len(words) + 1) / columns)
-    tile_height = 2.3 * pixels.shape[0] / pixels.shape[1]
-    figure = Figure(figsize=(2.3 * columns, (tile_height + 0.3) * rows), layout="constrained")
-    tiles = figure.subplots(rows, columns, squeeze=False).flatten()
-    for tile in tiles:
-        tile.axis("off")
-    tiles[0].imshow(pixels)
-    for tile, word, word_alpha in zip(tiles[1:], words, alpha, strict=False):
-        smooth = pyramid_expand(word_alpha.reshape(side, side), upscale=16, sigma=8)
-        smooth = np.asarray(resize(smooth, pixels.shape[:2], order=1))
-        brightness = (smooth - smooth.min()) / max(np.ptp(smooth), 1e-8)
-        tile.imshow(pixels * (0.2 + 0.8 * brightness[..., None]))
-        tile.set_title(word, fontsize=13)
+    aspect, title_height = photo.height / photo.width, TITLE_HEIGHT if words else 0
+    columns, width = _tile_columns(len(words) + 1, aspect)
+    rows, row_height = math.ceil((len(words) + 1) / columns), width * aspect + title_height
+    titles = [("", f"uniform: {1 / alpha.shape[1]:.3f}" if words else "")]
+    for t, word in enumerate(words):
+        titles.append((word, f"max {alpha[t].max():.3f}" + ("" if gates is None else f", β {gates[t]:.2f}")))
+    pixels = np.asarray(photo.resize((round(100 * width), max(1, round(100 * width * aspect)))))
+    tiles = [pixels, *(pixels * _brightness(alpha[: len(words)], *pixels.shape[:2])).astype(np.uint8)]
+    figure = Figure(figsize=(width * columns, row_height * rows))
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all tiles, an axes each would take longer than the rest
+    axes.axis("off")
+    for i, (tile, (word, weights)) in enumerate(zip(tiles, titles, strict=True)):
+        left, top = width * (i % columns), row_height * (i // columns)
+        right, bottom = left + width - GAP, top + row_height - GAP
+        axes.imshow(tile, extent=(left + GAP, right, bottom, top + title_height + GAP))
+        style: dict[str, Any] = {"ha": "center", "parse_math": False}  # a caption may hold $ and _
+        size = min(11, 110 * width / max(1, len(word)))  # points
+        axes.text(left + width / 2, top + 0.22, word, fontsize=size, **style)
+        axes.text(left + width / 2, top + 0.37, weights, fontsize=min(7.5, 5 * width), color="dimgray", **style)
+    axes.set(xlim=(0, width * columns), ylim=(row_height * rows, 0), aspect="auto")
     return figure
+
+
+def _tile_columns(num_tiles: int, aspect: float) -> tuple[int, float]:
+    """The number of columns, and the width in inches of tiles, with which a picture keeps to MAX_WIDTH, MAX_HEIGHT."""
+    columns, width = min(5, num_tiles), TILE_WIDTH
+    while math.ceil(num_tiles / columns) * (width * aspect + TITLE_HEIGHT) > MAX_HEIGHT:
+        columns += 1
+        width = min(TILE_WIDTH, MAX_WIDTH / columns)
+    return columns, width
+
+
+def _brightness(alpha: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Attention weights (T, R) as brightness (T, height, width, 1) from 0.2 to 1, smoothed by half a region."""
+    side = math.isqrt(alpha.shape[1])
+    relative = alpha.reshape(-1, side, side) * alpha.shape[1]
+    smooth = _smoothing(height, side) @ relative @ _smoothing(width, side).T  # (T, height, width)
+    return 0.2 + 0.8 * np.clip(smooth / FULL_BRIGHTNESS, 0, 1)[..., None]
+
+
+def _smoothing(pixels: int, regions: int) -> np.ndarray:
+    """The weights (pixels, regions) of a Gaussian mean of the regions along one side."""
+    centers = (np.arange(pixels) + 0.5) / pixels * regions - 0.5
+    weights = np.exp(-2 * (centers[:, None] - np.arange(regions)) ** 2)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+# -------------------------------------------------------------------------------------------------------- edges
 
 
 def plot_edges(
@@ -61,6 +115,7 @@ def plot_edges(
     """Plot the photo with the edges that mattered for a word: circles show the attention, arrows the edges.
 
     Args:
+        photo: as `open_for_picture` returns it.
         alpha: (R,) attention weights at the word.
         edges: shares of (source, target) edges, largest first, as `modules.graph.edge_attribution` returns them.
         max_edges: edges to draw.
@@ -75,7 +130,7 @@ def plot_edges(
     axes = figure.subplots()
     axes.imshow(np.asarray(photo) / 255 * 0.6)
     axes.axis("off")
-    axes.set_title(word)
+    axes.set_title(word, parse_math=False)
     x, y = zip(*map(center, range(len(alpha))), strict=True)
     axes.scatter(x, y, s=400 * alpha / alpha.max(), color="white", alpha=0.6)
     largest = list(edges.items())[:max_edges]
@@ -84,3 +139,52 @@ def plot_edges(
         arrow = {"arrowstyle": "->", "color": "orange", "linewidth": 3 * strength, "alpha": 0.3 + 0.7 * strength}
         axes.annotate("", center(target), center(source), arrowprops=arrow)
     return figure
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def picture_paths(photos: Sequence[str], folder: str | Path, kinds: Sequence[str]) -> list[dict[str, Path]]:
+    """For each photo the paths of its pictures by kind: cat_attention.png, cat-2_attention.png for another cat.
+
+    Raises InputError where a picture would replace a file that is not one of ours.
+    """
+    names: dict[str, None] = {}  # an ordered set
+    for photo in photos:
+        stem = name = Path(photo).stem
+        for count in itertools.count(2):
+            if name not in names:
+                break
+            name = f"{stem}-{count}"
+        names[name] = None
+    paths = [{kind: Path(folder) / f"{name}_{kind}.png" for kind in kinds} for name in names]
+    for path in itertools.chain.from_iterable(by_kind.values() for by_kind in paths):
+        if os.path.lexists(path) and not is_our_picture(path):
+            raise InputError(
+                f"{path} is not a picture of caption.py and is not replaced: choose another --output_folder"
+            )
+    return paths
+
+
+def is_our_picture(path: str | Path) -> bool:
+    """Whether `save_picture` wrote a file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except Exception:  # no file, no PNG, or a damaged one, which raises almost anything
+        return False
+
+
+def save_picture(figure: Figure, path: str | Path) -> set[str]:
+    """Write a figure as a PNG that `is_our_picture` knows; returns the characters that the font lacks."""
+    with warnings.catch_warnings(record=True) as caught, atomic_write(path) as temporary:
+        warnings.simplefilter("always")
+        # Half the time of the default compression, for a sixth more bytes.
+        figure.savefig(temporary, dpi=100, metadata={"Software": SOFTWARE}, pil_kwargs={"compress_level": 1})
+    missing = set()
+    for warning in caught:
+        if glyph := re.match(r"Glyph (\d+) ", str(warning.message)):
+            missing.add(chr(int(glyph[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return missing

@@ -26,7 +26,7 @@ def pointing_accuracy(
         for t, word in enumerate(words):
             if word in nouns:
                 candidates = [item for item in entry["objects"] if item["words"][-1] == word]
-                exact = [item for item in candidates if t and item["words"][-2] == words[t - 1]]
+                exact = [item for item in candidates if t and item["words"][-2:-1] == [words[t - 1]]]
                 row, column = divmod(int(alpha[t].argmax()), side)
                 x, y = (column + 0.5) / side, (row + 0.5) / side
                 boxes = [item["box"] for item in exact or candidates]

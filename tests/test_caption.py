@@ -1,8 +1,11 @@
 """caption.py: a sentence and pictures for each photo, and its errors."""
 
+import io
+import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,21 @@ def photo_of(shapes):
     return sorted((shapes / "photos").glob("test_*.png"))[0]
 
 
+def picture_of(photo, folder, kind="attention"):
+    return folder / f"{photo.stem}_{kind}.png"
+
+
+@pytest.fixture
+def several(shapes, tmp_path):
+    """Two photos in a folder, and a broken one between them."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, photo in zip(("a.png", "c.png"), sorted((shapes / "photos").glob("test_*.png")), strict=True):
+        shutil.copy(photo, folder / name)
+    (folder / "b.png").write_text("broken")
+    return folder
+
+
 def test_a_photo_gets_a_sentence_and_a_picture(command, shapes, run_folder, tmp_path):
     arguments = (photo_of(shapes), "--checkpoint", run_folder / "best.pt", "--output_folder", tmp_path / "out")
     status, out, _ = command(caption, *arguments, "--max_length", 6)
@@ -31,7 +49,7 @@ def test_a_photo_gets_a_sentence_and_a_picture(command, shapes, run_folder, tmp_
         captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(image), 5, 6)
     assert status == 0 and sentence.split() == vocabulary.decode(captions[0, 0])
     assert float(log_probability) == pytest.approx(log_probs[0, 0].item(), abs=0.01)
-    with Image.open(tmp_path / "out" / photo_of(shapes).name) as picture:
+    with Image.open(picture_of(photo_of(shapes), tmp_path / "out")) as picture:
         assert picture.width > 300 and np.asarray(picture.convert("L")).std() > 5
 
 
@@ -49,7 +67,7 @@ def test_the_edges_that_mattered_for_a_word_are_plotted(command, shapes, graph_a
     assert status == 0
     word = re.search(r"\.png: (\w+)", out).group(1)
     status, out, _ = command(caption, *arguments, "--graph_word", word)
-    picture = tmp_path / f"{photo_of(shapes).stem}-edges.png"
+    picture = picture_of(photo_of(shapes), tmp_path, "edges")
     assert status == 0 and str(picture) in out
     with Image.open(picture) as plotted:
         red, green, blue = np.asarray(plotted.convert("RGB")).astype(int).reshape(-1, 3).T
@@ -62,7 +80,7 @@ def test_a_graph_word_that_the_caption_lacks_plots_nothing(command, shapes, grap
     absent = next(color for color in ("red", "green", "blue", "yellow") if color not in out)
     status, out, _ = command(caption, *arguments, "--graph_word", absent)
     assert status == 0 and f"{absent} is not in this caption" in out
-    assert [path.name for path in tmp_path.iterdir()] == [photo_of(shapes).name]
+    assert list(tmp_path.iterdir()) == [picture_of(photo_of(shapes), tmp_path)]
 
 
 def test_an_unknown_graph_word_is_an_error(command, graph_arguments, tmp_path):
@@ -75,7 +93,7 @@ def test_without_attention_the_picture_is_the_photo(command, shapes, tmp_path):
     train.main(settings)
     arguments = (photo_of(shapes), "--checkpoint", tmp_path / "run" / "best.pt", "--output_folder", tmp_path / "out")
     assert command(caption, *arguments, "--max_length", 4)[0] == 0
-    with Image.open(tmp_path / "out" / photo_of(shapes).name) as picture:
+    with Image.open(picture_of(photo_of(shapes), tmp_path / "out")) as picture:
         assert picture.width < 300
 
 
@@ -86,7 +104,10 @@ def test_several_photos_of_the_same_name_get_a_picture_each(command, shapes, run
         photos.append(shutil.copy(photo_of(shapes), tmp_path / folder / "photo.png"))
     arguments = (*photos, "--checkpoint", run_folder / "best.pt", "--output_folder", tmp_path / "out")
     assert command(caption, *arguments, "--max_length", 1)[0] == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"photo.png", "photo-2.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "photo_attention.png",
+        "photo-2_attention.png",
+    }
 
 
 @pytest.mark.parametrize(
@@ -97,9 +118,12 @@ def test_several_photos_of_the_same_name_get_a_picture_each(command, shapes, run
         (("{photo}", "--checkpoint", "missing.pt"), "no such file: missing.pt"),
         (("{photo}", "--beam_size", "0"), "--beam_size 0: must be at least 1"),
         (("{photo}", "--max_length", "0"), "--max_length 0: must be at least 1"),
-        (("{photo}", "--output_folder", "{photo}"), "File exists"),
+        (("{photo}", "--output_folder", "{photo}"), "cannot be written"),
+        (("{photo}", "--n_best", "6"), "--n_best 6: more than --beam_size 5"),
+        (("{photo}", "--batch_size", "0"), "--batch_size 0: must be at least 1"),
+        (("{photo}", "--no-pictures", "--show"), "--show needs pictures"),
+        (("{photo}", "--checkpoint", "{folder}"), "is a folder, not a checkpoint: give"),
         (("{photo}", "--graph_word", "red"), "best.pt has no graph to plot, train with"),
-        (("{photo}", "--output_folder", "{folder}"), "a picture would replace the photo"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(command, shapes, run_folder, tmp_path, arguments, message):
@@ -110,3 +134,59 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(command, shapes, run_fold
     status, _, err = command(caption, arguments[0], *common, *arguments[1:])
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
     assert not (tmp_path / "out").exists() and photo.read_bytes() == before
+
+
+def test_files_of_the_user_are_never_replaced(command, shapes, run_folder, several):
+    mine = several / "a_attention.png"
+    shutil.copy(several / "c.png", mine)
+    before = mine.read_bytes()
+    arguments = ("--checkpoint", run_folder / "best.pt", "--output_folder", several, "--max_length", 2)
+    status, out, err = command(caption, several / "c.png", several / "a.png", *arguments)
+    assert status == 2 and "a_attention.png is not a picture of caption.py and is not replaced" in err and not out
+    assert mine.read_bytes() == before and not (several / "c_attention.png").exists()
+    for _ in range(2):  # our own are
+        assert command(caption, several / "c.png", *arguments)[0] == 0
+    mine.unlink()
+    status, out, _ = command(caption, several, *arguments)
+    assert status == 1 and "c_attention.png:" not in out  # our pictures are no photos
+
+
+def test_broken_photos_are_skipped_and_listed_at_the_end(command, run_folder, several, tmp_path):
+    arguments = ("--checkpoint", run_folder / "best.pt", "--output_folder", tmp_path / "out", "--max_length", 2)
+    status, out, err = command(caption, several, tmp_path / "missing.jpg", *arguments)
+    assert status == 1 and [line.split(":")[0] for line in out.splitlines() if "log-prob" in line] == [
+        str(several / "a.png"),
+        str(several / "c.png"),
+    ]
+    assert "2 of 4 photos were skipped:" in err and "b.png: not a photo" in err and "missing.jpg: no such file" in err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_attention.png", "c_attention.png"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_json_lines_hold_the_captions_of_each_photo(command, run_folder, several, monkeypatch, tmp_path, batch_size):
+    monkeypatch.chdir(tmp_path)
+    names = f"{several}/a.png\n{several}/c.png\n".encode()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(names)))
+    arguments = ("--checkpoint", run_folder / "best.pt", "--max_length", 3, "--batch_size", batch_size)
+    status, out, _ = command(caption, "-", "--json", "--no-pictures", "--n_best", 2, *arguments)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [row["file"] for row in rows] == [str(several / "a.png"), str(several / "c.png")]
+    for row in rows:
+        assert len(row["n_best"]) == 2 and {"caption": row["caption"], "log_prob": row["log_prob"]} == row["n_best"][0]
+        status, out, _ = command(caption, row["file"], "--no-pictures", "--n_best", 2, *arguments)
+        first, second = re.findall(r"(?:: |  )(.*) \(log-probability (-[\d.]+)\)", out)
+        assert first[0] == row["caption"] and float(second[1]) == pytest.approx(row["n_best"][1]["log_prob"], abs=0.006)
+    assert not (tmp_path / "captions").exists()
+
+
+def test_missing_glyphs_are_one_line(command, run_folder, several, tmp_path):
+    checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
+    checkpoint["words"][4:] = [f"猫{i}\u0e01 $5_$" for i in range(len(checkpoint["words"]) - 4)]
+    torch.save(checkpoint, tmp_path / "chinese.pt")
+    arguments = ("--checkpoint", tmp_path / "chinese.pt", "--output_folder", tmp_path / "out", "--max_length", 3)
+    status, _, err = command(caption, several / "a.png", several / "c.png", *arguments)
+    lines = [line for line in err.splitlines() if "photo/s" not in line and line.strip()]
+    assert status == 0 and lines == [
+        "pictures show boxes for 2 characters that matplotlib's font lacks, such as \u0e01: install a font that has "
+        "them and add it to font.family in matplotlibrc"
+    ]

@@ -5,6 +5,7 @@ import shutil
 import pytest
 from nltk.translate.bleu_score import sentence_bleu
 from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.meteor.meteor import Meteor
 
 from evaluation.metrics import compute_metrics
 
@@ -38,6 +39,35 @@ def test_perfect_and_hopeless_captions():
     assert perfect["bleu_4"] == perfect["rouge_l"] == pytest.approx(1)
     hopeless = compute_metrics(REFERENCES, [["zebra"], [], ["zebra", "zebra"]])
     assert hopeless["bleu_1"] == hopeless["rouge_l"] == hopeless["cider"] == 0
+
+
+def test_bleu_without_a_common_ngram_is_zero():
+    references, predictions = [[["a", "dog", "runs", "on", "grass"]]], [["a", "dog", "on", "runs", "grass"]]
+    scores = compute_metrics(references, predictions)
+    assert (scores["bleu_3"], scores["bleu_4"]) == (0, 0) and scores["bleu_2"] == pytest.approx(0.5)
+    expected, _ = Bleu(4).compute_score({0: ["a dog runs on grass"]}, {0: ["a dog on runs grass"]}, verbose=0)
+    assert [scores[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+@pytest.mark.parametrize("locale", ["de_DE", "tr_TR"])
+def test_meteor_is_the_same_in_every_locale(monkeypatch, locale):
+    expected = compute_metrics(REFERENCES, [["A", "DOG", "IS", "IN"], [], []], meteor=True)["meteor"]
+    language, country = locale.split("_")
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", f"-Duser.language={language} -Duser.country={country}")
+    monkeypatch.setenv("LC_ALL", f"{locale}.UTF-8")
+    scores = compute_metrics(REFERENCES, [["A", "DOG", "IS", "IN"], [], []], meteor=True)
+    assert scores["meteor"] == expected > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+def test_meteor_equals_pycocoevalcap():
+    references = {i: [" ".join(words) for words in captions] for i, captions in enumerate(REFERENCES)}
+    predictions = {i: [" ".join(words)] for i, words in enumerate(PREDICTIONS)}
+    expected = Meteor().compute_score(references, predictions)[0]
+    assert compute_metrics(REFERENCES, PREDICTIONS, meteor=True)["meteor"] == expected
 
 
 @pytest.mark.slow

@@ -34,3 +34,13 @@ def test_a_noun_that_names_no_object_is_a_miss():
     alpha = torch.eye(4)[[0, 0, 0]]
     captions = [["a", "red", "circle"], ["a", "red", "circle"]]
     assert pointing_accuracy([ENTRY, other], captions, [alpha] * 2) == 0.5
+
+
+def test_an_object_may_be_named_by_one_word():
+    entry = {
+        "objects": [{"words": ["dog"], "box": [0, 0, 0.5, 0.5]}, {"words": ["red", "dog"], "box": [0.5, 0, 1, 0.5]}]
+    }
+    alpha = torch.eye(4)[[0, 0]]
+    assert pointing_accuracy([entry], [["a", "dog"]], [alpha]) == 1  # either dog counts
+    assert pointing_accuracy([entry], [["red", "dog"]], [alpha]) == 0  # the red one is elsewhere
+    assert pointing_accuracy([entry], [["dog"]], [alpha]) == 1

@@ -1,0 +1,68 @@
+"""The photos to caption: named one by one, by their folder or on standard input, and loaded in batches."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.pictures import is_our_picture
+from preparation.folder_formats import PHOTO_SUFFIXES
+from preparation.images import load_image
+from utils import InputError
+
+
+def collect_photos(arguments: Sequence[str]) -> list[str]:
+    """The photos that the arguments name: a file, a folder with its subfolders, or - for names on standard input.
+
+    Raises InputError where a folder or standard input names no photo.
+    """
+    photos: list[str] = []
+    for argument in arguments:
+        names = read_names() if argument == "-" else [argument]
+        for name in names:
+            photos += photos_of_folder(name) if os.path.isdir(name) else [name]
+    return photos
+
+
+def read_names() -> list[str]:
+    """The file names on standard input, one per line. Raises InputError where there is none."""
+    lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+    names = [os.path.expanduser(line) for line in lines if line]
+    if not names:
+        raise InputError("-: no file names on standard input")
+    return names
+
+
+def photos_of_folder(folder: str) -> list[str]:
+    """The photos of a folder and its subfolders, sorted, without hidden files and the pictures that caption.py wrote.
+
+    Raises InputError where there is none.
+    """
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+    visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    photos = [str(path) for path in visible if not is_our_picture(path)]
+    if not photos:
+        raise InputError(f"{folder} has no photos ({' '.join(PHOTO_SUFFIXES)})")
+    return photos
+
+
+def load_photos(
+    photos: Sequence[str], batch_size: int, image_size: int, resize: str, broken: list[str]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield batches: the photos' indices, and their images (B, 3, S, S) uint8.
+
+    Photos that cannot be read are left out, and a line that says why is appended to `broken`.
+    """
+    for start in range(0, len(photos), batch_size):
+        images: dict[int, np.ndarray] = {}
+        for i in range(start, min(start + batch_size, len(photos))):
+            try:
+                images[i] = load_image(photos[i], image_size, resize)
+            except InputError as error:
+                broken.append(str(error))
+        if images:
+            yield list(images), torch.from_numpy(np.stack(list(images.values())))
