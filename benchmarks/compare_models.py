@@ -103,7 +103,8 @@ def train_and_score(name: str, seed: int, settings: Settings) -> dict[str, Any]:
         device=train_settings.device,
     )
     eval_script.main(eval_settings)
-    row = {"variant": name, "seed": seed, "scores": read_json(folder / "scores.json")}
+    scores = read_json(eval_script.output_path(eval_settings, "scores"))["scores"]
+    row = {"variant": name, "seed": seed, "scores": scores}
     write_json(row_path, {"settings": asdict(train_settings), "row": row}, indent=1)
     return row
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "models": BOTTOM | {"modules"},
     "training": BOTTOM | {"preparation", "datasets", "modules", "models"},
     "evaluation": BOTTOM | {"preparation", "datasets", "modules", "models"},
-    "eval": BOTTOM | {"datasets", "modules", "models", "training", "evaluation"},
+    "eval": BOTTOM | {"preparation", "datasets", "modules", "models", "training", "evaluation"},
     "train": BOTTOM | {"eval", "datasets", "modules", "models", "training", "evaluation"},
     "caption": BOTTOM | {"preparation", "modules", "models", "evaluation"},
 }

@@ -1,14 +1,19 @@
 """The files that eval.py writes, and its errors."""
 
+import datetime
 import json
 import shutil
+import time
 
 import pytest
+import torch
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
+from pycocotools.coco import COCO
 
 import eval as eval_script
+from training.state import git_revision
 
 
 @pytest.mark.parametrize("java", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -17,16 +22,18 @@ def test_eval_writes_a_table_and_the_captions(command, shapes, run_folder, tmp_p
         monkeypatch.setattr(eval_script, "has_java", lambda: False)  # METEOR starts slowly
     arguments = ("--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output_folder", tmp_path)
     status, out, _ = command(eval_script, *arguments, "--beam_sizes", 1, 3, "--split", "train")
-    rows = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads((tmp_path / f"scores_best_{shapes.name}_train.json").read_text())
+    rows = scores["scores"]
     assert status == 0 and [row["beam_size"] for row in rows] == [1, 3]
     keys = {"beam_size", "meteor", "rouge_l", "cider", "images_per_second", *(f"bleu_{n}" for n in range(1, 5))}
     assert keys <= set(rows[0])
     assert f"| 3 | {rows[1]['bleu_1']:.4f} |" in out
 
     # pycocoevalcap computes the same scores from the files alone: one caption per image, all references, no <end>.
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / f"results_best_{shapes.name}_train.json").read_text())
     entries = json.loads((shapes / "train_captions.json").read_text())
-    assert [result["image_id"] for result in results] == [entry["image_id"] for entry in entries]
+    for name in ("image_id", "image"):
+        assert [result[name] for result in results] == [entry[name] for entry in entries]
     references = {entry["image_id"]: [" ".join(caption["words"]) for caption in entry["captions"]] for entry in entries}
     predictions = {result["image_id"]: [result["caption"]] for result in results}
     assert not any("<" in result["caption"] for result in results)
@@ -41,13 +48,79 @@ def test_without_java_all_but_meteor_works(command, shapes, run_folder, tmp_path
     arguments = ("--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output_folder", tmp_path)
     status, out, err = command(eval_script, *arguments, "--beam_sizes", 1)
     assert status == 0 and "METEOR is left out, it needs Java" in err and "METEOR" not in out
-    assert json.loads((tmp_path / "scores.json").read_text())[0]["meteor"] is None
+    scores = json.loads((tmp_path / f"scores_best_{shapes.name}_test.json").read_text())
+    assert scores["scores"][0]["meteor"] is None
+
+
+@pytest.fixture
+def evaluate(command, shapes, run_folder, monkeypatch):
+    """Run eval.py without METEOR: arguments -> exit status, stderr."""
+    monkeypatch.setattr(eval_script, "has_java", lambda: False)
+    arguments = ("--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--beam_sizes", 1, "--max_length", 3)
+
+    def run(*more):
+        status, _, err = command(eval_script, *arguments, *more)
+        return status, err
+
+    return run
+
+
+def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
+    assert evaluate("--output_folder", tmp_path, "--length_penalty", 0.7, "--precision", "fp32")[0] == 0
+    scores = json.loads((tmp_path / f"scores_best_{shapes.name}_test.json").read_text())
+    assert scores["checkpoint"] == str(run_folder / "best.pt") and scores["data_folder"] == str(shapes)
+    assert (scores["dataset"], scores["split"]) == ("shapes", "test")
+    assert scores["digest"] == json.loads((shapes / "dataset.json").read_text())["digest"]
+    assert scores["decoding"] == {"length_penalty": 0.7, "max_length": 3, "batch_size": 32}
+    assert scores["dtype"] == "float32" and scores["versions"]["torch"] == torch.__version__
+    assert abs(datetime.datetime.fromisoformat(scores["date"]).timestamp() - time.time()) < 100
+    assert scores["git"] == git_revision() and len(scores["scores"]) == 1
+
+
+def test_nothing_replaces_the_scores_of_something_else(evaluate, shapes, run_folder, tmp_path):
+    """Of another split, another checkpoint in the folder, another data set."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    for checkpoint in ("best.pt", "last.pt"):
+        for split in ("val", "test"):
+            assert evaluate("--checkpoint", run / checkpoint, "--split", split)[0] == 0
+    kinds = [f"{kind}_{stem}_shapes_{split}.json" for kind in ("scores", "results") for stem in ("best", "last")
+             for split in ("val", "test")]  # fmt: skip
+    assert {path.name for path in run.glob("*.json")} == set(kinds)
+    path = run / "scores_best_shapes_test.json"
+
+    moved = shutil.copytree(shapes, tmp_path / "moved" / "shapes")
+    assert evaluate("--checkpoint", run / "best.pt", "--data_folder", moved)[0] == 0  # the same content
+    before = path.read_bytes()
+    metadata = json.loads((moved / "dataset.json").read_text())
+    other = shutil.copytree(moved, tmp_path / "other" / "shapes")
+    (other / "dataset.json").write_text(json.dumps(metadata | {"digest": "another"}))
+    status, err = evaluate("--checkpoint", run / "best.pt", "--data_folder", other)
+    assert status == 2 and f"{path} has the scores on {moved}: choose another --output_folder" in err
+    status, err = evaluate("--output_folder", run)
+    assert status == 2 and f"{path} has the scores of {run / 'best.pt'}: choose another --output_folder" in err
+    assert path.read_bytes() == before
+
+    renamed = (tmp_path / "run").rename(tmp_path / "renamed")
+    assert evaluate("--checkpoint", renamed / "best.pt")[0] == 0  # the same data, the same run
+    (renamed / path.name).write_text("[]")
+    status, err = evaluate("--checkpoint", renamed / "best.pt")
+    assert status == 2 and "was not written by eval.py" in err
+
+
+def test_results_are_read_by_coco(evaluate, shapes, tmp_path):
+    assert evaluate("--output_folder", tmp_path)[0] == 0
+    path = tmp_path / f"results_best_{shapes.name}_test.json"
+    coco = COCO()
+    coco.dataset = {"images": [{"id": result["image_id"]} for result in json.loads(path.read_text())]}
+    coco.createIndex()
+    assert [annotation["caption"] for annotation in coco.loadRes(str(path)).dataset["annotations"]]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--checkpoint", "missing.pt"), "no such file: missing.pt"),
+        (("--checkpoint", "{run}"), "is a folder, not a checkpoint: give {run}/best.pt"),
         (("--checkpoint", __file__), "is refused: it is damaged"),
         (("--data_folder", "missing"), "no data folder missing"),
         (("--beam_sizes", "0"), "--beam_sizes 0: must be at least 1"),
@@ -58,8 +131,9 @@ def test_without_java_all_but_meteor_works(command, shapes, run_folder, tmp_path
 )
 def test_bad_input_ends_in_one_line(command, shapes, run_folder, arguments, message):
     good = ("--checkpoint", run_folder / "best.pt", "--data_folder", shapes)
+    arguments = [argument.format(run=run_folder) for argument in arguments]
     status, _, err = command(eval_script, *good, *arguments)
-    assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+    assert status == 2 and message.format(run=run_folder) in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_an_empty_split_is_named(command, shapes, run_folder, tmp_path):
