@@ -41,7 +41,7 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
     does not expand in quotes or after a =. The attribute `given` of the result holds the names of the flags on the
     command line, those given at their defaults too.
     """
-    parser = argparse.ArgumentParser(description=settings_class.__doc__, allow_abbrev=False)
+    parser = _Parser(description=settings_class.__doc__, allow_abbrev=False)
     source = inspect.getsource(settings_class)
     help_texts = dict(re.findall(r"^    (\w+): .*#\s+(.*)$", source, re.MULTILINE))
     hints, defaults, group = get_type_hints(settings_class), {}, parser
@@ -71,6 +71,14 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
     settings = settings_class(**{name: expand_home(value) for name, value in (defaults | given).items()})
     object.__setattr__(settings, "given", frozenset(given))  # a frozen dataclass takes it no other way
     return settings
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are one line without the usage, which fills a screen here."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the script with exit status 2 and one line."""
+        fail(f"{message} (--help lists all settings)")
 
 
 def expand_home(value: Any) -> Any:

@@ -48,10 +48,11 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [["a", "--rat", "1"], ["a", "--cell", "rnn"], ["a", "--rate", "x"], []])
-def test_wrong_flags_exit_with_2(arguments):
+def test_wrong_flags_are_one_line_and_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         utils.parse_settings(Example, arguments)
     assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
