@@ -171,8 +171,11 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 
 def append_jsonl(path: str | Path, row: dict) -> None:
     """Append one row to a file of JSON lines."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

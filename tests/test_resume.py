@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, make_dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import create_input_files
 import train
 from common.files import read_jsonl
 from conftest import SMALL, flags, weights
+from training.logs import write_tensorboard
 from training.start import merge_settings
 from utils import InputError
 
@@ -114,6 +117,36 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alone(shapes, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM and err.rstrip().endswith("last.pt"), err
 
 
+@pytest.fixture
+def running(shapes, tmp_path):
+    """The folder of a run that another process trains, and that process."""
+    arguments = [*flags(shapes, tmp_path / "run"), "--epochs", "999", "--patience", "999"]
+    process = subprocess.Popen([sys.executable, train.__file__, *arguments], stderr=subprocess.DEVNULL)
+    while not read_jsonl(tmp_path / "run" / "log.jsonl"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield tmp_path / "run", process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_run_folder_takes_one_process_at_a_time(shapes, running, command):
+    folder, process = running
+    fresh = flags(shapes, folder)
+    for arguments in (fresh, [*fresh, "--overwrite"], ["--resume", folder / "last.pt"]):
+        status, _, err = command(train, *arguments)
+        assert status == 2 and f"{folder} is in use by another train.py: wait until it ends" in err, err
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", train.__file__, *fresh, "--overwrite"]
+    result = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
+    assert result.stderr.count("train.py: error: ") == result.stderr.count("is in use by another train.py") == 2
+    process.kill()
+    process.wait()
+    epochs = len(read_jsonl(folder / "log.jsonl")) + 1
+    status, _, err = command(train, "--resume", folder / "last.pt", "--epochs", epochs)
+    assert status == 0 and resumed_epochs(folder) == list(range(1, epochs + 1)), err
+
+
 def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(shapes, tmp_path, monkeypatch):
     class Killed(BaseException):
         """What no code catches."""
@@ -144,6 +177,25 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(shapes, run_fold
     status, _, err = command(train, "--resume", folder / "last.pt", "--epochs", 3)
     assert status == 2 and err.splitlines()[-1].endswith("No space left on device"), err
     assert (folder / "last.pt").read_bytes() == before and not list(folder.glob(".*"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_names_the_log(shapes, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(train, "append_jsonl", lambda _, row, original=train.append_jsonl: original("/dev/full", row))
+    status, _, err = command(train, *flags(shapes, tmp_path / "run"))
+    assert status == 2 and err.splitlines()[-1] == "train.py: error: /dev/full: No space left on device", err
+    monkeypatch.undo()
+    train.main(train.Settings(resume=str(tmp_path / "run" / "last.pt")))
+    assert resumed_epochs(tmp_path / "run") == [1, 2]
+
+
+def test_a_full_disk_is_no_traceback_of_tensorboards_thread(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=None))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4096))
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_tensorboard(tmp_path / "tensorboard", [{"epoch": 1}])
+    assert error.value.filename == str(tmp_path / "tensorboard")
 
 
 def test_a_torn_log_does_not_block_a_resumed_run(shapes, run_folder, tmp_path):
@@ -201,6 +253,64 @@ def test_a_data_folder_given_at_its_default_counts_when_resuming(command, shapes
     shutil.copytree(shapes, tmp_path / train.Settings().data_folder)
     status, _, err = command(train, *arguments)
     assert status == 0 and (tmp_path / "data").is_dir() and resumed_epochs(folder) == [1, 2, 3], err
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory):
+    """A prepared folder of other shapes."""
+    output = tmp_path_factory.mktemp("other") / "shapes"
+    create_input_files.main(
+        create_input_files.Settings(output_folder=str(output), num_scenes=25, image_size=32, min_word_freq=1)
+    )
+    return output
+
+
+def test_other_data_is_refused_when_resuming(command, shapes, other_data, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    before = (folder / "last.pt").read_bytes()
+    status, _, err = command(train, "--resume", folder / "last.pt", "--epochs", 3, "--data_folder", other_data)
+    assert status == 2 and f"{other_data} does not hold the data that" in err and f"trained on in {shapes}: " in err
+    assert (folder / "last.pt").read_bytes() == before and resumed_epochs(folder) == [1, 2]
+
+
+def test_data_prepared_again_is_refused_when_resuming(command, shapes, other_data, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    train.main(replace(SMALL, data_folder=str(data), run_folder=str(tmp_path / "run"), epochs=1))
+    shutil.rmtree(data)
+    shutil.copytree(other_data, data)
+    status, _, err = command(train, "--resume", tmp_path / "run" / "last.pt", "--epochs", 2)
+    assert status == 2 and f"{data} does not hold the data that" in err
+
+
+def test_a_run_finds_its_data_from_another_working_directory(command, shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shapes, "data/shapes")
+    arguments = flags("data/shapes", "runs/small", replace(SMALL, fine_tune_encoder=False, features_folder="cache"))
+    assert command(train, *arguments, "--epochs", 1)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    status, _, err = command(train, "--resume", "../runs/small/last.pt", "--epochs", 2)
+    assert status == 0 and resumed_epochs(tmp_path / "runs" / "small") == [1, 2], err
+    assert not list((tmp_path / "elsewhere").iterdir())
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    status, _, err = command(train, "--resume", "../runs/small/last.pt", "--epochs", 3)
+    assert (
+        status == 2 and f"the one that ../runs/small/last.pt was trained on, {tmp_path}/data/shapes, as --data" in err
+    )
+    arguments = ("--epochs", 3, "--data_folder", "../moved/shapes")
+    status, _, err = command(train, "--resume", "../runs/small/last.pt", *arguments)
+    assert status == 0 and resumed_epochs(tmp_path / "runs" / "small") == [1, 2, 3], err
+
+
+def test_a_resume_elsewhere_does_not_break_the_next_at_home(command, shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shapes, "data")
+    assert command(train, *flags("data", "run"), "--epochs", 1)[0] == 0
+    shutil.copytree("data", "copy")
+    assert command(train, "--resume", "run/last.pt", "--epochs", 2, "--data_folder", "copy")[0] == 0
+    shutil.rmtree("copy")
+    status, _, err = command(train, "--resume", "run/last.pt", "--epochs", 3)
+    assert status == 0 and resumed_epochs(tmp_path / "run") == [1, 2, 3], err
 
 
 def test_another_run_folder_is_refused_when_resuming(command, run_folder, tmp_path):

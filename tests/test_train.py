@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import create_input_files
 import train
 from common.files import read_jsonl
 from conftest import CPU, SMALL, build, flags, step_by_step, weights
@@ -216,6 +217,56 @@ def test_early_stopping_and_decay(shapes, tmp_path):
     train.main(replace(settings, fine_tune_encoder=False, lr_schedule="step", learning_rate_decay=0.5))
     rows = read_jsonl(tmp_path / "log.jsonl")
     assert [row["lr"] for row in rows] == pytest.approx([1e-9, 0.5e-9, 0.25e-9])
+
+
+def scripted_validation(monkeypatch, rows):
+    """Let the epochs of training have these CIDEr, BLEU-4 and validation losses."""
+    rows = iter(rows)
+    losses = []
+
+    def evaluate(captioner, vocabulary, dataset, *arguments):
+        cider, bleu_4, loss = next(rows)
+        losses.append(loss)
+        return {"cider": cider, "bleu_4": bleu_4}, [["a"]]
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "validation_loss", lambda *arguments: losses[-1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "best"),  # of at most 5, with a patience of 1
+    [
+        ([(0.0, 0.0, 3), (0.0, 0.0, 4), (0.0, 0.1, 5), (0.2, 0.0, 6), (0.1, 0.2, 2)], 5, 4),
+        ([(0.0, 0.0, 3), (0.0, 0.0, 4), (0.0, 0.0, 2), (0.0, 0.0, 5), (0.0, 0.0, 6)], 5, 3),
+        ([(0.1, 0.1, 3), (0.1, 0.1, 2), (0.1, 0.2, 4), (0.1, 0.1, 1)], 4, 3),
+    ],
+)
+def test_ties_of_the_score_are_broken_and_a_score_of_0_stops_nothing(shapes, tmp_path, monkeypatch, rows, epochs, best):
+    scripted_validation(monkeypatch, rows)
+    train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path), epochs=5, patience=1))
+    assert len(read_jsonl(tmp_path / "log.jsonl")) == epochs
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == best
+
+
+def test_one_validation_image_is_judged_by_its_loss(tmp_path, command):
+    data = str(tmp_path / "data")
+    create_input_files.main(create_input_files.Settings(output_folder=data, num_scenes=8, image_size=32))
+    changes = replace(SMALL, learning_rate=0.1, epochs=8, patience=1)
+    status, out, err = command(train, *flags(data, tmp_path / "run", changes))
+    assert status == 0 and out.count("CIDEr of one validation image is always 0") == 1, err
+    losses = [row["val/loss"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")]
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"]
+    assert len(losses) == 8 and losses[best - 1] == min(losses) < losses[0]
+    assert f"best validation loss {min(losses):.4f}: " in out
+
+
+def test_flips_that_change_no_caption_are_named(shapes, tmp_path, command):
+    folder = shutil.copytree(shapes, tmp_path / "copy")
+    for path in folder.glob("*.json"):
+        path.write_text(path.read_text().replace('"left"', '"links"').replace('"right"', '"rechts"'))
+    arguments = ("--epochs", "1", "--hflip")
+    assert "--hflip flips photos but no words" in command(train, *flags(folder, tmp_path / "a"), *arguments)[1]
+    assert "--hflip flips" not in command(train, *flags(shapes, tmp_path / "b"), *arguments)[1]
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shapes, tmp_path, monkeypatch):

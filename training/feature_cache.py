@@ -103,7 +103,7 @@ def prepare_cache(names: list[str], size: int, data_folder: str | Path, features
             if features_folder:
                 raise
             folder = user_cache(folder)
-    remove_leftovers(folder, f".*_{'[0-9a-f]' * 16}.*.npy")
+    remove_leftovers(folder, ".*.partial-*.npy")
     missing = [name for name in names if not (folder / name).is_file()]
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     needed, free = len(missing) * size, shutil.disk_usage(nearest).free

@@ -1,5 +1,8 @@
 """The log of a run as TensorBoard files and as a picture of its curves."""
 
+import errno
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +18,17 @@ PANELS = {
 
 
 def write_tensorboard(folder: str | Path, rows: list[dict]) -> None:
-    """Add rows of the log to TensorBoard's files in a folder, where the package tensorboard is installed."""
+    """Add rows of the log to TensorBoard's files in a folder, where the package tensorboard is installed.
+
+    Raises OSError where the disk is full.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < 2**20:  # TensorBoard's thread would print a traceback
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     with SummaryWriter(str(folder)) as writer:
         for row in rows:
             for name in row.keys() - {"epoch"}:

@@ -96,7 +96,7 @@ def merge_settings(
         elif name not in may_differ and value != saved[name]:
             raise mismatch(name, value, path, saved[name])
         elif value != saved[name]:
-            print(f"{name} is {value}, where {path} has {saved[name]}: given as a flag, or at the top of train.py")
+            print(f"{name} is {value!r}, where {path} has {saved[name]!r}: given as a flag, or at the top of train.py")
     return settings
 
 

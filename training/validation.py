@@ -35,12 +35,12 @@ def is_informative(best_metric: str, num_images: int) -> bool:
 def epoch_key(row: dict, best_metric: str, num_images: int) -> tuple[float, ...]:
     """What orders epochs, the best one last, from a row of the log: `best_metric`, the other metric, a low loss.
 
-    The loss alone where the metric is not informative.
+    Scores count to the four digits that are printed. The loss alone counts where the metric is not informative.
     """
     if not is_informative(best_metric, num_images):
         return (-row["val/loss"],)
     other_metric = "bleu_4" if best_metric == "cider" else "cider"
-    return row[f"val/{best_metric}"], row[f"val/{other_metric}"], -row["val/loss"]
+    return round(row[f"val/{best_metric}"], 4), round(row[f"val/{other_metric}"], 4), -row["val/loss"]
 
 
 def describe_best(key: tuple[float, ...], best_metric: str) -> str:

@@ -1,6 +1,7 @@
 """The feature cache, and prepared folders that must not be read."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from conftest import CPU, SMALL, build
 from preparation.storage import read_metadata, write_captions
 from text.vocabulary import Vocabulary
+from training import feature_cache
 from training.feature_cache import build_dataset
 from utils import InputError
 
@@ -27,8 +29,9 @@ def small_captioner(weights_seed=0, grid_size=0, fine_tune_encoder=False):
     return build(settings, 10).eval()
 
 
-def open_dataset(folder, captioner, hflip=False):
-    return build_dataset(folder, "val", Vocabulary.load(folder), captioner, CPU, hflip=hflip)
+def open_dataset(folder, captioner, hflip=False, features_folder="", split="val"):
+    vocabulary = Vocabulary.load(folder)
+    return build_dataset(folder, split, vocabulary, captioner, CPU, hflip=hflip, features_folder=features_folder)
 
 
 def test_cached_features_are_the_encoders(copied):
@@ -90,6 +93,86 @@ def test_features_that_the_cache_cannot_hold_are_refused_and_nothing_is_left(cop
     with pytest.raises(InputError, match="resnet18's features do not fit into float16"):
         open_dataset(copied, captioner)
     assert set(copied.rglob("*")) - {copied / "features"} == before - {copied / "features"}
+
+
+def test_features_can_be_cached_anywhere(copied, tmp_path):
+    (path,) = open_dataset(copied, small_captioner(), features_folder=str(tmp_path / "elsewhere")).feature_paths
+    assert path.parent == tmp_path / "elsewhere" and path.is_file() and not (copied / "features").exists()
+
+
+@pytest.fixture
+def read_only(monkeypatch, tmp_path):
+    """Call it with folders that cannot be written from then on; the user's cache is a temporary folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def forbid(*folders):
+        def access(path, mode, original=os.access):
+            return original(path, mode) and not any(folder in (path, *path.parents) for folder in folders)
+
+        monkeypatch.setattr("common.files.os.access", access)  # root may write wherever permissions forbid it
+
+    return forbid
+
+
+def test_features_of_a_read_only_folder_lie_in_the_users_cache(copied, tmp_path, read_only, capsys):
+    read_only(copied)
+    cache = tmp_path / "cache" / "image-captioning" / "features"
+    for split in ("val", "train"):
+        (path,) = open_dataset(copied, small_captioner(), split=split).feature_paths
+        assert path.parent == cache and path.is_file()
+    assert not (copied / "features").exists()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"features are cached in {cache}" in out, out
+
+
+def test_features_that_a_read_only_folder_has_are_read(copied, read_only, capsys):
+    (path,) = open_dataset(copied, small_captioner()).feature_paths
+    read_only(copied)
+    assert open_dataset(copied, small_captioner()).feature_paths == [path] and not capsys.readouterr().out
+
+
+def test_where_no_features_can_be_cached_is_named(copied, tmp_path, read_only):
+    read_only(copied, tmp_path)
+    with pytest.raises(InputError, match=f"neither in {copied}/features nor in {tmp_path}/cache/.*--features_folder"):
+        open_dataset(copied, small_captioner())
+    with pytest.raises(InputError, match=f"{tmp_path}/mine cannot be written"):
+        open_dataset(copied, small_captioner(), features_folder=str(tmp_path / "mine"))
+
+
+def test_features_that_do_not_fit_on_the_disk_are_not_begun(copied, monkeypatch):
+    size = len(open_dataset(copied, small_captioner(fine_tune_encoder=True))) * 64 * 64 * 2  # regions, features, bytes
+    usage = shutil.disk_usage(copied)
+    before = set(copied.rglob("*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * size - 1))
+    with pytest.raises(InputError, match=r"features take \d+ MB, .* has \d+ MB free: .* --features_folder"):
+        open_dataset(copied, small_captioner(), hflip=True)
+    assert set(copied.rglob("*")) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * size))
+    assert len(open_dataset(copied, small_captioner(), hflip=True).feature_paths) == 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    assert len(open_dataset(copied, small_captioner(), hflip=True).feature_paths) == 2
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(copied):
+    open_dataset(copied, small_captioner())
+    leftover = copied / "features" / ".train_flipped_vgg16_features_0123456789abcdef.partial-01234567.npy"
+    for path in (leftover, copied / "features" / ".mine.npy"):
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
+    open_dataset(copied, small_captioner())  # of other images, and whose features are there
+    assert not leftover.exists() and (copied / "features" / ".mine.npy").exists()
+
+
+def test_a_disk_that_fills_up_is_an_error_that_names_the_file(copied, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_cache, "write_features", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        open_dataset(copied, small_captioner())
+    assert str(error.value.filename).startswith(f"{copied}/features/val_resnet18") and not list(
+        (copied / "features").iterdir()
+    )
 
 
 @pytest.mark.parametrize(("name", "value"), [("image_size", 64), ("resize", "pad")])
