@@ -73,6 +73,9 @@ def weights(path):
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--commands", type=int, default=30, help="how many of each script tests/test_fuzz_commands.py runs"
+    )
     parser.addoption("--kills", type=int, default=2, help="how often tests/test_kill.py kills a run")
 
 
