@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import pytest
@@ -23,6 +24,8 @@ import train
 from common.files import read_jsonl
 from conftest import SMALL, flags
 from preparation.storage import SPLITS, read_captions, read_metadata
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
@@ -47,6 +50,86 @@ def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, 
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     files = {path.name for path in last.parent.iterdir() if not path.name.startswith(".")}  # a kill may leave a part
     assert files - {"tensorboard"} == {"last.pt", "best.pt", "log.jsonl", "curves.png"}
+
+
+# A program that ends itself by a signal at a call of a function: MODULE FUNCTION CALL SIGNAL, then train.py's flags.
+DYING = """
+import importlib, os, sys
+import train, utils
+
+module, name, call, number = importlib.import_module(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+original, calls = getattr(module, name), []
+
+def dying(*arguments, **options):
+    calls.append(1)
+    if len(calls) == call:
+        if name == "save":  # of torch, in the middle of the file
+            arguments[1].write(b"half")
+            arguments[1].flush()
+        os.kill(os.getpid(), number)
+    return original(*arguments, **options)
+
+setattr(module, name, dying)
+sys.argv = ["train.py", *sys.argv[5:]]
+utils.run_script(train.main, train.Settings)
+"""
+
+
+def die(phase, number, arguments):
+    """Run train.py until a signal ends it in a phase (module, function, call); returns its status and last line."""
+    command = [sys.executable, "-c", DYING, *map(str, phase), str(number), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return result.returncode, (result.stderr.splitlines() or [""])[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
+def test_a_run_that_dies_as_it_extracts_features_is_started_again(shapes, tmp_path, command, number):
+    data = shutil.copytree(shapes, tmp_path / "data", ignore=shutil.ignore_patterns("features"))
+    arguments = flags(data, tmp_path / "run", replace(SMALL, fine_tune_encoder=False))
+    phase = ("numpy", "isfinite", 2)  # of the training images
+    assert die(phase, number, arguments)[0] == -number
+    leftovers = list((data / "features").glob(".train*"))
+    assert len(leftovers) == 1
+    os.utime(leftovers[0], (0, 0))
+    status, _, err = command(train, *arguments)
+    assert status == 0, err
+    assert {path.name[:4] for path in (data / "features").iterdir()} == {"trai", "val_"}
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        ("train", "train_step", 2),
+        ("train", "validation_loss", 1),
+        ("train", "validation_loss", 2),
+        ("torch", "save", 2),  # last.pt
+        ("torch", "save", 3),  # best.pt
+        ("train", "append_jsonl", 1),
+        ("train", "write_tensorboard", 2),
+        ("train", "plot_curves", 2),
+    ],
+)
+@pytest.mark.slow
+def test_a_run_killed_in_any_phase_says_how_to_go_on_and_does(shapes, run_folder, tmp_path, command, phase):
+    last, arguments = tmp_path / "run" / "last.pt", flags(shapes, tmp_path / "run")
+    assert die(phase, signal.SIGKILL, arguments)[0] == -signal.SIGKILL
+    status, _, err = command(train, *arguments)
+    assert status == 2 and f"holds a run: continue it with --resume {last}" in err
+    status, _, err = command(train, "--resume", last)
+    assert status == 0, err
+    assert_same_run(run_folder, last.parent)
+
+
+@pytest.mark.slow
+def test_a_signal_in_validation_stops_after_it(shapes, run_folder, tmp_path, command):
+    last, arguments = tmp_path / "run" / "last.pt", flags(shapes, tmp_path / "run")
+    status, line = die(("train", "validation_loss", 1), signal.SIGTERM, arguments)
+    assert status == 128 + signal.SIGTERM and line.endswith(
+        f"stopped in epoch 2: continue with python train.py --resume {last}"
+    )
+    assert command(train, "--resume", last)[0] == 0
+    assert_same_run(run_folder, last.parent)
 
 
 @pytest.mark.slow
