@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -184,36 +183,6 @@ def test_a_lost_file_is_no_dead_end(command, tmp_path, photos, name, is_lost):
     assert status == 2 and f"{name} is missing or was changed: --overwrite prepares the folder again" in err
     assert prepare(command, tmp_path, tmp_path / "captions.json", photos, "--overwrite")[0] == 0
     assert path.read_bytes() == content
-
-
-# ------------------------------------------------------------------------------------------------ paths
-
-
-def test_a_path_with_spaces_is_quoted_where_it_is_to_be_typed(command, tmp_path, photos):
-    output = tmp_path / "my data"
-    more = ("--output_folder", output)
-    status, out, _ = prepare(command, tmp_path, karpathy(tmp_path / "captions.json"), photos, *more)
-    command_line = out.splitlines()[-1].split("is ready: ")[1]
-    assert status == 0 and shlex.split(command_line) == ["python", "train.py", "--data_folder", str(output)]
-
-
-def test_a_quoted_home_folder_is_found(command, tmp_path, photos, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    karpathy(tmp_path / "captions.json")
-    assert prepare(command, tmp_path, "~/captions.json", "~/photos", "--output_folder", "~/new")[0] == 0
-    assert (tmp_path / "new" / "dataset.json").is_file()
-    assert command(create_input_files, "--preview", "~/new")[0] == 0
-
-
-def test_photos_that_cannot_be_read_say_how_to_convert_them(command, tmp_path, photos):
-    (photos / "new.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-    (photos / "zero.jpg").touch()
-    for path in list(photos.iterdir()):
-        path.with_suffix(".txt").write_text("A dog.")
-    arguments = ("--dataset", "own", "--captions", photos, "--output_folder", tmp_path / "out", "--image_size", 8)
-    status, _, err = command(create_input_files, *arguments)
-    assert status == 2 and "new.heic: HEIC" in err and "convert it to JPEG" in err and "zero.jpg: an empty file" in err
-    assert command(create_input_files, *arguments, "--skip_broken")[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------ words and captions

@@ -1,4 +1,4 @@
-"""The recipe of docs/data.md: from a folder of ten photos to their captions, with the commands as they stand there."""
+"""A user's own ten photos: the recipe of docs/data.md as it stands there, paths, and photos that cannot be read."""
 
 import importlib
 import re
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import create_input_files
 from preparation.storage import read_captions
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "data.md"
@@ -25,22 +26,53 @@ def recipe():
     return [shlex.split(line)[1:] for line in block.splitlines()]
 
 
-@pytest.mark.slow
-def test_the_recipe_ends_in_the_captions_of_the_photos(command, tmp_path, monkeypatch):
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """The folder of ten photos, each with a caption beside it; its parent is the working directory."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    generator = np.random.default_rng(0)
+    folder, generator = tmp_path / "photos", np.random.default_rng(0)
+    folder.mkdir()
     for i, caption in enumerate(CAPTIONS):
         pixels = np.kron(generator.choice([0, 255], (2, 2, 3)), np.ones((30, 40, 1))).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.jpg")
-        (tmp_path / "photos" / f"{i}.txt").write_text(caption)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_recipe_ends_in_the_captions_of_the_photos(command, photos):
     for script, *arguments in recipe():
         more = {"train.py": SMALL.split(), "caption.py": ["--no-pictures"]}.get(script, [])
         status, out, err = command(importlib.import_module(script.removesuffix(".py")), *arguments, *more)
         assert status == 0, err
     printed = dict(re.findall(r"^photos/(\d)\.jpg: (.*) \(log-probability", out, re.MULTILINE))
     assert len(printed) == len(CAPTIONS)
-    entries, _ = read_captions(tmp_path / "data" / "mine", "train")
-    learned = [int(entry["image"].removesuffix(".jpg")) for entry in entries]
+    learned = [int(entry["image"].removesuffix(".jpg")) for entry in read_captions("data/mine", "train")[0]]
     assert len(learned) == 8
     assert {i: printed[str(i)] for i in learned} == {i: CAPTIONS[i] for i in learned}
+
+
+def test_a_path_with_spaces_is_quoted_where_it_is_to_be_typed(command, photos):
+    arguments = ("--dataset", "mine", "--captions", photos, "--image_size", 8, "--output_folder", "my data")
+    status, out, _ = command(create_input_files, *arguments)
+    command_line = out.splitlines()[-1].split("is ready: ")[1]
+    assert status == 0 and shlex.split(command_line) == ["python", "train.py", "--data_folder", "my data"]
+
+
+def test_a_quoted_home_folder_is_found(command, photos, monkeypatch):
+    monkeypatch.setenv("HOME", str(photos.parent))
+    arguments = ("--dataset", "mine", "--captions", "~/photos", "--image_size", 8, "--output_folder", "~/new")
+    assert command(create_input_files, *arguments)[0] == 0
+    assert (photos.parent / "new" / "dataset.json").is_file()
+    assert command(create_input_files, "--preview", "~/new")[0] == 0
+
+
+def test_photos_that_cannot_be_read_say_how_to_convert_them(command, photos):
+    (photos / "new.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (photos / "zero.jpg").touch()
+    for name in ("new", "zero"):
+        (photos / f"{name}.txt").write_text("A dog.")
+    arguments = ("--dataset", "mine", "--captions", photos, "--image_size", 8)
+    status, _, err = command(create_input_files, *arguments)
+    assert status == 2 and "new.HEIC: HEIC" in err and "convert it to JPEG" in err and "zero.jpg: an empty file" in err
+    assert command(create_input_files, *arguments, "--skip_broken")[0] == 0
