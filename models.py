@@ -26,7 +26,8 @@ from utils import InputError, first_line, require_at_least, require_below_one
 CHECKPOINT_FORMAT = 4
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
-MAX_IMAGE_SIZE = 4096  # pixels; a checkpoint of others could ask for any amount of memory otherwise
+# A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
+MAX_IMAGE_SIZE, MAX_GRAPH_LAYERS = 4096, 100
 
 
 class Captioner(nn.Module):
@@ -109,6 +110,8 @@ def build_captioner(
     require_below_one(sizes, "dropout")
     if image_size > MAX_IMAGE_SIZE:
         raise InputError(f"images of {image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
+    if graph_layers > MAX_GRAPH_LAYERS:
+        raise InputError(f"--graph_layers {graph_layers}: must be at most {MAX_GRAPH_LAYERS}")
     if grid_size > image_size:
         raise InputError(f"--grid_size {grid_size}: finer than the images, which have {image_size} pixels")
     network = Encoder(
@@ -175,9 +178,6 @@ def captioner_from_checkpoint(
     and for weights that are not finite.
     """
     weights, settings = checkpoint["model"], checkpoint["model_settings"] | (changes or {})
-    layers = settings["graph_layers"]
-    if layers > len(weights):
-        raise InputError(f"{path}: its {len(weights)} weights do not fit --graph_layers {_shown(layers)}")
     data_settings = [checkpoint[name] for name in ("image_size", "resize", "fine_tune_encoder")]
     try:
         vocabulary = Vocabulary(checkpoint["words"])

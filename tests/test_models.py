@@ -153,7 +153,7 @@ MALFORMED = {
     "an unknown cell": (change("cell", "elman"), "cell is 'elman', not one of lstm gru rnn"),
     "a wide cell": (change("hidden_dim", 10**7), "decoder.* is .* not torch.float32 .*10000000"),
     "a wide cell whose sizes overflow": (change("hidden_dim", 10**12), "other.pt: "),
-    "many layers": (change("graph_layers", 10**8), "do not fit --graph_layers 100000000"),
+    "many layers": (change("graph_layers", 10**8), "--graph_layers 100000000: must be at most 100"),
     "a fine grid": (change("grid_size", 10**6), "finer than the images"),
     "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be below 1"),
     "a missing weight": (lambda checkpoint: checkpoint["model"].popitem(), "is missing"),
@@ -202,6 +202,7 @@ def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_fol
         ("hidden_dim", 0, "--hidden_dim 0"),
         ("grid_size", 33, "--grid_size 33: finer"),
         ("graph_knn", -1, "--graph_knn -1"),
+        ("graph_layers", 10**15, "--graph_layers 1000000000000000: must be at most"),
     ],
 )
 def test_sizes_out_of_range_are_an_error(name, value, message):
