@@ -242,7 +242,7 @@ def validate_and_save(
         "seconds": state.seconds,
         "captions_per_second": training.captions.num_captions() / state.seconds,
     }
-    improved = state.finish_epoch(epoch_key(row, settings.best_metric, len(validation)))
+    improved = state.end_epoch(epoch_key(row, settings.best_metric, len(validation)))
     folder = Path(settings.run_folder)
     if rank() == 0:
         append_jsonl(folder / "log.jsonl", row)

@@ -38,7 +38,7 @@ class TrainState:
 
     PROGRESS: ClassVar = ("epoch", "step", "seconds", "best_key", "epochs_since_improvement")
 
-    def finish_epoch(self, key: tuple[float, ...]) -> bool:
+    def end_epoch(self, key: tuple[float, ...]) -> bool:
         """Go on to the next epoch; returns whether the one that ends is the best so far.
 
         An epoch counts against --patience only where the first value of its key has been above 0 in any epoch: until
@@ -81,7 +81,11 @@ class TrainState:
         on_rank_zero(lambda: save_torch(Path(self.settings.run_folder) / name, checkpoint))
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what `save` wrote beside the model, the random number generators last."""
+        """Take over what `save` wrote beside the model, the random number generators last.
+
+        Raises InputError where it is not what `save` writes for this model.
+        """
+        self._validate(checkpoint)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.ema.load_state_dict(checkpoint["ema"])
         self.data_folders = list(dict.fromkeys([*self.data_folders, *checkpoint["data"]["folders"]]))
@@ -91,6 +95,38 @@ class TrainState:
             self.loss, self.count = checkpoint["progress"]["loss"], checkpoint["progress"]["count"]
         if rank() < len(checkpoint["rng"]):
             set_rng_state(checkpoint["rng"][rank()])
+
+
+    def _validate(self, checkpoint: dict[str, Any]) -> None:
+        """Raise InputError where a checkpoint's training state is not one that `save` writes for this model."""
+        progress = {name: getattr(self, name) for name in (*self.PROGRESS, "loss", "count")}
+        optimizer, rng, example = checkpoint.get("optimizer"), checkpoint.get("rng"), self.optimizer.state_dict()
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        moments = {i: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(params)}
+        if isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict):
+            example["state"] = {i: moments[i] for i in moments if i in optimizer["state"]}  # none before the first step
+        cpu = {"cpu": torch.get_rng_state()}
+        examples = {"progress": progress, "ema": self.ema.state_dict(), "optimizer": example}
+        examples["rng"] = [rng[i] | cpu if isinstance(rng[i], dict) else cpu for i in range(len(rng))] if rng else [cpu]
+        for name in examples:
+            require_like(checkpoint.get(name), examples[name], f"{self.settings.resume}: {name}")
+
+
+def require_like(found: Any, example: Any, name: str) -> None:
+    """Raise InputError where a part of a checkpoint is not built as an example: types, keys, shapes of tensors."""
+    if isinstance(example, Tensor):
+        fits = isinstance(found, Tensor) and (found.shape, found.dtype) == (example.shape, example.dtype)
+    elif isinstance(example, dict):
+        fits = isinstance(found, dict) and found.keys() == example.keys()
+    elif isinstance(example, list):
+        fits = isinstance(found, list) and len(found) == len(example)
+    else:
+        fits = type(found) is type(example) or (isinstance(example, (int, float)) and type(found) in (int, float))
+    if not fits:
+        raise InputError(f"{name} is not what train.py writes: start a new run from best.pt with --init_from")
+    if isinstance(example, (dict, list)):
+        for key in example if isinstance(example, dict) else range(len(example)):
+            require_like(found[key], example[key], f"{name}.{key}")
 
 
 def get_rng_state() -> dict[str, Tensor]:

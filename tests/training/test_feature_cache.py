@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import h5py
 import pytest
 import torch
 
-from conftest import CPU, SMALL, build
+import train
+from conftest import CPU, SMALL, build, flags
 from preparation.storage import read_metadata, write_captions
 from text.vocabulary import Vocabulary
 from training import feature_cache
@@ -161,6 +164,17 @@ def test_what_killed_processes_left_in_the_cache_is_removed(copied):
         os.utime(path, (0, 0))
     open_dataset(copied, small_captioner())  # of other images, and whose features are there
     assert not leftover.exists() and (copied / "features" / ".mine.npy").exists()
+
+
+@pytest.mark.slow
+def test_two_programs_that_compute_the_same_features_at_once_both_train(copied, tmp_path):
+    settings = replace(SMALL, fine_tune_encoder=False, epochs=1)
+    commands = [[sys.executable, train.__file__, *flags(copied, tmp_path / name, settings)] for name in ("a", "b")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    assert all(process.communicate()[1] is not None and process.returncode == 0 for process in processes)
+    assert sorted(path.name[:4] for path in (copied / "features").iterdir()) == ["trai", "val_"]
+    rows = [(tmp_path / name / "log.jsonl").read_text().split('"lr"')[0] for name in ("a", "b")]
+    assert rows[0] == rows[1]
 
 
 def test_a_disk_that_fills_up_is_an_error_that_names_the_file(copied, monkeypatch):
