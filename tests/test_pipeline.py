@@ -29,7 +29,7 @@ def test_from_shapes_to_a_captioned_photo(tmp_path):
     assert losses[2] < losses[0]
     assert "| 5 |" in run(tmp_path, "eval.py")
     out = run(tmp_path, "caption.py", "data/shapes/photos/test_00044.png")
-    assert "log-probability" in out and Image.open(tmp_path / "captions/test_00044.png").size > (300, 100)
+    assert "log-probability" in out and Image.open(tmp_path / "captions/test_00044_attention.png").size > (300, 100)
 
 
 @pytest.mark.slow
