@@ -21,7 +21,7 @@ from modules.encoders import Encoder
 from modules.graph import RegionGraph
 from modules.layers import Dropout, init_linear
 from text.vocabulary import Vocabulary
-from utils import InputError, first_line, require_at_least, require_below_one
+from utils import InputError, first_line, has_type, require_at_least, require_below_one
 
 CHECKPOINT_FORMAT = 4
 # What inference needs.
@@ -250,11 +250,9 @@ def _check_settings(checkpoint: dict[str, Any], path: str | Path) -> None:
         hint = hints.get(name)
         if hint is None or name not in CHECKPOINT_KEYS | settings.keys():
             continue
-        choices = get_args(hint)
-        if choices and not (type(value) is str and value in choices):
-            raise InputError(f"{path}: {name} is {_shown(value)}, not one of {' '.join(choices)}")
-        if not choices and type(value) not in ((int, float) if hint is float else (hint,)):
-            raise InputError(f"{path}: {name} is {_shown(value)}, not of type {hint.__name__}")
+        if not has_type(value, hint):
+            wanted = f"one of {' '.join(get_args(hint))}" if get_args(hint) else f"of type {hint.__name__}"
+            raise InputError(f"{path}: {name} is {_shown(value)}, not {wanted}")
 
 
 def _check_words(words: Any, path: str | Path) -> None:

@@ -73,6 +73,15 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
     return settings
 
 
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value, such as one of a file, is of the type of a setting; an int does for a float."""
+    if get_origin(hint) is Literal:
+        return type(value) is str and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return type(value) is tuple and all(has_type(part, get_args(hint)[0]) for part in value)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse's parser, whose errors are one line without the usage, which fills a screen here."""
 

@@ -6,6 +6,7 @@ image size or grid, one weight in place of another. Those (`OTHER_MODEL`, and pi
 and caption, or be one line.
 """
 
+import copy
 import io
 import math
 import random
@@ -15,6 +16,7 @@ import zipfile
 import pytest
 import torch
 
+import train
 from conftest import SMALL, build
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
 from modules.beam_search import beam_search
@@ -88,14 +90,14 @@ def captions_of(captioner, vocabulary):
     return [vocabulary.decode(caption[0].tolist()) for caption in captions]
 
 
-def copy(content):
+def copy_containers(content):
     """A checkpoint's dictionary whose containers can be changed."""
     return {key: type(value)(value) if isinstance(value, (dict, list)) else value for key, value in content.items()}
 
 
 def mutate_content(rng, content, path):
     """Write a checkpoint with one entry changed; returns whether it may be a model with other captions."""
-    content = copy(content)
+    content = copy_containers(content)
     where = rng.choice([content, content["model_settings"], content["model"], content["words"]])
     keys = list(where) if isinstance(where, dict) else list(range(len(where)))
     key, action = rng.choice(keys), rng.randrange(6)
@@ -206,7 +208,7 @@ def test_2000_mutated_checkpoints_are_the_same_or_one_line(original, tmp_path):
 @pytest.mark.parametrize("name", [name for name in model_settings(TINY) if isinstance(TINY[name], int)])
 @pytest.mark.parametrize("value", [-1, 10**7, 2**62, 2**2000])
 def test_sizes_that_the_weights_do_not_have_cost_no_memory(name, value, original, tmp_path):
-    content = copy(original[0])
+    content = copy_containers(original[0])
     content["model_settings"][name] = value
     torch.save(content, tmp_path / "mutated.pt")
     loaded = check(tmp_path / "mutated.pt", original, may_differ=name in OTHER_MODEL)
@@ -232,3 +234,43 @@ def test_a_flipped_bit_of_a_weight_is_found(original, tmp_path):
     data[data.index(weight) + 100] ^= 1
     (tmp_path / "mutated.pt").write_bytes(data)
     assert not check(tmp_path / "mutated.pt", original, may_differ=False)
+
+
+TRAINING = ["settings", "defaults", "progress", "optimizer", "ema", "rng", "data"]
+
+
+def mutate_training_state(rng, content):
+    """Take an entry of what only a resumed run reads out of a checkpoint, or give it another value."""
+    holder, key = content, rng.choice(TRAINING)
+    while isinstance(holder[key], (dict, list)) and holder[key] and rng.random() < 0.7:
+        holder = holder[key]
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+        if "fused" in holder:  # the rest of Adam's settings is torch's
+            keys = ["params", "lr", "initial_lr", "betas", "eps", "weight_decay"]
+        key = rng.choice(keys)
+    if rng.random() < 0.3:
+        del holder[key]
+    else:
+        holder[key] = rng.choice(VALUES)
+
+
+def fuzz_resume(seeds, run_folder, tmp_path, command):
+    """How many mutations of a complete run's last.pt can be resumed; the others end in one line."""
+    original, resumed = torch.load(run_folder / "last.pt", weights_only=True), 0
+    for seed in seeds:
+        content = copy.deepcopy(original)
+        mutate_training_state(random.Random(seed), content)
+        torch.save(content, tmp_path / "last.pt")
+        status, _, errors = command(train, "--resume", tmp_path / "last.pt", "--device", "cpu")
+        assert status in (0, 2) and (status == 0 or errors.count("\n") == 1), f"seed {seed}: {errors}"
+        resumed += status == 0
+    return resumed
+
+
+def test_mutated_training_states_are_resumed_or_one_line(run_folder, tmp_path, command):
+    fuzz_resume(range(15), run_folder, tmp_path, command)
+
+
+@pytest.mark.slow
+def test_200_mutated_training_states_are_resumed_or_one_line(run_folder, tmp_path, command):
+    assert fuzz_resume(range(15, 215), run_folder, tmp_path, command) < 100

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +20,7 @@ from text.vocabulary import Vocabulary
 from training.logs import write_tensorboard
 from training.optim import ModelEMA, make_optimizer
 from training.state import TrainState
-from utils import InputError
+from utils import InputError, has_type
 
 # Settings that say how a program starts, not how a run trains.
 START_SETTINGS = ("run_folder", "overwrite", "resume", "init_from", "plot")
@@ -100,6 +100,19 @@ def merge_settings(
     return settings
 
 
+def require_saved_settings(checkpoint: dict[str, Any], settings: Any, path: str) -> None:
+    """Raise InputError where the settings in a checkpoint are not all those of train.py, each of its type."""
+    hints = get_type_hints(type(settings))
+    names = {field.name for field in fields(settings)}
+    for key in ("settings", "defaults"):
+        saved = checkpoint.get(key)
+        if not isinstance(saved, dict) or saved.keys() != names:
+            raise InputError(f"{path}: its {key} are not those of this train.py: train again")
+        for name, value in saved.items():
+            if not has_type(value, hints[name]):
+                raise InputError(f"{path}: its {key} have a {name} of another type: train again")
+
+
 def mismatch(name: str, value: Any, path: str, saved: Any) -> InputError:
     """The error for a setting that was given and does not go with a checkpoint."""
     return InputError(
@@ -127,6 +140,7 @@ def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
                 f"--pretrained_embeddings {settings.pretrained_embeddings}: --init_from has trained words, leave it out"
             )
         checkpoint = load_checkpoint(settings.init_from)
+        require_saved_settings(checkpoint, settings, settings.init_from)
         names = model_settings(asdict(settings))
         # No encoder weights are read; `build_from_checkpoint` checks the other settings against the weights.
         may_differ = names.keys() - {"encoder_weights"}
@@ -139,6 +153,13 @@ def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
     checkpoint = load_checkpoint(settings.resume)
     if "data" not in checkpoint:
         raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
+    require_saved_settings(checkpoint, settings, settings.resume)
+    folders = checkpoint["data"].get("folders") if isinstance(checkpoint["data"], dict) else None
+    known = isinstance(folders, list) and has_type(tuple(folders), tuple[str, ...]) and any(map(os.path.isabs, folders))
+    if not known or "digest" not in checkpoint["data"]:
+        raise InputError(
+            f"{settings.resume} does not say which data it was trained on: use --init_from with its best.pt"
+        )
     run_folder = Path(settings.resume).parent
     names = [field.name for field in fields(settings) if field.name not in START_SETTINGS]
     merged = merge_settings(settings, checkpoint, settings.resume, names, RESUME_SETTINGS)

@@ -14,6 +14,7 @@ from common.files import save_torch
 from models import CHECKPOINT_FORMAT, Captioner, model_settings
 from text.vocabulary import Vocabulary
 from training.optim import ModelEMA
+from utils import InputError, has_type
 
 
 @dataclass
@@ -96,30 +97,37 @@ class TrainState:
         if rank() < len(checkpoint["rng"]):
             set_rng_state(checkpoint["rng"][rank()])
 
-
     def _validate(self, checkpoint: dict[str, Any]) -> None:
         """Raise InputError where a checkpoint's training state is not one that `save` writes for this model."""
         progress = {name: getattr(self, name) for name in (*self.PROGRESS, "loss", "count")}
-        optimizer, rng, example = checkpoint.get("optimizer"), checkpoint.get("rng"), self.optimizer.state_dict()
+        example, optimizer = self.optimizer.state_dict(), checkpoint.get("optimizer")
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
         moments = {i: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(params)}
+        for group in example["param_groups"]:  # the others are torch's, which may know more of them in another version
+            for name in group.keys() - {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}:
+                del group[name]
         if isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict):
             example["state"] = {i: moments[i] for i in moments if i in optimizer["state"]}  # none before the first step
-        cpu = {"cpu": torch.get_rng_state()}
-        examples = {"progress": progress, "ema": self.ema.state_dict(), "optimizer": example}
-        examples["rng"] = [rng[i] | cpu if isinstance(rng[i], dict) else cpu for i in range(len(rng))] if rng else [cpu]
-        for name in examples:
-            require_like(checkpoint.get(name), examples[name], f"{self.settings.resume}: {name}")
+        path = self.settings.resume
+        require_like(checkpoint.get("progress"), progress, f"{path}: progress")
+        require_like(checkpoint.get("ema"), self.ema.state_dict(), f"{path}: ema")
+        require_like(optimizer, example, f"{path}: optimizer")
+        states = checkpoint.get("rng")  # of each process
+        for state in states if isinstance(states, list) else [states]:
+            require_like(state.get("cpu") if isinstance(state, dict) else None, torch.get_rng_state(), f"{path}: rng")
 
 
 def require_like(found: Any, example: Any, name: str) -> None:
     """Raise InputError where a part of a checkpoint is not built as an example: types, keys, shapes of tensors."""
     if isinstance(example, Tensor):
-        fits = isinstance(found, Tensor) and (found.shape, found.dtype) == (example.shape, example.dtype)
+        fits = isinstance(found, Tensor) and found.layout == example.layout and not found.is_nested
+        fits = fits and (found.shape, found.dtype) == (example.shape, example.dtype)
     elif isinstance(example, dict):
-        fits = isinstance(found, dict) and found.keys() == example.keys()
+        fits = isinstance(found, dict) and found.keys() >= example.keys()
     elif isinstance(example, list):
         fits = isinstance(found, list) and len(found) == len(example)
+    elif isinstance(example, tuple):
+        fits = has_type(found, tuple[float, ...])
     else:
         fits = type(found) is type(example) or (isinstance(example, (int, float)) and type(found) in (int, float))
     if not fits:
