@@ -16,6 +16,9 @@ from text.vocabulary import Vocabulary
 from training.optim import ModelEMA
 from utils import InputError, has_type
 
+# What Adam's groups have besides their parameters; the rest depends on torch's version.
+ADAM_GROUP = {"lr": 0.0, "initial_lr": 0.0, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}
+
 
 @dataclass
 class TrainState:
@@ -99,42 +102,45 @@ class TrainState:
 
     def _validate(self, checkpoint: dict[str, Any]) -> None:
         """Raise InputError where a checkpoint's training state is not one that `save` writes for this model."""
-        progress = {name: getattr(self, name) for name in (*self.PROGRESS, "loss", "count")}
-        example, optimizer = self.optimizer.state_dict(), checkpoint.get("optimizer")
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        moments = {i: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(params)}
-        for group in example["param_groups"]:  # the others are torch's, which may know more of them in another version
-            for name in group.keys() - {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}:
-                del group[name]
-        if isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict):
-            example["state"] = {i: moments[i] for i in moments if i in optimizer["state"]}  # none before the first step
         path = self.settings.resume
-        require_like(checkpoint.get("progress"), progress, f"{path}: progress")
+        progress: Any = checkpoint.get("progress")
+        names = (*self.PROGRESS, "loss", "count")
+        require_like(progress, {name: getattr(self, name) for name in names}, f"{path}: progress")
+        if any(progress[name] < 0 for name in names if name not in ("loss", "best_key")):
+            raise InputError(f"{path}: progress has a number below 0")
         require_like(checkpoint.get("ema"), self.ema.state_dict(), f"{path}: ema")
-        require_like(optimizer, example, f"{path}: optimizer")
-        states = checkpoint.get("rng")  # of each process
-        for state in states if isinstance(states, list) else [states]:
-            require_like(state.get("cpu") if isinstance(state, dict) else None, torch.get_rng_state(), f"{path}: rng")
+        optimizer: Any = checkpoint.get("optimizer")
+        require_like(optimizer, {"state": {}, "param_groups": []}, f"{path}: optimizer")
+        groups = [ADAM_GROUP | {"params": group["params"]} for group in self.optimizer.state_dict()["param_groups"]]
+        require_like(optimizer["param_groups"], groups, f"{path}: optimizer.param_groups")
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        for i, state in optimizer["state"].items():
+            param = params[i] if i in range(len(params)) else None
+            example = {"step": torch.tensor(0.0), "exp_avg": param, "exp_avg_sq": param}
+            require_like(state, example, f"{path}: optimizer.state.{i}")
+        require_like(checkpoint.get("rng"), [], f"{path}: rng")
+        for state in checkpoint["rng"]:  # of each process
+            require_like(state, {"cpu": torch.get_rng_state()}, f"{path}: rng")
 
 
 def require_like(found: Any, example: Any, name: str) -> None:
-    """Raise InputError where a part of a checkpoint is not built as an example: types, keys, shapes of tensors."""
+    """Raise InputError where a part of a checkpoint is not built like an example: types, keys, shapes of tensors.
+
+    A dictionary may have more keys, and a list of any length is like an empty one.
+    """
     if isinstance(example, Tensor):
         fits = isinstance(found, Tensor) and found.layout == example.layout and not found.is_nested
         fits = fits and (found.shape, found.dtype) == (example.shape, example.dtype)
     elif isinstance(example, dict):
         fits = isinstance(found, dict) and found.keys() >= example.keys()
     elif isinstance(example, list):
-        fits = isinstance(found, list) and len(found) == len(example)
-    elif isinstance(example, tuple):
-        fits = has_type(found, tuple[float, ...])
+        fits = isinstance(found, list) and len(found) == (len(example) or len(found))
     else:
-        fits = type(found) is type(example) or (isinstance(example, (int, float)) and type(found) in (int, float))
+        fits = has_type(found, tuple[float, ...] if isinstance(example, tuple) else type(example))
     if not fits:
         raise InputError(f"{name} is not what train.py writes: start a new run from best.pt with --init_from")
-    if isinstance(example, (dict, list)):
-        for key in example if isinstance(example, dict) else range(len(example)):
-            require_like(found[key], example[key], f"{name}.{key}")
+    for key in example if isinstance(example, dict) else range(len(example)) if isinstance(example, list) else ():
+        require_like(found[key], example[key], f"{name}.{key}")
 
 
 def get_rng_state() -> dict[str, Tensor]:
