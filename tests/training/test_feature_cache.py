@@ -22,8 +22,8 @@ from utils import InputError
 
 @pytest.fixture
 def copied(shapes, tmp_path):
-    """A copy of the shapes that a test may spoil."""
-    return shutil.copytree(shapes, tmp_path / "copy")
+    """A copy of the shapes that a test may spoil, without features."""
+    return shutil.copytree(shapes, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
 
 
 def small_captioner(weights_seed=0, grid_size=0, fine_tune_encoder=False):
