@@ -69,6 +69,7 @@ def beam_search(
         best = word_log_probs.topk(min(K, logits.shape[-1]))  # (B, K, W): at most K captions extend the same beam
         candidates = log_probs.unsqueeze(-1) + best.values  # (B, K, W)
         scores = candidates / lengths.unsqueeze(-1) ** length_penalty
+        scores.masked_fill_(candidates == -math.inf, -math.inf)  # not NaN, as -inf / inf of a huge penalty is
         top = scores.flatten(1).topk(K).indices  # (B, K)
         beam_indices, words = top // scores.shape[-1], best.indices.flatten(1).gather(1, top)
         log_probs = candidates.flatten(1).gather(1, top)

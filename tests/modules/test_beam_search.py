@@ -7,7 +7,7 @@ import torch
 
 from conftest import step_by_step
 from modules.beam_search import beam_search, force_decode, sample
-from text.vocabulary import END, START
+from text.vocabulary import BANNED_IDS, END, START
 
 ALLOWED_IDS = (END, 4, 5, 6)
 
@@ -115,3 +115,10 @@ def test_sampled_captions_repeat_end_after_their_end(tiny_decoder, temperature):
     for sampled in sample(tiny_decoder, torch.rand(2, 4, 6), 4000, 3, temperature):
         ended = sampled[sampled[:, 0] == END]
         assert len(ended) and (ended == END).all()
+
+
+@pytest.mark.parametrize("length_penalty", [1e30, float("inf")])
+def test_a_length_penalty_beyond_all_measure_still_finds_a_caption(tiny_decoder, length_penalty):
+    captions, log_probs = beam_search(tiny_decoder, torch.randn(2, 3, 6), 5, 8, length_penalty)
+    assert not (captions[:, 0, :1] == END).any() and not torch.isin(captions[:, 0], torch.tensor(BANNED_IDS)).any()
+    assert log_probs[:, 0].isfinite().all()
