@@ -186,9 +186,10 @@ def captioner_from_checkpoint(
     except (InputError, RuntimeError, ValueError, TypeError) as error:  # torch has all of these for impossible sizes
         raise InputError(f"{path}: {first_line(error)[:200]}") from None
     expected = captioner.state_dict()
-    for name in expected.keys() ^ weights.keys():
-        state = "missing" if name in expected else "not a part of the model"
-        raise InputError(f"{path}: its weights do not fit its settings: {_shown(name)} is {state}")
+    for name in [*expected, *weights]:
+        if name not in expected or name not in weights:
+            state = "missing" if name in expected else "not a part of the model"
+            raise InputError(f"{path}: its weights do not fit its settings: {_shown(name)} is {state}")
     for name, weight in weights.items():
         wanted = expected[name]
         if (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype):
@@ -244,8 +245,10 @@ def _check_settings(checkpoint: dict[str, Any], path: str | Path) -> None:
     hints, settings = get_type_hints(build_captioner), checkpoint["model_settings"]
     if not isinstance(settings, dict):
         raise InputError(f"{path}: model_settings is {_shown(settings)}, not a dictionary")
-    for name in settings.keys() ^ model_settings(hints).keys():
-        raise InputError(f"{path}: model_settings has {_shown(name)} too {'many' if name in settings else 'few'}")
+    names = model_settings(hints)
+    for name in [*names, *settings]:
+        if name not in settings or name not in names:
+            raise InputError(f"{path}: model_settings has {_shown(name)} too {'many' if name in settings else 'few'}")
     for name, value in (checkpoint | settings).items():
         hint = hints.get(name)
         if hint is None or name not in CHECKPOINT_KEYS | settings.keys():
