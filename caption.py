@@ -1,6 +1,5 @@
 """Caption photos and plot the attention at each word: python caption.py photo.jpg --checkpoint best.pt"""
 
-import common.interrupts  # isort: skip  # noqa: F401 (first: Ctrl-C during the other imports is silent)
 import json
 import os
 import sys

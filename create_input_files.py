@@ -1,6 +1,5 @@
 """Prepare photos with captions: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
 
-import common.interrupts  # isort: skip  # noqa: F401 (first: Ctrl-C during the other imports is silent)
 import shlex
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -1,6 +1,5 @@
 """Score a checkpoint on a prepared folder: python eval.py --checkpoint runs/shapes/best.pt --data_folder data/shapes"""
 
-import common.interrupts  # isort: skip  # noqa: F401 (first: Ctrl-C during the other imports is silent)
 import datetime
 import platform
 import sys

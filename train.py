@@ -1,6 +1,5 @@
 """Train a captioner: python train.py --data_folder data/flickr8k --run_folder runs/flickr8k"""
 
-import common.interrupts  # isort: skip  # noqa: F401 (first: Ctrl-C during the other imports is silent)
 import functools
 import os
 import signal

@@ -2,8 +2,6 @@
 
 import io
 import os
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -133,15 +131,3 @@ def test_output_that_nobody_takes_ends_without_a_traceback(
     with os.fdopen(writing, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
         assert command(script(lambda settings: print("caption")), *arguments) == (status, "", error)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["create_input_files", "train", "eval", "caption"])
-def test_an_interrupt_of_the_imports_is_silent(script):
-    process = subprocess.Popen([sys.executable, "-v", f"{script}.py"], stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("import 'torch.types'"):  # -v prints each import
-            process.send_signal(signal.SIGINT)
-            break
-    errors = process.communicate()[1]
-    assert process.returncode == -signal.SIGINT and "Traceback" not in errors

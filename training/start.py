@@ -100,17 +100,22 @@ def merge_settings(
     return settings
 
 
-def require_saved_settings(checkpoint: dict[str, Any], settings: Any, path: str) -> None:
-    """Raise InputError where the settings in a checkpoint are not all those of train.py, each of its type."""
-    hints = get_type_hints(type(settings))
-    names = {field.name for field in fields(settings)}
+def load_run(path: str, settings: Any) -> dict[str, Any]:
+    """Read a checkpoint with the settings that its run had; those that train.py has got since, at their defaults.
+
+    Raises InputError where they are not settings of train.py, each of its type.
+    """
+    checkpoint = load_checkpoint(path)
+    hints, now = get_type_hints(type(settings)), asdict(type(settings)())
     for key in ("settings", "defaults"):
         saved = checkpoint.get(key)
-        if not isinstance(saved, dict) or saved.keys() != names:
+        if not isinstance(saved, dict) or not saved.keys() <= now.keys():
             raise InputError(f"{path}: its {key} are not those of this train.py: train again")
         for name, value in saved.items():
             if not has_type(value, hints[name]):
                 raise InputError(f"{path}: its {key} have a {name} of another type: train again")
+        checkpoint[key] = now | saved
+    return checkpoint
 
 
 def mismatch(name: str, value: Any, path: str, saved: Any) -> InputError:
@@ -139,8 +144,7 @@ def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
             raise InputError(
                 f"--pretrained_embeddings {settings.pretrained_embeddings}: --init_from has trained words, leave it out"
             )
-        checkpoint = load_checkpoint(settings.init_from)
-        require_saved_settings(checkpoint, settings, settings.init_from)
+        checkpoint = load_run(settings.init_from, settings)
         names = model_settings(asdict(settings))
         # No encoder weights are read; `build_from_checkpoint` checks the other settings against the weights.
         may_differ = names.keys() - {"encoder_weights"}
@@ -150,10 +154,9 @@ def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
 
 def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
     """The settings of a resumed run and its checkpoint. Raises InputError for a setting that would make it another."""
-    checkpoint = load_checkpoint(settings.resume)
+    checkpoint = load_run(settings.resume, settings)
     if "data" not in checkpoint:
         raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
-    require_saved_settings(checkpoint, settings, settings.resume)
     folders = checkpoint["data"].get("folders") if isinstance(checkpoint["data"], dict) else None
     known = isinstance(folders, list) and has_type(tuple(folders), tuple[str, ...]) and any(map(os.path.isabs, folders))
     if not known or "digest" not in checkpoint["data"]:
