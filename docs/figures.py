@@ -55,7 +55,7 @@ from training.rewards import CiderReward
 from utils import Runtime, choose_runtime, run_script
 
 BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # of the test split: one shape; two shapes on white
-PHOTOS = ("astronaut", "coffee", "chelsea")  # of scikit-image
+PHOTOS = ("camera", "chelsea", "astronaut")  # of scikit-image
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def draw_photos(settings: Settings, folder: Path, runtime: Runtime) -> None:
     """Caption scikit-image's photos and draw the attention at each word."""
     captioner, vocabulary = load_captioner(settings.checkpoint, runtime.device)
     for name in PHOTOS:
-        photo = Image.fromarray(getattr(skimage.data, name)())
+        photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
         image = to_square(photo, captioner.image_size, captioner.resize)
         caption = caption_images(captioner, vocabulary, image[None], DecodingSettings(beam_size=5), runtime)[0]
         photo.thumbnail((320, 320))
