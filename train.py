@@ -105,14 +105,11 @@ class Settings:
 
 
 def validate_settings(settings: Settings) -> None:
-    """Raise InputError for a value out of range, or settings that do not go together."""
+    """Raise InputError for a value out of range, those of the model aside, or settings that do not go together."""
     require_at_least(settings, 1, "epochs", "batch_size", "gradient_accumulation_steps", "patience", "max_length")
-    require_at_least(settings, 1, "embed_dim", "attention_dim", "hidden_dim", "graph_heads")
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
-    require_at_least(settings, 0, "grid_size", "region_dim", "grad_clip", "learning_rate_decay", "save_minutes")
-    require_at_least(settings, 0, "graph_layers", "graph_knn")
-    require_below_one(settings, "warmup_ratio", "dropout", "label_smoothing", "ema_decay")
-    require_below_one(settings, "scheduled_sampling_max_prob")
+    require_at_least(settings, 0, "grad_clip", "learning_rate_decay", "save_minutes")
+    require_below_one(settings, "warmup_ratio", "label_smoothing", "ema_decay", "scheduled_sampling_max_prob")
     if settings.unfreeze_from and not settings.fine_tune_encoder:
         raise InputError(f"--unfreeze_from {settings.unfreeze_from} needs --fine_tune_encoder")
     if settings.freeze_embeddings and not (settings.pretrained_embeddings or settings.init_from):

@@ -327,6 +327,16 @@ def test_init_from_takes_settings_that_no_weight_depends_on(command, shapes, run
     assert best["settings"][flag] == best["model_settings"][flag] == value
 
 
+def test_a_checkpoint_may_be_older_than_a_setting(command, shapes, run_folder, tmp_path):
+    checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
+    for key in ("settings", "defaults"):
+        del checkpoint[key]["features_folder"]
+    torch.save(checkpoint, tmp_path / "old.pt")
+    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", tmp_path / "old.pt")
+    status, _, err = command(train, *arguments, "--epochs", 1, "--max_length", 6)
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(("flag", "value"), [("hidden_dim", 512), ("cell", "gru"), ("attention", "dot")])
 def test_init_from_refuses_settings_that_the_weights_depend_on(command, shapes, run_folder, tmp_path, flag, value):
     arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", run_folder / "best.pt")
