@@ -125,10 +125,10 @@ def main(settings: Settings) -> None:
                 tqdm.write(f"  {settings.graph_word} is not in this caption", file=notes)
             progress.update(i + 1 - progress.n)  # with those skipped
     progress.close()
-    report(len(photos), broken, missing_glyphs)
+    report_problems(len(photos), broken, missing_glyphs)
 
 
-def report(num_photos: int, broken: list[str], missing_glyphs: set[str]) -> None:
+def report_problems(num_photos: int, broken: list[str], missing_glyphs: set[str]) -> None:
     """Name what went wrong on the way; exits with status 1 where photos were skipped."""
     if missing_glyphs:
         print(

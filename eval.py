@@ -43,7 +43,7 @@ class Settings:
 
 def output_path(settings: Settings, kind: str) -> Path:
     """Where the scores or results go: a name of checkpoint, data folder and split, scores_best_flickr8k_test.json."""
-    checkpoint, data_folder = Path(settings.checkpoint), Path(settings.data_folder).absolute()
+    checkpoint, data_folder = Path(settings.checkpoint), Path(settings.data_folder).resolve()
     folder = Path(settings.output_folder or checkpoint.parent)
     return folder / f"{kind}_{checkpoint.stem}_{data_folder.name}_{settings.split}.json"
 
@@ -51,9 +51,9 @@ def output_path(settings: Settings, kind: str) -> Path:
 def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     """What the scores are of and how they were made."""
     return {
-        "checkpoint": str(Path(settings.checkpoint).absolute()),
+        "checkpoint": str(Path(settings.checkpoint).resolve()),
         "dataset": read_metadata(settings.data_folder).get("dataset"),
-        "data_folder": str(Path(settings.data_folder).absolute()),
+        "data_folder": str(Path(settings.data_folder).resolve()),
         "split": settings.split,
         "digest": read_metadata(settings.data_folder)["digest"],
         "decoding": {name: getattr(settings, name) for name in ("length_penalty", "max_length", "batch_size")},
@@ -75,7 +75,7 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
     checkpoint = Path(described["checkpoint"])
     if not isinstance(old, dict):
         raise InputError(f"{path} was not written by eval.py: choose another --output_folder")
-    if old.get("checkpoint") != str(checkpoint) and path.absolute().parent != checkpoint.parent:
+    if old.get("checkpoint") != str(checkpoint) and path.resolve().parent != checkpoint.parent:
         raise InputError(f"{path} has the scores of {old.get('checkpoint')}: choose another --output_folder")
     if all(old.get(name) != described[name] for name in ("data_folder", "digest")):
         raise InputError(f"{path} has the scores on {old.get('data_folder')}: choose another --output_folder")

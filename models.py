@@ -248,7 +248,8 @@ def _check_settings(checkpoint: dict[str, Any], path: str | Path) -> None:
     names = model_settings(hints)
     for name in [*names, *settings]:
         if name not in settings or name not in names:
-            raise InputError(f"{path}: model_settings has {_shown(name)} too {'many' if name in settings else 'few'}")
+            verb = "has the unknown" if name in settings else "lacks"
+            raise InputError(f"{path}: model_settings {verb} {_shown(name)}")
     for name, value in (checkpoint | settings).items():
         hint = hints.get(name)
         if hint is None or name not in CHECKPOINT_KEYS | settings.keys():

@@ -145,7 +145,8 @@ def generate_captions(folder: Path, num_images: int, seed: int) -> None:
     write_json(folder / "word_map.json", {word: index for index, word in enumerate(words)})
     splits = {split: {"images": num_images if split == "train" else 0, "digest": ""} for split in SPLITS}
     write_json(
-        folder / "dataset.json", {"image_size": 8, "resize": "squash", "splits": splits, "digest": "", "source": {}}
+        folder / "dataset.json",
+        {"image_size": 8, "resize": "squash", "splits": splits, "digest": "", "files": {}, "source": {}},
     )
 
 

@@ -68,11 +68,6 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             distributed.broadcast(tensor, 0)
 
 
-def barrier() -> None:
-    """Wait until all processes are here."""
-    all_gather([])
-
-
 def on_rank_zero(function: Callable[[], Any]) -> Any:
     """Call a function on rank 0 alone; all processes get what it returns, or raise its InputError or OSError."""
     result = error = None

@@ -54,8 +54,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}")
-    temporary = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")  # figures need the suffix
+    stem = path.stem[:50]  # names have a maximum length
+    remove_leftovers(path.parent, f".{glob.escape(stem)}.partial-*{glob.escape(path.suffix)}")
+    temporary = path.with_name(f".{stem}.partial-{secrets.token_hex(4)}{path.suffix}")  # figures need the suffix
     try:
         with open(temporary, "wb+") as file:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -146,7 +147,13 @@ def safe_load(path: str | Path, device: str | torch.device = "cpu") -> Any:
         try:
             _check_zip(file)
             return torch.load(file, map_location=device, weights_only=True)
-        except Exception:  # a damaged file raises almost anything, and torch's own message advises to load it unsafely
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except (
+            Exception
+        ) as error:  # a damaged file raises almost anything, and torch's own message advises to load it unsafely
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a disk that fails
+                raise
             raise InputError(
                 f"{path} is refused: it is damaged, or holds more than tensors and plain containers"
             ) from None

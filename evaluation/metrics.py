@@ -13,6 +13,8 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor as reference_meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
+from utils import InputError
+
 # The columns of the table, in their order.
 TITLES = {
     "beam_size": "beam",
@@ -43,7 +45,15 @@ class Meteor(reference_meteor.Meteor):
         self.meteor_p = subprocess.Popen(
             self.meteor_cmd, cwd=folder, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
         )
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a failed call holds it, and the destructor takes it again
+
+
+def compute_meteor(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> float:
+    """METEOR of predicted captions. Raises InputError where its Java program fails, as for want of memory."""
+    try:
+        return float(Meteor().compute_score(references, predictions)[0])
+    except (OSError, ValueError):
+        raise InputError("METEOR's Java program failed: does it get the 2 GB of memory that it asks for?") from None
 
 
 def compute_metrics(
@@ -68,7 +78,7 @@ def compute_metrics(
     predicted_texts = {i: [" ".join(words)] for i, words in enumerate(predictions)}
     return {
         **{f"bleu_{n}": float(score) if score > no_match else 0.0 for n, score in enumerate(bleu, start=1)},
-        "meteor": float(Meteor().compute_score(reference_texts, predicted_texts)[0]) if meteor else None,
+        "meteor": compute_meteor(reference_texts, predicted_texts) if meteor else None,
         "rouge_l": float(Rouge().compute_score(reference_texts, predicted_texts)[0]),
         "cider": float(Cider().compute_score(reference_texts, predicted_texts)[0]),
     }

@@ -73,7 +73,7 @@ def to_square(photo: Image.Image, side: int, resize: str) -> Tensor:
     Uses torch's bicubic filter, which is three times as fast as Pillow's; one pixel in twenty is rounded differently.
     """
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)  # (3, h, w)
-    (left, top, width, height), (new_left, new_top, new_width, new_height) = place(photo.size, side, resize)
+    (left, top, width, height), (new_left, new_top, new_width, new_height) = crop_and_target(photo.size, side, resize)
     pixels = pixels[:, top : top + height, left : left + width]
     pixels = functional.interpolate(pixels[None], (new_height, new_width), mode="bicubic", antialias=True)[0]
     if resize == "pad":
@@ -83,7 +83,7 @@ def to_square(photo: Image.Image, side: int, resize: str) -> Tensor:
     return pixels.contiguous()
 
 
-def place(size: tuple[int, int], side: int, resize: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def crop_and_target(size: tuple[int, int], side: int, resize: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The part of a photo (width, height) that `to_square` keeps, and where it comes to lie in the square.
 
     Both are (left, top, width, height) in pixels.
@@ -105,7 +105,7 @@ def place_objects(objects: list[dict[str, Any]], size: tuple[int, int], side: in
     """
     if resize == "squash":
         return objects
-    kept, target = place(size, side, resize)
+    kept, target = crop_and_target(size, side, resize)
     placed = []
     for item in objects:
         box = []

@@ -37,7 +37,14 @@ def read_metadata(data_folder: str | Path) -> dict[str, Any]:
             f"folder that it wrote"
         )
     metadata = read_json(folder / "dataset.json")
-    if not isinstance(metadata, dict) or not metadata.keys() >= {"image_size", "resize", "splits", "digest", "source"}:
+    if not isinstance(metadata, dict) or not metadata.keys() >= {
+        "image_size",
+        "resize",
+        "splits",
+        "digest",
+        "files",
+        "source",
+    }:
         raise InputError(
             f"{folder / 'dataset.json'} was not written by this create_input_files.py: run it again with --overwrite"
         )

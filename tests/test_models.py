@@ -143,8 +143,8 @@ def change(name, value):
 
 MALFORMED = {
     "not a checkpoint": (lambda checkpoint: checkpoint.pop("words"), "is not a checkpoint of train.py"),
-    "no settings": (lambda checkpoint: checkpoint.update(model_settings={}), "model_settings has 'encoder"),
-    "one setting more": (change("beams", 3), "model_settings has 'beams' too many"),
+    "no settings": (lambda checkpoint: checkpoint.update(model_settings={}), "model_settings lacks 'encoder'"),
+    "one setting more": (change("beams", 3), "model_settings has the unknown 'beams'"),
     "integers as words": (lambda checkpoint: checkpoint.update(words=[1, 2]), "words is not a list of words"),
     "a word twice": (lambda checkpoint: checkpoint["words"].append("a"), "words has a word twice"),
     "fewer words": (lambda checkpoint: checkpoint["words"].pop(), r"do not fit its settings and \d+ words: decoder"),

@@ -50,12 +50,12 @@ def lock_run_folder(settings: Any) -> Iterator[None]:
         raise InputError(f"no such file: {settings.resume}")
     folder = Path(settings.resume).parent if settings.resume else Path(settings.run_folder)
     with contextlib.ExitStack() as stack:
-        on_rank_zero(lambda: stack.enter_context(lock_folder(folder)))
+        on_rank_zero(lambda: stack.enter_context(hold_run_folder(folder)))
         yield
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def hold_run_folder(folder: Path) -> Iterator[None]:
     """What `lock_run_folder` does on rank 0."""
     require_writable(folder)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -155,9 +155,10 @@ def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
 def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
     """The settings of a resumed run and its checkpoint. Raises InputError for a setting that would make it another."""
     checkpoint = load_run(settings.resume, settings)
-    if "data" not in checkpoint:
+    if "optimizer" not in checkpoint:
         raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
-    folders = checkpoint["data"].get("folders") if isinstance(checkpoint["data"], dict) else None
+    data = checkpoint.get("data")
+    folders = data.get("folders") if isinstance(data, dict) else None
     known = isinstance(folders, list) and has_type(tuple(folders), tuple[str, ...]) and any(map(os.path.isabs, folders))
     if not known or "digest" not in checkpoint["data"]:
         raise InputError(

@@ -159,3 +159,9 @@ def test_damaged_files_are_named(tmp_path, content):
     (tmp_path / "bad.pt").write_bytes(content)
     with pytest.raises(utils.InputError, match=r"bad\.pt"):
         files.safe_load(tmp_path / "bad.pt")
+
+
+def test_names_may_be_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / f"{'n' * 250}.json"
+    files.write_json(path, {})
+    assert files.read_json(path) == {}

@@ -8,6 +8,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.meteor.meteor import Meteor
 
 from evaluation.metrics import compute_metrics
+from utils import InputError
 
 REFERENCES = [
     [["a", "dog", "runs", "on", "the", "grass"], ["the", "brown", "dog", "is", "running", "outside"]],
@@ -78,3 +79,11 @@ def test_meteor_prefers_the_better_captions():
         for predictions in (PREDICTIONS, [["x"], [], []])
     ]
     assert scores[0] > 0.3 > 0.01 > scores[1]
+
+
+def test_a_java_that_fails_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(InputError, match="METEOR's Java program failed"):
+        compute_metrics([[["a", "dog"]]], [["a", "dog"]], meteor=True)
