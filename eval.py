@@ -50,12 +50,13 @@ def output_path(settings: Settings, kind: str) -> Path:
 
 def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     """What the scores are of and how they were made."""
+    metadata = read_metadata(settings.data_folder)
     return {
         "checkpoint": str(Path(settings.checkpoint).resolve()),
-        "dataset": read_metadata(settings.data_folder).get("dataset"),
+        "dataset": metadata.get("dataset"),
         "data_folder": str(Path(settings.data_folder).resolve()),
         "split": settings.split,
-        "digest": read_metadata(settings.data_folder)["digest"],
+        "digest": metadata["digest"],
         "decoding": {name: getattr(settings, name) for name in ("length_penalty", "max_length", "batch_size")},
         "dtype": str(dtype).removeprefix("torch."),
         "git": git_revision(),

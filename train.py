@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from tqdm import tqdm
 
-from common.distributed import all_reduce_sum, broadcast, init_distributed, rank, world_size
+from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
 from datasets import FLIPPED_WORDS, Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
 from evaluation.generation import DecodingSettings, evaluate
@@ -93,7 +93,7 @@ class Settings:
     ema_decay: float = 0.999  # decay of the moving average of the weights that best.pt holds; 0: none
 
     # group: run
-    best_metric: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt, stops early
+    best_metric: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
     patience: int = 5  # stop after this many epochs without improvement
     max_length: int = 30  # maximum words of a caption decoded for validation, or sampled for scst
     save_minutes: float = 10.0  # write last.pt this often within an epoch, too
@@ -240,14 +240,12 @@ def validate_and_save(
     }
     improved = state.end_epoch(epoch_key(row, settings.best_metric, len(validation)))
     folder = Path(settings.run_folder)
-    if rank() == 0:
-        append_jsonl(folder / "log.jsonl", row)
-        write_tensorboard(folder / "tensorboard", [row])
+    on_rank_zero(lambda: append_jsonl(folder / "log.jsonl", row))
+    on_rank_zero(lambda: write_tensorboard(folder / "tensorboard", [row]))
     if improved:
         state.save("best.pt", with_training_state=False)
     state.save("last.pt", with_training_state=True)
-    if rank() == 0:
-        plot_curves([folder / "log.jsonl"], folder / "curves.png")
+    on_rank_zero(lambda: plot_curves([folder / "log.jsonl"], folder / "curves.png"))
     print_epoch(row, improved)
     print(f"  {validation.entries[0]['image']}: {' '.join(captions[0])}")
 

@@ -102,15 +102,31 @@ def save_torch(path: str | Path, content: Any) -> None:
             raise
 
 
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a matplotlib figure atomically, as a file of the type that its suffix names."""
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+def save_figure(figure: Any, path: str | Path, **options: Any) -> set[str]:
+    """Write a matplotlib figure atomically, as a file of the type that its suffix names, with options of `savefig`.
+
+    Returns the characters that the font lacks, of which matplotlib would warn one by one.
+    """
+    with warnings.catch_warnings(record=True) as caught, atomic_write(path) as temporary:
+        warnings.simplefilter("always")
+        figure.savefig(temporary, dpi=100, **options)
+    missing = set()
+    for warning in caught:
+        if glyph := re.match(r"Glyph (\d+) ", str(warning.message)):
+            missing.add(chr(int(glyph[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return missing
+
+
+def nearest_existing(folder: str | Path) -> Path:
+    """A folder where it exists, otherwise the nearest of its parents that does."""
+    return next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
 
 
 def require_writable(folder: str | Path) -> None:
     """Raise InputError where files cannot be written into a folder, be it there already or not; makes nothing."""
-    nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(f"{folder} cannot be written: {nearest} is not a folder that you may write into")
 
@@ -149,9 +165,8 @@ def safe_load(path: str | Path, device: str | torch.device = "cpu") -> Any:
             return torch.load(file, map_location=device, weights_only=True)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except (
-            Exception
-        ) as error:  # a damaged file raises almost anything, and torch's own message advises to load it unsafely
+        except Exception as error:
+            # A damaged file raises almost anything, and torch's own message advises to load it unsafely.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a disk that fails
                 raise
             raise InputError(

@@ -6,8 +6,6 @@ Shapes: T words of a caption, R regions of a square grid. Figures are laid out i
 import itertools
 import math
 import os
-import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common.files import atomic_write
+from common.files import save_figure
 from preparation.images import open_photo, to_square
 from utils import InputError
 
@@ -152,10 +150,9 @@ def picture_paths(photos: Sequence[str], folder: str | Path, kinds: Sequence[str
     names: dict[str, None] = {}  # an ordered set
     for photo in photos:
         stem = name = Path(photo).stem
-        for count in itertools.count(2):
-            if name not in names:
-                break
-            name = f"{stem}-{count}"
+        suffixes = itertools.count(2)
+        while name in names:
+            name = f"{stem}-{next(suffixes)}"
         names[name] = None
     paths = [{kind: Path(folder) / f"{name}_{kind}.png" for kind in kinds} for name in names]
     for path in itertools.chain.from_iterable(by_kind.values() for by_kind in paths):
@@ -177,14 +174,5 @@ def is_our_picture(path: str | Path) -> bool:
 
 def save_picture(figure: Figure, path: str | Path) -> set[str]:
     """Write a figure as a PNG that `is_our_picture` knows; returns the characters that the font lacks."""
-    with warnings.catch_warnings(record=True) as caught, atomic_write(path) as temporary:
-        warnings.simplefilter("always")
-        # Half the time of the default compression, for a sixth more bytes.
-        figure.savefig(temporary, dpi=100, metadata={"Software": SOFTWARE}, pil_kwargs={"compress_level": 1})
-    missing = set()
-    for warning in caught:
-        if glyph := re.match(r"Glyph (\d+) ", str(warning.message)):
-            missing.add(chr(int(glyph[1])))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return missing
+    # This compression takes half the time of the default, for a sixth more bytes.
+    return save_figure(figure, path, metadata={"Software": SOFTWARE}, pil_kwargs={"compress_level": 1})

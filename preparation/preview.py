@@ -1,7 +1,6 @@
 """Pictures of a prepared folder, to check it before training: photos with captions, caption lengths, frequencies."""
 
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,8 @@ def plot_preview(data_folder: str | Path) -> list[Path]:
         folder / "contact_sheet.png": plot_photos(folder, filled[0], captions[filled[0]]),
         folder / "words.png": plot_words(captions),
     }
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for path, figure in figures.items():
-            save_figure(figure, path)
-    if any("Glyph" in str(warning.message) for warning in caught):
+    missing_glyphs = [save_figure(figure, path) for path, figure in figures.items()]
+    if any(missing_glyphs):
         print("matplotlib's font lacks some characters: they are drawn as boxes")
     return list(figures)
 

@@ -18,6 +18,7 @@ from text.vocabulary import END, START, Vocabulary
 from utils import InputError
 
 SPLITS = ("train", "val", "test")
+METADATA_KEYS = {"image_size", "resize", "splits", "digest", "files", "source"}  # of dataset.json
 
 
 def read_metadata(data_folder: str | Path) -> dict[str, Any]:
@@ -37,14 +38,7 @@ def read_metadata(data_folder: str | Path) -> dict[str, Any]:
             f"folder that it wrote"
         )
     metadata = read_json(folder / "dataset.json")
-    if not isinstance(metadata, dict) or not metadata.keys() >= {
-        "image_size",
-        "resize",
-        "splits",
-        "digest",
-        "files",
-        "source",
-    }:
+    if not isinstance(metadata, dict) or not metadata.keys() >= METADATA_KEYS:
         raise InputError(
             f"{folder / 'dataset.json'} was not written by this create_input_files.py: run it again with --overwrite"
         )

@@ -79,14 +79,18 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="how often tests/test_kill.py kills a run")
 
 
+def prepare_shapes(output, num_scenes):
+    """Prepare scenes of 32 pixels, with all their words; returns the folder."""
+    create_input_files.main(
+        create_input_files.Settings(output_folder=str(output), num_scenes=num_scenes, image_size=32, min_word_freq=1)
+    )
+    return output
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A prepared folder of 24 training, 2 val and 2 test scenes of 32 pixels."""
-    output = tmp_path_factory.mktemp("data") / "shapes"
-    create_input_files.main(
-        create_input_files.Settings(output_folder=str(output), num_scenes=24, image_size=32, min_word_freq=1)
-    )
-    return output
+    return prepare_shapes(tmp_path_factory.mktemp("data") / "shapes", num_scenes=24)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ import caption
 import create_input_files
 import eval as evaluation_script
 import train
-from conftest import SMALL
+from conftest import SMALL, prepare_shapes
 from models import load_checkpoint
 
 SCRIPTS = {"create_input_files": create_input_files, "train": train, "eval": evaluation_script, "caption": caption}
@@ -85,9 +85,7 @@ def random_flags(rng, settings_class, paths):
 def base(tmp_path_factory):
     """A folder with a prepared folder (data), a run of it (run), photos and a file of the user."""
     folder = tmp_path_factory.mktemp("base")
-    create_input_files.main(
-        create_input_files.Settings(output_folder=str(folder / "data"), num_scenes=3, image_size=32, min_word_freq=1)
-    )
+    prepare_shapes(folder / "data", num_scenes=3)
     settings = {
         **vars(SMALL),
         "encoder": "squeezenet1_1",

@@ -13,10 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import create_input_files
 import train
 from common.files import read_jsonl
-from conftest import SMALL, flags, weights
+from conftest import SMALL, flags, prepare_shapes, weights
 from training.logs import write_tensorboard
 from training.start import merge_settings
 from utils import InputError
@@ -258,11 +257,7 @@ def test_a_data_folder_given_at_its_default_counts_when_resuming(command, shapes
 @pytest.fixture(scope="module")
 def other_data(tmp_path_factory):
     """A prepared folder of other shapes."""
-    output = tmp_path_factory.mktemp("other") / "shapes"
-    create_input_files.main(
-        create_input_files.Settings(output_folder=str(output), num_scenes=25, image_size=32, min_word_freq=1)
-    )
-    return output
+    return prepare_shapes(tmp_path_factory.mktemp("other") / "shapes", num_scenes=25)
 
 
 def test_other_data_is_refused_when_resuming(command, shapes, other_data, run_folder, tmp_path):

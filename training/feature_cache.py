@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.distributed import all_gather, on_rank_zero, rank, world_size
-from common.files import atomic_write, remove_leftovers, require_writable
+from common.files import atomic_write, nearest_existing, remove_leftovers, require_writable
 from datasets import CaptionDataset, in_order, make_batches, make_loader
 from models import Captioner
 from modules.encoders import Encoder
@@ -56,11 +56,11 @@ def build_dataset(
     dataset = CaptionDataset(data_folder, split, vocabulary, metadata)
     if not captioner.fine_tune_encoder:
         encoder = captioner.encoder
-        names = {cache_name(dataset, encoder, runtime, flipped): flipped for flipped in (False, True)[: 1 + hflip]}
+        names = cache_names(dataset, encoder, runtime, hflip)
         size = len(dataset) * encoder.num_regions * encoder.feature_dim * 2  # bytes, of float16
-        folder, missing = on_rank_zero(lambda: prepare_cache(list(names), size, data_folder, features_folder))
+        folder, missing = on_rank_zero(lambda: prepare_cache(names, size, data_folder, features_folder))
         for name in missing:
-            compute_features(folder / name, dataset, encoder, runtime, names[name])
+            compute_features(folder / name, dataset, encoder, runtime, flipped=name != names[0])
         dataset.use_features([folder / name for name in names])
     elif in_memory:
         dataset.load_into_memory()
@@ -76,18 +76,20 @@ def module_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def cache_name(dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, flipped: bool) -> str:
-    """The name of the file of a split's features.
+def cache_names(dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, hflip: bool) -> list[str]:
+    """The names of the files of a split's features: those of its images and, with hflip, of the flipped images.
 
-    It holds a fingerprint of the network, its layer and grid, its weights, the images, whether they are flipped, and
-    the dtype, so the features of anything else are never taken for these.
+    A name holds a fingerprint of the network, its layer and grid, its weights, the images, whether they are flipped,
+    and the dtype, so the features of anything else are never taken for these.
     """
     with h5py.File(dataset.images_path) as file:
         images_digest = file.attrs["digest"]
     source = (encoder.name, encoder.layer, encoder.grid_size, module_digest(encoder), images_digest)
-    key = hashlib.sha256(repr((*source, str(runtime.dtype), flipped)).encode()).hexdigest()[:16]
-    split = dataset.images_path.stem.removesuffix("_images")
-    return f"{split}{'_flipped' if flipped else ''}_{encoder.name}_{encoder.layer}_{key}.npy"
+    split, names = dataset.images_path.stem.removesuffix("_images"), []
+    for flipped in (False, True) if hflip else (False,):
+        key = hashlib.sha256(repr((*source, str(runtime.dtype), flipped)).encode()).hexdigest()[:16]
+        names.append(f"{split}{'_flipped' if flipped else ''}_{encoder.name}_{encoder.layer}_{key}.npy")
+    return names
 
 
 def prepare_cache(names: list[str], size: int, data_folder: str | Path, features_folder: str) -> tuple[Path, list[str]]:
@@ -105,8 +107,7 @@ def prepare_cache(names: list[str], size: int, data_folder: str | Path, features
             folder = user_cache(folder)
     remove_leftovers(folder, ".*.partial-*.npy")
     missing = [name for name in names if not (folder / name).is_file()]
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    needed, free = len(missing) * size, shutil.disk_usage(nearest).free
+    needed, free = len(missing) * size, shutil.disk_usage(nearest_existing(folder)).free
     if needed > free:
         raise InputError(
             f"the encoder's features take {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free: make room, "
