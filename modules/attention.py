@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modules.layers import linear_of_tanh, sample_categorical
+from modules.layers import additive_scores, sample_categorical
 
 
 class Attention(nn.Module):
@@ -55,8 +55,7 @@ class SoftAttention(Attention):
 
     def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
         """As `Attention.scores`: score(tanh(keys + query(hidden)))."""
-        energy = keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)  # (B, C, R, A), the largest tensor of a step
-        return linear_of_tanh(self.score, energy).squeeze(-1)
+        return additive_scores(keys, self.query(hidden), self.score.weight[0])
 
 
 class DotAttention(Attention):
