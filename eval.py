@@ -37,7 +37,7 @@ class Settings:
     batch_size: int = 32  # images decoded at once
 
     # group: run
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
     device: str = "auto"  # auto, cpu or cuda
 
 

@@ -100,7 +100,7 @@ class Settings:
     seed: int = 0  # of weights, order and dropout
     workers: int = 0  # processes that load batches; 0: the main one
     in_memory: bool = False  # keep all images in memory, where --fine_tune_encoder reads images
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
     device: str = "auto"  # auto, cpu or cuda
 
 

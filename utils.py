@@ -9,7 +9,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -201,17 +201,27 @@ class Runtime:
 def choose_runtime(device: str | torch.device, precision: str) -> Runtime:
     """The runtime of the settings --device and --precision. Raises InputError for a device that is not there.
 
-    The precision "auto" is bfloat16 where the hardware multiplies it natively (CUDA from Ampere on; CPUs with AMX or
-    AVX512-BF16) and float32 elsewhere, where an emulated bfloat16 is several times slower.
+    The precision "auto" is bfloat16 where the hardware multiplies it faster than float32: CUDA from Ampere on, CPUs
+    with AMX, and AMD's with AVX512-BF16. It is float32 elsewhere.
     """
     device = choose_device(device)
     if precision == "auto":
         if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return Runtime(device, torch.bfloat16 if native else torch.float32)
+            is_faster = cpu_multiplies_bf16_faster(torch.cpu.get_capabilities())
+        return Runtime(device, torch.bfloat16 if is_faster else torch.float32)
     return Runtime(device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+
+
+def cpu_multiplies_bf16_faster(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU with these capabilities (`torch.cpu.get_capabilities`) multiplies bfloat16 faster than float32.
+
+    Intel's AVX512-BF16 without AMX does not (docs/performance.md): large products ran at 83 GFLOP/s, 148 in float32.
+    """
+    return bool(capabilities.get("amx_bf16")) or (
+        bool(capabilities.get("avx512_bf16")) and "Intel" not in capabilities.get("cpu_name", "")
+    )
 
 
 def choose_device(name: str | torch.device) -> torch.device:

@@ -68,9 +68,19 @@ def test_random_state_comes_back():
     assert torch.equal(first, torch.rand(3))
 
 
-def test_auto_precision_is_float32_where_bfloat16_is_emulated():
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    assert utils.choose_runtime("cpu", "auto").dtype == (torch.bfloat16 if native else torch.float32)
+@pytest.mark.parametrize(
+    ("capabilities", "faster"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "AMD EPYC 9654", "avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC 7763", "avx2": True}, False),
+        ({}, False),  # as on other architectures
+    ],
+)
+def test_auto_precision_is_bfloat16_where_it_is_faster(capabilities, faster, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert utils.choose_runtime("cpu", "auto").dtype == (torch.bfloat16 if faster else torch.float32)
     assert utils.choose_runtime("cpu", "bf16").dtype == torch.bfloat16
 
 
