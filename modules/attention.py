@@ -55,8 +55,8 @@ class SoftAttention(Attention):
 
     def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
         """As `Attention.scores`: score(tanh(keys + query(hidden)))."""
-        energy = keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)  # (B, C, R, A), the largest tensor of a step
-        return linear_of_tanh(self.score, energy).squeeze(-1)
+        query = self.query(hidden)  # (B, C, A); the sum (B, C, R, A) is the largest tensor of a step
+        return linear_of_tanh(self.score, keys.unsqueeze(1), query.unsqueeze(2)).squeeze(-1)
 
 
 class DotAttention(Attention):

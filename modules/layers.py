@@ -17,20 +17,23 @@ def init_linear(layer: nn.Linear) -> None:
 def sample_categorical(probabilities: Tensor) -> Tensor:
     """Sample a category index from probabilities (..., V) -> (...).
 
-    NaNs count as 1, since `multinomial` rejects them: a diverged model then shows in its loss.
+    By inversion: the first category up to which the probabilities sum to more than a uniform number. That needs one
+    random number, where `multinomial` takes V. NaNs count as 1: a diverged model then shows in its loss.
     """
-    return probabilities.nan_to_num(1.0).flatten(0, -2).multinomial(1).view(probabilities.shape[:-1])
+    cumulative = probabilities.nan_to_num(1.0).cumsum(dim=-1)
+    threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 
 
-def linear_of_tanh(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(tanh(x)) for scores that go into a softmax: x (..., I) -> (..., O), overwriting x.
+def linear_of_tanh(linear: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+    """linear(tanh(x + y)) for scores that go into a softmax: x and y, which broadcast to (..., I) -> (..., O).
 
-    On a CPU the result misses a constant, which a softmax ignores: tanh(x) = 2 sigmoid(2 x) - 1, and in bfloat16
-    torch's sigmoid takes half the time of its tanh there.
+    In bfloat16 on a CPU torch's sigmoid takes half the time of its tanh. tanh(x) = 2 sigmoid(2 x) - 1, so the result
+    misses a constant there, which a softmax ignores.
     """
-    if x.device.type == "cpu":
-        return 2 * linear(x.mul_(2).sigmoid_())
-    return linear(x.tanh_())
+    if x.is_cpu and x.dtype == torch.bfloat16:
+        return 2 * linear((2 * x + 2 * y).sigmoid_())
+    return linear((x + y).tanh_())
 
 
 class Dropout(nn.Dropout):
