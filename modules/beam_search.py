@@ -1,7 +1,7 @@
 """Decoding: beam search, sampling and forced decoding, over any decoder with the three methods of `StepDecoder`.
 
-Shapes: B images, R regions, D their width, A of the attention, H of the hidden state, C captions of an image, K beams,
-T words of a caption, V words of the vocabulary.
+Shapes: B images (in a loop those still decoded), R regions, D their width, A of the attention, H of the hidden state,
+C captions of an image, K beams, W words that may extend a caption, T words of a caption, V words of the vocabulary.
 """
 
 import math
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from modules.layers import sample_categorical
 from text.vocabulary import BANNED_IDS, END, START
+
+WORDS_PER_CHECK = 4  # how often a search on a GPU asks which images have ended, for which the host waits
 
 
 class StepDecoder(Protocol):
@@ -32,7 +34,7 @@ class StepDecoder(Protocol):
         ...
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which autocast would cast the weights anew at each word
 def beam_search(
     decoder: StepDecoder, regions: Tensor, beam_size: int = 5, max_length: int = 30, length_penalty: float = 0.5
 ) -> tuple[Tensor, Tensor]:
@@ -54,46 +56,71 @@ def beam_search(
         caption are excluded. Log-probabilities (B, K), -inf where there are fewer than K captions.
     """
     B, K = len(regions), beam_size
-    keys = decoder.keys(regions)
-    state = tuple(part.expand(-1, K, -1) for part in decoder.init_state(regions))  # (B, K, H)
-    words = torch.full((B, K), START, device=regions.device)
-    log_probs = torch.full((B, K), -math.inf, device=regions.device)
-    log_probs[:, 0] = 0  # all beams start equal: only the first counts
-    lengths = torch.zeros_like(words)
-    finished = torch.zeros_like(words, dtype=torch.bool)
-    captions = torch.empty((B, K, 0), dtype=torch.long, device=regions.device)
-    for t in range(max_length):
-        logits, _, state = decoder.step(words, regions, keys, state)  # (B, K, V)
-        word_log_probs = _next_word_log_probs(logits, finished, BANNED_IDS if t else [*BANNED_IDS, END])
-        lengths = lengths + ~finished
-        best = word_log_probs.topk(min(K, logits.shape[-1]))  # (B, K, W): at most K captions extend the same beam
-        candidates = log_probs.unsqueeze(-1) + best.values  # (B, K, W)
-        scores = candidates / lengths.unsqueeze(-1) ** length_penalty
+    all_captions = torch.full((B, K, max_length), END, device=regions.device)
+    all_log_probs = torch.full((B, K), -math.inf, device=regions.device)
+    images = torch.arange(B, device=regions.device)  # those still searched
+    captions = torch.full((B, 1, 1), START, device=regions.device)  # (B, C, t), C = 1 before the first word, then K
+    log_probs = torch.zeros((B, 1), device=regions.device)
+    keys, state = decoder.keys(regions), decoder.init_state(regions)
+    for t in range(1, max_length + 1):
+        words = captions[..., -1]  # (B, C)
+        logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
+        next_log_probs, next_words = _best_next_words(
+            logits, words == END, K, BANNED_IDS if t > 1 else [*BANNED_IDS, END]
+        )
+        lengths = (captions != END).sum(dim=-1, keepdim=True)  # with the next word, as <start> is counted, too
+        candidates = log_probs.unsqueeze(-1) + next_log_probs  # (B, C, W)
+        scores = candidates / lengths**length_penalty
         scores.masked_fill_(candidates == -math.inf, -math.inf)  # not NaN, as -inf / inf of a huge penalty is
-        top = scores.flatten(1).topk(K).indices  # (B, K)
-        beam_indices, words = top // scores.shape[-1], best.indices.flatten(1).gather(1, top)
-        log_probs = candidates.flatten(1).gather(1, top)
-        lengths = lengths.gather(1, beam_indices)
-        captions = torch.cat([_reorder(captions, beam_indices), words.unsqueeze(-1)], dim=-1)
+        top = scores.flatten(1).topk(min(K, scores[0].numel())).indices  # (B, K)
+        beam_indices = top // scores.shape[-1]
+        log_probs, next_words = candidates.flatten(1).gather(1, top), next_words.flatten(1).gather(1, top)
+        captions = torch.cat([_reorder(captions, beam_indices), next_words.unsqueeze(-1)], dim=-1)
         state = tuple(_reorder(part, beam_indices) for part in state)
-        finished = words == END
-        if finished.all():
-            break
-    return captions, log_probs
+        if regions.is_cpu or t % WORDS_PER_CHECK == 0 or t == max_length:
+            C = captions.shape[1]  # fewer than K where there are not so many captions
+            all_captions[images, :C, :t], all_log_probs[images, :C] = captions[..., 1:], log_probs
+            images, regions, keys, captions, log_probs, *parts = _drop_ended(
+                next_words == END, images, regions, keys, captions, log_probs, *state
+            )
+            if not len(images):
+                break
+            state = tuple(parts)
+    return _trim(all_captions), all_log_probs
 
 
-def _next_word_log_probs(logits: Tensor, finished: Tensor, banned_ids: list[int]) -> Tensor:
-    """Log-probabilities (B, K, V) of the next word: -inf for banned ids; a finished caption only goes on with <end>."""
+def _best_next_words(logits: Tensor, finished: Tensor, count: int, banned_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """The W best words to extend each caption, `count` or all; a finished caption only goes on with <end>.
+
+    logits (B, C, V), finished (B, C) -> log-probabilities (B, C, W), -inf for words excluded, and word ids (B, C, W).
+    """
     log_probs = logits.float().log_softmax(dim=-1)
-    log_probs[..., banned_ids] = -math.inf
+    for word_id in banned_ids:
+        log_probs[..., word_id] = -math.inf
+    log_probs, words = log_probs.topk(min(count, logits.shape[-1]))
     log_probs.masked_fill_(finished.unsqueeze(-1), -math.inf)
-    log_probs[..., END].masked_fill_(finished, 0)
-    return log_probs
+    log_probs[..., 0].masked_fill_(finished, 0)
+    return log_probs, words.masked_fill_(finished.unsqueeze(-1), END)
 
 
 def _reorder(x: Tensor, beam_indices: Tensor) -> Tensor:
-    """x (B, K, ...) of the beams (B, K) that the new ones extend."""
-    return x.gather(1, beam_indices.unsqueeze(-1).expand_as(x))
+    """x (B, C, ...) of the beams (B, K) that the new ones extend."""
+    return x.gather(1, beam_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _drop_ended(finished: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The rows of tensors (B, ...) of images with a caption that has not finished (B, C).
+
+    Images end at different words: without the others' rows a search takes two thirds of the time.
+    """
+    rows = (~finished).any(dim=1).nonzero().squeeze(1)
+    return list(tensors) if len(rows) == len(finished) else [x.index_select(0, rows) for x in tensors]
+
+
+def _trim(captions: Tensor) -> Tensor:
+    """captions (B, C, T) up to the end of the longest."""
+    lengths = (captions != END).sum(dim=-1) + 1
+    return captions[..., : int(lengths.max())]
 
 
 @torch.no_grad()
@@ -111,24 +138,27 @@ def sample(
     Returns:
         Word ids (B, C, T), <end> repeated after a caption's end; <pad>, <start> and <unk> are excluded.
     """
-    keys = decoder.keys(regions)
-    state = tuple(part.expand(-1, num_captions, -1) for part in decoder.init_state(regions))  # (B, C, H)
+    captions = torch.full((len(regions), num_captions, max_length), END, device=regions.device)
+    images = torch.arange(len(regions), device=regions.device)  # those still decoded
     words = torch.full((len(regions), num_captions), START, device=regions.device)
-    finished = torch.zeros_like(words, dtype=torch.bool)
-    captions = []
-    for _ in range(max_length):
+    keys = decoder.keys(regions)
+    state = tuple(part.expand(-1, num_captions, -1).contiguous() for part in decoder.init_state(regions))  # (B, C, H)
+    for t in range(1, max_length + 1):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
         logits = logits.float() / temperature
-        logits[..., BANNED_IDS] = -math.inf
-        words = sample_categorical(logits.softmax(dim=-1)).masked_fill(finished, END)
-        captions.append(words)
-        finished = words == END
-        if finished.all():
-            break
-    return torch.stack(captions, dim=-1)
+        for word_id in BANNED_IDS:
+            logits[..., word_id] = -math.inf
+        words = sample_categorical(logits.softmax(dim=-1)).masked_fill(words == END, END)
+        captions[images, :, t - 1] = words
+        if regions.is_cpu or t % WORDS_PER_CHECK == 0:
+            images, regions, keys, words, *parts = _drop_ended(words == END, images, regions, keys, words, *state)
+            if not len(images):
+                break
+            state = tuple(parts)
+    return _trim(captions)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def force_decode(decoder: StepDecoder, regions: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and attention weights of given captions.
 

@@ -28,7 +28,7 @@ def sample_categorical(probabilities: Tensor) -> Tensor:
 
 
 def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
-    """Scores of additive attention, weight . tanh(keys + query): float32 (B, C, R).
+    """Scores of additive attention, weight . tanh(keys + query): (B, C, R), float32 on a CPU.
 
     Source: "Neural Machine Translation by Jointly Learning to Align and Translate" (Bahdanau et al., 2015), A.1.2.
 
@@ -37,16 +37,18 @@ def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
         query: (B, C, A).
         weight: (A,).
     """
-    if keys.device.type == "cpu":
-        return _BlockedAdditiveScores.apply(keys, query, weight)
-    return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh() @ weight.to(keys.dtype)
+    if keys.is_cpu:
+        with torch.autocast("cpu", enabled=False):
+            return _BlockedAdditiveScores.apply(keys.float(), query.float(), weight)
+    return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_() @ weight.to(keys.dtype)
 
 
 class _BlockedAdditiveScores(torch.autograd.Function):
-    """`additive_scores` on a CPU, a few images at a time and in float32.
+    """`additive_scores` of float32 tensors on a CPU, a few images at a time.
 
     The sum (B, C, R, A) is the largest tensor of a training step. In blocks it stays in the cache of a core and is
-    computed again for the gradient, which takes less time than to write it to memory and read it back.
+    computed again for the gradient, which takes less time than to write it to memory and read it back. Its tanh takes
+    a fifth of the time that it takes in bfloat16.
     """
 
     BLOCK = 2**18  # elements of the sum
@@ -79,8 +81,8 @@ class _BlockedAdditiveScores(torch.autograd.Function):
 
 
 def _tanh_of_sum(keys: Tensor, query: Tensor) -> Tensor:
-    """tanh(keys + query): (b, R, A) and (b, C, A) -> (b, C, R, A) float32."""
-    return (keys.float().unsqueeze(1) + query.float().unsqueeze(2)).tanh_()
+    """tanh(keys + query): (b, R, A) and (b, C, A) -> (b, C, R, A)."""
+    return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_()
 
 
 class Dropout(nn.Dropout):
