@@ -32,14 +32,14 @@ class Batch:
     """
 
     inputs: Tensor  # images (B, 3, h, w) uint8 or, where is_features, cached features (B, R, F) float16
-    words: Tensor  # (B, C, T + 1) int64, <start> ... <end>, padded with <pad>
+    words: Tensor  # (B, C, T + 1) int64 on the CPU, <start> ... <end>, padded with <pad>
     lengths: Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0 where there is no caption
     indices: list[int]  # of the images in their split
     is_features: bool = False
 
     def pin_memory(self) -> "Batch":
-        """Copy the batch to page-locked memory, from which a GPU copies asynchronously; the loader calls it."""
-        return replace(self, inputs=self.inputs.pin_memory(), words=self.words.pin_memory())
+        """Copy the inputs to page-locked memory, from which a GPU copies asynchronously; the loader calls it."""
+        return replace(self, inputs=self.inputs.pin_memory())
 
     def counts(self) -> tuple[int, int]:
         """The number of words to predict and of captions."""

@@ -22,7 +22,7 @@ from training.logs import plot_curves, plot_runs, write_tensorboard
 from training.optim import learning_rate_factor
 from training.rewards import CiderReward
 from training.shutdown import graceful_shutdown
-from training.start import lock_run_folder, prepare_run, start_files, start_run
+from training.start import choose_run_device, lock_run_folder, prepare_run, start_files, start_run
 from training.state import TrainState
 from training.steps import scst_step, train_step
 from training.validation import describe_best, epoch_key, is_informative, print_epoch, validation_loss
@@ -270,6 +270,7 @@ def print_warnings(settings: Settings, training: CaptionDataset, validation: Cap
 def train(settings: Settings, device: torch.device) -> None:
     """Train until the validation score stops rising: model, data, optimizer and state, then the epochs."""
     settings, checkpoint = prepare_run(settings)
+    device = choose_run_device(settings, device)
     validate_settings(settings)
     if settings.features_folder:  # found again from another working directory
         settings = replace(settings, features_folder=os.path.abspath(settings.features_folder))

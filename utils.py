@@ -232,3 +232,10 @@ def choose_device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {first_line(error)}: use --device cpu") from None
+
+
+def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, copied there without waiting for it: such a copy needs contiguous, page-locked memory."""
+    if x.device.type == "cpu" and device.type != "cpu":
+        x = x.contiguous().pin_memory()  # both do nothing where a loader has done it
+    return x.to(device, non_blocking=True)

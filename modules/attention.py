@@ -96,9 +96,9 @@ class HardAttention(SoftAttention):
             sampled_log_probs.append(log_probs.masked_fill(soft, 0).squeeze(-1))
         return alpha.where(soft, torch.zeros_like(alpha).scatter(-1, sampled, 1))
 
-    def update_baseline(self, loss: float) -> None:
-        """Update the baseline with the mean loss per word of a step: moving average of decay 0.9 (section 4.1)."""
-        self.baseline.fill_(0.9 * self.baseline.item() + 0.1 * loss if self.baseline else loss)
+    def update_baseline(self, loss: Tensor | float) -> None:
+        """Update the baseline with the mean loss () per word of a step: moving average of decay 0.9 (section 4.1)."""
+        self.baseline.copy_(torch.where(self.baseline == 0, loss, 0.9 * self.baseline + 0.1 * loss))
 
 
 class NoAttention(nn.Module):

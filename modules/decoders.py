@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from modules.attention import ATTENTIONS, HardAttention
 from modules.cells import CELLS
 from modules.layers import Dropout, init_linear, sample_categorical
 from text.vocabulary import PAD, START
+from utils import copy_to_device
 
 INIT_RANGE = 0.1  # word embeddings are initialized uniformly in [-INIT_RANGE, INIT_RANGE]
 
@@ -31,13 +31,33 @@ class DecoderOutput(NamedTuple):
     baseline: Tensor | None = None  # () of hard attention, for `training.losses.hard_attention_loss`
 
 
+class _Layout(NamedTuple):
+    """Where a batch's words are computed: M of active captions, time step by time step, N of them predicted."""
+
+    shape: tuple[int, ...]  # (T, B, C)
+    active_shapes: list[tuple[int, int]]  # T of (b, c)
+    inputs: Tensor  # (M,) word ids
+    targets: Tensor  # (N,) word ids
+    rows: Tensor  # (N,) indices into M, leaving out finished captions
+    positions: Tensor  # (N,) indices into T B C
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Split (M, ...) into the time steps' T of (b c, ...)."""
+        return list(x.split([b * c for b, c in self.active_shapes]))
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (T, B, C, ...), zero after a caption's end."""
+        unpacked = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.positions, x)
+        return unpacked.unflatten(0, self.shape)
+
+
 class _StepOutputs(NamedTuple):
     """Outputs of the recurrence, a list entry per time step."""
 
     embedded: list[Tensor]  # (b c, E) the input words
     hidden: list[Tensor]  # (b c, H)
     context: list[Tensor]  # (b c, Z)
-    alpha: list[Tensor]  # (B, C, R), zero where a caption is not active
+    alpha: list[Tensor]  # (b c, R)
     sampled_log_probs: list[Tensor]  # (b, c), none unless hard attention samples
 
 
@@ -146,38 +166,33 @@ class Decoder(nn.Module):
 
         Args:
             regions: (B, R, D).
-            words: (B, C, T + 1), <start> ... <end> and padding, sorted as in `datasets.Batch`.
+            words: (B, C, T + 1) on the CPU, <start> ... <end> and padding, sorted as in `datasets.Batch`.
             lengths: (B, C) on the CPU, words to predict.
             sampling_prob: probability that an input word is sampled from the model instead of the true one (scheduled
                 sampling, Bengio et al., 2015).
         """
-        mask = torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths  # (T, B, C)
-        active_shapes = [(int(active.any(dim=1).sum()), int(active.any(dim=0).sum())) for active in mask]
-        steps = self._run_recurrence(regions, words, active_shapes, sampling_prob)
-        logits = self._predict(steps, mask, active_shapes)  # (N, V)
-        mask = mask.to(words.device)
-        targets = words[:, :, 1 : len(mask) + 1].permute(2, 0, 1)[mask]  # (N,)
-        alpha = torch.stack(steps.alpha) * mask.unsqueeze(-1)
+        layout = _lay_out(words, lengths, regions.device)
+        steps = self._run_recurrence(regions, layout, sampling_prob)
+        embedded, hidden, context, alpha = (torch.cat(outputs)[layout.rows] for outputs in steps[:4])  # (N, ...)
+        logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
+        output = DecoderOutput(logits, layout.targets, layout.unpack(alpha))
         if not (steps.sampled_log_probs and isinstance(self.attention, HardAttention)):
-            return DecoderOutput(logits, targets, alpha)
-        padded = [_pad_captions(log_probs.unsqueeze(-1), lengths) for log_probs in steps.sampled_log_probs]
-        sampled_log_probs = torch.stack(padded).squeeze(-1) * mask
-        return DecoderOutput(logits, targets, alpha, sampled_log_probs, self.attention.baseline)
+            return output
+        sampled_log_probs = torch.cat([log_probs.flatten() for log_probs in steps.sampled_log_probs])[layout.rows]
+        return output._replace(sampled_log_probs=layout.unpack(sampled_log_probs), baseline=self.attention.baseline)
 
-    def _run_recurrence(
-        self, regions: Tensor, words: Tensor, active_shapes: list[tuple[int, int]], sampling_prob: float
-    ) -> _StepOutputs:
-        """Attention and cell at all time steps: regions (B, R, D), words (B, C, T + 1), active shapes T of (b, c)."""
-        B, C, _ = words.shape
+    def _run_recurrence(self, regions: Tensor, layout: _Layout, sampling_prob: float) -> _StepOutputs:
+        """Attention and cell at all time steps: regions (B, R, D), and the captions' layout."""
+        _, B, C = layout.shape
         keys = self.keys(regions)
         state = tuple(part.expand(B, C, -1) for part in self.init_state(regions))
-        embedded, gates = self._embed_inputs(words, active_shapes)
+        words, (embedded, gates) = layout.split(layout.inputs), self._embed_inputs(layout)
         steps = _StepOutputs(embedded, [], [], [], [])
-        for t, (b, c) in enumerate(active_shapes):
+        for t, (b, c) in enumerate(layout.active_shapes):
             if sampling_prob and t:
                 sampled = self._sample_words(embedded[t - 1], steps.hidden[-1], steps.context[-1])
-                sampled = sampled.view(active_shapes[t - 1])[:b, :c]
-                embedded[t] = self._embed_mixed(sampled, words[:b, :c, t], sampling_prob)
+                sampled = sampled.view(layout.active_shapes[t - 1])[:b, :c]
+                embedded[t] = self._embed_mixed(sampled, words[t].view(b, c), sampling_prob)
                 gates[t] = self.cell.words(embedded[t])
             if b < len(regions):  # a slice of the last slice: its gradient has fewer zeros to fill in
                 regions, keys = regions[:b], keys[:b]
@@ -188,19 +203,16 @@ class Decoder(nn.Module):
             )
             steps.hidden.append(state[0].flatten(0, 1))
             steps.context.append(context.flatten(0, 1))
-            steps.alpha.append(_pad_captions(alpha, words))
+            steps.alpha.append(alpha.flatten(0, 1))
         return steps
 
-    def _embed_inputs(self, words: Tensor, active_shapes: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
+    def _embed_inputs(self, layout: _Layout) -> tuple[list[Tensor], list[Tensor]]:
         """Embed the active captions' input words and map them to gates, in one matmul over all time steps.
 
-        words (B, C, T + 1) -> embeddings, T of (b c, E), and gates, T of (b c, G H).
+        Returns embeddings, T of (b c, E), and gates, T of (b c, G H).
         """
-        inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(active_shapes)])
-        sizes = [b * c for b, c in active_shapes]
-        embedded = self.dropout(self.embedding(inputs))
-        gates = self.cell.words(embedded)
-        return list(embedded.split(sizes)), list(gates.split(sizes))
+        embedded = self.dropout(self.embedding(layout.inputs))  # (M, E)
+        return layout.split(embedded), layout.split(self.cell.words(embedded))
 
     def _embed_mixed(self, sampled: Tensor, true_words: Tensor, sampling_prob: float) -> Tensor:
         """Embed each sampled word (b, c) with probability sampling_prob, the true one (b, c) otherwise -> (b c, E)."""
@@ -223,13 +235,6 @@ class Decoder(nn.Module):
         context, alpha = self.attention(regions, keys, state[0], sampled_log_probs)
         return context, alpha, self.cell(word_gates, context, state)
 
-    def _predict(self, steps: _StepOutputs, mask: Tensor, active_shapes: list[tuple[int, int]]) -> Tensor:
-        """Logits (N, V) of the unfinished captions, whose mask is (T, B, C), in one matmul over all time steps."""
-        unfinished = torch.cat([mask[t, :b, :c].flatten() for t, (b, c) in enumerate(active_shapes)])  # all b c
-        rows = unfinished.nonzero().squeeze(1).to(steps.hidden[0].device)  # (N,)
-        hidden, context = torch.cat(steps.hidden)[rows], torch.cat(steps.context)[rows]
-        return self._logits(torch.cat(steps.embedded)[rows], hidden, context)
-
     def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """The deep output layer (equation 7), with tanh and dropout as in the authors' code.
 
@@ -242,10 +247,21 @@ class Decoder(nn.Module):
     def _sample_words(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """Sample word ids (...) from the softmax of `_logits` without <pad> and <start>."""
         logits = self._logits(embedded, hidden, context).float()
-        logits[..., [PAD, START]] = -math.inf
+        for word_id in (PAD, START):
+            logits[..., word_id] = -math.inf
         return sample_categorical(logits.softmax(dim=-1))
 
 
-def _pad_captions(x: Tensor, like: Tensor) -> Tensor:
-    """Pad the active captions' values (b, c, R) with zeros to (B, C, R), the first two axes of `like`."""
-    return functional.pad(x, (0, 0, 0, like.shape[1] - x.shape[1], 0, like.shape[0] - x.shape[0]))
+def _lay_out(words: Tensor, lengths: Tensor, device: torch.device) -> _Layout:
+    """The layout of captions (B, C, T + 1) of these lengths (B, C).
+
+    It depends on the captions alone, so it is computed on the CPU, and a GPU never has to tell the CPU a shape.
+    """
+    mask = torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths  # (T, B, C)
+    active_shapes = [(int(active.any(dim=1).sum()), int(active.any(dim=0).sum())) for active in mask]
+    inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(active_shapes)])
+    targets = words[:, :, 1 : len(mask) + 1].permute(2, 0, 1)[mask]
+    unfinished = torch.cat([mask[t, :b, :c].flatten() for t, (b, c) in enumerate(active_shapes)])  # (M,)
+    indices = (unfinished.nonzero().squeeze(1), mask.flatten().nonzero().squeeze(1))
+    shape = (len(mask), *lengths.shape)
+    return _Layout(shape, active_shapes, *(copy_to_device(each, device) for each in (inputs, targets, *indices)))

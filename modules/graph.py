@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modules.layers import Dropout, init_linear
+from utils import copy_to_device
 
 
 def grid_neighbors(side: int) -> Tensor:
@@ -28,7 +29,7 @@ def build_graph(features: Tensor, knn: int) -> Tensor:
     cosine of the features. No neighbor of a region is listed twice.
     """
     B, R, _ = features.shape
-    on_grid = grid_neighbors(round(R**0.5)).to(features.device)
+    on_grid = copy_to_device(grid_neighbors(round(R**0.5)), features.device)
     knn = min(knn, R - 1)
     if not knn:
         return on_grid.expand(B, -1, -1)

@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import train
+import utils
+from common import distributed
 from common.files import read_jsonl
 from conftest import SMALL, flags, prepare_shapes, weights
+from training import start
 from training.logs import write_tensorboard
 from training.start import merge_settings
 from utils import InputError
@@ -54,6 +57,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shapes, tmp_path,
     torch.rand(7)  # whatever happened in between
     train.main(train.Settings(resume=str(tmp_path / "parts" / "last.pt"), epochs=3))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_uses_the_device_that_was_saved_unless_one_is_given(command, run_folder, tmp_path, monkeypatch):
+    """Where a device is there, "auto" takes it: here meta, a device that every machine has, stands for CUDA."""
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    original = utils.choose_device
+    for module in (distributed, start):
+        monkeypatch.setattr(module, "choose_device", lambda name: original("meta" if name == "auto" else name))
+    devices = []
+    monkeypatch.setattr(train, "start_run", lambda settings, checkpoint, device: devices.append(device) or stop())
+
+    def stop():
+        raise InputError("far enough")
+
+    resume = ("--resume", folder / "last.pt", "--epochs", 3)
+    for given, device in (((), "cpu"), (("--device", "auto"), "meta"), (("--device", "cpu"), "cpu")):
+        _, _, err = command(train, *resume, *given)
+        assert err.endswith("far enough\n") and devices.pop() == torch.device(device)
+
+
+def test_a_saved_device_that_is_not_there_is_named(command, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    checkpoint["settings"]["device"] = "cuda:99"
+    torch.save(checkpoint, folder / "last.pt")
+    status, _, err = command(train, "--resume", folder / "last.pt", "--epochs", 3)
+    assert status == 2 and err.count("\n") == 1 and "last.pt was trained with --device cuda:99: " in err, err
 
 
 def after_step(monkeypatch, step, act):

@@ -280,6 +280,32 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shape
     assert status == 2 and "the loss is nan at epoch 1, step 1, learning rate 0.01: lower --learning_rate" in err
 
 
+@pytest.mark.parametrize("grad_clip", [5.0, 0.0])
+def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
+    command, shapes, tmp_path, monkeypatch, grad_clip
+):
+    """The second step's gradient is infinite, its loss is not."""
+    gradients = []
+
+    def spoil(gradient):
+        gradients.append(gradient)
+        return gradient * math.inf if len(gradients) == 2 else gradient
+
+    def spoiled(*arguments, original=build_captioner, **settings):
+        captioner = original(*arguments, **settings)
+        captioner.decoder.output.bias.register_hook(spoil)
+        return captioner
+
+    monkeypatch.setattr(start, "build_captioner", spoiled)
+    settings = replace(SMALL, grad_clip=grad_clip, save_minutes=0.0)  # a checkpoint before each step
+    status, _, err = command(train, *flags(shapes, tmp_path / "run", settings))
+    assert status == 2 and "the norm of the gradient is " in err and " at epoch 1, step 2, learning rate" in err, err
+    checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert checkpoint["progress"]["step"] == 1
+    for tensors in (checkpoint["model"], checkpoint["ema"]):
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

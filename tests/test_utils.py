@@ -62,10 +62,24 @@ def test_require_at_least_names_the_setting(value):
 
 
 def test_random_state_comes_back():
-    saved = state.get_rng_state()
+    saved = state.get_rng_state(torch.device("cpu"))
     first = torch.rand(3)
-    state.set_rng_state(saved)
+    state.set_rng_state(saved, torch.device("cpu"))
     assert torch.equal(first, torch.rand(3))
+
+
+def test_the_random_state_is_that_of_the_device_of_the_run(monkeypatch):
+    generators = {torch.device("cuda:0"): torch.tensor(0), torch.device("cuda:1"): torch.tensor(1)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": generators[torch.device(device)])
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda new, device="cuda": generators.update({torch.device(device): new})
+    )
+    saved = state.get_rng_state(torch.device("cuda:1"))
+    assert saved["cuda"] == 1
+    state.set_rng_state(saved, torch.device("cuda:0"))  # resumed on another device
+    assert generators[torch.device("cuda:0")] == 1
+    assert "cuda" not in state.get_rng_state(torch.device("cpu"))
+    state.set_rng_state(saved, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

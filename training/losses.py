@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from modules.decoders import DecoderOutput
 from text.vocabulary import BANNED_IDS
+from utils import copy_to_device
 
 # Captions sampled at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
 TEMPERATURE = 0.5
@@ -42,7 +43,8 @@ def captioning_loss(
         smoothed = (1 - smoothing) * cross_entropy - smoothing * log_probs.mean(dim=-1).sum()
     loss = smoothed / words
     if settings.doubly_stochastic:
-        coverage = output.alpha.sum(dim=0)[lengths.to(output.alpha.device) > 0]  # (captions, R)
+        exists = copy_to_device(lengths.flatten().nonzero().squeeze(1), output.alpha.device)
+        coverage = output.alpha.sum(dim=0).flatten(0, 1)[exists]  # (captions, R)
         coverage_penalty = (1 - coverage).square().mean(dim=-1).sum()
         loss = loss + settings.doubly_stochastic * coverage_penalty / captions
     if output.sampled_log_probs is not None:
@@ -79,13 +81,12 @@ def hard_attention_loss(
         entropy_weight: lambda_e.
     """
     assert output.baseline is not None and output.sampled_log_probs is not None, "not the output of hard attention"
-    mask = caption_mask(lengths).to(word_losses.device)
+    mask = copy_to_device(caption_mask(lengths), word_losses.device)
     baseline = output.baseline.where(output.baseline != 0, word_losses.mean())  # until there is an average
     excess = word_losses.new_zeros(mask.shape).masked_scatter(mask, word_losses - baseline)  # (T, B, C)
     advantages = excess.flip(0).cumsum(dim=0).flip(0)  # of each word and all that follow
     reinforce = (advantages * output.sampled_log_probs).sum()
-    alpha = output.alpha[mask]  # (N, R)
-    entropy = -(alpha * alpha.clamp_min(1e-20).log()).sum()
+    entropy = -(output.alpha * output.alpha.clamp_min(1e-20).log()).sum()  # alpha is 0 after a caption's end
     return reward_weight * reinforce - entropy_weight * entropy
 
 
@@ -102,9 +103,10 @@ def self_critical_loss(output: DecoderOutput, lengths: Tensor, rewards: Tensor, 
         words: the count to divide by, of the whole step.
     """
     logits = output.logits.float() / TEMPERATURE
-    logits[:, BANNED_IDS] = -math.inf  # as they were sampled
+    for word_id in BANNED_IDS:  # as they were sampled
+        logits[:, word_id] = -math.inf
     cross_entropy = functional.cross_entropy(logits, output.targets, reduction="none")  # (N,)
     baselines = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     mask = caption_mask(lengths)
-    advantages = (rewards - baselines).expand(mask.shape)[mask].to(logits.device)  # (N,)
+    advantages = copy_to_device((rewards - baselines).expand(mask.shape)[mask], logits.device)  # (N,)
     return (advantages * cross_entropy).sum() / words

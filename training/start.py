@@ -20,7 +20,7 @@ from text.vocabulary import Vocabulary
 from training.logs import write_tensorboard
 from training.optim import ModelEMA, make_optimizer
 from training.state import TrainState
-from utils import InputError, has_type
+from utils import InputError, choose_device, has_type
 
 # Settings that say how a program starts, not how a run trains.
 START_SETTINGS = ("run_folder", "overwrite", "resume", "init_from", "plot")
@@ -174,6 +174,19 @@ def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
     data_folder = find_data_folder(folders, checkpoint, settings.resume)
     origin = checkpoint["settings"]["init_from"]
     return replace(merged, run_folder=str(run_folder), data_folder=data_folder, init_from=origin), checkpoint
+
+
+def choose_run_device(settings: Any, device: torch.device) -> torch.device:
+    """The device of settings that are merged with a checkpoint's; `device` is that of the settings before.
+
+    Raises InputError where the device that a resumed run was trained on is not there.
+    """
+    if settings.device in ("auto", device.type):
+        return device
+    try:
+        return choose_device(settings.device)
+    except InputError as error:
+        raise InputError(f"{settings.resume} was trained with {error}") from None
 
 
 def find_data_folder(folders: list[str], checkpoint: dict[str, Any], path: str) -> str:

@@ -42,6 +42,11 @@ class TrainState:
 
     PROGRESS: ClassVar = ("epoch", "step", "seconds", "best_key", "epochs_since_improvement")
 
+    @property
+    def device(self) -> torch.device:
+        """Where the captioner is trained."""
+        return next(self.captioner.parameters()).device
+
     def end_epoch(self, key: tuple[float, ...]) -> bool:
         """Go on to the next epoch; returns whether the one that ends is the best so far.
 
@@ -81,7 +86,7 @@ class TrainState:
             checkpoint["data"] = {"digest": self.data_digest, "folders": self.data_folders}
             checkpoint["optimizer"] = self.optimizer.state_dict()
             checkpoint["ema"] = self.ema.state_dict()
-            checkpoint["rng"] = all_gather([get_rng_state()])
+            checkpoint["rng"] = all_gather([get_rng_state(self.device)])
         on_rank_zero(lambda: save_torch(Path(self.settings.run_folder) / name, checkpoint))
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
@@ -98,7 +103,7 @@ class TrainState:
         if rank() == 0:  # sums over all processes, however many there were
             self.loss, self.count = checkpoint["progress"]["loss"], checkpoint["progress"]["count"]
         if rank() < len(checkpoint["rng"]):
-            set_rng_state(checkpoint["rng"][rank()])
+            set_rng_state(checkpoint["rng"][rank()], self.device)
 
     def _validate(self, checkpoint: dict[str, Any]) -> None:
         """Raise InputError where a checkpoint's training state is not one that `save` writes for this model."""
@@ -143,19 +148,19 @@ def require_like(found: Any, example: Any, name: str) -> None:
         require_like(found[key], example[key], f"{name}.{key}")
 
 
-def get_rng_state() -> dict[str, Tensor]:
-    """The state of every random number generator that training draws from."""
+def get_rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of every random number generator that training on a device draws from."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Put back what `get_rng_state` returned."""
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `get_rng_state` returned, on the same device or another."""
     torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def git_revision() -> str:

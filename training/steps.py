@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.distributed import all_reduce_sum, world_size
 from datasets import Batch, collate
@@ -18,7 +18,7 @@ from modules.decoders import DecoderOutput
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
 from training.rewards import CiderReward
-from utils import Runtime
+from utils import Runtime, copy_to_device
 
 
 def train_step(
@@ -37,14 +37,14 @@ def train_step(
         counts: words and captions of this step over all processes; None: those of the batch.
         sampling_prob: probability of feeding back the model's word (`Decoder.forward`).
 
-    Raises FloatingPointError where the loss is not finite.
+    Raises FloatingPointError where the loss or the gradient is not finite; the weights are not to be used then.
     """
     words, captions = counts or batch.counts()
 
-    def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, float, int]:
+    def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, Tensor, int]:
         output = forward(network, micro_batch, runtime, sampling_prob)
         loss, cross_entropy = captioning_loss(output, micro_batch.lengths, settings, words, captions)
-        return loss, cross_entropy.item(), micro_batch.counts()[0]
+        return loss, cross_entropy, micro_batch.counts()[0]
 
     cross_entropy, count = optimize(network, optimizer, batch, settings, micro_batch_loss)
     attention = unwrap(network).decoder.attention
@@ -69,23 +69,22 @@ def scst_step(
     words, _ = counts or batch.counts()
     captioner = unwrap(network)
 
-    def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, float, int]:
+    def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, Tensor, int]:
         sampled, rewards = sample_captions(captioner.eval(), micro_batch, reward, settings.max_length, runtime)
         captioner.train()  # dropout: without it, rewards are soon learned by heart
         captioner.decoder.attention.eval()  # hard attention takes its expectation: no reward tells of its samples
         output = forward(network, sampled, runtime)
         loss = self_critical_loss(output, sampled.lengths, rewards, words)
-        return loss, rewards.sum().item(), rewards.numel()
+        return loss, copy_to_device(rewards.sum(), loss.device), rewards.numel()
 
     return optimize(network, optimizer, batch, settings, micro_batch_loss)
 
 
 def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling_prob: float = 0.0) -> DecoderOutput:
-    """Teacher forcing on a batch of which inputs and words are copied to the device: a `DecoderOutput`."""
-    inputs = batch.inputs.to(runtime.device, non_blocking=True)
-    words = batch.words.to(runtime.device, non_blocking=True)
+    """Teacher forcing on a batch whose inputs are copied to the device: a `DecoderOutput`."""
+    inputs = copy_to_device(batch.inputs, runtime.device)
     with runtime.autocast():
-        return network(inputs, words, batch.lengths, sampling_prob, batch.is_features)
+        return network(inputs, batch.words, batch.lengths, sampling_prob, batch.is_features)
 
 
 def optimize(
@@ -93,13 +92,16 @@ def optimize(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     settings: Any,
-    micro_batch_loss: Callable[[Batch], tuple[Tensor, float, int]],
+    micro_batch_loss: Callable[[Batch], tuple[Tensor, Tensor, int]],
 ) -> tuple[float, int]:
     """Accumulate the gradient over the micro-batches of a batch, clip it and take the optimizer's step.
 
-    `micro_batch_loss` returns the loss of a micro-batch, a sum to report and a count; returns both summed up.
+    `micro_batch_loss` returns the loss of a micro-batch, a sum to report and a count; returns both summed up. A GPU
+    has all the work of the step queued before the one wait for its numbers.
+
+    Raises FloatingPointError where the loss or the norm of the gradient is not finite, after the optimizer's step.
     """
-    total, count = 0.0, 0
+    losses, totals, count = [], [], 0
     optimizer.zero_grad(set_to_none=True)
     micro_batches = batch.micro_batches(settings.gradient_accumulation_steps)
     for i, micro_batch in enumerate(micro_batches, start=1):
@@ -108,15 +110,22 @@ def optimize(
         if isinstance(network, nn.parallel.DistributedDataParallel) and i < len(micro_batches):
             sync_context = network.no_sync()
         with sync_context:
-            loss, micro_batch_total, micro_batch_count = micro_batch_loss(micro_batch)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss is {loss.item()}")
+            loss, total, micro_batch_count = micro_batch_loss(micro_batch)
             (loss * world_size()).backward()
-        total, count = total + micro_batch_total, count + micro_batch_count
+        losses.append(loss.detach())
+        totals.append(total.detach())
+        count += micro_batch_count
+    norm = get_total_norm([param.grad for param in network.parameters() if param.grad is not None])
     if settings.grad_clip:
-        clip_grad_norm_(network.parameters(), settings.grad_clip)
+        clip_grads_with_norm_(network.parameters(), settings.grad_clip, norm)
     optimizer.step()
-    return total, count
+    norm, *numbers = torch.stack([norm, *losses, *totals]).tolist()  # the one wait for the device
+    losses, totals = numbers[: len(losses)], numbers[len(losses) :]
+    if not math.isfinite(sum(losses)):
+        raise FloatingPointError(f"the loss is {sum(losses)}")
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the norm of the gradient is {norm}")
+    return sum(totals), count
 
 
 def unwrap(network: nn.Module) -> Captioner:
@@ -135,7 +144,7 @@ def sample_captions(
     """
     count = max(2, batch.words.shape[1])
     with torch.inference_mode(), runtime.autocast():
-        regions = captioner.encode_images(batch.inputs.to(runtime.device, non_blocking=True), batch.is_features)
+        regions = captioner.encode_images(copy_to_device(batch.inputs, runtime.device), batch.is_features)
         sampled = sample(captioner.decoder, regions, count, max_length, TEMPERATURE).tolist()
     captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
     new_batch = collate(list(zip(batch.indices, batch.inputs, captions, strict=True)), batch.is_features)

@@ -15,14 +15,15 @@ from utils import Runtime
 def validation_loss(captioner: Captioner, validation: CaptionDataset, batch_size: int, runtime: Runtime) -> float:
     """The cross-entropy of a word of the validation captions under teacher forcing, without label smoothing."""
     captioner.eval()
-    total, count = 0.0, 0
+    losses, count = [], 0
     progress = tqdm(total=len(validation), desc="validation loss", unit="image", leave=False, disable=rank() > 0)
     with progress as bar:
         for batch in make_loader(validation, make_batches(in_order(len(validation)), batch_size)):
             output = forward(captioner, batch, runtime)
-            total += nn.functional.cross_entropy(output.logits.float(), output.targets, reduction="sum").item()
+            losses.append(nn.functional.cross_entropy(output.logits.float(), output.targets, reduction="sum"))
             count += batch.counts()[0]
             bar.update(len(batch.indices) * world_size())
+    total = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, after all is queued on a GPU
     total, count = all_reduce_sum([total, count])
     return total / count
 

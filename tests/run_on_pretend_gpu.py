@@ -1,0 +1,348 @@
+"""The project on the pretend device of `pretend_gpu.py`: python tests/run_on_pretend_gpu.py PART FOLDER
+
+PART is a function of this file that returns what test_pretend_gpu.py checks, printed as JSON. FOLDER is empty.
+"""
+
+import contextlib
+import inspect
+import json
+import shutil
+import sys
+import textwrap
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from pretend_gpu import GPUTensor, PretendGPU
+
+import caption
+import eval
+import models
+import modules.attention
+import modules.decoders
+import modules.graph
+import modules.layers
+import train
+import training.losses
+import training.optim
+import training.state
+import training.steps
+from common.files import read_json, read_jsonl
+from conftest import SMALL, prepare_shapes
+from datasets import CaptionDataset, collate
+from evaluation import metrics
+from evaluation.generation import DecodingSettings, caption_images
+from text.vocabulary import END
+from training.rewards import CiderReward
+from training.start import start_run
+from training.state import TrainState
+from training.validation import validation_loss
+from utils import choose_runtime
+
+ROOT = Path(__file__).parent.parent
+FROZEN = replace(SMALL, fine_tune_encoder=False, max_length=4)
+
+# ------------------------------------------------------------------------------------------------- the program
+
+CASES = {
+    "soft attention": replace(FROZEN, hflip=True),
+    "bf16": replace(FROZEN, hflip=True, precision="bf16"),
+    "hard attention": replace(
+        FROZEN,
+        cell="gru",
+        attention="hard",
+        graph_layers=1,
+        scheduled_sampling_max_prob=0.5,
+        gradient_accumulation_steps=2,
+        doubly_stochastic=1.0,
+    ),
+    "dot attention": replace(FROZEN, cell="rnn", attention="dot"),
+    "fine-tuned encoder": replace(FROZEN, attention="none", fine_tune_encoder=True, in_memory=True),
+    "scst": replace(FROZEN, objective="scst", gradient_accumulation_steps=2),  # from the hard attention
+}
+
+
+def program(folder):
+    """What the scripts compute on both devices: a run of two epochs, the second resumed, its scores and a caption."""
+    data = prepare_shapes(folder / "data", num_scenes=8)
+    results = {}
+    for name, settings in CASES.items():
+        results[name] = {device: run_scripts(name, device, settings, data, folder) for device in ("cpu", "gpu")}
+    return results
+
+
+def run_scripts(name, device, settings, data, folder):
+    """Train, resume, score and caption on a device; everything that must be the same on another."""
+    run = folder / f"{name} {device}"
+    common = {"data_folder": str(data), "features_folder": str(folder / f"features {device}")}
+    if settings.objective == "scst":
+        settings = replace(settings, init_from=str(folder / f"hard attention {device}" / "best.pt"))
+    with paths_of_gpus(), patch.object(metrics, "compute_meteor", lambda *_: None):  # METEOR takes seconds
+        train.main(replace(settings, run_folder=str(run), device=device, epochs=1, **common))
+        train.main(train.Settings(resume=str(run / "last.pt"), epochs=2))  # on the device that was saved
+        decoding = {"device": device, "precision": settings.precision, "max_length": 4}
+        best, photo = str(run / "best.pt"), str(min((data / "photos").glob("*.png")))
+        eval.main(eval.Settings(best, beam_sizes=(3,), **decoding, **common))
+        graph_word = "a" if settings.graph_layers else ""
+        caption.main(caption.Settings((photo,), best, str(run / "pictures"), graph_word=graph_word, **decoding))
+    rows = [{key: row[key] for key in row if "second" not in key} for row in read_jsonl(run / "log.jsonl")]
+    scores = read_json(next(run.glob("scores_*.json")))["scores"]
+    scores = [{key: row[key] for key in row if "second" not in key} for row in scores]
+    model = torch.load(run / "last.pt", weights_only=True)["model"]
+    total = sum(weights.double().abs().sum().item() for weights in model.values())
+    shutil.rmtree(run / "pictures")
+    return {"log": rows, "scores": scores, "results": read_json(next(run.glob("results_*.json"))), "weights": total}
+
+
+def paths_of_gpus():
+    """Let the CPU take the paths of a GPU where the project has two."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(patch.object(modules.layers.Dropout, "forward", nn.Dropout.forward))
+    stack.enter_context(patch.object(modules.attention, "linear_of_tanh", lambda linear, x: linear(x.tanh_())))
+    return stack
+
+
+# ------------------------------------------------------------------------------------------------------- waits
+
+STEPS = {
+    "soft attention": FROZEN,
+    "no attention": replace(FROZEN, attention="none"),
+    "hard attention": replace(FROZEN, attention="hard"),
+    "doubly stochastic": replace(FROZEN, doubly_stochastic=1.0),
+    "graph": replace(FROZEN, graph_layers=2),
+    "scheduled sampling": replace(FROZEN, scheduled_sampling_max_prob=0.5),
+    "two micro-batches": replace(FROZEN, gradient_accumulation_steps=2),
+    "fine-tuned encoder": replace(FROZEN, fine_tune_encoder=True),
+}
+
+
+class Steps:
+    """A training run on the pretend device that takes steps on one batch of six images."""
+
+    def __init__(self, settings, data, gpu):
+        self.gpu, self.runtime = gpu, choose_runtime("gpu", "fp32")
+        self.state = start_run(replace(settings, data_folder=str(data)), None, self.runtime.device)
+        self.state.captioner.train()
+        self.state.step = 5  # scheduled sampling has begun
+        self.dataset = CaptionDataset(data, "train", self.state.vocabulary)
+        items = [self.dataset[index, False] for index in range(6)]
+        if not settings.fine_tune_encoder:
+            size = self.state.captioner.encoder.num_regions, self.state.captioner.encoder.feature_dim
+            items = [(index, torch.rand(size).half(), captions) for index, _, captions in items]
+        self.batch = collate(items, is_features=not settings.fine_tune_encoder)
+
+    def take(self, reward=None):
+        """One step; returns the waits in it."""
+        waits = self.gpu.waits.copy()
+        train.optimization_step(self.state, self.batch, self.runtime, 10, self.batch.counts(), reward)
+        return self.gpu.waits - waits
+
+    def resume(self, folder):
+        """Go on from a checkpoint of this run."""
+        self.state.settings = replace(self.state.settings, run_folder=str(folder))
+        self.state.save("last.pt", with_training_state=True)
+        self.state.restore(torch.load(folder / "last.pt", weights_only=True))
+
+
+def waits(folder):
+    """The waits of a training step in several settings, and those of decoding."""
+    data, gpu = prepare_shapes(folder / "data", num_scenes=8), the_gpu()
+    table = {}
+    for name, settings in STEPS.items():
+        steps, kernels = Steps(settings, data, gpu), gpu.kernels
+        table[f"step, {name}"] = steps.take()
+        print(f"{name}: {gpu.kernels - kernels} kernels a step")
+    steps.state.settings = replace(FROZEN, fine_tune_encoder=True, objective="scst", max_length=2)
+    steps.state.captioner.decoder.output.bias.data[END] = -100.0  # no caption ends before max_length
+    reward = CiderReward([[caption[1:] for caption in captions] for captions in steps.dataset.captions])
+    samples, searches = {2: steps.take(reward)}, {}
+    steps.state.settings = replace(steps.state.settings, max_length=3)
+    samples[3] = steps.take(reward)
+    table |= per_word("scst step", samples)
+    for max_length in (2, 3):
+        before = gpu.waits.copy()
+        decoding = DecodingSettings(beam_size=3, max_length=max_length)
+        captioner = steps.state.captioner.eval()
+        caption_images(captioner, steps.state.vocabulary, steps.batch.inputs[:2], decoding, steps.runtime)
+        searches[max_length] = gpu.waits - before
+    table |= per_word("beam search of two images", searches)
+    before = gpu.waits.copy()
+    validation_loss(steps.state.captioner, steps.dataset, 4, steps.runtime)  # two batches
+    table["validation loss"] = gpu.waits - before
+    return {name: readable(waits) for name, waits in table.items()}
+
+
+def per_word(name, waits):
+    """The waits of a call that decodes two and three words, as those of each word and the others."""
+    word = waits[3] - waits[2]
+    return {f"{name}, each word": word, f"{name}, the rest": waits[2] - word - word}
+
+
+def readable(waits):
+    """Waits as {"file function: operation": count}."""
+    return {
+        f"{place}: {operation}": count for (operation, place), count in sorted(waits.items(), key=lambda x: x[0][::-1])
+    }
+
+
+# -------------------------------------------------------------------------------------------------- seeded bugs
+
+# Description, settings of `STEPS`, and the bug: where a function is looked up, its name, and two texts of its source.
+BUGS = [
+    (
+        "the graph's grid stays on the CPU",
+        "graph",
+        (modules.graph, "build_graph"),
+        ("copy_to_device(grid_neighbors(round(R**0.5)), features.device)", "grid_neighbors(round(R**0.5))"),
+    ),
+    (
+        "a mask stays on the CPU",
+        "hard attention",
+        (training.losses, "hard_attention_loss"),
+        ("copy_to_device(caption_mask(lengths), word_losses.device)", "caption_mask(lengths)"),
+    ),
+    (
+        "features stay on the CPU",
+        "soft attention",
+        (training.steps, "forward"),
+        ("copy_to_device(batch.inputs, runtime.device)", "batch.inputs"),
+    ),
+    (
+        "an index stays on the CPU",
+        "soft attention",
+        (modules.decoders, "_lay_out"),
+        (
+            "(copy_to_device(each, device) for each in (inputs, targets, *indices))",
+            "(copy_to_device(each, device) for each in (inputs, targets)), *indices",
+        ),
+    ),
+    (
+        "a new tensor has no device",
+        "no attention",
+        (modules.attention.NoAttention, "forward"),
+        ("hidden.new_full(", "torch.full("),
+    ),
+    (
+        "a number is read at each word",
+        "soft attention",
+        (modules.decoders.Decoder, "_run_recurrence"),
+        ("steps.alpha.append(", "assert alpha.max().item() <= 1; steps.alpha.append("),
+    ),
+    (
+        "the loss is read before backward",
+        "two micro-batches",
+        (training.steps, "optimize"),
+        ("losses.append(loss.detach())", "losses.append(torch.full((), loss.item(), device=loss.device))"),
+    ),
+    (
+        "captions are selected with a mask",
+        "doubly stochastic",
+        (training.steps, "captioning_loss"),
+        ("lengths.flatten().nonzero().squeeze(1)", "lengths.flatten() > 0"),
+    ),
+    (
+        "a list is an index",
+        "scheduled sampling",
+        (modules.decoders.Decoder, "_sample_words"),
+        ("logits[..., word_id]", "logits[..., [word_id]]"),
+    ),
+    (
+        "a copy is not asynchronous",
+        "soft attention",
+        (training.steps, "copy_to_device"),
+        ("non_blocking=True", "non_blocking=False"),
+    ),
+    (
+        "a copy is not from page-locked memory",
+        "two micro-batches",
+        (modules.decoders, "copy_to_device"),
+        (".contiguous().pin_memory()", ".contiguous()"),
+    ),
+    (
+        "the moving average is resumed on the CPU",
+        "soft attention",
+        (training.optim.ModelEMA, "load_state_dict"),
+        ("average.data.copy_(state[name])", "self.averages[name] = state[name]"),
+    ),
+    (
+        "Adam's state is resumed on the CPU",
+        "soft attention",
+        (TrainState, "restore"),
+        (
+            'self.optimizer.load_state_dict(checkpoint["optimizer"])',
+            'self.optimizer.state.update(zip(self.optimizer.param_groups[0]["params"], '
+            'checkpoint["optimizer"]["state"].values()))',
+        ),
+    ),
+]
+
+
+def bugs(folder):
+    """How each seeded bug shows: the error, or the waits that a step has more."""
+    data, caught = prepare_shapes(folder / "data", num_scenes=8), {}
+    without = {name: waits_of_a_step(STEPS[name], False, data, folder) for name in {name for _, name, *_ in BUGS}}
+    for description, name, (owner, function), (old, new) in BUGS:
+        edited = edit(getattr(owner, function), old, new)
+        try:
+            with patch.object(owner, function, edited):
+                waits = waits_of_a_step(STEPS[name], "resumed" in description, data, folder)
+            caught[description] = readable(waits - without[name])
+        except RuntimeError as error:
+            caught[description] = str(error)
+    return caught
+
+
+def waits_of_a_step(settings, resumes, data, folder):
+    """The waits of a step, after another and a checkpoint where it `resumes`."""
+    steps = Steps(settings, data, the_gpu())
+    if resumes:
+        steps.take()
+        steps.resume(folder)
+    return steps.take()
+
+
+def edit(function, old, new):
+    """A function with a text of its source replaced by another."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{function.__qualname__} has no single {old!r}: bring the seeded bug up to date"
+    namespace = dict(inspect.unwrap(function).__globals__)
+    exec(compile(source.replace(old, new), inspect.getfile(function), "exec"), namespace)
+    return namespace[function.__name__]
+
+
+# ---------------------------------------------------------------------------------------------------- all of it
+
+
+def the_gpu():
+    """The pretend device that is in use."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode()
+
+
+@contextlib.contextmanager
+def checkpoints_of_gpus():
+    """Let checkpoints hold tensors of the CPU and be read onto a device, as torch.save and map_location do on CUDA."""
+
+    def save(path, checkpoint, original=training.state.save_torch):
+        original(path, tree_map_only(GPUTensor, lambda x: x.host.clone(), checkpoint))
+
+    def load(path, device="cpu", original=models.safe_load):
+        return tree_map_only(torch.Tensor, lambda x: x.to(device), original(path))
+
+    with patch.object(training.state, "save_torch", save), patch.object(models, "safe_load", load):
+        yield
+
+
+if __name__ == "__main__":
+    part, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    output, sys.stdout = sys.stdout, sys.stderr
+    with checkpoints_of_gpus(), PretendGPU(ROOT):
+        result = {"program": program, "waits": waits, "bugs": bugs}[part](Path(folder))
+    print(json.dumps(result), file=output)

@@ -1,0 +1,76 @@
+"""The project on a pretend GPU (`pretend_gpu.py`): it computes what the CPU does, and rarely waits for the device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pprint import pformat
+
+import pytest
+import torch.utils.backend_registration
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch has no devices that are written in Python",
+    ),
+]
+
+# What makes the CPU wait for the GPU: in a training step on one batch with several settings, and elsewhere.
+# "file function: operation" and how often.
+WAITS = {
+    "step, soft attention": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, no attention": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, hard attention": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, doubly stochastic": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, graph": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, scheduled sampling": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, two micro-batches": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, fine-tuned encoder": {"training/steps.py optimize: copy to the CPU": 1},
+    "scst step, each word": {
+        "modules/beam_search.py sample: index with a list": 1,
+        "modules/beam_search.py sample: read a number": 1,
+    },
+    "scst step, the rest": {
+        "training/steps.py optimize: copy to the CPU": 1,
+        "training/steps.py sample_captions: copy to the CPU": 1,
+    },
+    "beam search of two images, each word": {
+        "modules/beam_search.py _next_word_log_probs: index with a list": 1,
+        "modules/beam_search.py beam_search: read a number": 1,
+    },
+    "beam search of two images, the rest": {
+        "evaluation/generation.py caption_images: copy to the CPU": 7,
+        "evaluation/generation.py caption_images: copy to the device": 1,
+    },
+    "validation loss": {"training/validation.py validation_loss: copy to the CPU": 1},
+}
+
+
+def run(part, folder):
+    """The result of a part of run_on_pretend_gpu.py, in a process of its own: torch keeps the device's name."""
+    command = [sys.executable, str(Path(__file__).parent / "run_on_pretend_gpu.py"), part, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-5000:]
+    return json.loads(result.stdout)
+
+
+def test_the_scripts_compute_on_a_gpu_what_they_compute_on_the_cpu(tmp_path):
+    results = run("program", tmp_path)
+    rounded = results.pop("bf16")  # autocast has other rules on a CPU
+    for rows in zip(rounded["cpu"]["log"], rounded["gpu"]["log"], strict=True):
+        assert rows[0]["train/loss"] == pytest.approx(rows[1]["train/loss"], rel=1e-3)
+    for name, result in results.items():
+        assert result["cpu"] == result["gpu"], name  # to the last bit
+
+
+def test_nothing_else_waits_for_the_gpu(tmp_path):
+    waits = run("waits", tmp_path)
+    assert waits == WAITS, f"WAITS = {pformat(waits, width=110, sort_dicts=False)}"
+
+
+def test_seeded_bugs_are_caught(tmp_path):
+    caught = run("bugs", tmp_path)
+    assert len(caught) >= 10 and all(caught.values()), pformat(caught)
