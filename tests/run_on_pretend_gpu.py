@@ -6,7 +6,6 @@ PART is a function of this file that returns what test_pretend_gpu.py checks, pr
 import contextlib
 import inspect
 import json
-import shutil
 import sys
 import textwrap
 import warnings
@@ -78,7 +77,7 @@ def program(folder):
 
 
 def run_scripts(name, device, settings, data, folder):
-    """Train, resume, score and caption on a device; everything that must be the same on another."""
+    """Train, resume and decode on a device; everything that must be the same on another."""
     run = folder / f"{name} {device}"
     common = {"data_folder": str(data), "features_folder": str(folder / f"features {device}")}
     if settings.objective == "scst":
@@ -86,18 +85,26 @@ def run_scripts(name, device, settings, data, folder):
     with paths_of_gpus(), patch.object(metrics, "compute_meteor", lambda *_: None):  # METEOR takes seconds
         train.main(replace(settings, run_folder=str(run), device=device, epochs=1, **common))
         train.main(train.Settings(resume=str(run / "last.pt"), epochs=2))  # on the device that was saved
-        decoding = {"device": device, "precision": settings.precision, "max_length": 4}
-        best, photo = str(run / "best.pt"), str(min((data / "photos").glob("*.png")))
-        eval.main(eval.Settings(best, beam_sizes=(3,), **decoding, **common))
-        graph_word = "a" if settings.graph_layers else ""
-        caption.main(caption.Settings((photo,), best, str(run / "pictures"), graph_word=graph_word, **decoding))
-    rows = [{key: row[key] for key in row if "second" not in key} for row in read_jsonl(run / "log.jsonl")]
-    scores = read_json(next(run.glob("scores_*.json")))["scores"]
-    scores = [{key: row[key] for key in row if "second" not in key} for row in scores]
+        result = {} if name in ("dot attention", "scst") else decode(run, device, settings, common)
+    result["log"] = without_times(read_jsonl(run / "log.jsonl"))
     model = torch.load(run / "last.pt", weights_only=True)["model"]
-    total = sum(weights.double().abs().sum().item() for weights in model.values())
-    shutil.rmtree(run / "pictures")
-    return {"log": rows, "scores": scores, "results": read_json(next(run.glob("results_*.json"))), "weights": total}
+    return result | {"weights": sum(weights.double().abs().sum().item() for weights in model.values())}
+
+
+def decode(run, device, settings, common):
+    """The scores and captions of eval.py for a run, after caption.py with its pictures."""
+    decoding = {"device": device, "precision": settings.precision, "max_length": 4}
+    best, photo = str(run / "best.pt"), str(min(Path(common["data_folder"], "photos").glob("*.png")))
+    eval.main(eval.Settings(best, beam_sizes=(3,), **decoding, **common))
+    graph_word = "a" if settings.graph_layers else ""
+    caption.main(caption.Settings((photo,), best, str(run / "pictures"), graph_word=graph_word, **decoding))
+    scores = read_json(next(run.glob("scores_*.json")))["scores"]
+    return {"scores": without_times(scores), "captions": read_json(next(run.glob("results_*.json")))}
+
+
+def without_times(rows):
+    """Rows of a log or of scores without their seconds and rates."""
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
 def paths_of_gpus():
