@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from modules.attention import ATTENTIONS, HardAttention
 from modules.cells import CELLS
