@@ -42,10 +42,10 @@ def generate_photo(generator: np.random.Generator, width: int, height: int) -> I
 
 
 def generate_sentences(generator: np.random.Generator, index: int) -> list[dict[str, Any]]:
-    """The captions of an image, with lengths and word frequencies as in COCO."""
+    """The captions of an image, with lengths, word frequencies and 10,000 frequent words as in COCO."""
     sentences = []
     lengths = generator.normal(10.5, 2.4, CAPTIONS_PER_IMAGE).round().clip(5, MAX_WORDS).astype(int)
-    word_ids = generator.zipf(1.3, (CAPTIONS_PER_IMAGE, MAX_WORDS)) % 25_000
+    word_ids = generator.zipf(1.3, (CAPTIONS_PER_IMAGE, MAX_WORDS)) % 10_000
     for number, (caption, length) in enumerate(zip(word_ids.tolist(), lengths, strict=True)):
         tokens = [f"word{word_id}" for word_id in caption[:length]]
         sentence_id = CAPTIONS_PER_IMAGE * index + number

@@ -180,7 +180,9 @@ def content_digest(folder: Path, splits: dict[str, Any]) -> str:
     """What identifies the images, captions and words of a prepared folder, wherever it is moved or copied."""
     digest = hashlib.sha256(json.dumps(splits).encode())  # with the digest of each split's images
     for name in ("word_map.json", *(f"{split}_captions.json" for split in SPLITS if splits[split]["images"])):
-        digest.update((folder / name).read_bytes())
+        with open(folder / name, "rb") as file:
+            while content := file.read(2**20):  # COCO's captions as a whole would be 150 MB
+                digest.update(content)
     return digest.hexdigest()
 
 
