@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import create_input_files
 from common.files import write_json
 from datasets import CaptionDataset, make_batches, make_loader, shuffled_indices
-from preparation.records import ImageRecord
+from preparation.records import ImageRecord, pack_captions
 from preparation.storage import SPLITS, write_captions
 from preparation.writing import write_folder, write_split
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
@@ -78,8 +78,8 @@ def plain_loop(paths: list[Path], size: int, path: Path) -> None:
 
 def records_of(paths: list[Path]) -> list[ImageRecord]:
     """Records of photos, each with the same caption."""
-    caption = {"words": ["a", "photo"], "raw": "A photo."}
-    return [ImageRecord(path, path.name, i, "train", [caption]) for i, path in enumerate(paths)]
+    captions = pack_captions([{"words": ["a", "photo"], "raw": "A photo."}])
+    return [ImageRecord(path, path.name, i, "train", captions) for i, path in enumerate(paths)]
 
 
 def compare(paths: list[Path], folder: Path, settings: Settings) -> tuple[float, float, float, float, float]:

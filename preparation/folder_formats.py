@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_json
-from preparation.records import ImageRecord, records_of
+from preparation.records import ImageRecord, pack_captions, records_of
 from preparation.storage import SPLITS, open_images
 from preparation.text_formats import read_lines
 from text.vocabulary import SPECIAL_TOKENS
@@ -97,7 +97,8 @@ def _read_tutorial_split(
     records = []
     for row in range(num_images):
         kept = [caption for caption in captions[row * per_image : (row + 1) * per_image] if caption["words"]]
-        records.append(ImageRecord(images_path, f"{split} {row}", first_id + row, split, kept, row=row))
+        name = f"{split} {row}"
+        records.append(ImageRecord(images_path, name, first_id + row, split, pack_captions(kept), row=row))
     return records
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from common.files import read_json
-from preparation.records import ImageRecord, parse_split, require_type, tokenize_captions
+from preparation.json_stream import iter_json_list
+from preparation.records import ImageRecord, pack_captions, parse_split, require_type, tokenize_captions
 from preparation.storage import SPLITS
 from utils import InputError
 
@@ -14,26 +14,31 @@ def read_karpathy(path: Path, images: Path) -> list[ImageRecord]:
 
     Raises InputError where it has another form.
     """
-    content, records = read_json(path), []
+    records = []
     try:
-        for index, image in enumerate(content["images"]):
-            name = require_type(image["filename"], str)
-            if image.get("filepath"):
-                name = f"{require_type(image['filepath'], str)}/{name}"
-            captions = [
-                {"words": require_words(sentence["tokens"]), "raw": require_type(sentence["raw"], str)}
-                for sentence in image["sentences"]
-            ]
-            image_id = require_type(image.get("cocoid", image.get("imgid", index)), (int, str))
-            split = parse_split(image["split"], path, name)
-            captions = [caption for caption in captions if caption["words"]]
-            objects = validate_objects(image["objects"], f"{path}: {name}") if "objects" in image else None
-            records.append(ImageRecord(images / name, name, image_id, split, captions, objects))
+        for index, image in enumerate(iter_json_list(path, "images")):
+            records.append(_karpathy_record(image, index, path, images))
     except KeyError as error:
         raise InputError(f"{path}: no key {error} in images[{len(records)}], is this Karpathy's JSON?") from None
     except (TypeError, AttributeError):
         raise InputError(f"{path}: images[{len(records)}] has another form, is this Karpathy's JSON?") from None
     return records
+
+
+def _karpathy_record(image: Any, index: int, path: Path, images: Path) -> ImageRecord:
+    """The record of one image of Karpathy's JSON; KeyError, TypeError or AttributeError where it has another form."""
+    name = require_type(image["filename"], str)
+    if image.get("filepath"):
+        name = f"{require_type(image['filepath'], str)}/{name}"
+    captions = [
+        {"words": require_words(sentence["tokens"]), "raw": require_type(sentence["raw"], str)}
+        for sentence in image["sentences"]
+    ]
+    image_id = require_type(image.get("cocoid", image.get("imgid", index)), (int, str))
+    split = parse_split(image["split"], path, name)
+    packed = pack_captions([caption for caption in captions if caption["words"]])
+    objects = validate_objects(image["objects"], f"{path}: {name}") if "objects" in image else None
+    return ImageRecord(images / name, name, image_id, split, packed, objects)
 
 
 def require_words(value: Any) -> list[str]:
@@ -73,16 +78,16 @@ def read_coco(paths: list[Path], images: Path) -> list[ImageRecord]:
 
 def read_coco_file(path: Path, images: Path, split: str) -> list[ImageRecord]:
     """Read one of COCO's files, all of whose images belong to a split; its photos may lie in a folder train2014."""
-    content, name, captions, records = read_json(path), None, {}, []
+    name, captions, records = None, {}, []
     folder = path.stem.removeprefix("captions_")  # train2014
     prefix = f"{folder}/" if (images / folder).is_dir() else ""
     try:
-        for annotation in content["annotations"]:
+        for annotation in iter_json_list(path, "annotations"):
             captions.setdefault(annotation["image_id"], []).append(require_type(annotation["caption"], str))
-        for image in content["images"]:
+        for image in iter_json_list(path, "images"):
             image_id, name = require_type(image["id"], (int, str)), prefix + require_type(image["file_name"], str)
-            image_captions = tokenize_captions(captions.pop(image_id, []))
-            records.append(ImageRecord(images / name, name, image_id, split, image_captions))
+            packed = tokenize_captions(captions.pop(image_id, []))
+            records.append(ImageRecord(images / name, name, image_id, split, packed))
     except KeyError as error:
         raise InputError(f"{path}: no key {error} after {name or 'its start'}, is this COCO's JSON?") from None
     except (TypeError, AttributeError):

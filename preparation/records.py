@@ -1,7 +1,8 @@
 """Image records: what every caption format is read into."""
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,34 @@ from utils import InputError
 SPLIT_NAMES = {"restval": "train", "valid": "val", "validation": "val", "dev": "val"}  # other names of SPLITS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image of a data set with its captions."""
+    """One image of a data set with its captions.
+
+    The captions are kept as JSON: as lists of strings, COCO's 616,000 would take a gigabyte.
+    """
 
     path: Path  # of the photo, or of an HDF5 file of images
     name: str  # as the captions file spells it
     image_id: int | str
     split: str  # empty where the captions have no splits
-    captions: list[dict[str, Any]]  # [{"words": [...], "raw": "..."}]
+    packed_captions: bytes  # of `pack_captions`
     objects: list[dict[str, Any]] | None = None  # [{"words": [...], "box": [left, top, right, bottom]}] where known
     row: int = -1  # index in an HDF5 file of images; -1: `path` is a photo
+
+    @property
+    def captions(self) -> list[dict[str, Any]]:
+        """The captions, [{"words": [...], "raw": "..."}], decoded anew each time."""
+        return json.loads(self.packed_captions)
+
+    def with_captions(self, captions: list[dict[str, Any]]) -> "ImageRecord":
+        """A record of the same image with other captions."""
+        return replace(self, packed_captions=pack_captions(captions))
+
+
+def pack_captions(captions: list[dict[str, Any]]) -> bytes:
+    """Captions, [{"words": [...], "raw": "..."}], as an `ImageRecord` keeps them."""
+    return json.dumps(captions, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def records_of(
@@ -40,9 +58,11 @@ def records_of(
     ]
 
 
-def tokenize_captions(captions: Iterable[str]) -> list[dict[str, Any]]:
-    """Captions as an `ImageRecord` holds them, without those that have no word."""
-    return [{"words": words, "raw": caption.strip()} for caption in captions if (words := tokenize(caption))]
+def tokenize_captions(captions: Iterable[str]) -> bytes:
+    """Captions as an `ImageRecord` keeps them, without those that have no word."""
+    return pack_captions(
+        [{"words": words, "raw": caption.strip()} for caption in captions if (words := tokenize(caption))]
+    )
 
 
 def parse_split(name: Any, path: Path, image: str) -> str:

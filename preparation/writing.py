@@ -43,16 +43,14 @@ def subsample_train(records: list[ImageRecord], settings: Any) -> list[ImageReco
         long = sum(len(caption["words"]) > max_length for record in records for caption in record.captions)
         verb = {"truncate": "truncated", "drop": "dropped"}[settings.long_captions]
         print(f"{long} training captions of more than {max_length} words are {verb}")
-        shortened = [replace(record, captions=shorten(record.captions, settings)) for record in records]
+        shortened = [record.with_captions(shorten(record.captions, settings)) for record in records]
         kept = [new for new, old in zip(shortened, records, strict=True) if new.captions or not old.captions]
         if len(kept) < len(records):
             print(f"{len(records) - len(kept)} training images have no other captions, they are left out")
         records = kept
     if max_captions := settings.captions_per_image:
-        records = [
-            replace(record, captions=generator.sample(record.captions, min(max_captions, len(record.captions))))
-            for record in records
-        ]
+        samples = (generator.sample(record.captions, min(max_captions, len(record.captions))) for record in records)
+        records = [record.with_captions(sample) for record, sample in zip(records, samples, strict=True)]
     return records
 
 
@@ -182,7 +180,9 @@ def content_digest(folder: Path, splits: dict[str, Any]) -> str:
     """What identifies the images, captions and words of a prepared folder, wherever it is moved or copied."""
     digest = hashlib.sha256(json.dumps(splits).encode())  # with the digest of each split's images
     for name in ("word_map.json", *(f"{split}_captions.json" for split in SPLITS if splits[split]["images"])):
-        digest.update((folder / name).read_bytes())
+        with open(folder / name, "rb") as file:
+            while content := file.read(2**20):  # COCO's captions as a whole would be 150 MB
+                digest.update(content)
     return digest.hexdigest()
 
 

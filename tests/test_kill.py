@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 from PIL import Image
 from test_resume import assert_same_run
@@ -75,9 +76,16 @@ utils.run_script(train.main, train.Settings)
 """
 
 
-def die(phase, number, arguments):
+# Before it: features of 4 images at once, on the disk after 8.
+SMALL_STEPS = """
+from training import feature_cache
+feature_cache.BATCH_SIZE, feature_cache.SAVE_EVERY = 4, 2
+"""
+
+
+def die(phase, number, arguments, program=DYING):
     """Run train.py until a signal ends it in a phase (module, function, call); returns its status and last line."""
-    command = [sys.executable, "-c", DYING, *map(str, phase), str(number), *arguments]
+    command = [sys.executable, "-c", program, *map(str, phase), str(number), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     return result.returncode, (result.stderr.splitlines() or [""])[-1]
 
@@ -89,12 +97,28 @@ def test_a_run_that_dies_as_it_extracts_features_is_started_again(shapes, tmp_pa
     arguments = flags(data, tmp_path / "run", replace(SMALL, fine_tune_encoder=False))
     phase = ("numpy", "isfinite", 2)  # of the training images
     assert die(phase, number, arguments)[0] == -number
-    leftovers = list((data / "features").glob(".train*"))
-    assert len(leftovers) == 1
-    os.utime(leftovers[0], (0, 0))
+    assert len(list((data / "features").glob("train*.npy.partial"))) == 1
     status, _, err = command(train, *arguments)
     assert status == 0, err
-    assert {path.name[:4] for path in (data / "features").iterdir()} == {"trai", "val_"}
+    assert sorted(path.name[:4] for path in (data / "features").iterdir()) == ["trai", "val_"]
+
+
+@pytest.mark.slow
+def test_features_of_a_killed_run_are_continued_bit_for_bit(shapes, tmp_path):
+    features, program = {}, f"{SMALL_STEPS}{DYING}"
+    for name, call, status in (("whole", -1, 0), ("killed", 5, -signal.SIGKILL), ("killed", -1, 0)):
+        data = tmp_path / name / "data"
+        if not data.exists():
+            shutil.copytree(shapes, data, ignore=shutil.ignore_patterns("features"))
+        arguments = flags(data, tmp_path / name / "run", replace(SMALL, fine_tune_encoder=False, epochs=1))
+        phase = ("numpy", "isfinite", call)  # at -1 never; at 5 the fourth training batch is encoded
+        assert die(phase, signal.SIGKILL, arguments, program)[0] == status
+        if status:
+            (partial,) = (data / "features").glob("*.partial")
+            assert np.load(partial, mmap_mode="r").shape[0] == 8  # and four rows that nobody counts on
+        else:
+            features[name] = {path.name: path.read_bytes() for path in (data / "features").iterdir()}
+    assert features["whole"] == features["killed"] and len(features["whole"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ import functools
 import hashlib
 import os
 import shutil
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -14,15 +17,16 @@ from torch import nn
 from tqdm import tqdm
 
 from common.distributed import all_gather, on_rank_zero, rank, world_size
-from common.files import atomic_write, nearest_existing, remove_leftovers, require_writable
-from datasets import CaptionDataset, in_order, make_batches, make_loader
+from common.files import hold_lock, nearest_existing, require_writable
+from datasets import Batch, CaptionDataset, in_order, make_batches, make_loader
 from models import Captioner
-from modules.encoders import Encoder
+from modules.encoders import Encoder, folded_encoder
 from preparation.storage import read_metadata
 from text.vocabulary import Vocabulary
 from utils import InputError, Runtime
 
-BATCH_SIZE = 32  # images that the encoder sees at once
+BATCH_SIZE = 16  # images that the encoder sees at once; their activations fit into a CPU's cache
+SAVE_EVERY = 64  # batches after which the features are on the disk, whatever happens then
 
 
 def build_dataset(
@@ -95,7 +99,7 @@ def cache_names(dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, hfl
 def prepare_cache(names: list[str], size: int, data_folder: str | Path, features_folder: str) -> tuple[Path, list[str]]:
     """The folder of the cache, and which of the names are not there yet, each a file of `size` bytes to come.
 
-    Removes what killed processes left there. Raises InputError where the folder cannot be written or has no room.
+    Raises InputError where the folder cannot be written or has no room.
     """
     folder = Path(features_folder or Path(data_folder) / "features")
     if not all((folder / name).is_file() for name in names):
@@ -105,9 +109,10 @@ def prepare_cache(names: list[str], size: int, data_folder: str | Path, features
             if features_folder:
                 raise
             folder = user_cache(folder)
-    remove_leftovers(folder, ".*.partial-*.npy")
     missing = [name for name in names if not (folder / name).is_file()]
-    needed, free = len(missing) * size, shutil.disk_usage(nearest_existing(folder)).free
+    partials = [path for name in missing if (path := folder / f"{name}.partial").is_file()]
+    needed = len(missing) * size - sum(path.stat().st_size for path in partials)
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if needed > free:
         raise InputError(
             f"the encoder's features take {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free: make room, "
@@ -137,50 +142,109 @@ def user_cache(unwritable: Path) -> Path:
 def compute_features(path: Path, dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, flipped: bool) -> None:
     """Write a frozen encoder's features of all images, (I, R, F) float16; each process computes its share.
 
+    They are written into PATH.partial, whose header counts the rows that are complete and on the disk, so that what a
+    killed run has computed is kept. Where another program computes the same features, this one waits for it.
+
     Raises InputError for features that float16 cannot hold, OSError for a full disk.
     """
-    error = None
-    with contextlib.ExitStack() as stack:
-
-        def make_file() -> Path:
-            temporary = stack.enter_context(atomic_write(path))
-            shape = (len(dataset), encoder.num_regions, encoder.feature_dim)
-            np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-            return temporary
-
-        temporary = on_rank_zero(make_file)  # all processes write their rows into one file
-        try:
-            write_features(temporary, dataset, encoder, runtime, flipped)
-        except (InputError, OSError) as raised:
-            error = raised
-        for raised in filter(None, all_gather([error])):  # by any process
-            raise raised
-        on_rank_zero(stack.close)
-
-
-@torch.inference_mode()
-def write_features(path: Path, dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, flipped: bool) -> None:
-    """Write the features of this process's share of the images into their rows of an array's file."""
-    encoder.eval()
-    batches = make_batches(in_order(len(dataset), flipped), BATCH_SIZE)
+    partial = path.with_name(f"{path.name}.partial")
+    shape = (len(dataset), encoder.num_regions, encoder.feature_dim)
+    encoder = folded_encoder(encoder)
     title = f"{encoder.name} features of {dataset.images_path.stem}{', flipped' if flipped else ''}"
-    with (
-        open(path, "rb+") as file,  # written and not mapped: a full disk is then an error and not a crash
-        tqdm(total=len(dataset), desc=title, unit="image", disable=rank() > 0) as bar,
-    ):
-        row_size = encoder.num_regions * encoder.feature_dim * 2  # bytes
-        first_row = os.path.getsize(path) - len(dataset) * row_size
-        for batch in make_loader(dataset, batches):
-            with runtime.autocast():
-                images = batch.inputs.to(runtime.device, non_blocking=True)
-                features = encoder(images).half().cpu().numpy()  # (B, R, F)
-            assert features.shape[1:] == (encoder.num_regions, encoder.feature_dim), "images of another size"
-            if not np.isfinite(features).all():
-                raise InputError(
-                    f"{encoder.name}'s features do not fit into float16, as random weights may make them: train with "
-                    f"--encoder_weights, or with --fine_tune_encoder"
-                )
-            for index, row in zip(batch.indices, features, strict=True):
-                file.seek(first_row + index * row_size)
-                file.write(row.tobytes())
-            bar.update(len(features) * world_size())
+    with contextlib.ExitStack() as stack:
+        if not on_rank_zero(lambda: try_lock(path, stack)):
+            print(f"{path} is being computed by another program, waiting for it")
+            while not on_rank_zero(lambda: try_lock(path, stack)):
+                time.sleep(1)
+        complete = on_rank_zero(lambda: len(dataset) if path.is_file() else open_partial(partial, shape))
+        batches = make_batches(in_order(len(dataset), flipped), BATCH_SIZE)
+        batches = [batch for batch in batches if batch[-1][0] >= complete]
+        bar = stack.enter_context(
+            tqdm(total=len(dataset), initial=complete, desc=title, unit="image", disable=rank() > 0)
+        )
+        for first in range(0, len(batches), SAVE_EVERY):
+            part = batches[first : first + SAVE_EVERY]
+            encoded = encode_batches(make_loader(dataset, part), encoder, runtime)
+            write_features(partial, encoded, bar)
+            on_rank_zero(lambda rows=part[-1][-1][0] + 1: write_header(partial, (rows, *shape[1:])))
+        on_rank_zero(lambda: path.is_file() or os.replace(partial, path))
+
+
+def try_lock(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock a file of features until the stack is closed; False where another program computes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(hold_lock(path.with_name(f".{path.name}.lock"), ""))
+    except InputError:
+        return False
+    return True
+
+
+def open_partial(path: Path, shape: tuple[int, ...]) -> int:
+    """The number of complete rows in an unfinished file of an array of this shape; begins the file where it is new."""
+    try:
+        with open(path, "rb") as file:
+            (rows, *row_shape), _ = read_header(file)
+            if tuple(row_shape) == shape[1:]:
+                return rows
+    except (FileNotFoundError, ValueError):  # new, or killed as it was begun
+        pass
+    path.write_bytes(b"")
+    write_header(path, (0, *shape[1:]))
+    return 0
+
+
+def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
+    """The shape in the header of an array's file, and where its first row begins; ValueError where there is none."""
+    np.lib.format.read_magic(file)
+    shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    return shape, file.tell()
+
+
+def write_header(path: Path, shape: tuple[int, ...]) -> None:
+    """Write the header of an array's file; numpy pads it so that it has one length for any number of rows."""
+    with open(path, "rb+") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+
+
+def encode_batches(
+    loader: Iterable[Batch], encoder: Encoder, runtime: Runtime
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield the indices of each batch's images and their features (B, R, F) float16; InputError for an overflow."""
+    for batch in loader:
+        with torch.inference_mode(), runtime.autocast():
+            images = batch.inputs.to(runtime.device, non_blocking=True)
+            features = encoder(images).half().cpu().numpy()
+        assert features.shape[1:] == (encoder.num_regions, encoder.feature_dim), "images of another size"
+        if not np.isfinite(features).all():
+            raise InputError(
+                f"{encoder.name}'s features do not fit into float16, as random weights may make them: train with "
+                f"--encoder_weights, or with --fine_tune_encoder"
+            )
+        yield batch.indices, features
+
+
+def write_features(path: Path, encoded: Iterable[tuple[list[int], np.ndarray]], bar: tqdm) -> None:
+    """Write features into their rows of an array's file and, before it returns, to the disk.
+
+    Raises the InputError or OSError of any process; features that do not fit remove the file.
+    """
+    error = None
+    try:
+        with open(path, "rb+") as file:  # written and not mapped: a full disk is then an error and not a crash
+            _, first_row = read_header(file)
+            for indices, features in encoded:
+                for index, row in zip(indices, features, strict=True):
+                    file.seek(first_row + index * row.nbytes)
+                    file.write(row.tobytes())
+                bar.update(len(features) * world_size())
+            file.flush()
+            os.fsync(file.fileno())
+    except InputError as raised:
+        error = raised
+    except OSError as raised:
+        error = OSError(raised.errno, raised.strerror, str(path))  # a full disk names no file
+    for raised in filter(None, all_gather([error])):  # of any process
+        if isinstance(raised, InputError):
+            on_rank_zero(path.unlink)
+        raise raised

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
 
-from modules.encoders import Encoder
+from modules.encoders import Encoder, folded_encoder
 from utils import InputError
 
 
@@ -119,3 +120,30 @@ def test_batch_norm_of_frozen_blocks_does_not_move():
 def test_an_unknown_block_is_named(block):
     with pytest.raises(InputError, match=f"--unfreeze_from {block}: resnet18 has conv1 bn1 layer1 layer2 layer3 and"):
         Encoder("resnet18", layer="layer3").unfreeze_from(block)
+
+
+def batch_norms(encoder):
+    return [module for module in encoder.network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_left"),  # DenseNet has BatchNorm before convolutions, too
+    [("resnet18", 0), ("densenet121", 62), ("mobilenet_v3_small", 0), ("regnet_x_400mf", 0), ("vit_b_32", 0)],
+)
+def test_folded_batch_norm_changes_only_last_bits_and_only_the_copy(name, num_left):
+    torch.manual_seed(0)
+    encoder = Encoder(name, image_size=64)
+    for norm in batch_norms(encoder):
+        for tensor, low, high in ((norm.running_mean, -0.1, 0.1), (norm.running_var, 0.5, 1.5)):
+            tensor.uniform_(low, high)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.1, 0.1)
+    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    folded = folded_encoder(encoder)
+    assert encoder.training and not folded.training
+    assert encoder.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[key], tensor) for key, tensor in encoder.state_dict().items())
+    assert len(batch_norms(folded)) == num_left
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(images), encoder.eval()(images), rtol=1e-4, atol=1e-4)

@@ -245,7 +245,7 @@ def test_boxes_in_pixels_are_named(tmp_path, photos):
 
 # ------------------------------------------------------------------------------------------------ random splits
 
-UNSPLIT = [ImageRecord(Path("photo.jpg"), str(i), i, "", []) for i in range(40)]
+UNSPLIT = [ImageRecord(Path("photo.jpg"), str(i), i, "", b"[]") for i in range(40)]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from create_input_files import Settings
 from datasets import CaptionDataset
-from preparation.records import ImageRecord
+from preparation.records import ImageRecord, pack_captions
 from preparation.storage import SPLITS, read_captions, read_metadata
 from preparation.writing import fingerprint, subsample_train, write_folder
 from text.vocabulary import Vocabulary
@@ -20,9 +20,8 @@ SETTINGS = Settings(dataset="own", images="photos", image_size=8, min_word_freq=
 
 
 def record(name, split="train", captions=("a dog", "a red dog runs")):
-    return ImageRecord(
-        Path(name), name, name, split, [{"words": text.split(), "raw": text} for text in captions if text]
-    )
+    packed = pack_captions([{"words": text.split(), "raw": text} for text in captions if text])
+    return ImageRecord(Path(name), name, name, split, packed)
 
 
 def texts_of(records):
@@ -102,7 +101,7 @@ def test_the_digest_is_that_of_images_captions_and_words(tmp_path, photos):
         digest("image size", image_size=9),
         digest("words", vocab_size=2),
         digest("images", [*photos[:-1], replace(photos[-1], path=photos[0].path)]),
-        digest("captions", [*photos[:-1], replace(photos[-1], captions=[{"words": ["a"], "raw": "a"}])]),
+        digest("captions", [*photos[:-1], photos[-1].with_captions([{"words": ["a"], "raw": "a"}])]),
     ]
     assert len({digest("once"), *others}) == 5 and digest("again") == read_metadata(tmp_path / "once")["digest"]
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -153,17 +154,68 @@ def test_features_that_do_not_fit_on_the_disk_are_not_begun(copied, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * size))
     assert len(open_dataset(copied, small_captioner(), hflip=True).feature_paths) == 2
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
-    assert len(open_dataset(copied, small_captioner(), hflip=True).feature_paths) == 2
+    paths = open_dataset(copied, small_captioner(), hflip=True).feature_paths
+    assert len(paths) == 2
+    paths[1].rename(f"{paths[1]}.partial")  # what a killed run has written takes no further room
+    assert open_dataset(copied, small_captioner(), hflip=True).feature_paths == paths
 
 
-def test_what_killed_processes_left_in_the_cache_is_removed(copied):
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Features of 4 images at once, on the disk after 8; returns the list of images that are encoded from now on."""
+    encoded = []
+
+    def encode_batches(*arguments, original=feature_cache.encode_batches):
+        for indices, features in original(*arguments):
+            encoded.extend(indices)
+            yield indices, features
+
+    monkeypatch.setattr(feature_cache, "BATCH_SIZE", 4)
+    monkeypatch.setattr(feature_cache, "SAVE_EVERY", 2)
+    monkeypatch.setattr(feature_cache, "encode_batches", encode_batches)
+    return encoded
+
+
+def interrupt(monkeypatch, call, error):
+    """Raise an error at a call of np.isfinite, which sees the features of each batch, or never again."""
+    calls = iter(range(1, 1000))
+
+    def isfinite(array, original=np.isfinite):
+        if next(calls) == call:
+            raise error
+        return original(array)
+
+    monkeypatch.setattr("numpy.isfinite", isfinite)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_features_are_continued_where_a_run_stopped(copied, tmp_path, monkeypatch, small_steps, error):
+    captioner = small_captioner()
+    (whole,) = open_dataset(copied, captioner, features_folder=str(tmp_path), split="train").feature_paths
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4, error)
+        with pytest.raises(type(error)) as raised:
+            open_dataset(copied, captioner, split="train")
+    (partial,) = (copied / "features").iterdir()
+    assert partial.name == f"{whole.name}.partial" and np.load(partial, mmap_mode="r").shape == (8, 64, 64)
+    assert getattr(raised.value, "filename", str(partial)) == str(partial)
+    del small_steps[:]
+    (path,) = open_dataset(copied, captioner, split="train").feature_paths
+    assert sorted(small_steps) == list(range(8, 24)) and list((copied / "features").iterdir()) == [path]
+    assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01", b"other", "another shape"])
+def test_features_that_cannot_be_continued_are_begun_anew(copied, content):
+    (path,) = open_dataset(copied, small_captioner()).feature_paths
+    whole = path.read_bytes()
+    if content == "another shape":
+        np.save(path, np.ones((1, 2, 3), np.float16))
+        content = path.read_bytes()
+    path.unlink()
+    path.with_name(f"{path.name}.partial").write_bytes(content)
     open_dataset(copied, small_captioner())
-    leftover = copied / "features" / ".train_flipped_vgg16_features_0123456789abcdef.partial-01234567.npy"
-    for path in (leftover, copied / "features" / ".mine.npy"):
-        path.write_bytes(b"half")
-        os.utime(path, (0, 0))
-    open_dataset(copied, small_captioner())  # of other images, and whose features are there
-    assert not leftover.exists() and (copied / "features" / ".mine.npy").exists()
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.slow
@@ -175,18 +227,6 @@ def test_two_programs_that_compute_the_same_features_at_once_both_train(copied, 
     assert sorted(path.name[:4] for path in (copied / "features").iterdir()) == ["trai", "val_"]
     rows = [(tmp_path / name / "log.jsonl").read_text().split('"lr"')[0] for name in ("a", "b")]
     assert rows[0] == rows[1]
-
-
-def test_a_disk_that_fills_up_is_an_error_that_names_the_file(copied, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(feature_cache, "write_features", full)
-    with pytest.raises(OSError, match="No space left") as error:
-        open_dataset(copied, small_captioner())
-    assert str(error.value.filename).startswith(f"{copied}/features/val_resnet18") and not list(
-        (copied / "features").iterdir()
-    )
 
 
 @pytest.mark.parametrize(("name", "value"), [("image_size", 64), ("resize", "pad")])
