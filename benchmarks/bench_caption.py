@@ -1,43 +1,54 @@
 """Images/s of batched beam search against one image at a time: python benchmarks/bench_caption.py
 
-Both sides search the same regions with the same random decoder. Most tutorials caption one image at a time; here that
-side uses the same search, so the ratio is what batching alone brings.
+Both sides search the same regions with the same decoder. Most tutorials caption one image at a time; here that side
+uses the same search, so the ratio is what batching alone brings. A random decoder's captions do not end. With
+--checkpoint, --data_folder and --max_length 30 the captions are those of the val split, which end at different words.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from modules.beam_search import beam_search
+from datasets import in_order, make_batches, make_loader
+from models import load_captioner
+from modules.beam_search import beam_search, sample
 from modules.decoders import Decoder
-from utils import choose_device, run_script
+from training.feature_cache import build_dataset
+from utils import InputError, Runtime, choose_runtime, run_script
 
 
 @dataclass(frozen=True)
 class Settings:
     """Time batched beam search against one image at a time, after checking that both find the same captions."""
 
-    images: int = 64  # images to caption, and the size of the batch
-    beam_size: int = 5  # captions kept per image
-    max_length: int = 14  # words of each caption; a random decoder uses them all
-    regions: int = 49  # per image, 7x7
-    region_dim: int = 512  # width of a region, after the linear layer of train.py
-    hidden_dim: int = 512  # of word embedding, attention and LSTM
-    vocab_size: int = 2541  # words
+    checkpoint: str = ""  # caption images of data_folder's val split with it; "": a random decoder and random regions
+    data_folder: str = ""  # prepared folder of the checkpoint
+    images: int = 64  # images to caption
+    batch_size: int = 64  # images decoded at once
+    beam_sizes: tuple[int, ...] = (1, 3, 5)  # captions kept per image
+    sampled_captions: int = 5  # captions sampled per image
+    max_length: int = 14  # words of a caption at most; a random decoder uses them all
+    regions: int = 49  # of a random decoder: per image, 7x7
+    region_dim: int = 512  # of a random decoder: width of a region, after the linear layer of train.py
+    hidden_dim: int = 512  # of a random decoder: of word embedding, attention and LSTM
+    vocab_size: int = 2541  # of a random decoder: words
     repeats: int = 3  # timed runs of each side
+    precision: Literal["both", "bf16", "fp32"] = "both"  # both: a row for each
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0  # of weights and regions
 
 
-def main(settings: Settings) -> None:
-    """Check that both sides agree, time them in turn, print a table and one line of JSON."""
-    device = choose_device(settings.device)
+def random_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, Tensor]:
+    """A decoder with random weights and random regions (B, R, D)."""
     torch.manual_seed(settings.seed)
     decoder = Decoder(
         vocab_size=settings.vocab_size,
@@ -49,31 +60,88 @@ def main(settings: Settings) -> None:
         cell="lstm",
         attention="soft",
     )
-    decoder.to(device).eval()
-    regions = torch.rand(settings.images, settings.regions, settings.region_dim).to(device)
+    regions = torch.rand(settings.images, settings.regions, settings.region_dim)
+    return decoder.to(device).eval(), regions.to(device)
 
-    def batched() -> Tensor:
-        return beam_search(decoder, regions, settings.beam_size, settings.max_length)[1][:, 0]
 
-    def one_at_a_time() -> Tensor:
-        results = [beam_search(decoder, image, settings.beam_size, settings.max_length) for image in regions.split(1)]
-        return torch.cat([log_probs[:, 0] for _, log_probs in results])
+def trained_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, Tensor]:
+    """The checkpoint's decoder and the regions (B, R, D) of the first images of the val split."""
+    captioner, vocabulary = load_captioner(settings.checkpoint, device)
+    dataset = build_dataset(settings.data_folder, "val", vocabulary, captioner, choose_runtime(device, "auto"))
+    items = in_order(min(settings.images, len(dataset)))
+    with torch.no_grad():
+        regions = [
+            captioner.encode_images(batch.inputs.to(device), batch.is_features)
+            for batch in make_loader(dataset, make_batches(items, settings.batch_size))
+        ]
+    return captioner.decoder, torch.cat(regions)
 
-    gap = (batched() - one_at_a_time()).abs().max().item()
-    print(f"log-probabilities of both sides' captions agree within {gap:.1e}")
-    assert gap < 1e-3, "the two sides do not agree"
-    seconds = {batched: [], one_at_a_time: []}
-    for _ in range(settings.repeats):
-        for side, times in seconds.items():
+
+def median_seconds(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of a call of each function, called in turn, after one that is not timed."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, seconds in zip(functions, times, strict=True):
             start = time.perf_counter()
-            side()
-            times.append(time.perf_counter() - start)
-    fast, slow = (sorted(times)[len(times) // 2] for times in seconds.values())
-    print(f"beam {settings.beam_size}, {settings.max_length} words, {device}, {torch.get_num_threads()} threads")
-    print("| side | images/s |\n| --- | ---: |")
-    print(f"| one image at a time | {settings.images / slow:.1f} |")
-    print(f"| {settings.images} images at once | {settings.images / fast:.1f} |")
-    print(json.dumps({"ratio": slow / fast, "images_per_second": settings.images / fast}))
+            function()
+            seconds.append(time.perf_counter() - start)
+    return [sorted(seconds[1:])[repeats // 2] for seconds in times]
+
+
+class Row(NamedTuple):
+    """A row of the table, with the images/s of both sides."""
+
+    search: str
+    precision: str
+    one_at_a_time: float
+    batched: float
+
+
+def measure(decoder: Decoder, regions: Tensor, settings: Settings, runtime: Runtime) -> list[Row]:
+    """Time both sides of each search; in fp32, where rounding cannot change a caption, check that they agree."""
+    regions = regions.to(runtime.dtype)
+    precision = str(runtime.dtype).removeprefix("torch.")
+
+    @torch.no_grad()
+    def decode(batch_size: int, beam_size: int) -> Tensor:
+        """Log-probabilities (B,) of the best captions; captions are sampled where beam_size is 0."""
+        log_probs = []
+        with runtime.autocast():
+            for batch in regions.split(batch_size):
+                if beam_size:
+                    log_probs.append(beam_search(decoder, batch, beam_size, settings.max_length)[1][:, 0])
+                else:
+                    sample(decoder, batch, settings.sampled_captions, settings.max_length)
+        return torch.cat(log_probs) if beam_size else regions[:0]
+
+    rows = []
+    for beam_size in (*settings.beam_sizes, 0):
+        name = f"beam {beam_size}" if beam_size else f"{settings.sampled_captions} samples"
+        sides = [partial(decode, batch_size, beam_size) for batch_size in (1, settings.batch_size)]
+        if beam_size and runtime.dtype == torch.float32:
+            gap = (sides[0]() - sides[1]()).abs().max().item()
+            print(f"{name}: log-probabilities of both sides' captions agree within {gap:.1e}")
+            assert gap < 1e-3, "the two sides do not agree"
+        rows.append(Row(name, precision, *(len(regions) / s for s in median_seconds(sides, settings.repeats))))
+    return rows
+
+
+def main(settings: Settings) -> None:
+    """Check that both sides agree, time them in turn, print a table and one line of JSON."""
+    if bool(settings.checkpoint) != bool(settings.data_folder):
+        raise InputError("--checkpoint and --data_folder: give both, or neither for a random decoder")
+    precisions = ("bf16", "fp32") if settings.precision == "both" else (settings.precision,)
+    runtimes = [choose_runtime(settings.device, precision) for precision in precisions]
+    device = runtimes[0].device
+    decoder, regions = (trained_decoder if settings.checkpoint else random_decoder)(settings, device)
+    rows = [row for runtime in runtimes for row in measure(decoder, regions, settings, runtime)]
+    print(f"{len(regions)} images, {settings.max_length} words at most, {device}, {torch.get_num_threads()} threads")
+    print(f"| search | precision | one image at a time, images/s | {settings.batch_size} at once, images/s |")
+    print("| --- | --- | ---: | ---: |")
+    for row in rows:
+        print(f"| {row.search} | {row.precision} | {row.one_at_a_time:.1f} | {row.batched:.1f} |")
+    widest = rows[-2]  # the last row is of samples
+    print(json.dumps({"ratio": widest.batched / widest.one_at_a_time, "rows": [row._asdict() for row in rows]}))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class ImageCaption:
         return self.n_best[0][1]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def caption_images(
     captioner: Captioner,
     vocabulary: Vocabulary,
@@ -78,17 +78,23 @@ def caption_images(
         captions, log_probs = beam_search(
             captioner.decoder, regions, decoding.beam_size, decoding.max_length, decoding.length_penalty
         )
+        words = [[vocabulary.decode(caption) for caption in beams] for beams in captions.tolist()]
         alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
         if with_attention:
-            alpha, gates = attend(captioner.decoder, regions, captions[:, 0])
-    words = [[vocabulary.decode(caption) for caption in beams] for beams in captions.tolist()]
+            longest = max(len(beams[0]) for beams in words) + 1  # with <end>
+            alpha, gates = attend(captioner.decoder, regions, captions[:, 0, :longest])
+    # All moves to the CPU are of the whole batch: each waits for the device.
+    log_probs, alpha = log_probs.tolist(), alpha.float().cpu()
+    gates = None if gates is None else gates.tolist()
+    neighbors = None if neighbors is None else neighbors.cpu()
+    edge_weights = [weights.float().cpu() for weights in edge_weights]
     return [
         ImageCaption(
-            n_best=[beam for beam in zip(words[b], log_probs[b].tolist(), strict=True) if beam[1] != -math.inf],
-            alpha=alpha[b].float().cpu(),
-            gates=None if gates is None else gates[b].tolist(),
-            neighbors=None if neighbors is None else neighbors[b].cpu(),
-            edge_weights=[weights[b].float().cpu() for weights in edge_weights],
+            n_best=[beam for beam in zip(words[b], log_probs[b], strict=True) if beam[1] != -math.inf],
+            alpha=alpha[b],
+            gates=None if gates is None else gates[b],
+            neighbors=None if neighbors is None else neighbors[b],
+            edge_weights=[weights[b] for weights in edge_weights],
         )
         for b in range(len(inputs))
     ]
@@ -134,7 +140,8 @@ def caption_dataset(
                 is_features=batch.is_features,
                 with_attention=dataset.has_boxes,
             )
-            results += [(index, image.words, image.alpha) for index, image in zip(batch.indices, decoded, strict=True)]
+            for index, image in zip(batch.indices, decoded, strict=True):
+                results.append((index, image.words, image.alpha.clone()))  # a pickled view holds the whole batch
             progress.update(len(batch.indices) * world_size())
     results = sorted(all_gather(results), key=lambda result: result[0])
     return [words for _, words, _ in results], [alpha for _, _, alpha in results]

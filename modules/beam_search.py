@@ -13,8 +13,6 @@ from torch import Tensor
 from modules.layers import sample_categorical
 from text.vocabulary import BANNED_IDS, END, START
 
-WORDS_PER_CHECK = 4  # how often a search on a GPU asks which images have ended, for which the host waits
-
 
 class StepDecoder(Protocol):
     """What decoding needs of a decoder; see `modules.decoders.Decoder`."""
@@ -77,7 +75,7 @@ def beam_search(
         log_probs, next_words = candidates.flatten(1).gather(1, top), next_words.flatten(1).gather(1, top)
         captions = torch.cat([_reorder(captions, beam_indices), next_words.unsqueeze(-1)], dim=-1)
         state = tuple(_reorder(part, beam_indices) for part in state)
-        if regions.is_cpu or t % WORDS_PER_CHECK == 0 or t == max_length:
+        if t == max_length or _is_check(t, regions.device):
             C = captions.shape[1]  # fewer than K where there are not so many captions
             all_captions[images, :C, :t], all_log_probs[images, :C] = captions[..., 1:], log_probs
             images, regions, keys, captions, log_probs, *parts = _drop_ended(
@@ -108,10 +106,15 @@ def _reorder(x: Tensor, beam_indices: Tensor) -> Tensor:
     return x.gather(1, beam_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _drop_ended(finished: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The rows of tensors (B, ...) of images with a caption that has not finished (B, C).
+def _is_check(t: int, device: torch.device) -> bool:
+    """Whether to ask after word t which images have ended, for which the host waits for a GPU."""
+    return device.type == "cpu" or t % 4 == 0
 
-    Images end at different words: without the others' rows a search takes two thirds of the time.
+
+def _drop_ended(finished: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The rows of tensors (B, ...) whose image has an unfinished caption: finished (B, C).
+
+    Images end at different words. Without those that have ended a search takes two thirds of the time.
     """
     rows = (~finished).any(dim=1).nonzero().squeeze(1)
     return list(tensors) if len(rows) == len(finished) else [x.index_select(0, rows) for x in tensors]
@@ -150,7 +153,7 @@ def sample(
             logits[..., word_id] = -math.inf
         words = sample_categorical(logits.softmax(dim=-1)).masked_fill(words == END, END)
         captions[images, :, t - 1] = words
-        if regions.is_cpu or t % WORDS_PER_CHECK == 0:
+        if _is_check(t, regions.device):
             images, regions, keys, words, *parts = _drop_ended(words == END, images, regions, keys, words, *state)
             if not len(images):
                 break

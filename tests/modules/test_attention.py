@@ -40,6 +40,18 @@ def test_attention_is_a_gated_mean_of_the_regions(name):
     torch.testing.assert_close(context, gate * torch.einsum("bcr,brd->bcd", alpha, regions))
 
 
+def test_soft_attention_in_bfloat16_is_that_in_float32():
+    torch.manual_seed(0)
+    attention = ATTENTIONS["soft"](**DIMS).eval()
+    attention.score.weight.data *= 4  # far from uniform
+    regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)
+    _, expected = attention(regions, attention.keys(regions), hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, alpha = attention(regions, attention.keys(regions), hidden)
+    assert alpha.dtype == torch.float32
+    torch.testing.assert_close(alpha, expected, atol=0.02, rtol=0)
+
+
 def test_no_attention_has_an_empty_context_and_uniform_alpha():
     attention = ATTENTIONS["none"](**DIMS)
     regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)

@@ -1,12 +1,15 @@
 """Beam search against exhaustive search, greedy decoding and teacher forcing; sampling against the softmax."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from conftest import step_by_step
+from modules import beam_search as beam_search_module
 from modules.beam_search import beam_search, force_decode, sample
+from modules.layers import sample_categorical
 from text.vocabulary import BANNED_IDS, END, START
 
 ALLOWED_IDS = (END, 4, 5, 6)
@@ -42,6 +45,91 @@ def test_batched_search_equals_one_image_at_a_time(tiny_decoder, beam_size):
         alone, alone_log_probs = beam_search(tiny_decoder, regions[b : b + 1], beam_size, 8)
         assert captions[b, 0, : alone.shape[2]].tolist() == alone[0, 0].tolist()
         assert log_probs[b, 0].item() == pytest.approx(alone_log_probs[0, 0].item(), abs=1e-4)
+
+
+def reference_search(decoder, regions, beam_size, max_length, length_penalty=0.5):
+    """Beam search over one image with lists: (log-probability, caption) of the captions kept, best first."""
+    keys = decoder.keys(regions)
+    beams = [(0.0, (), decoder.init_state(regions))]
+    for t in range(max_length):
+        candidates = []
+        for log_prob, caption, state in beams:
+            if caption[-1:] == (END,):
+                candidates.append((log_prob, caption, state))
+                continue
+            words = torch.tensor([[caption[-1] if caption else START]])
+            logits, _, new_state = decoder.step(words, regions, keys, state)
+            log_probs = logits[0, 0].log_softmax(0).tolist()
+            allowed = ALLOWED_IDS if t else ALLOWED_IDS[1:]
+            candidates += [(log_prob + log_probs[word], (*caption, word), new_state) for word in allowed]
+        candidates.sort(key=lambda beam: beam[0] / len(beam[1]) ** length_penalty, reverse=True)
+        beams = candidates[:beam_size]
+    return [(log_prob, caption) for log_prob, caption, _ in beams]
+
+
+@pytest.fixture(params=["every word", "every 4 words"])
+def checks(request, monkeypatch):
+    """How often a loop asks which images have ended: as on a CPU, and as on a GPU."""
+    if request.param == "every 4 words":
+        monkeypatch.setattr(beam_search_module, "_is_check", lambda t, device: t % 4 == 0)
+
+
+def ending_at_different_words(decoder):
+    """Regions of 12 images whose captions end after 3 to 15 words or not at all; the decoder ends them earlier."""
+    decoder.output.bias.data[END] += 1
+    return torch.randn(12, 4, 6, generator=torch.Generator().manual_seed(1)) * 3
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize(
+    ("beam_size", "max_length"), [(1, 1), (1, 30), (2, 4), (2, 30), (3, 9), (3, 30), (20, 1), (20, 4)]
+)
+def test_all_captions_kept_are_those_of_a_simple_search(tiny_decoder, beam_size, max_length):
+    regions = ending_at_different_words(tiny_decoder)
+    captions, log_probs = beam_search(tiny_decoder, regions, beam_size, max_length)
+    assert captions.shape == (12, beam_size, captions.shape[2]) and captions.shape[2] <= max_length
+    lengths = set()
+    for b in range(12):
+        expected = reference_search(tiny_decoder, regions[b : b + 1], beam_size, max_length)
+        for k, (log_prob, caption) in enumerate(expected):
+            assert log_probs[b, k].item() == pytest.approx(log_prob, abs=1e-4)
+            assert tuple(captions[b, k].tolist()) == (*caption, *[END] * (captions.shape[2] - len(caption)))
+        assert (log_probs[b, len(expected) :] == -math.inf).all()
+        lengths.add(max(len(caption) for _, caption in expected))
+    assert max_length < 9 or len(lengths) > 2  # images were dropped along the way
+
+
+@pytest.mark.usefixtures("checks")
+def test_a_search_is_as_long_as_its_longest_caption(tiny_decoder):
+    regions = ending_at_different_words(tiny_decoder)
+    ends = (beam_search(tiny_decoder, regions, 2, 30)[0][..., -1] == END).all(dim=1)
+    captions, _ = beam_search(tiny_decoder, regions[ends], 2, 30)
+    assert 4 < captions.shape[2] < 30 and (captions[..., -2] != END).any() and (captions[..., -1] == END).all()
+    assert sample(tiny_decoder, regions, 3, 3).shape == (12, 3, 3)
+
+
+@pytest.mark.usefixtures("checks")
+def test_cold_samples_of_a_batch_are_the_greedy_captions(tiny_decoder):
+    regions = ending_at_different_words(tiny_decoder)
+    tiny_decoder.output.bias.data[END] -= 1
+    greedy, _ = beam_search(tiny_decoder, regions, 1, 9)
+    not_empty = sample(tiny_decoder, regions, 2, 9, temperature=1e-4)
+    rows = not_empty[:, 0, 0] != END  # a sampled caption may be empty
+    assert rows.sum() > 5 and len((greedy != END).sum(-1).unique()) > 1
+    for row, expected in zip(not_empty[rows], greedy[rows, 0], strict=True):
+        for caption in row:
+            assert [word for word in caption if word != END] == [word for word in expected if word != END]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_a_category_of_probability_zero_is_never_sampled(monkeypatch, uniform):
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, uniform))
+    assert sample_categorical(torch.tensor([[0, 0.25, 0, 0.75, 0]])).tolist() == [1 if uniform == 0 else 3]
+
+
+def test_nans_are_sampled_as_categories():
+    sampled = sample_categorical(torch.full((2, 50, 3), math.nan))
+    assert sampled.shape == (2, 50) and set(sampled.flatten().tolist()) == {0, 1, 2}
 
 
 def test_a_beam_of_one_is_greedy(tiny_decoder):
