@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 
 from common.files import read_json, require_writable, write_json
-from evaluation.generation import DecodingSettings, evaluate
+from evaluation.generation import DecodingSettings
 from evaluation.metrics import format_table, has_java
+from evaluation.scoring import evaluate
 from models import load_captioner
 from preparation.storage import read_metadata
 from training.feature_cache import build_dataset

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
 from datasets import FLIPPED_WORDS, Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
-from evaluation.generation import DecodingSettings, evaluate
+from evaluation.generation import DecodingSettings
+from evaluation.scoring import evaluate
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from training.feature_cache import build_dataset
