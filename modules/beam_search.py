@@ -51,7 +51,8 @@ def beam_search(
 
     Returns:
         Word ids (B, K, T), best caption first, <end> repeated after its end; <pad>, <start>, <unk> and the empty
-        caption are excluded. Log-probabilities (B, K), -inf where there are fewer than K captions.
+        caption are excluded. T is that of the longest caption, on a GPU up to three more. Log-probabilities (B, K),
+        -inf where there are fewer than K captions.
     """
     B, K = len(regions), beam_size
     all_captions = torch.full((B, K, max_length), END, device=regions.device)
@@ -84,7 +85,7 @@ def beam_search(
             if not len(images):
                 break
             state = tuple(parts)
-    return _trim(all_captions), all_log_probs
+    return all_captions[..., :t], all_log_probs
 
 
 def _best_next_words(logits: Tensor, finished: Tensor, count: int, banned_ids: list[int]) -> tuple[Tensor, Tensor]:
@@ -120,12 +121,6 @@ def _drop_ended(finished: Tensor, *tensors: Tensor) -> list[Tensor]:
     return list(tensors) if len(rows) == len(finished) else [x.index_select(0, rows) for x in tensors]
 
 
-def _trim(captions: Tensor) -> Tensor:
-    """captions (B, C, T) up to the end of the longest."""
-    lengths = (captions != END).sum(dim=-1) + 1
-    return captions[..., : int(lengths.max())]
-
-
 @torch.no_grad()
 def sample(
     decoder: StepDecoder, regions: Tensor, num_captions: int, max_length: int = 30, temperature: float = 1.0
@@ -158,7 +153,7 @@ def sample(
             if not len(images):
                 break
             state = tuple(parts)
-    return _trim(captions)
+    return captions[..., :t]
 
 
 @torch.no_grad()

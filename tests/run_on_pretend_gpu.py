@@ -111,8 +111,20 @@ def paths_of_gpus():
     """Let the CPU take the paths of a GPU where the project has two."""
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(modules.layers.Dropout, "forward", nn.Dropout.forward))
-    stack.enter_context(patch.object(modules.attention, "linear_of_tanh", lambda linear, x: linear(x.tanh_())))
+    stack.enter_context(patch.object(modules.attention, "additive_scores", additive_scores))
+    stack.enter_context(patch.object(modules.decoders.Decoder, "_embed_words", embed_words))
     return stack
+
+
+def additive_scores(keys, query, weight):
+    """`modules.layers.additive_scores` as a GPU computes it."""
+    return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_() @ weight.to(keys.dtype)
+
+
+def embed_words(decoder, words):
+    """`Decoder._embed_words` as a GPU computes it."""
+    embedded = decoder.dropout(decoder.embedding(words))
+    return embedded, decoder.cell.words(embedded)
 
 
 # ------------------------------------------------------------------------------------------------------- waits

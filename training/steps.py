@@ -143,7 +143,7 @@ def sample_captions(
     Each image gets as many as the image with the most references has, and at least two.
     """
     count = max(2, batch.words.shape[1])
-    with torch.inference_mode(), runtime.autocast():
+    with torch.no_grad(), runtime.autocast():
         regions = captioner.encode_images(copy_to_device(batch.inputs, runtime.device), batch.is_features)
         sampled = sample(captioner.decoder, regions, count, max_length, TEMPERATURE).tolist()
     captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]

@@ -11,7 +11,7 @@ from training.steps import forward
 from utils import Runtime
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def validation_loss(captioner: Captioner, validation: CaptionDataset, batch_size: int, runtime: Runtime) -> float:
     """The cross-entropy of a word of the validation captions under teacher forcing, without label smoothing."""
     captioner.eval()
