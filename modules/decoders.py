@@ -46,6 +46,10 @@ class _Layout(NamedTuple):
         """Split (M, ...) into the time steps' T of (b c, ...)."""
         return list(x.split([b * c for b, c in self.active_shapes]))
 
+    def select(self, outputs: list[Tensor]) -> Tensor:
+        """The time steps' T of (b c, ...) -> (N, ...), without finished captions."""
+        return torch.cat(outputs).index_select(0, self.rows)
+
     def unpack(self, x: Tensor) -> Tensor:
         """(N, ...) -> (T, B, C, ...), zero after a caption's end."""
         unpacked = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.positions, x)
@@ -174,12 +178,12 @@ class Decoder(nn.Module):
         """
         layout = _lay_out(words, lengths, regions.device)
         steps = self._run_recurrence(regions, layout, sampling_prob)
-        embedded, hidden, context, alpha = (torch.cat(outputs)[layout.rows] for outputs in steps[:4])  # (N, ...)
+        embedded, hidden, context, alpha = map(layout.select, steps[:4])  # (N, ...)
         logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
         output = DecoderOutput(logits, layout.targets, layout.unpack(alpha))
         if not (steps.sampled_log_probs and isinstance(self.attention, HardAttention)):
             return output
-        sampled_log_probs = torch.cat([log_probs.flatten() for log_probs in steps.sampled_log_probs])[layout.rows]
+        sampled_log_probs = layout.select([log_probs.flatten() for log_probs in steps.sampled_log_probs])
         return output._replace(sampled_log_probs=layout.unpack(sampled_log_probs), baseline=self.attention.baseline)
 
     def _run_recurrence(self, regions: Tensor, layout: _Layout, sampling_prob: float) -> _StepOutputs:
