@@ -140,8 +140,8 @@ def main(settings: Settings) -> None:
     print("| --- | --- | ---: | ---: |")
     for row in rows:
         print(f"| {row.search} | {row.precision} | {row.one_at_a_time:.1f} | {row.batched:.1f} |")
-    widest = rows[-2]  # the last row is of samples
-    print(json.dumps({"ratio": widest.batched / widest.one_at_a_time, "rows": [row._asdict() for row in rows]}))
+    last_beam = rows[-2]  # the last row is of samples
+    print(json.dumps({"ratio": last_beam.batched / last_beam.one_at_a_time, "rows": [row._asdict() for row in rows]}))
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def check_agreement(
         gradients = [param.grad.flatten() for param in captioner.decoder.parameters() if param.grad is not None]
         return torch.cat(gradients).double()
 
-    output = captioner(batch.inputs.to(device), batch.words.to(device), batch.lengths, is_features=batch.is_features)
+    output = captioner(batch.inputs.to(device), batch.words, batch.lengths, is_features=batch.is_features)
     loss, _ = captioning_loss(output, batch.lengths, settings, *batch.counts())
     _, reference_loss = straightforward_loss(captioner, rows, settings)
     difference = abs(loss.item() - reference_loss.item())

@@ -46,9 +46,9 @@ def generate_sentences(generator: np.random.Generator, index: int) -> list[dict[
     sentences = []
     lengths = generator.normal(10.5, 2.4, CAPTIONS_PER_IMAGE).round().clip(5, MAX_WORDS).astype(int)
     word_ids = generator.zipf(1.3, (CAPTIONS_PER_IMAGE, MAX_WORDS)) % 10_000
-    for number, (caption, length) in enumerate(zip(word_ids.tolist(), lengths, strict=True)):
+    for caption_index, (caption, length) in enumerate(zip(word_ids.tolist(), lengths, strict=True)):
         tokens = [f"word{word_id}" for word_id in caption[:length]]
-        sentence_id = CAPTIONS_PER_IMAGE * index + number
+        sentence_id = CAPTIONS_PER_IMAGE * index + caption_index
         sentences.append({"tokens": tokens, "raw": f"{' '.join(tokens)}.", "imgid": index, "sentid": sentence_id})
     return sentences
 

@@ -72,6 +72,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def name_in_errors(path: str | Path) -> Iterator[None]:
+    """An OSError of the block names `path`: that of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def remove_leftovers(folder: Path, pattern: str) -> None:
     """Remove the temporary files of `atomic_write` that killed processes left in a folder, by a pattern of names.
 
@@ -193,11 +202,8 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 
 def append_jsonl(path: str | Path, row: dict) -> None:
     """Append one row to a file of JSON lines."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with name_in_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         """Embeddings (..., E) and gates (..., G H) of input words (...).
 
         The captions of a search share most of their words: on a CPU each is computed once, which saves a search a
-        tenth of its time. A GPU would have to wait for the host.
+        tenth of its time. On a GPU the host would have to wait for their number.
         """
         if self.training or not words.is_cpu:
             embedded = self.dropout(self.embedding(words))
@@ -260,7 +260,7 @@ class Decoder(nn.Module):
 def _lay_out(words: Tensor, lengths: Tensor, device: torch.device) -> _Layout:
     """The layout of captions (B, C, T + 1) of these lengths (B, C).
 
-    It depends on the captions alone, so it is computed on the CPU, and a GPU never has to tell the CPU a shape.
+    It depends on the captions alone, so it is computed on the CPU: no shape is read from a GPU.
     """
     mask = torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths  # (T, B, C)
     active_shapes = [(int(active.any(dim=1).sum()), int(active.any(dim=0).sum())) for active in mask]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def init_linear(layer: nn.Linear) -> None:
@@ -60,6 +61,7 @@ class _BlockedAdditiveScores(torch.autograd.Function):
         return torch.cat([_tanh_of_sum(k, q) @ weight for k, q in blocks])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys, query, weight = ctx.saved_tensors
         grad_keys, grad_query, grad_weight = torch.empty_like(keys), torch.empty_like(query), torch.zeros_like(weight)
@@ -75,7 +77,7 @@ class _BlockedAdditiveScores(torch.autograd.Function):
     @staticmethod
     def split(keys: Tensor, query: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
         """Split tensors along the images so that a block's sum has about BLOCK elements for each thread."""
-        elements = query.shape[1] * keys[0].numel()
+        elements = query.shape[1] * keys.shape[1] * keys.shape[2]  # of an image
         images = max(1, _BlockedAdditiveScores.BLOCK * torch.get_num_threads() // elements)
         return [x.split(images) for x in (keys, query, *others)]
 

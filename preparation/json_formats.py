@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from preparation.json_stream import iter_json_list
-from preparation.records import ImageRecord, pack_captions, parse_split, require_type, tokenize_captions
+from preparation.records import ImageRecord, pack_captions, pack_sentences, parse_split, require_type
 from preparation.storage import SPLITS
 from utils import InputError
 
@@ -86,7 +86,7 @@ def read_coco_file(path: Path, images: Path, split: str) -> list[ImageRecord]:
             captions.setdefault(annotation["image_id"], []).append(require_type(annotation["caption"], str))
         for image in iter_json_list(path, "images"):
             image_id, name = require_type(image["id"], (int, str)), prefix + require_type(image["file_name"], str)
-            packed = tokenize_captions(captions.pop(image_id, []))
+            packed = pack_sentences(captions.pop(image_id, []))
             records.append(ImageRecord(images / name, name, image_id, split, packed))
     except KeyError as error:
         raise InputError(f"{path}: no key {error} after {name or 'its start'}, is this COCO's JSON?") from None

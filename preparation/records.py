@@ -53,12 +53,12 @@ def records_of(
         splits: from file names to splits; None: the captions have no splits.
     """
     return [
-        ImageRecord(images / name, name, index, (splits or {}).get(name, ""), tokenize_captions(image_captions))
+        ImageRecord(images / name, name, index, (splits or {}).get(name, ""), pack_sentences(image_captions))
         for index, (name, image_captions) in enumerate(captions.items())
     ]
 
 
-def tokenize_captions(captions: Iterable[str]) -> bytes:
+def pack_sentences(captions: Iterable[str]) -> bytes:
     """Captions as an `ImageRecord` keeps them, without those that have no word."""
     return pack_captions(
         [{"words": words, "raw": caption.strip()} for caption in captions if (words := tokenize(caption))]

@@ -7,10 +7,24 @@ from pathlib import Path
 
 import compare_models
 import pytest
+from PIL import Image
+
+from preparation.caption_formats import read_records
 
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_generated_photos_are_read_as_cocos(tmp_path):
+    sizes = ["--num_train", "5", "--num_val", "2", "--num_test", "1"]
+    command = [sys.executable, BENCHMARKS / "generate_coco.py", "--output_folder", str(tmp_path), *sizes]
+    subprocess.run(command, check=True, capture_output=True)
+    records, _ = read_records([str(tmp_path / "dataset_coco.json")], str(tmp_path), "auto")
+    assert [record.split for record in records] == ["train"] * 5 + ["val"] * 2 + ["test"]
+    for record in records:
+        with Image.open(record.path) as photo:
+            assert photo.size == (320, 256) and len(record.captions) == 5
 
 
 def test_models_are_compared_and_finished_runs_are_not_repeated(command, shapes, tmp_path, monkeypatch):

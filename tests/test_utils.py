@@ -2,6 +2,7 @@
 
 import io
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -96,6 +97,11 @@ def test_auto_precision_is_bfloat16_where_it_is_faster(capabilities, faster, mon
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert utils.choose_runtime("cpu", "auto").dtype == (torch.bfloat16 if faster else torch.float32)
     assert utils.choose_runtime("cpu", "bf16").dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors name themselves otherwise")
+def test_torch_names_the_processor():
+    assert torch.cpu.get_capabilities()["cpu_name"]
 
 
 def test_unknown_devices_are_refused():

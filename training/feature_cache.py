@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.distributed import all_gather, on_rank_zero, rank, world_size
-from common.files import hold_lock, nearest_existing, require_writable
+from common.files import hold_lock, name_in_errors, nearest_existing, require_writable
 from datasets import Batch, CaptionDataset, in_order, make_batches, make_loader
 from models import Captioner
 from modules.encoders import Encoder, folded_encoder
@@ -25,7 +25,7 @@ from preparation.storage import read_metadata
 from text.vocabulary import Vocabulary
 from utils import InputError, Runtime
 
-BATCH_SIZE = 16  # images that the encoder sees at once; their activations fit into a CPU's cache
+BATCH_SIZE, GPU_BATCH_SIZE = 16, 64  # images that a process encodes at once; 16 fit into the cache of a CPU
 SAVE_EVERY = 64  # batches after which the features are on the disk, whatever happens then
 
 
@@ -157,7 +157,8 @@ def compute_features(path: Path, dataset: CaptionDataset, encoder: Encoder, runt
             while not on_rank_zero(lambda: try_lock(path, stack)):
                 time.sleep(1)
         complete = on_rank_zero(lambda: len(dataset) if path.is_file() else open_partial(partial, shape))
-        batches = make_batches(in_order(len(dataset), flipped), BATCH_SIZE)
+        batch_size = BATCH_SIZE if runtime.device.type == "cpu" else GPU_BATCH_SIZE
+        batches = make_batches(in_order(len(dataset), flipped), batch_size * world_size())
         batches = [batch for batch in batches if batch[-1][0] >= complete]
         bar = stack.enter_context(
             tqdm(total=len(dataset), initial=complete, desc=title, unit="image", disable=rank() > 0)
@@ -167,7 +168,8 @@ def compute_features(path: Path, dataset: CaptionDataset, encoder: Encoder, runt
             encoded = encode_batches(make_loader(dataset, part), encoder, runtime)
             write_features(partial, encoded, bar)
             on_rank_zero(lambda rows=part[-1][-1][0] + 1: write_header(partial, (rows, *shape[1:])))
-        on_rank_zero(lambda: path.is_file() or os.replace(partial, path))
+        if not on_rank_zero(path.is_file):
+            on_rank_zero(lambda: publish(partial, path, shape))
 
 
 def try_lock(path: Path, stack: contextlib.ExitStack) -> bool:
@@ -189,7 +191,8 @@ def open_partial(path: Path, shape: tuple[int, ...]) -> int:
                 return rows
     except (FileNotFoundError, ValueError):  # new, or killed as it was begun
         pass
-    path.write_bytes(b"")
+    with name_in_errors(path):
+        path.write_bytes(b"")
     write_header(path, (0, *shape[1:]))
     return 0
 
@@ -203,8 +206,16 @@ def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
 
 def write_header(path: Path, shape: tuple[int, ...]) -> None:
     """Write the header of an array's file; numpy pads it so that it has one length for any number of rows."""
-    with open(path, "rb+") as file:
+    with name_in_errors(path), open(path, "rb+") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(partial: Path, path: Path, shape: tuple[int, ...]) -> None:
+    """Give a complete file its name. Without locks another program may have counted fewer rows in it meanwhile."""
+    write_header(partial, shape)
+    os.replace(partial, path)
 
 
 def encode_batches(
@@ -231,7 +242,8 @@ def write_features(path: Path, encoded: Iterable[tuple[list[int], np.ndarray]], 
     """
     error = None
     try:
-        with open(path, "rb+") as file:  # written and not mapped: a full disk is then an error and not a crash
+        # Written and not mapped: a full disk is then an error and not a crash.
+        with name_in_errors(path), open(path, "rb+") as file:
             _, first_row = read_header(file)
             for indices, features in encoded:
                 for index, row in zip(indices, features, strict=True):
@@ -240,10 +252,8 @@ def write_features(path: Path, encoded: Iterable[tuple[list[int], np.ndarray]], 
                 bar.update(len(features) * world_size())
             file.flush()
             os.fsync(file.fileno())
-    except InputError as raised:
+    except (InputError, OSError) as raised:
         error = raised
-    except OSError as raised:
-        error = OSError(raised.errno, raised.strerror, str(path))  # a full disk names no file
     for raised in filter(None, all_gather([error])):  # of any process
         if isinstance(raised, InputError):
             on_rank_zero(path.unlink)

@@ -70,6 +70,16 @@ def test_every_parameter_gets_a_gradient(tiny_decoder):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def test_scheduled_sampling_in_bfloat16_loses_no_gradient(tiny_decoder):
+    # Words are sampled without gradient: the weights that autocast casts then must not be those of the loss.
+    batch = random_batch(CAPTIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, targets, *_ = tiny_decoder(batch.inputs, batch.words, batch.lengths, sampling_prob=0.5)
+    functional.cross_entropy(logits.float(), targets).backward()
+    for name, param in tiny_decoder.named_parameters():
+        assert param.grad is not None and param.grad.any(), name
+
+
 def test_the_gradient_equals_that_of_stepping_word_by_word(tiny_decoder):
     batch = random_batch(CAPTIONS)
     logits, targets, *_ = tiny_decoder(batch.inputs, batch.words, batch.lengths)
