@@ -37,12 +37,13 @@ from conftest import SMALL, prepare_shapes
 from datasets import CaptionDataset, collate
 from evaluation import metrics
 from evaluation.generation import DecodingSettings, caption_images
+from modules.beam_search import beam_search
 from text.vocabulary import END
 from training.rewards import CiderReward
 from training.start import start_run
 from training.state import TrainState
 from training.validation import validation_loss
-from utils import choose_runtime
+from utils import choose_runtime, copy_to_device
 
 ROOT = Path(__file__).parent.parent
 FROZEN = replace(SMALL, fine_tune_encoder=False, max_length=4)
@@ -191,10 +192,14 @@ def waits(folder):
         caption_images(captioner, steps.state.vocabulary, steps.batch.inputs[:2], decoding, steps.runtime)
         searches[max_length] = gpu.waits - before
     table |= per_word("beam search of two images", searches)
-    captioner.decoder.output.bias.data[END] = 0.5  # images end at different words
-    before = gpu.waits.copy()
-    caption_images(captioner, steps.state.vocabulary, steps.batch.inputs, DecodingSettings(2, 9), steps.runtime)
-    table["beam search of six images, nine words"] = gpu.waits - before
+    captioner.decoder.output.bias.data[END] = 0.2
+    torch.manual_seed(0)
+    regions = 30 * torch.randn(6, 4, captioner.decoder.context_proj.in_features)  # so different that some end early
+    regions, before = copy_to_device(regions, steps.runtime.device), gpu.waits.copy()
+    captions, _ = beam_search(captioner.decoder, regions, 1, 9)
+    table["beam search of nine words"] = gpu.waits - before
+    ended = captions.cpu()[:, 0, 4] == END
+    assert ended.any() and not ended.all()  # some images left the search after its fourth word
     before = gpu.waits.copy()
     validation_loss(steps.state.captioner, steps.dataset, 4, steps.runtime)  # two batches
     table["validation loss"] = gpu.waits - before
