@@ -124,8 +124,8 @@ class PretendGPU(TorchDispatchMode):
         frame = sys._getframe()
         while frame is not None:
             path, name = frame.f_code.co_filename, frame.f_code.co_name
-            is_own = path.startswith(self.root) and "site-packages" not in path and path != __file__  # .venv may be in it
-            if is_own and name[0] != "<":  # no lambda or comprehension
+            is_own = path.startswith(self.root) and "site-packages" not in path  # .venv may lie in the repository
+            if is_own and path != __file__ and name[0] != "<":  # no lambda or comprehension
                 return f"{path[len(self.root) + 1 :]} {name}"
             frame = frame.f_back
         return "backward"
