@@ -14,7 +14,7 @@ from models import Captioner
 from modules.beam_search import beam_search, force_decode
 from modules.decoders import Decoder
 from text.vocabulary import Vocabulary
-from utils import Runtime
+from utils import Runtime, copy_to_device
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def caption_images(
         inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F).
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
     """
-    inputs = inputs.to(runtime.device, non_blocking=True)
+    inputs = copy_to_device(inputs, runtime.device)
     with runtime.autocast():
         regions, neighbors, edge_weights = captioner.encode(inputs, is_features)
         captions, log_probs = beam_search(

@@ -257,12 +257,17 @@ class Decoder(nn.Module):
         return sample_categorical(logits.softmax(dim=-1))
 
 
+def caption_mask(lengths: Tensor) -> Tensor:
+    """Which words exist, in whose order teacher forcing has its N words: (B, C) -> (T, B, C)."""
+    return torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths
+
+
 def _lay_out(words: Tensor, lengths: Tensor, device: torch.device) -> _Layout:
     """The layout of captions (B, C, T + 1) of these lengths (B, C).
 
     It depends on the captions alone, so it is computed on the CPU: no shape is read from a GPU.
     """
-    mask = torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths  # (T, B, C)
+    mask = caption_mask(lengths)  # (T, B, C)
     active_shapes = [(int(active.any(dim=1).sum()), int(active.any(dim=0).sum())) for active in mask]
     inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(active_shapes)])
     targets = words[:, :, 1 : len(mask) + 1].permute(2, 0, 1)[mask]

@@ -37,7 +37,6 @@ WAITS = {
     "beam search of two images, each word": {},
     "beam search of two images, the rest": {
         "evaluation/generation.py caption_images: copy to the CPU": 4,
-        "evaluation/generation.py caption_images: copy to the device": 1,
         "modules/beam_search.py _drop_ended: count the nonzero elements": 1,
     },
     "beam search of nine words": {"modules/beam_search.py _drop_ended: count the nonzero elements": 3},  # at 4, 8 and 9

@@ -23,7 +23,7 @@ from models import Captioner
 from modules.encoders import Encoder, folded_encoder
 from preparation.storage import read_metadata
 from text.vocabulary import Vocabulary
-from utils import InputError, Runtime
+from utils import InputError, Runtime, copy_to_device
 
 BATCH_SIZE, GPU_BATCH_SIZE = 16, 64  # images that a process encodes at once; 16 fit into the cache of a CPU
 SAVE_EVERY = 64  # batches after which the features are on the disk, whatever happens then
@@ -224,8 +224,7 @@ def encode_batches(
     """Yield the indices of each batch's images and their features (B, R, F) float16; InputError for an overflow."""
     for batch in loader:
         with torch.inference_mode(), runtime.autocast():
-            images = batch.inputs.to(runtime.device, non_blocking=True)
-            features = encoder(images).half().cpu().numpy()
+            features = encoder(copy_to_device(batch.inputs, runtime.device)).half().cpu().numpy()
         assert features.shape[1:] == (encoder.num_regions, encoder.feature_dim), "images of another size"
         if not np.isfinite(features).all():
             raise InputError(

@@ -6,11 +6,10 @@ Shapes: B images, C captions of an image, T words, N words of all captions toget
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modules.decoders import DecoderOutput
+from modules.decoders import DecoderOutput, caption_mask
 from text.vocabulary import BANNED_IDS
 from utils import copy_to_device
 
@@ -50,11 +49,6 @@ def captioning_loss(
     if output.sampled_log_probs is not None:
         loss = loss + hard_attention_loss(output, lengths, word_losses.detach()) / words
     return loss, cross_entropy
-
-
-def caption_mask(lengths: Tensor) -> Tensor:
-    """Which words exist, in whose order teacher forcing has its N words: (B, C) -> (T, B, C)."""
-    return torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths
 
 
 def hard_attention_loss(
