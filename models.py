@@ -20,10 +20,12 @@ from modules.decoders import Decoder, DecoderOutput
 from modules.encoders import Encoder
 from modules.graph import RegionGraph
 from modules.layers import Dropout, init_linear
+from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import Vocabulary
 from utils import InputError, first_line, has_type, require_at_least, require_below_one
 
-CHECKPOINT_FORMAT = 4
+DECODERS = {"recurrent": ShowAttendTell}
+CHECKPOINT_FORMAT = 5
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
 # A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
@@ -88,6 +90,7 @@ def build_captioner(
     graph_layers: int,
     graph_knn: int,
     graph_heads: int,
+    decoder: Literal[tuple(DECODERS)],  # pyright: ignore[reportInvalidTypeForm]
     cell: Literal[tuple(CELLS)],  # pyright: ignore[reportInvalidTypeForm]
     attention: Literal[tuple(ATTENTIONS)],  # pyright: ignore[reportInvalidTypeForm]
     embed_dim: int,
@@ -132,25 +135,21 @@ def build_captioner(
     if graph_layers and region_dim % graph_heads:
         raise InputError(f"--graph_heads {graph_heads}: does not divide the {region_dim} features of a region")
     graph = RegionGraph(region_dim=region_dim, layers=graph_layers, knn=graph_knn, heads=graph_heads, dropout=dropout)
-    decoder = Decoder(
-        vocab_size=vocab_size,
-        region_dim=region_dim,
-        embed_dim=embed_dim,
-        attention_dim=attention_dim,
-        hidden_dim=hidden_dim,
-        dropout=dropout,
-        cell=cell,
-        attention=attention,
-    )
+    sizes.region_dim = region_dim
     return Captioner(
         network,
         region_layer,
         graph,
-        decoder,
+        DECODERS[decoder](**{name: getattr(sizes, name) for name in decoder_settings(decoder)}),
         image_size=image_size,
         resize=resize,
         fine_tune_encoder=fine_tune_encoder,
     )
+
+
+def decoder_settings(decoder: str) -> list[str]:
+    """The settings that a decoder of this name takes: the parameters of its class, the sizes of its input included."""
+    return list(inspect.signature(DECODERS[decoder]).parameters)
 
 
 def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from common.files import append_jsonl
 from datasets import FLIPPED_WORDS, Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
 from evaluation.generation import DecodingSettings
 from evaluation.scoring import evaluate
+from models import DECODERS, decoder_settings
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from training.feature_cache import build_dataset
@@ -67,6 +68,7 @@ class Settings:
     graph_layers: int = 0  # graph attention layers between the regions, before the decoder; 0: none
     graph_knn: int = 4  # most similar regions that each is connected to, besides those around it
     graph_heads: int = 4  # attention heads of a graph layer
+    decoder: Literal[tuple(DECODERS)] = "recurrent"  # pyright: ignore[reportInvalidTypeForm]  # kind of decoder
     cell: Literal[tuple(CELLS)] = "lstm"  # pyright: ignore[reportInvalidTypeForm]  # recurrent cell
     attention: Literal[tuple(ATTENTIONS)] = "soft"  # pyright: ignore[reportInvalidTypeForm]  # none: no attention
     embed_dim: int = 512  # units of a word embedding
@@ -120,6 +122,11 @@ def validate_settings(settings: Settings) -> None:
     for name in ("scheduled_sampling_max_prob", "doubly_stochastic"):
         if settings.objective == "scst" and getattr(settings, name):
             raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective scst")
+    unused = {name for kind in DECODERS for name in decoder_settings(kind)} - set(decoder_settings(settings.decoder))
+    for name in sorted(unused & settings.given):
+        raise InputError(
+            f"--{name} does not go with --decoder {settings.decoder}, which has no such part: leave it out"
+        )
     micro_batches = world_size() * settings.gradient_accumulation_steps
     if settings.batch_size < micro_batches:
         raise InputError(

@@ -22,6 +22,7 @@ from datasets import in_order, make_batches, make_loader
 from models import load_captioner
 from modules.beam_search import beam_search, sample
 from modules.decoders import Decoder
+from modules.show_attend_tell import ShowAttendTell
 from training.feature_cache import build_dataset
 from utils import InputError, Runtime, choose_runtime, run_script
 
@@ -50,7 +51,7 @@ class Settings:
 def random_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, Tensor]:
     """A decoder with random weights and random regions (B, R, D)."""
     torch.manual_seed(settings.seed)
-    decoder = Decoder(
+    decoder = ShowAttendTell(
         vocab_size=settings.vocab_size,
         region_dim=settings.region_dim,
         embed_dim=settings.hidden_dim,

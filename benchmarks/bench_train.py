@@ -32,6 +32,7 @@ import train
 from datasets import Batch, collate
 from models import Captioner, build_captioner, model_settings
 from modules.attention import SoftAttention
+from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, SPECIAL_TOKENS, START
 from training.losses import captioning_loss
 from training.optim import make_optimizer
@@ -69,6 +70,7 @@ class CaptionRows(NamedTuple):
 def straightforward_loss(captioner: Captioner, rows: CaptionRows, settings: train.Settings) -> tuple[Tensor, Tensor]:
     """The cross-entropy and the loss of train.py, computed as in most tutorials."""
     decoder = captioner.decoder
+    assert isinstance(decoder, ShowAttendTell)
     attention, cell_layer = decoder.attention, decoder.cell
     assert isinstance(attention, SoftAttention)
     with torch.no_grad():

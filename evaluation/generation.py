@@ -97,8 +97,8 @@ def attend(decoder: Decoder, regions: Tensor, captions: Tensor) -> tuple[Tensor,
     """Attention weights (B, T, R) and gates beta (B, T) of captions (B, T); None for attention without a gate."""
     gates: list[Tensor] = []
     with contextlib.ExitStack() as stack:
-        if decoder.has_attention:
-            hook = decoder.attention.gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid()))
+        if decoder.gate is not None:
+            hook = decoder.gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid()))
             stack.callback(hook.remove)
         alpha = force_decode(decoder, regions, captions)[1]
     return alpha, torch.cat(gates, dim=1).squeeze(-1) if gates else None

@@ -107,6 +107,8 @@ class NoAttention(nn.Module):
     That is the decoder of "Show and Tell" (Vinyals et al., 2015), except that its image is the LSTM's first input.
     """
 
+    gate = None
+
     def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
         super().__init__()
         self.context_dim = 0

@@ -10,7 +10,7 @@ import create_input_files
 import train
 import utils
 from models import Captioner, build_captioner, model_settings
-from modules.decoders import Decoder
+from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, START
 from utils import Runtime
 
@@ -105,7 +105,7 @@ def run_folder(shapes, tmp_path_factory):
 def tiny_decoder():
     """A random decoder of 7 words, 4 of them special tokens, for regions of width 6."""
     torch.manual_seed(5)
-    decoder = Decoder(
+    decoder = ShowAttendTell(
         vocab_size=7,
         region_dim=6,
         embed_dim=5,

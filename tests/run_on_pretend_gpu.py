@@ -27,6 +27,7 @@ import modules.attention
 import modules.decoders
 import modules.graph
 import modules.layers
+import modules.recurrent
 import train
 import training.losses
 import training.optim
@@ -113,7 +114,7 @@ def paths_of_gpus():
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(modules.layers.Dropout, "forward", nn.Dropout.forward))
     stack.enter_context(patch.object(modules.attention, "additive_scores", additive_scores))
-    stack.enter_context(patch.object(modules.decoders.Decoder, "_embed_words", embed_words))
+    stack.enter_context(patch.object(modules.recurrent.RecurrentDecoder, "_embed_words", embed_words))
     return stack
 
 
@@ -123,9 +124,9 @@ def additive_scores(keys, query, weight):
 
 
 def embed_words(decoder, words):
-    """`Decoder._embed_words` as a GPU computes it."""
+    """`RecurrentDecoder._embed_words` as a GPU computes it."""
     embedded = decoder.dropout(decoder.embedding(words))
-    return embedded, decoder.cell.words(embedded)
+    return embedded, decoder._word_gates(embedded)
 
 
 # ------------------------------------------------------------------------------------------------------- waits
@@ -244,7 +245,7 @@ BUGS = [
     (
         "an index stays on the CPU",
         "soft attention",
-        (modules.decoders, "_lay_out"),
+        (modules.recurrent, "lay_out"),
         (
             "(copy_to_device(each, device) for each in (inputs, targets, *indices))",
             "(copy_to_device(each, device) for each in (inputs, targets)), *indices",
@@ -259,7 +260,7 @@ BUGS = [
     (
         "a number is read at each word",
         "soft attention",
-        (modules.decoders.Decoder, "_run_recurrence"),
+        (modules.recurrent.RecurrentDecoder, "_run_recurrence"),
         ("steps.alpha.append(", "assert alpha.max().item() <= 1; steps.alpha.append("),
     ),
     (
@@ -277,7 +278,7 @@ BUGS = [
     (
         "a list is an index",
         "scheduled sampling",
-        (modules.decoders.Decoder, "_sample_words"),
+        (modules.recurrent, "sample_words"),
         ("logits[..., word_id]", "logits[..., [word_id]]"),
     ),
     (

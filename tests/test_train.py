@@ -19,8 +19,8 @@ from common.files import read_jsonl
 from conftest import CPU, SMALL, build, flags, step_by_step, weights
 from datasets import collate
 from models import build_captioner, load_captioner
-from modules.decoders import Decoder
 from modules.encoders import Encoder
+from modules.show_attend_tell import ShowAttendTell
 from training import start
 from training.feature_cache import build_dataset
 from training.optim import make_optimizer
@@ -170,10 +170,10 @@ def test_scst_learns_with_dropout_and_hard_attention_at_its_expectation(shapes, 
             modes.add((name, decoder.dropout.training, decoder.attention.training))
             return original(decoder, *arguments)
 
-        monkeypatch.setattr(Decoder, name, note)
+        monkeypatch.setattr(ShowAttendTell, name, note)
 
-    noting("step", Decoder.step)  # samples captions and searches them
-    noting("forward", Decoder.forward)
+    noting("step", ShowAttendTell.step)  # samples captions and searches them
+    noting("forward", ShowAttendTell.forward)
     start = str(tmp_path / "start" / "last.pt")
     train.main(replace(settings, run_folder=str(tmp_path / "run"), objective="scst", init_from=start))
     assert modes == {("step", False, False), ("forward", True, False), ("forward", False, False)}  # the last validates

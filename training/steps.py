@@ -12,7 +12,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from common.distributed import all_reduce_sum, world_size
 from datasets import Batch, collate
 from models import Captioner
-from modules.attention import HardAttention
 from modules.beam_search import sample
 from modules.decoders import DecoderOutput
 from text.vocabulary import END, START
@@ -47,9 +46,9 @@ def train_step(
         return loss, cross_entropy, micro_batch.counts()[0]
 
     cross_entropy, count = optimize(network, optimizer, batch, settings, micro_batch_loss)
-    attention = unwrap(network).decoder.attention
-    if isinstance(attention, HardAttention) and attention.training:
-        attention.update_baseline(all_reduce_sum([cross_entropy])[0] / words)
+    decoder = unwrap(network).decoder
+    if decoder.training:
+        decoder.update_baseline(all_reduce_sum([cross_entropy])[0] / words)
     return cross_entropy, count
 
 
@@ -72,7 +71,7 @@ def scst_step(
     def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, Tensor, int]:
         sampled, rewards = sample_captions(captioner.eval(), micro_batch, reward, settings.max_length, runtime)
         captioner.train()  # dropout: without it, rewards are soon learned by heart
-        captioner.decoder.attention.eval()  # hard attention takes its expectation: no reward tells of its samples
+        captioner.decoder.take_expectation()  # no reward tells of the samples of hard attention
         output = forward(network, sampled, runtime)
         loss = self_critical_loss(output, sampled.lengths, rewards, words)
         return loss, copy_to_device(rewards.sum(), loss.device), rewards.numel()

@@ -1,0 +1,163 @@
+"""Decoders with a recurrent state: teacher forcing and single steps, whatever the cells and the attention are.
+
+Shapes: B images, R regions, D their width, C captions of an image (beams in a search), T words of a caption, E width
+of a word embedding, H of the hidden state, Z of the context, G gates of the cell that reads the words, V words of the
+vocabulary. b x c are the captions that are active at a time step.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modules.attention import Attention, HardAttention, NoAttention
+from modules.decoders import Decoder, DecoderOutput, Layout, lay_out, sample_words
+from modules.step_decoder import Nested, map_tensors
+
+
+class _StepOutputs(NamedTuple):
+    """Outputs of the recurrence, a list entry per time step."""
+
+    embedded: list[Tensor]  # (b c, E) the input words
+    hidden: list[Tensor]  # (b c, H)
+    context: list[Tensor]  # (b c, Z)
+    alpha: list[Tensor]  # (b c, R)
+    sampled_log_probs: list[Tensor]  # (b, c), none unless hard attention samples
+
+
+class RecurrentDecoder(Decoder):
+    """A decoder that attends to the regions and updates its hidden state at each word.
+
+    A subclass has an `attention`, and implements `keys`, `init_state` and the three steps of a word: `_word_gates`,
+    `_recurrent_step` and `_logits`. The hidden state that predicts the word is the first tensor of its state.
+    """
+
+    attention: Attention | NoAttention
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the decoder attends to the regions before each word."""
+        return self.attention.context_dim > 0
+
+    @property
+    def gate(self) -> nn.Module | None:
+        """As `Decoder.gate`: the attention's."""
+        return self.attention.gate
+
+    def take_expectation(self) -> None:
+        """As `Decoder.take_expectation`: hard attention takes its expectation."""
+        self.attention.eval()
+
+    def update_baseline(self, loss: float) -> None:
+        """As `Decoder.update_baseline`, for hard attention."""
+        if isinstance(self.attention, HardAttention):
+            self.attention.update_baseline(loss)
+
+    def _word_gates(self, embedded: Tensor) -> Tensor:
+        """The words' part of the gates, which depends on no state: (..., E) -> (..., G H)."""
+        raise NotImplementedError
+
+    def _recurrent_step(
+        self,
+        word_gates: Tensor,
+        regions: Tensor,
+        keys: Nested,
+        state: tuple[Tensor, ...],
+        sampled_log_probs: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Attention and cells at one word.
+
+        word_gates (B, C, G H), regions (B, R, D), keys of tensors (B, ...), state tuple of (B, C, H)
+        -> context (B, C, Z), alpha (B, C, R), state.
+        """
+        raise NotImplementedError
+
+    def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """Predict the next word: embedded (..., E), hidden (..., H), context (..., Z) -> (..., V)."""
+        raise NotImplementedError
+
+    def step(
+        self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Predict the next word of each of an image's C captions.
+
+        words (B, C), regions (B, R, D), keys of tensors (B, ...), state tuple of (B, C, H)
+        -> logits (B, C, V), alpha (B, C, R), state.
+        """
+        embedded, word_gates = self._embed_words(words)  # (B, C, E), (B, C, G H)
+        context, alpha, state = self._recurrent_step(word_gates, regions, keys, state)
+        return self._logits(embedded, state[0], context), alpha, state
+
+    def _embed_words(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (..., E) and gates (..., G H) of input words (...).
+
+        The captions of a search share most of their words: on a CPU each is computed once, which saves a search a
+        tenth of its time. On a GPU the host would have to wait for their number.
+        """
+        if self.training or not words.is_cpu:
+            embedded = self.dropout(self.embedding(words))
+            return embedded, self._word_gates(embedded)
+        distinct, indices = words.unique(return_inverse=True)
+        embedded = self.embedding(distinct)
+        return functional.embedding(indices, embedded), functional.embedding(indices, self._word_gates(embedded))
+
+    def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0) -> DecoderOutput:
+        """Teacher forcing, as `Decoder.forward`.
+
+        Captions are sorted by decreasing length within and across images, so at each time step the unfinished ones
+        form the block `[:b, :c]`, up to a few finished ones. Only this block is computed, and only unfinished
+        captions' words are predicted.
+        """
+        layout = lay_out(words, lengths, regions.device)
+        steps = self._run_recurrence(regions, layout, sampling_prob)
+        embedded, hidden, context, alpha = map(layout.select, steps[:4])  # (N, ...)
+        logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
+        output = DecoderOutput(logits, layout.targets, layout.unpack(alpha))
+        if not (steps.sampled_log_probs and isinstance(self.attention, HardAttention)):
+            return output
+        sampled_log_probs = layout.select([log_probs.flatten() for log_probs in steps.sampled_log_probs])
+        return output._replace(sampled_log_probs=layout.unpack(sampled_log_probs), baseline=self.attention.baseline)
+
+    def _run_recurrence(self, regions: Tensor, layout: Layout, sampling_prob: float) -> _StepOutputs:
+        """Attention and cell at all time steps: regions (B, R, D), and the captions' layout."""
+        _, B, C = layout.shape
+        keys = self.keys(regions)
+        state = tuple(part.expand(B, C, -1) for part in self.init_state(regions))
+        words, (embedded, gates) = layout.split(layout.inputs), self._embed_inputs(layout)
+        steps = _StepOutputs(embedded, [], [], [], [])
+        for t, (b, c) in enumerate(layout.active_shapes):
+            if sampling_prob and t:
+                sampled = self._sample_words(embedded[t - 1], steps.hidden[-1], steps.context[-1])
+                sampled = sampled.view(layout.active_shapes[t - 1])[:b, :c]
+                embedded[t] = self._embed_mixed(sampled, words[t].view(b, c), sampling_prob)
+                gates[t] = self._word_gates(embedded[t])
+            if b < len(regions):  # a slice of the last slice: its gradient has fewer zeros to fill in
+                regions, keys = regions[:b], map_tensors(lambda x, b=b: x[:b], keys)
+            if (b, c) != state[0].shape[:2]:
+                state = tuple(part[:b, :c] for part in state)  # (b, c, H)
+            context, alpha, state = self._recurrent_step(
+                gates[t].view(b, c, -1), regions, keys, state, steps.sampled_log_probs
+            )
+            steps.hidden.append(state[0].flatten(0, 1))
+            steps.context.append(context.flatten(0, 1))
+            steps.alpha.append(alpha.flatten(0, 1))
+        return steps
+
+    def _embed_inputs(self, layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
+        """Embed the active captions' input words and map them to gates, in one matmul over all time steps.
+
+        Returns embeddings, T of (b c, E), and gates, T of (b c, G H).
+        """
+        embedded = self.dropout(self.embedding(layout.inputs))  # (M, E)
+        return layout.split(embedded), layout.split(self._word_gates(embedded))
+
+    def _embed_mixed(self, sampled: Tensor, true_words: Tensor, sampling_prob: float) -> Tensor:
+        """Embed each sampled word (b, c) with probability sampling_prob, the true one (b, c) otherwise -> (b c, E)."""
+        use_sampled = torch.rand_like(sampled, dtype=torch.float) < sampling_prob
+        return self.dropout(self.embedding(sampled.where(use_sampled, true_words).flatten()))
+
+    @torch.no_grad()
+    def _sample_words(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """Sample word ids (...) from `_logits`."""
+        return sample_words(self._logits(embedded, hidden, context))
