@@ -19,10 +19,10 @@ from evaluation.scoring import evaluate
 from models import DECODERS, decoder_settings
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
+from text.cider import CiderD
 from training.feature_cache import build_dataset
 from training.logs import plot_curves, plot_runs, write_tensorboard
 from training.optim import learning_rate_factor
-from training.rewards import CiderReward
 from training.shutdown import graceful_shutdown
 from training.start import choose_run_device, lock_run_folder, prepare_run, start_files, start_run
 from training.state import TrainState
@@ -139,7 +139,7 @@ def validate_settings(settings: Settings) -> None:
 
 
 def train_one_epoch(
-    state: TrainState, training: CaptionDataset, runtime: Runtime, caught: list[int], reward: CiderReward | None
+    state: TrainState, training: CaptionDataset, runtime: Runtime, caught: list[int], reward: CiderD | None
 ) -> None:
     """The rest of a pass over the training images with all their captions; sums up in `state`.
 
@@ -184,7 +184,7 @@ def optimization_step(
     runtime: Runtime,
     steps_per_epoch: int,
     counts: tuple[int, int],
-    reward: CiderReward | None,
+    reward: CiderD | None,
 ) -> None:
     """One step of the objective at its learning rate, added to `state`; InputError where it cannot be taken."""
     settings, optimizer = state.settings, state.optimizer
@@ -307,7 +307,7 @@ def train(settings: Settings, device: torch.device) -> None:
     reward = None
     if settings.objective == "scst":
         # <end> counts as a word: captions that break off would cost nothing otherwise.
-        reward = CiderReward([[caption[1:] for caption in captions] for captions in training.captions])
+        reward = CiderD([[caption[1:] for caption in captions] for captions in training.captions])
     with graceful_shutdown() as caught:
         while state.epoch < settings.epochs and state.epochs_since_improvement < settings.patience:
             train_one_epoch(state, training, runtime, caught, reward)

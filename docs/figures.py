@@ -50,8 +50,8 @@ from modules.beam_search import beam_search, sample
 from preparation.images import load_image, to_square
 from preparation.shapes import draw_scene
 from preparation.storage import read_captions
+from text.cider import CiderD
 from text.vocabulary import END, Vocabulary
-from training.rewards import CiderReward
 from utils import Runtime, choose_runtime, run_script
 
 BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # of the test split: one shape; two shapes on white
@@ -123,7 +123,7 @@ def draw_metrics(picture: np.ndarray, references: list[list[str]], all_reference
 
     all_references are the captions of many scenes, whose n-gram frequencies CIDEr takes.
     """
-    reward = CiderReward(all_references)
+    reward = CiderD(all_references)
     texts = {i: [" ".join(reference) for reference in references] for i in range(len(CANDIDATES))}
     meteor = [None] * len(CANDIDATES)
     if has_java():  # once for all: it takes seconds to start
@@ -267,7 +267,7 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
     torch.manual_seed(2)
     regions = captioner.encode_images(image.unsqueeze(0))
     sampled = [vocabulary.decode(caption) for caption in sample(captioner.decoder, regions, 5)[0].tolist()]
-    rewards = CiderReward(references)(references[samples], sampled)
+    rewards = CiderD(references)(references[samples], sampled)
     figure = draw_self_critical(picture, [" ".join(words) for words in sampled], rewards)
     save_figure(figure, folder / "self_critical.png")
 

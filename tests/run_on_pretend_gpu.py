@@ -39,8 +39,8 @@ from datasets import CaptionDataset, collate
 from evaluation import metrics
 from evaluation.generation import DecodingSettings, caption_images
 from modules.beam_search import beam_search
+from text.cider import CiderD
 from text.vocabulary import END
-from training.rewards import CiderReward
 from training.start import start_run
 from training.state import TrainState
 from training.validation import validation_loss
@@ -181,7 +181,7 @@ def waits(folder):
         print(f"{name}: {gpu.kernels - kernels} kernels a step")
     steps.state.settings = replace(FROZEN, fine_tune_encoder=True, objective="scst", max_length=2)
     steps.state.captioner.decoder.output.bias.data[END] = -100.0  # no caption ends before max_length
-    reward = CiderReward([[caption[1:] for caption in captions] for captions in steps.dataset.captions])
+    reward = CiderD([[caption[1:] for caption in captions] for captions in steps.dataset.captions])
     samples, searches = {2: steps.take(reward)}, {}
     steps.state.settings = replace(steps.state.settings, max_length=3)
     samples[3] = steps.take(reward)

@@ -14,9 +14,9 @@ from datasets import Batch, collate
 from models import Captioner
 from modules.beam_search import sample
 from modules.decoders import DecoderOutput
+from text.cider import CiderD
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
-from training.rewards import CiderReward
 from utils import Runtime, copy_to_device
 
 
@@ -58,7 +58,7 @@ def scst_step(
     batch: Batch,
     settings: Any,
     runtime: Runtime,
-    reward: CiderReward,
+    reward: CiderD,
     counts: tuple[int, int] | None = None,
 ) -> tuple[float, int]:
     """One step of self-critical training on captions that the captioner samples for a batch's images.
@@ -135,7 +135,7 @@ def unwrap(network: nn.Module) -> Captioner:
 
 
 def sample_captions(
-    captioner: Captioner, batch: Batch, reward: CiderReward, max_length: int, runtime: Runtime
+    captioner: Captioner, batch: Batch, reward: CiderD, max_length: int, runtime: Runtime
 ) -> tuple[Batch, Tensor]:
     """Captions that a captioner samples for the images of a batch, as a Batch, and their rewards (B, C).
 
