@@ -86,7 +86,7 @@ def _extend(
     logits (B, C, V), captions (B, C, t), log_probs (B, C)
     -> indices of the beams that are extended, the words and the new log-probabilities, each (B, K).
 
-    "Diverse Beam Search" (Vijayakumar et al., 2018, equation 5) with Hamming diversity: in the objective of a group a
+    "Diverse Beam Search" (Vijayakumar et al., 2018, algorithm 1) with Hamming diversity: in the objective of a group a
     word costs `diversity` for each beam of the groups before it that chose it at this step. The log-probabilities
     returned are without this cost.
     """
