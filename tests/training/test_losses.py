@@ -9,8 +9,8 @@ from torch.nn import functional
 import train
 from conftest import SMALL, build
 from datasets import collate
-from modules.sampling import SamplingSettings, sample
 from modules.decoders import DecoderOutput
+from modules.sampling import SamplingSettings, sample
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
 from training.optim import ModelEMA, learning_rate_factor
