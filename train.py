@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
-from datasets import FLIPPED_WORDS, Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
+from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
 from evaluation.generation import DecodingSettings
 from evaluation.scoring import evaluate
 from models import DECODERS, decoder_settings
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from text.cider import CiderD
+from text.vocabulary import FLIPPED_WORDS
 from training.feature_cache import build_dataset
 from training.logs import plot_curves, plot_runs, write_tensorboard
 from training.optim import learning_rate_factor

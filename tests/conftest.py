@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import create_input_files
+import modules.beam_search
+import modules.sampling
 import train
 import utils
 from models import Captioner, build_captioner, model_settings
@@ -119,6 +121,20 @@ def tiny_decoder():
         parameter.data *= 4  # far from uniform, so that rankings are clear
     decoder.output.bias.data[END] -= 2  # so that not every caption is empty
     return decoder
+
+
+@pytest.fixture(params=["every word", "every 4 words"])
+def checks(request, monkeypatch):
+    """How often a loop asks which images have ended: as on a CPU, and as on a GPU."""
+    if request.param == "every 4 words":
+        for module in (modules.beam_search, modules.sampling):
+            monkeypatch.setattr(module, "checks_after", lambda t, device: t % 4 == 0)
+
+
+def ending_at_different_words(decoder):
+    """Regions of 12 images whose captions by a tiny decoder end after 3 to 15 words or not at all; it ends earlier."""
+    decoder.output.bias.data[END] += 1
+    return torch.randn(12, 4, 6, generator=torch.Generator().manual_seed(1)) * 3
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from conftest import SMALL, prepare_shapes
 from datasets import CaptionDataset, collate
 from evaluation import metrics
 from evaluation.generation import DecodingSettings, caption_images
-from modules.beam_search import beam_search
+from modules.beam_search import SearchSettings, beam_search
 from text.cider import CiderD
 from text.vocabulary import END
 from training.start import start_run
@@ -197,7 +197,7 @@ def waits(folder):
     torch.manual_seed(0)
     regions = 30 * torch.randn(6, 4, captioner.decoder.context_proj.in_features)  # so different that some end early
     regions, before = copy_to_device(regions, steps.runtime.device), gpu.waits.copy()
-    captions, _ = beam_search(captioner.decoder, regions, 1, 9)
+    captions, _ = beam_search(captioner.decoder, regions, SearchSettings(1, 9))
     table["beam search of nine words"] = gpu.waits - before
     ended = captions.cpu()[:, 0, 4] == END
     assert ended.any() and not ended.all()  # some images left the search after its fourth word

@@ -12,8 +12,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from common.distributed import all_reduce_sum, world_size
 from datasets import Batch, collate
 from models import Captioner
-from modules.beam_search import sample
 from modules.decoders import DecoderOutput
+from modules.sampling import SamplingSettings, sample
 from text.cider import CiderD
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
@@ -141,10 +141,10 @@ def sample_captions(
 
     Each image gets as many as the image with the most references has, and at least two.
     """
-    count = max(2, batch.words.shape[1])
+    sampling = SamplingSettings(max(2, batch.words.shape[1]), max_length, TEMPERATURE)
     with torch.no_grad(), runtime.autocast():
         regions = captioner.encode_images(copy_to_device(batch.inputs, runtime.device), batch.is_features)
-        sampled = sample(captioner.decoder, regions, count, max_length, TEMPERATURE).tolist()
+        sampled = sample(captioner.decoder, regions, sampling).tolist()
     captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
     new_batch = collate(list(zip(batch.indices, batch.inputs, captions, strict=True)), batch.is_features)
     references = dict(zip(batch.indices, batch.captions(), strict=True))

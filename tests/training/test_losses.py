@@ -9,8 +9,8 @@ from torch.nn import functional
 import train
 from conftest import SMALL, build
 from datasets import collate
-from modules.beam_search import sample
 from modules.decoders import DecoderOutput
+from modules.sampling import SamplingSettings, sample
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
 from training.optim import ModelEMA, learning_rate_factor
@@ -87,7 +87,7 @@ def test_the_self_critical_gradient_is_that_of_the_expected_reward(tiny_decoder)
     exact = tiny_decoder.output.bias.grad.clone()
     tiny_decoder.zero_grad()
 
-    drawn = sample(tiny_decoder, regions, 20_000, 2, TEMPERATURE)[0].tolist()
+    drawn = sample(tiny_decoder, regions, SamplingSettings(20_000, 2, TEMPERATURE))[0].tolist()
     batch, outputs = forced([caption[:1] if caption[0] == END else caption for caption in drawn])
     rows = zip(batch.words[0].tolist(), batch.lengths[0].tolist(), strict=True)
     rewards = torch.tensor([[worth[tuple(row[1 : n + 1])] for row, n in rows]])
