@@ -58,9 +58,10 @@ class EnsembleDecoder:
         -> logits (B, C, V), the logarithm of the members' mean probability, alpha (B, C, R) of the first, state.
         """
         total, alphas, states = None, [], []
-        for member, word_map, r, k, s in zip(self.members, self.word_maps, regions, keys, state, strict=True):
+        parts = zip(self.members, self.word_maps, regions, keys, state, strict=True)
+        for member, word_map, member_regions, member_keys, member_state in parts:
             member_words = words if word_map is None else word_map[words]
-            logits, alpha, new_state = member.step(member_words, r, k, s)
+            logits, alpha, new_state = member.step(member_words, member_regions, member_keys, member_state)
             if word_map is not None:
                 logits = logits.index_select(-1, word_map)
             probabilities = logits.float().softmax(dim=-1)
