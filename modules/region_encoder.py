@@ -5,10 +5,9 @@ Shapes: B images, R regions, D their width, n heads, d = D / n their width.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from modules.layers import Dropout
-from modules.transformer_layers import feed_forward, init_linears, sine_positions, split_heads
+from modules.transformer_layers import attend, feed_forward, init_linears, sine_positions, split_heads
 from utils import InputError
 
 POSITIONS = ("none", "learned", "sine")
@@ -47,7 +46,7 @@ class EncoderLayer(nn.Module):
         """regions (B, R, D) -> (B, R, D)."""
         projected = split_heads(self.query_key_value(self.attention_norm(regions)), 3, self.heads)  # (B, R, 3, n, d)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, n, R, d) each
-        attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)  # (B, R, D)
+        attended = attend(query, key, value)[0].transpose(1, 2).flatten(-2)  # (B, R, D)
         regions = regions + self.dropout(self.attention_proj(attended))
         return regions + self.dropout(self.ffn(self.ffn_norm(regions)))
 

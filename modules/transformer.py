@@ -9,12 +9,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from modules.decoders import Decoder, DecoderOutput, Layout, lay_out, sample_words
 from modules.layers import Dropout
 from modules.step_decoder import Nested
-from modules.transformer_layers import feed_forward, init_linears, sine_positions, split_heads
+from modules.transformer_layers import attend, feed_forward, init_linears, sine_positions, split_heads
 from utils import InputError
 
 
@@ -55,11 +54,11 @@ class DecoderLayer(nn.Module):
         projected = split_heads(layout.unpack(self._self_projections(x)).view(T, B * C, -1), 3, self.heads)
         query, key, value = projected.permute(2, 1, 3, 0, 4)  # (B C, n, T, d) each
         # Words of the padding come after all that exist: the causal mask hides them, too.
-        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended, _ = attend(query, key, value, is_causal=True)
         x = self._add(x, self.self_proj, layout.pack(attended.permute(2, 0, 1, 3).reshape(T, B, C, -1)))
         query = split_heads(layout.unpack(self._cross_query(x)), 1, self.heads).squeeze(3)  # (T, B, C, n, d)
         query = query.permute(1, 3, 0, 2, 4).flatten(2, 3)  # (B, n, T C, d)
-        attended, alpha = attend(query, keys, with_alpha)
+        attended, alpha = attend(query, *keys, with_alpha=with_alpha)
         attended = attended.unflatten(2, (T, C)).permute(2, 0, 3, 1, 4).flatten(-2)  # (T, B, C, H)
         return self._add_ffn(self._add(x, self.cross_proj, layout.pack(attended))), alpha
 
@@ -73,11 +72,10 @@ class DecoderLayer(nn.Module):
         projected = split_heads(self._self_projections(x), 3, self.heads).unsqueeze(-2)  # (B, C, 3, n, 1, d)
         query, *new = projected.unbind(2)  # (B, C, n, 1, d) each
         key, value = (torch.cat([old.to(one.dtype), one], dim=3) for old, one in zip(cache, new, strict=True))
-        flat = (part.flatten(0, 1) for part in (query, key, value))
-        attended = functional.scaled_dot_product_attention(*flat)  # (B C, n, 1, d)
+        attended, _ = attend(query, key, value)  # (B, C, n, 1, d)
         x = self._add(x, self.self_proj, attended.reshape(x.shape))
         query = split_heads(self._cross_query(x), 1, self.heads).squeeze(2).transpose(1, 2)  # (B, n, C, d)
-        attended, alpha = attend(query, keys, with_alpha)
+        attended, alpha = attend(query, *keys, with_alpha=with_alpha)
         x = self._add(x, self.cross_proj, attended.transpose(1, 2).flatten(-2))
         return self._add_ffn(x), alpha, (key, value)
 
@@ -96,19 +94,6 @@ class DecoderLayer(nn.Module):
     def _add_ffn(self, x: Tensor) -> Tensor:
         """The feed-forward network with its residual connection: (..., H) -> (..., H)."""
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
-
-
-def attend(query: Tensor, keys: tuple[Tensor, Tensor], with_alpha: bool) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention (Vaswani et al., 2017, equation 1), with its weights where they are asked for.
-
-    query (B, n, Q, d), keys and values (B, n, R, d) -> (B, n, Q, d), alpha (B, n, Q, R).
-    """
-    key, value = keys
-    if not with_alpha:
-        return functional.scaled_dot_product_attention(query, key, value), None
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    alpha = scores.float().softmax(dim=-1)
-    return alpha.to(value.dtype) @ value, alpha
 
 
 class TransformerDecoder(Decoder):
