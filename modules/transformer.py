@@ -1,8 +1,8 @@
 """The transformer decoder: teacher forcing over all words at once, and single words with a cache.
 
 Shapes: B images, R regions, D their width, C captions of an image (beams in a search), T words of a caption, N words
-of all captions of a batch, t words before the one that is decoded, E width of a word embedding, H of the decoder, n
-heads, d = H / n their width, V words of the vocabulary.
+of all captions of a batch without padding, t words before the one that is decoded, E width of a word embedding, H of
+the decoder, n heads, d = H / n their width, V words of the vocabulary.
 """
 
 import math
@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modules.decoders import Decoder, DecoderOutput, Layout, lay_out, sample_words
+from modules.decoders import Decoder, DecoderOutput, lay_out, sample_words
 from modules.layers import Dropout
 from modules.step_decoder import Nested
 from modules.transformer_layers import attend, feed_forward, init_linears, sine_positions, split_heads
-from utils import InputError
+from utils import InputError, copy_to_device
 
 
 class DecoderLayer(nn.Module):
@@ -43,24 +43,17 @@ class DecoderLayer(nn.Module):
         return key, value
 
     def forward(
-        self, x: Tensor, keys: tuple[Tensor, Tensor], layout: Layout, with_alpha: bool
+        self, x: Tensor, keys: tuple[Tensor, Tensor], with_alpha: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """All words of all captions: x (N, H), keys of `keys` -> x (N, H), alpha (B, n, T C, R) of the padded words.
-
-        What works on each word alone computes the N words that exist; the attention itself, which is cheap, sees the
-        captions padded.
-        """
-        T, B, C = layout.shape
-        projected = split_heads(layout.unpack(self._self_projections(x)).view(T, B * C, -1), 3, self.heads)
-        query, key, value = projected.permute(2, 1, 3, 0, 4)  # (B C, n, T, d) each
-        # Words of the padding come after all that exist: the causal mask hides them, too.
+        """All words of all captions at once: x (B, C, T, H), keys of `keys` -> x, alpha (B, n, C T, R)."""
+        projected = split_heads(self._self_projections(x), 3, self.heads)  # (B, C, T, 3, n, d)
+        query, key, value = projected.permute(3, 0, 1, 4, 2, 5)  # (B, C, n, T, d) each
         attended, _ = attend(query, key, value, is_causal=True)
-        x = self._add(x, self.self_proj, layout.pack(attended.permute(2, 0, 1, 3).reshape(T, B, C, -1)))
-        query = split_heads(layout.unpack(self._cross_query(x)), 1, self.heads).squeeze(3)  # (T, B, C, n, d)
-        query = query.permute(1, 3, 0, 2, 4).flatten(2, 3)  # (B, n, T C, d)
-        attended, alpha = attend(query, *keys, with_alpha=with_alpha)
-        attended = attended.unflatten(2, (T, C)).permute(2, 0, 3, 1, 4).flatten(-2)  # (T, B, C, H)
-        return self._add_ffn(self._add(x, self.cross_proj, layout.pack(attended))), alpha
+        x = self._add(x, self.self_proj, attended.transpose(2, 3).flatten(-2))
+        query = split_heads(self._cross_query(x), 1, self.heads).squeeze(3)  # (B, C, T, n, d)
+        attended, alpha = attend(query.flatten(1, 2).transpose(1, 2), *keys, with_alpha=with_alpha)  # (B, n, C T, d)
+        x = self._add(x, self.cross_proj, attended.transpose(1, 2).reshape(x.shape))
+        return self._add_ffn(x), alpha
 
     def step(
         self, x: Tensor, keys: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], with_alpha: bool
@@ -162,7 +155,7 @@ class TransformerDecoder(Decoder):
         self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Nested, ...]
     ) -> tuple[Tensor, Tensor, tuple[Nested, ...]]:
         """As `Decoder.step`; the state holds per layer the keys and values (B, C, n, t, d) of the words so far."""
-        positions = torch.full_like(words, state[0][0].shape[3])  # (B, C)
+        positions = torch.full((1,), state[0][0].shape[3], device=words.device)
         x, alpha, caches = self._embed(words, positions), None, []
         for i, layer in enumerate(self.layers):
             x, layer_alpha, cache = layer.step(x, keys[i], state[i], i == self.alpha_layer)
@@ -178,26 +171,29 @@ class TransformerDecoder(Decoder):
         Transformers", Mihaylova and Martins, 2019).
         """
         layout = lay_out(words, lengths, regions.device)
-        inputs = layout.inputs.index_select(0, layout.rows)  # (N,)
-        keys = self.keys(regions)
-        if sampling_prob:
-            inputs = self._mix_sampled(inputs, keys, layout, sampling_prob)
-        hidden, alpha = self._run_layers(inputs, keys, layout)
-        return DecoderOutput(self.output(hidden), layout.targets, alpha)
-
-    def _run_layers(self, inputs: Tensor, keys: Nested, layout: Layout) -> tuple[Tensor, Tensor]:
-        """inputs (N,) word ids, keys of `keys` -> hidden (N, H), alpha (T, B, C, R), zero after a caption's end."""
         T, B, C = layout.shape
-        x, alpha = self._embed(inputs, layout.positions // (B * C)), None
+        inputs, keys = copy_to_device(words[..., :T], regions.device), self.keys(regions)
+        if sampling_prob:
+            inputs = self._mix_sampled(inputs, keys, sampling_prob)
+        hidden, alpha = self._run_layers(inputs, keys)
+        rows = layout.positions % (B * C) * T + layout.positions // (B * C)  # (N,) indices into B C T
+        logits = self.output(hidden.flatten(0, 2).index_select(0, rows))
+        return DecoderOutput(logits, layout.targets, layout.unpack(alpha.flatten(0, 2).index_select(0, rows)))
+
+    def _run_layers(self, inputs: Tensor, keys: Nested) -> tuple[Tensor, Tensor]:
+        """inputs (B, C, T) word ids, keys of `keys` -> hidden (B, C, T, H), alpha (B, C, T, R).
+
+        Padding comes after all words of a caption, so the causal mask hides it from them.
+        """
+        x, alpha = self._embed(inputs, torch.arange(inputs.shape[2], device=inputs.device)), None
         for i, layer in enumerate(self.layers):
-            x, layer_alpha = layer(x, keys[i], layout, i == self.alpha_layer)
+            x, layer_alpha = layer(x, keys[i], i == self.alpha_layer)
             alpha = alpha if layer_alpha is None else layer_alpha
         assert alpha is not None
-        padded = self._shown(alpha).unflatten(1, (T, C)).transpose(0, 1)  # (T, B, C, R)
-        return self.norm(x), layout.unpack(layout.pack(padded))
+        return self.norm(x), self._shown(alpha).unflatten(1, inputs.shape[1:])
 
     def _embed(self, words: Tensor, positions: Tensor) -> Tensor:
-        """Embed words (...), scaled as in section 3.4, and add their positions (...), from 0 -> (..., H)."""
+        """Embed words (...), scaled as in section 3.4, and add their positions, broadcast to them -> (..., H)."""
         embedded = self.embedding_proj(self.embedding(words) * math.sqrt(self.embedding.embedding_dim))
         return self.dropout(embedded + sine_positions(positions, self.hidden_dim))
 
@@ -206,14 +202,11 @@ class TransformerDecoder(Decoder):
         return alpha[:, self.alpha_head - 1] if self.alpha_head else alpha.mean(dim=1)
 
     @torch.no_grad()
-    def _mix_sampled(self, inputs: Tensor, keys: Nested, layout: Layout, sampling_prob: float) -> Tensor:
-        """Replace each input word (N,) but <start>, with probability sampling_prob, by a sample from the model."""
-        sampled = self._sample_words(self._run_layers(inputs, keys, layout)[0])  # (N,), each the next word
-        after = layout.unpack(sampled)[:-1]  # (T - 1, B, C)
-        before = layout.pack(torch.cat([after.new_zeros(1, *after.shape[1:]), after]))  # (N,)
-        use_sampled = torch.rand(inputs.shape, device=inputs.device) < sampling_prob
-        _, B, C = layout.shape
-        return before.where(use_sampled & (layout.positions >= B * C), inputs)
+    def _mix_sampled(self, inputs: Tensor, keys: Nested, sampling_prob: float) -> Tensor:
+        """Replace input words (B, C, T) but the first, with probability sampling_prob, by samples from the model."""
+        sampled = self._sample_words(self._run_layers(inputs, keys)[0][:, :, :-1])  # (B, C, T - 1)
+        use_sampled = torch.rand(sampled.shape, device=sampled.device) < sampling_prob
+        return torch.cat([inputs[..., :1], sampled.where(use_sampled, inputs[..., 1:])], dim=2)
 
     def _sample_words(self, hidden: Tensor) -> Tensor:
         """Sample the next words: hidden (..., H) -> word ids (...)."""
