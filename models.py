@@ -31,8 +31,7 @@ CHECKPOINT_FORMAT = 5
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
 # A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
-MAX_IMAGE_SIZE = 4096
-MAX_LAYERS = {"graph_layers": 100, "encoder_layers": 6, "decoder_layers": 100}
+MAX_IMAGE_SIZE, MAX_LAYERS = 4096, 100
 
 
 class Captioner(nn.Module):
@@ -125,9 +124,9 @@ def build_captioner(
     require_below_one(sizes, "dropout")
     if image_size > MAX_IMAGE_SIZE:
         raise InputError(f"images of {image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
-    for name, limit in MAX_LAYERS.items():
-        if getattr(sizes, name) > limit:
-            raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {limit}")
+    for name in ("graph_layers", "encoder_layers", "decoder_layers"):
+        if getattr(sizes, name) > MAX_LAYERS:
+            raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
     if grid_size > image_size:
         raise InputError(f"--grid_size {grid_size}: finer than the images, which have {image_size} pixels")
     network = Encoder(
