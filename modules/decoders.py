@@ -63,7 +63,7 @@ class Decoder(nn.Module):
 
     Args:
         vocab_size, embed_dim: V and E.
-        dropout: on the word embeddings and before the output layer.
+        dropout: on the word embeddings, and where a subclass uses the layer `dropout`.
     """
 
     WARMUP_RATIO = 0.05  # of train.py, where it is not given
