@@ -19,6 +19,7 @@ from evaluation.scoring import evaluate
 from models import DECODERS, decoder_settings
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
+from modules.region_encoder import POSITIONS
 from text.cider import CiderD
 from text.vocabulary import FLIPPED_WORDS
 from training.feature_cache import build_dataset
@@ -69,12 +70,17 @@ class Settings:
     graph_layers: int = 0  # graph attention layers between the regions, before the decoder; 0: none
     graph_knn: int = 4  # most similar regions that each is connected to, besides those around it
     graph_heads: int = 4  # attention heads of a graph layer
+    encoder_layers: int = 0  # transformer encoder layers between the regions, before the decoder; 0: none
+    encoder_positions: Literal[tuple(POSITIONS)] = "sine"  # pyright: ignore[reportInvalidTypeForm]  # of their regions
     decoder: Literal[tuple(DECODERS)] = "recurrent"  # pyright: ignore[reportInvalidTypeForm]  # kind of decoder
     cell: Literal[tuple(CELLS)] = "lstm"  # pyright: ignore[reportInvalidTypeForm]  # recurrent cell
     attention: Literal[tuple(ATTENTIONS)] = "soft"  # pyright: ignore[reportInvalidTypeForm]  # none: no attention
     embed_dim: int = 512  # units of a word embedding
     attention_dim: int = 512  # units of the attention
-    hidden_dim: int = 512  # units of the recurrent cell
+    hidden_dim: int = 512  # units of the recurrent cell, or width of the transformer decoder
+    decoder_layers: int = 2  # layers of the transformer decoder
+    heads: int = 8  # attention heads of transformer layers
+    ffn_dim: int = 1024  # units of the feed-forward network of transformer layers
     pretrained_embeddings: str = ""  # text file of word vectors (GloVe, word2vec) to initialize the words from
     freeze_embeddings: bool = False  # keep all word embeddings as initialized, those without a vector too
     dropout: float = 0.5  # on words, regions and the output layer
@@ -87,7 +93,7 @@ class Settings:
     hflip: bool = False  # flip half of the images horizontally, "left" and "right" exchanged in their captions
     learning_rate: float = 1e-3  # learning rate of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # learning rate of the encoder, where it is trained
-    warmup_ratio: float = 0.05  # share of all steps over which both learning rates rise to these values
+    warmup_ratio: float = -1.0  # share of all steps over which both learning rates rise to these; -1: the decoder's own
     lr_schedule: Literal["cosine", "step"] = "cosine"  # then they fall to 0 along a cosine, or by a factor an epoch
     learning_rate_decay: float = 0.8  # factor per epoch of --lr_schedule step
     grad_clip: float = 5.0  # maximum norm of the gradient; 0: not clipped
@@ -113,7 +119,9 @@ def validate_settings(settings: Settings) -> None:
     require_at_least(settings, 1, "epochs", "batch_size", "gradient_accumulation_steps", "patience", "max_length")
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
     require_at_least(settings, 0, "grad_clip", "learning_rate_decay", "save_minutes")
-    require_below_one(settings, "warmup_ratio", "label_smoothing", "ema_decay", "scheduled_sampling_max_prob")
+    if settings.warmup_ratio != -1:
+        require_below_one(settings, "warmup_ratio")
+    require_below_one(settings, "label_smoothing", "ema_decay", "scheduled_sampling_max_prob")
     if settings.unfreeze_from and not settings.fine_tune_encoder:
         raise InputError(f"--unfreeze_from {settings.unfreeze_from} needs --fine_tune_encoder")
     if settings.freeze_embeddings and not (settings.pretrained_embeddings or settings.init_from):
@@ -124,6 +132,8 @@ def validate_settings(settings: Settings) -> None:
         if settings.objective == "scst" and getattr(settings, name):
             raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective scst")
     unused = {name for kind in DECODERS for name in decoder_settings(kind)} - set(decoder_settings(settings.decoder))
+    if settings.encoder_layers:
+        unused -= {"heads", "ffn_dim"}
     for name in sorted(unused & settings.given):
         raise InputError(
             f"--{name} does not go with --decoder {settings.decoder}, which has no such part: leave it out"

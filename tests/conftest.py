@@ -11,7 +11,7 @@ import modules.beam_search
 import modules.sampling
 import train
 import utils
-from models import Captioner, build_captioner, model_settings
+from models import DECODERS, Captioner, build_captioner, decoder_settings, model_settings
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, START
 from utils import Runtime
@@ -26,6 +26,7 @@ SMALL = train.Settings(
     embed_dim=16,
     attention_dim=16,
     hidden_dim=16,
+    ffn_dim=32,
     batch_size=8,
     epochs=2,
     learning_rate=1e-2,
@@ -64,6 +65,8 @@ def flags(data_folder, run_folder, settings=SMALL):
     switches = {True: "--{}", False: "--no-{}"}
     arguments = []
     del values["plot"]  # it plots and does not train
+    for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(decoder_settings(settings.decoder)):
+        del values[name]  # of other decoders
     for name, value in values.items():
         arguments += [switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)]
     return arguments

@@ -65,6 +65,9 @@ CASES = {
     ),
     "dot attention": replace(FROZEN, cell="rnn", attention="dot"),
     "fine-tuned encoder": replace(FROZEN, attention="none", fine_tune_encoder=True, in_memory=True),
+    "transformer": replace(
+        FROZEN, decoder="transformer", encoder_layers=1, scheduled_sampling_max_prob=0.5, doubly_stochastic=1.0
+    ),
     "scst": replace(FROZEN, objective="scst", gradient_accumulation_steps=2),  # from the hard attention
 }
 
@@ -139,6 +142,9 @@ STEPS = {
     "graph": replace(FROZEN, graph_layers=2),
     "scheduled sampling": replace(FROZEN, scheduled_sampling_max_prob=0.5),
     "two micro-batches": replace(FROZEN, gradient_accumulation_steps=2),
+    "transformer": replace(
+        FROZEN, decoder="transformer", encoder_layers=1, scheduled_sampling_max_prob=0.5, doubly_stochastic=1.0
+    ),
     "fine-tuned encoder": replace(FROZEN, fine_tune_encoder=True),
 }
 
@@ -201,6 +207,11 @@ def waits(folder):
     table["beam search of nine words"] = gpu.waits - before
     ended = captions.cpu()[:, 0, 4] == END
     assert ended.any() and not ended.all()  # some images left the search after its fourth word
+    transformer = Steps(STEPS["transformer"], data, gpu).state.captioner.eval().decoder
+    transformer.output.bias.data[END] = -100.0  # no caption ends before max_length
+    regions, before = copy_to_device(torch.rand(6, 4, SMALL.region_dim), steps.runtime.device), gpu.waits.copy()
+    beam_search(transformer, regions, 3, 3)
+    table["beam search of the transformer"] = gpu.waits - before
     before = gpu.waits.copy()
     validation_loss(steps.state.captioner, steps.dataset, 4, steps.runtime)  # two batches
     table["validation loss"] = gpu.waits - before

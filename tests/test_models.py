@@ -47,6 +47,11 @@ VARIANTS |= {
     "graph2": {"graph_layers": 2, "graph_heads": 1, "graph_knn": 0},
     "grid14": {"grid_size": 14},
     "region_dim0": {"region_dim": 0},
+    "transformer-0+2": {"decoder": "transformer"},
+    "transformer-2+2-sine": {"decoder": "transformer", "encoder_layers": 2},
+    "transformer-2+2-learned": {"decoder": "transformer", "encoder_layers": 2, "encoder_positions": "learned"},
+    "transformer-embed8": {"decoder": "transformer", "embed_dim": 8, "decoder_layers": 1, "heads": 2},
+    "encoder1-soft-lstm": {"encoder_layers": 1},
 }
 WORDS = [*SPECIAL_TOKENS, "a", "b", "c"]
 CAPTIONS = [[[1, 4, 5, 6, 2], [1, 4, 2]], [[1, 5, 5, 4, 6, 4, 2]], [[1, 6, 2]], [[1, 6, 4, 4, 5, 2]]]
@@ -203,6 +208,10 @@ def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_fol
         ("grid_size", 33, "--grid_size 33: finer"),
         ("graph_knn", -1, "--graph_knn -1"),
         ("graph_layers", 10**15, "--graph_layers 1000000000000000: must be at most"),
+        ("encoder_layers", 10**15, "--encoder_layers 1000000000000000: must be at most"),
+        ("decoder_layers", 0, "--decoder_layers 0: must be at least 1"),
+        ("heads", 0, "--heads 0"),
+        ("ffn_dim", 0, "--ffn_dim 0"),
     ],
 )
 def test_sizes_out_of_range_are_an_error(name, value, message):

@@ -28,6 +28,7 @@ WAITS = {
     "step, graph": {"training/steps.py optimize: copy to the CPU": 1},
     "step, scheduled sampling": {"training/steps.py optimize: copy to the CPU": 1},
     "step, two micro-batches": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, transformer": {"training/steps.py optimize: copy to the CPU": 1},
     "step, fine-tuned encoder": {"training/steps.py optimize: copy to the CPU": 1},
     "scst step, each word": {},
     "scst step, the rest": {
@@ -40,6 +41,7 @@ WAITS = {
         "modules/step_decoder.py drop_ended: count the nonzero elements": 1,
     },
     "beam search of nine words": {"modules/step_decoder.py drop_ended: count the nonzero elements": 3},  # at 4, 8 and 9
+    "beam search of the transformer": {"modules/step_decoder.py drop_ended: count the nonzero elements": 1},
     "validation loss": {"training/validation.py validation_loss: copy to the CPU": 1},
 }
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 import train
 from conftest import SMALL, build
 from datasets import collate
+from models import DECODERS
 from modules.decoders import DecoderOutput
 from modules.sampling import SamplingSettings, sample
 from text.vocabulary import END, START
@@ -41,6 +42,13 @@ def test_the_learning_rate_rises_and_falls():
     assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 0.001
     falling = replace(cosine, warmup_ratio=0.0, lr_schedule="step", learning_rate_decay=0.5)
     assert [learning_rate_factor(falling, step, 10) for step in (0, 9, 10, 35)] == [1, 1, 0.5, 0.125]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_default_warmup_is_that_of_the_decoder(decoder):
+    settings = train.Settings(epochs=10, decoder=decoder)
+    factors = [learning_rate_factor(settings, step, 100) for step in range(1000)]  # of 1,000 steps
+    assert factors.index(max(factors)) + 1 == 1000 * DECODERS[decoder].WARMUP_RATIO
 
 
 def test_label_smoothing_is_that_of_torch():
