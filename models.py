@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.files import safe_load
+from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.decoders import Decoder, DecoderOutput
@@ -21,15 +22,16 @@ from modules.encoders import Encoder
 from modules.graph import RegionGraph
 from modules.layers import Dropout, init_linear
 from modules.show_attend_tell import ShowAttendTell
+from modules.up_down import UpDownDecoder
 from text.vocabulary import Vocabulary
 from utils import InputError, first_line, has_type, require_at_least, require_below_one
 
-DECODERS = {"recurrent": ShowAttendTell}
+DECODERS = {"recurrent": ShowAttendTell, "up_down": UpDownDecoder}
 CHECKPOINT_FORMAT = 5
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
 # A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
-MAX_IMAGE_SIZE, MAX_GRAPH_LAYERS = 4096, 100
+MAX_IMAGE_SIZE, MAX_LAYERS = 4096, 100
 
 
 class Captioner(nn.Module):
@@ -93,6 +95,8 @@ def build_captioner(
     decoder: Literal[tuple(DECODERS)],  # pyright: ignore[reportInvalidTypeForm]
     cell: Literal[tuple(CELLS)],  # pyright: ignore[reportInvalidTypeForm]
     attention: Literal[tuple(ATTENTIONS)],  # pyright: ignore[reportInvalidTypeForm]
+    image_first: bool,
+    layers: int,
     embed_dim: int,
     attention_dim: int,
     hidden_dim: int,
@@ -108,13 +112,19 @@ def build_captioner(
     Raises InputError for a network, layer or weights that do not exist, or sizes that do not fit.
     """
     sizes = SimpleNamespace(**locals())
-    require_at_least(sizes, 1, "image_size", "embed_dim", "attention_dim", "hidden_dim", "graph_heads")
+    require_at_least(sizes, 1, "image_size", "embed_dim", "attention_dim", "hidden_dim", "graph_heads", "layers")
     require_at_least(sizes, 0, "grid_size", "region_dim", "graph_layers", "graph_knn")
     require_below_one(sizes, "dropout")
     if image_size > MAX_IMAGE_SIZE:
         raise InputError(f"images of {image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
-    if graph_layers > MAX_GRAPH_LAYERS:
-        raise InputError(f"--graph_layers {graph_layers}: must be at most {MAX_GRAPH_LAYERS}")
+    for name in ("graph_layers", "layers"):
+        if getattr(sizes, name) > MAX_LAYERS:
+            raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
+    decoder_class = DECODERS[decoder]
+    if decoder == "recurrent" and attention == "adaptive":
+        decoder_class = AdaptiveDecoder
+        if cell != "lstm":
+            raise InputError(f"--cell {cell} does not go with --attention adaptive, which needs an LSTM: --cell lstm")
     if grid_size > image_size:
         raise InputError(f"--grid_size {grid_size}: finer than the images, which have {image_size} pixels")
     network = Encoder(
@@ -140,7 +150,7 @@ def build_captioner(
         network,
         region_layer,
         graph,
-        DECODERS[decoder](**{name: getattr(sizes, name) for name in decoder_settings(decoder)}),
+        decoder_class(**{name: getattr(sizes, name) for name in decoder_settings(decoder)}),
         image_size=image_size,
         resize=resize,
         fine_tune_encoder=fine_tune_encoder,

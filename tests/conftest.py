@@ -114,6 +114,8 @@ def tiny_decoder():
         dropout=0.5,
         cell="lstm",
         attention="soft",
+        image_first=False,
+        layers=1,
     ).eval()
     for parameter in decoder.parameters():
         parameter.data *= 4  # far from uniform, so that rankings are clear

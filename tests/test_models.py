@@ -46,6 +46,13 @@ VARIANTS |= {
     "graph2": {"graph_layers": 2, "graph_heads": 1, "graph_knn": 0},
     "grid14": {"grid_size": 14},
     "region_dim0": {"region_dim": 0},
+    "up_down": {"decoder": "up_down"},
+    "adaptive": {"attention": "adaptive"},
+    "adaptive-image_first-layers2": {"attention": "adaptive", "image_first": True, "layers": 2},
+    "image_first": {"attention": "none", "image_first": True},
+    "image_first-soft-gru": {"cell": "gru", "image_first": True},
+    "layers2-gru": {"cell": "gru", "layers": 2},
+    "layers3-none-rnn": {"cell": "rnn", "attention": "none", "layers": 3},
 }
 WORDS = [*SPECIAL_TOKENS, "a", "b", "c"]
 CAPTIONS = [[[1, 4, 5, 6, 2], [1, 4, 2]], [[1, 5, 5, 4, 6, 4, 2]], [[1, 6, 2]], [[1, 6, 4, 4, 5, 2]]]
