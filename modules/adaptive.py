@@ -4,6 +4,8 @@ Shapes: B images, R regions, D their width, C captions of an image (beams in a s
 the hidden state, G gates of the cell that reads the words.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from modules.attention import AdaptiveAttention
@@ -19,7 +21,7 @@ class AdaptiveDecoder(ShowAttendTell):
     initial state are those of `ShowAttendTell`, whose arguments it has, with cell "lstm" and attention "adaptive".
     """
 
-    TOP_CELLS = {"lstm": SentinelLSTMCell}
+    TOP_CELLS: ClassVar = {"lstm": SentinelLSTMCell}
 
     attention: AdaptiveAttention
 
@@ -45,9 +47,9 @@ class AdaptiveDecoder(ShowAttendTell):
         -> context (B, C, D), alpha (B, C, R), state.
         """
         region_keys, mean_gates = keys
-        *state, sentinel = self._update_state(word_gates + mean_gates, None, state)
-        context, alpha = self.attention(regions, region_keys, state[0], sentinel)
-        return context, alpha, tuple(state)
+        next_state = self._update_state(word_gates + mean_gates, None, state)
+        context, alpha = self.attention(regions, region_keys, hidden=next_state[0], sentinel=next_state[-1])
+        return context, alpha, next_state[:-1]
 
     def _update_state(
         self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.layers import sample_categorical
+from modules.step_decoder import Nested, map_tensors
 from text.vocabulary import BANNED_IDS, END, START
 
 CHECK_EVERY = 4  # words after which a search on a GPU asks which images have ended
@@ -19,18 +20,18 @@ CHECK_EVERY = 4  # words after which a search on a GPU asks which images have en
 class StepDecoder(Protocol):
     """What decoding needs of a decoder; see `modules.decoders.Decoder`."""
 
-    def keys(self, regions: Tensor) -> Tensor:
-        """regions (B, R, D) -> keys (B, R, A), once per image."""
+    def keys(self, regions: Tensor) -> Nested:
+        """regions (B, R, D) -> tensors (B, ...), once per image."""
         ...
 
-    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
-        """regions (B, R, D) -> state before the first word, a tuple of (B, 1, H)."""
+    def init_state(self, regions: Tensor) -> tuple[Nested, ...]:
+        """regions (B, R, D) -> state before the first word, tensors (B, 1, ...)."""
         ...
 
     def step(
-        self, words: Tensor, regions: Tensor, keys: Tensor, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """words (B, C), state tuple of (B, C, H) -> logits (B, C, V), alpha (B, C, R), state."""
+        self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Nested, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Nested, ...]]:
+        """words (B, C), state of tensors (B, C, ...) -> logits (B, C, V), alpha (B, C, R), state."""
         ...
 
 
@@ -77,17 +78,16 @@ def beam_search(
         beam_indices = top // scores.shape[-1]
         log_probs, next_words = candidates.flatten(1).gather(1, top), next_words.flatten(1).gather(1, top)
         captions = torch.cat([_reorder(captions, beam_indices), next_words.unsqueeze(-1)], dim=-1)
-        state = tuple(_reorder(part, beam_indices) for part in state)
+        state = map_tensors(lambda x, indices=beam_indices: _reorder(x, indices), state)
         if t == max_length or _checks_after(t, regions.device):
             C = captions.shape[1]  # fewer than K where there are not so many captions
             all_captions[images, :C, :t], all_log_probs[images, :C] = captions[..., 1:], log_probs
             ended = (next_words == END) | (log_probs == -math.inf)
-            images, regions, keys, captions, log_probs, *parts = _drop_ended(
-                ended, images, regions, keys, captions, log_probs, *state
+            images, regions, keys, captions, log_probs, state = _drop_ended(
+                ended, (images, regions, keys, captions, log_probs, state)
             )
             if not len(images):
                 break
-            state = tuple(parts)
     return all_captions[..., :t], all_log_probs
 
 
@@ -107,7 +107,8 @@ def _best_next_words(logits: Tensor, finished: Tensor, count: int, banned_ids: l
 
 def _reorder(x: Tensor, beam_indices: Tensor) -> Tensor:
     """x (B, C, ...) of the beams (B, K) that the new ones extend."""
-    return x.gather(1, beam_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    rows = torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1] + beam_indices  # (B, K)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def _checks_after(t: int, device: torch.device) -> bool:
@@ -115,13 +116,13 @@ def _checks_after(t: int, device: torch.device) -> bool:
     return device.type == "cpu" or t % CHECK_EVERY == 0
 
 
-def _drop_ended(ended: Tensor, *tensors: Tensor) -> list[Tensor]:
+def _drop_ended(ended: Tensor, tensors: Nested) -> Nested:
     """The rows of tensors (B, ...) whose image has a caption that has not ended: ended (B, C).
 
     Images end at different words. Without those that have ended a search takes two thirds of the time.
     """
     rows = (~ended).any(dim=1).nonzero().squeeze(1)
-    return list(tensors) if len(rows) == len(ended) else [x.index_select(0, rows) for x in tensors]
+    return tensors if len(rows) == len(ended) else map_tensors(lambda x: x.index_select(0, rows), tensors)
 
 
 @torch.no_grad()
@@ -143,7 +144,7 @@ def sample(
     images = torch.arange(len(regions), device=regions.device)  # those still decoded
     words = torch.full((len(regions), num_captions), START, device=regions.device)
     keys = decoder.keys(regions)
-    state = tuple(part.expand(-1, num_captions, -1).contiguous() for part in decoder.init_state(regions))  # (B, C, H)
+    state = map_tensors(lambda x: x.repeat_interleave(num_captions, dim=1), decoder.init_state(regions))  # (B, C, ...)
     for t in range(1, max_length + 1):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
         logits = logits.float() / temperature
@@ -152,10 +153,9 @@ def sample(
         words = sample_categorical(logits.softmax(dim=-1)).masked_fill(words == END, END)
         captions[images, :, t - 1] = words
         if _checks_after(t, regions.device):
-            images, regions, keys, words, *parts = _drop_ended(words == END, images, regions, keys, words, *state)
+            images, regions, keys, words, state = _drop_ended(words == END, (images, regions, keys, words, state))
             if not len(images):
                 break
-            state = tuple(parts)
     return captions[..., :t]
 
 

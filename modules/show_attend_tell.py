@@ -6,11 +6,12 @@ the vocabulary.
 """
 
 import warnings
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from modules.attention import ATTENTIONS, HardAttention
-from modules.cells import CELLS
+from modules.cells import CELLS, Cell
 from modules.recurrent import RecurrentDecoder
 from modules.step_decoder import Nested
 
@@ -30,7 +31,7 @@ class ShowAttendTell(RecurrentDecoder):
         layers: recurrent layers. The first reads the word and the context, each other one the layer below it.
     """
 
-    TOP_CELLS = CELLS  # cells of the top layer
+    TOP_CELLS: ClassVar[dict[str, type[Cell]]] = CELLS  # cells of the top layer
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class ShowAttendTell(RecurrentDecoder):
         n = self.cell.NUM_STATES
         next_state = layer_state = self.cell(word_gates, context, state[-n:])
         for i, cell in enumerate(self.upper_cells, start=1):
+            assert isinstance(cell, Cell)
             below = self.dropout(layer_state[0])  # (B, C, H)
             layer_state = cell(cell.words(below), None, state[-n * (i + 1) : -n * i])
             next_state = (*layer_state, *next_state)
