@@ -142,7 +142,7 @@ class ShowAttendTell(RecurrentDecoder):
         for i, cell in enumerate(self.upper_cells, start=1):
             assert isinstance(cell, Cell)
             below = self.dropout(layer_state[0])  # (B, C, H)
-            layer_state = cell(cell.words(below), None, state[-n * (i + 1) : -n * i])
+            layer_state = cell(cell.words(below), below[..., :0], state[-n * (i + 1) : -n * i])
             next_state = (*layer_state, *next_state)
         return next_state
 

@@ -101,26 +101,24 @@ def run_folder(shapes, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny_decoder():
+SOFT_LSTM = {"cell": "lstm", "attention": "soft", "image_first": False, "layers": 1}
+
+
+def make_tiny_decoder(decoder_class, **settings):
     """A random decoder of 7 words, 4 of them special tokens, for regions of width 6."""
     torch.manual_seed(5)
-    decoder = ShowAttendTell(
-        vocab_size=7,
-        region_dim=6,
-        embed_dim=5,
-        attention_dim=4,
-        hidden_dim=8,
-        dropout=0.5,
-        cell="lstm",
-        attention="soft",
-        image_first=False,
-        layers=1,
-    ).eval()
+    sizes = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
+    decoder = decoder_class(**sizes, dropout=0.5, **settings).eval()
     for parameter in decoder.parameters():
         parameter.data *= 4  # far from uniform, so that rankings are clear
     decoder.output.bias.data[END] -= 2  # so that not every caption is empty
     return decoder
+
+
+@pytest.fixture
+def tiny_decoder():
+    """A random decoder with soft attention and an LSTM."""
+    return make_tiny_decoder(ShowAttendTell, **SOFT_LSTM)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from modules.encoders import GRID_LAYERS
 from text.vocabulary import PAD, SPECIAL_TOKENS
 from training.losses import captioning_loss
 from training.optim import make_optimizer
+from training.rewards import CiderReward
+from training.steps import scst_step
 from utils import InputError
 
 # Of each family the smallest network and the size of its images.
@@ -142,6 +144,18 @@ def test_every_model(variant, tmp_path):
         force_decode(loaded.decoder, regions, captions)[0], force_decode(captioner.decoder, regions, captions)[0]
     )
 
+    # Scheduled sampling and self-critical training take their steps.
+    reward, counts = CiderReward([[caption[1:] for caption in captions] for captions in CAPTIONS]), batch.counts()
+    for objective in ("scheduled sampling", "scst"):
+        before = [weight.clone() for weight in captioner.decoder.parameters()]
+        if objective == "scst":
+            scst_step(captioner, optimizer, batch, settings, CPU, reward)
+        else:
+            train.train_step(captioner.train(), optimizer, batch, settings, CPU, counts, sampling_prob=0.5)
+        after = list(captioner.decoder.parameters())
+        assert all(weight.isfinite().all() for weight in after)
+        assert not all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
 
 def change(name, value):
     """A change of a checkpoint: its setting of this name."""
@@ -161,6 +175,12 @@ MALFORMED = {
     "a wide cell": (change("hidden_dim", 10**7), "decoder.* is .* not torch.float32 .*10000000"),
     "a wide cell whose sizes overflow": (change("hidden_dim", 10**12), "other.pt: "),
     "many layers": (change("graph_layers", 10**8), "--graph_layers 100000000: must be at most 100"),
+    "many recurrent layers": (change("layers", 10**8), "--layers 100000000: must be at most 100"),
+    "a sentinel of a GRU": (
+        lambda checkpoint: checkpoint["model_settings"].update(cell="gru", attention="adaptive"),
+        "--cell gru does not go with --attention adaptive",
+    ),
+    "another decoder": (change("decoder", "up_down"), "its weights do not fit its settings: decoder"),
     "a fine grid": (change("grid_size", 10**6), "finer than the images"),
     "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be below 1"),
     "a missing weight": (lambda checkpoint: checkpoint["model"].popitem(), "is missing"),
@@ -210,6 +230,8 @@ def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_fol
         ("grid_size", 33, "--grid_size 33: finer"),
         ("graph_knn", -1, "--graph_knn -1"),
         ("graph_layers", 10**15, "--graph_layers 1000000000000000: must be at most"),
+        ("layers", 10**15, "--layers 1000000000000000: must be at most"),
+        ("layers", 0, "--layers 0: must be at least 1"),
     ],
 )
 def test_sizes_out_of_range_are_an_error(name, value, message):
