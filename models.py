@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.files import safe_load
+from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.decoders import Decoder, DecoderOutput
@@ -23,10 +24,11 @@ from modules.layers import Dropout, init_linear
 from modules.region_encoder import POSITIONS, RegionEncoder
 from modules.show_attend_tell import ShowAttendTell
 from modules.transformer import TransformerDecoder
+from modules.up_down import UpDownDecoder
 from text.vocabulary import Vocabulary
 from utils import InputError, first_line, has_type, require_at_least, require_below_one
 
-DECODERS = {"recurrent": ShowAttendTell, "transformer": TransformerDecoder}
+DECODERS = {"recurrent": ShowAttendTell, "up_down": UpDownDecoder, "transformer": TransformerDecoder}
 CHECKPOINT_FORMAT = 5
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
@@ -100,6 +102,8 @@ def build_captioner(
     decoder: Literal[tuple(DECODERS)],  # pyright: ignore[reportInvalidTypeForm]
     cell: Literal[tuple(CELLS)],  # pyright: ignore[reportInvalidTypeForm]
     attention: Literal[tuple(ATTENTIONS)],  # pyright: ignore[reportInvalidTypeForm]
+    image_first: bool,
+    layers: int,
     embed_dim: int,
     attention_dim: int,
     hidden_dim: int,
@@ -119,14 +123,19 @@ def build_captioner(
     """
     sizes = SimpleNamespace(**locals())
     require_at_least(sizes, 1, "image_size", "embed_dim", "attention_dim", "hidden_dim", "graph_heads")
-    require_at_least(sizes, 1, "decoder_layers", "heads", "ffn_dim")
+    require_at_least(sizes, 1, "layers", "decoder_layers", "heads", "ffn_dim")
     require_at_least(sizes, 0, "grid_size", "region_dim", "graph_layers", "graph_knn", "encoder_layers")
     require_below_one(sizes, "dropout")
     if image_size > MAX_IMAGE_SIZE:
         raise InputError(f"images of {image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
-    for name in ("graph_layers", "encoder_layers", "decoder_layers"):
+    for name in ("graph_layers", "encoder_layers", "layers", "decoder_layers"):
         if getattr(sizes, name) > MAX_LAYERS:
             raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
+    decoder_class = DECODERS[decoder]
+    if decoder == "recurrent" and attention == "adaptive":
+        decoder_class = AdaptiveDecoder
+        if cell != "lstm":
+            raise InputError(f"--cell {cell} does not go with --attention adaptive, which needs an LSTM: --cell lstm")
     if grid_size > image_size:
         raise InputError(f"--grid_size {grid_size}: finer than the images, which have {image_size} pixels")
     network = Encoder(
@@ -162,7 +171,7 @@ def build_captioner(
         region_layer,
         graph,
         region_encoder,
-        DECODERS[decoder](**{name: getattr(sizes, name) for name in decoder_settings(decoder)}),
+        decoder_class(**{name: getattr(sizes, name) for name in decoder_settings(decoder)}),
         image_size=image_size,
         resize=resize,
         fine_tune_encoder=fine_tune_encoder,

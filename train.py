@@ -75,6 +75,8 @@ class Settings:
     decoder: Literal[tuple(DECODERS)] = "recurrent"  # pyright: ignore[reportInvalidTypeForm]  # kind of decoder
     cell: Literal[tuple(CELLS)] = "lstm"  # pyright: ignore[reportInvalidTypeForm]  # recurrent cell
     attention: Literal[tuple(ATTENTIONS)] = "soft"  # pyright: ignore[reportInvalidTypeForm]  # none: no attention
+    image_first: bool = False  # the image is the first input word (Show and Tell), it sets no initial state
+    layers: int = 1  # recurrent layers on top of each other
     embed_dim: int = 512  # units of a word embedding
     attention_dim: int = 512  # units of the attention
     hidden_dim: int = 512  # units of the recurrent cell, or width of the transformer decoder

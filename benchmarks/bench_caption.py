@@ -61,6 +61,8 @@ def random_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, T
         dropout=0.0,
         cell="lstm",
         attention="soft",
+        image_first=False,
+        layers=1,
     )
     regions = torch.rand(settings.images, settings.regions, settings.region_dim)
     return decoder.to(device).eval(), regions.to(device)

@@ -42,9 +42,7 @@ class DecoderLayer(nn.Module):
         key, value = split_heads(self.cross_key_value(regions), 2, self.heads).permute(2, 0, 3, 1, 4)
         return key, value
 
-    def forward(
-        self, x: Tensor, keys: tuple[Tensor, Tensor], with_alpha: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, keys: tuple[Tensor, Tensor], with_alpha: bool) -> tuple[Tensor, Tensor | None]:
         """All words of all captions at once: x (B, C, T, H), keys of `keys` -> x, alpha (B, n, C T, R)."""
         projected = split_heads(self._self_projections(x), 3, self.heads)  # (B, C, T, 3, n, d)
         query, key, value = projected.permute(3, 0, 1, 4, 2, 5)  # (B, C, n, T, d) each

@@ -65,7 +65,9 @@ def flags(data_folder, run_folder, settings=SMALL):
     switches = {True: "--{}", False: "--no-{}"}
     arguments = []
     del values["plot"]  # it plots and does not train
-    for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(decoder_settings(settings.decoder)):
+    for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(
+        decoder_settings(settings.decoder)
+    ):
         del values[name]  # of other decoders
     for name, value in values.items():
         arguments += [switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)]
@@ -106,20 +108,14 @@ def run_folder(shapes, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny_decoder():
+SOFT_LSTM = {"cell": "lstm", "attention": "soft", "image_first": False, "layers": 1}
+
+
+def make_tiny_decoder(decoder_class, **settings):
     """A random decoder of 7 words, 4 of them special tokens, for regions of width 6."""
     torch.manual_seed(5)
-    decoder = ShowAttendTell(
-        vocab_size=7,
-        region_dim=6,
-        embed_dim=5,
-        attention_dim=4,
-        hidden_dim=8,
-        dropout=0.5,
-        cell="lstm",
-        attention="soft",
-    ).eval()
+    sizes = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
+    decoder = decoder_class(**sizes, dropout=0.5, **settings).eval()
     for parameter in decoder.parameters():
         parameter.data *= 4  # far from uniform, so that rankings are clear
     decoder.output.bias.data[END] -= 2  # so that not every caption is empty
@@ -138,6 +134,12 @@ def ending_at_different_words(decoder):
     """Regions of 12 images whose captions by a tiny decoder end after 3 to 15 words or not at all; it ends earlier."""
     decoder.output.bias.data[END] += 1
     return torch.randn(12, 4, 6, generator=torch.Generator().manual_seed(1)) * 3
+
+
+@pytest.fixture
+def tiny_decoder():
+    """A random decoder with soft attention and an LSTM."""
+    return make_tiny_decoder(ShowAttendTell, **SOFT_LSTM)
 
 
 @pytest.fixture
