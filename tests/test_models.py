@@ -46,6 +46,7 @@ VARIANTS |= {
     "graph2": {"graph_layers": 2, "graph_heads": 1, "graph_knn": 0},
     "grid14": {"grid_size": 14},
     "region_dim0": {"region_dim": 0},
+    "sgrvinod": {"decoder": "sgrvinod"},
 }
 WORDS = [*SPECIAL_TOKENS, "a", "b", "c"]
 CAPTIONS = [[[1, 4, 5, 6, 2], [1, 4, 2]], [[1, 5, 5, 4, 6, 4, 2]], [[1, 6, 2]], [[1, 6, 4, 4, 5, 2]]]
