@@ -39,6 +39,7 @@ class PickledObject(dict):
     name = ""  # of the class or function, with its module
     args: tuple
     state: Any
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]  # an optimizer has parameters as keys
 
     def __new__(cls, *args: Any) -> "PickledObject":
         made = super().__new__(cls)

@@ -1,4 +1,4 @@
-"""A model laid out as in sgrvinod's tutorial: its names of classes, parameters and settings, and its equations in torch.
+"""A model laid out as in sgrvinod's tutorial: its names of classes, parameters and settings, and its equations.
 
 One caption at a time, by `nn.LSTMCell`. D features of a region, R regions, E, A, H and V as in `modules.sgrvinod`.
 """
@@ -6,6 +6,7 @@ One caption at a time, by `nn.LSTMCell`. D features of a region, R regions, E, A
 import contextlib
 import sys
 import types
+import warnings
 
 import torch
 import torchvision
@@ -72,11 +73,12 @@ def step(decoder, word, regions, state):
     return decoder.fc(state[0]).squeeze(0), alpha, state
 
 
-def random_decoder(vocab_size, encoder_dim, *, attention_dim=6, embed_dim=5, decoder_dim=8, scale=3.0):
-    """A decoder in eval mode whose random weights, biases too, are far from uniform predictions."""
-    decoder = DecoderWithAttention(attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim).eval()
+def random_decoder(word_ids, encoder_dim):
+    """A decoder in eval mode whose random weights, biases too, predict words far from uniformly and <end> often."""
+    decoder = DecoderWithAttention(6, 5, 16, len(word_ids), encoder_dim).eval()
     for parameter in decoder.parameters():
-        parameter.data *= scale
+        parameter.data *= 3
+    decoder.fc.bias.data[word_ids["<end>"]] += 1
     return decoder
 
 
@@ -86,29 +88,32 @@ def word_map(words):
     return {word: i + 1 for i, word in enumerate(ordered)} | {"<pad>": 0}
 
 
-def plain_beam_search(decoder, regions, word_ids, *, beam_size, max_length):
-    """The best caption as word ids, `word_ids` being the word map; for the search of the tutorial, with two changes.
+def plain_beam_search(decoder, regions, word_ids, *, beam_size, max_length, finished_leave):
+    """The best caption as word ids, `word_ids` being the word map.
 
-    As there: each step keeps the most probable continuations, as many as captions are unfinished; finished captions
-    leave the beam, and the most probable of them wins. Not as there: <pad>, <start>, <unk> and an empty caption are
-    banned; and where no caption has ended after max_length words, the most probable unfinished one is the result.
+    With `finished_leave` as in the tutorial: a finished caption leaves the beam, which is smaller from then on, and the
+    most probable finished caption is the result. Without, as in `modules.beam_search`: it keeps its place as long as
+    it is among the most probable. Two things are not as in the tutorial: <pad>, <start>, <unk> and an empty caption
+    are banned; where no caption has ended after max_length words, the most probable unfinished one is the result.
     """
     end = word_ids["<end>"]
     banned = [word_ids[word] for word in ("<pad>", "<start>", "<unk>")]
     unfinished = [([], 0.0, init_state(decoder, regions))]
     finished = []
     while unfinished and len(unfinished[0][0]) < max_length:
-        candidates = []
+        candidates = [] if finished_leave else finished
         for caption, score, state in unfinished:
             logits, _, new_state = step(decoder, caption[-1] if caption else word_ids["<start>"], regions, state)
             for word, log_prob in enumerate(logits.log_softmax(0).tolist()):
                 if word not in banned and not (word == end and not caption):
                     candidates.append(([*caption, word], score + log_prob, new_state))
         candidates.sort(key=lambda candidate: -candidate[1])
-        kept = candidates[: beam_size - len(finished)]
-        finished += [candidate for candidate in kept if candidate[0][-1] == end]
+        kept = candidates[: beam_size - len(finished) if finished_leave else beam_size]
+        ended = [candidate for candidate in kept if candidate[0][-1] == end]
+        finished = finished + ended if finished_leave else ended
         unfinished = [candidate for candidate in kept if candidate[0][-1] != end]
-    return max(finished or unfinished, key=lambda candidate: candidate[1])[0]
+    results = (finished or unfinished) if finished_leave else finished + unfinished
+    return max(results, key=lambda candidate: candidate[1])[0]
 
 
 @contextlib.contextmanager
@@ -152,5 +157,6 @@ def checkpoint(encoder, decoder, *, fine_tuned=False):
 
 def save(content, path, *, legacy):
     """Write with torch.save under the tutorial's names of classes, in the format of torch before 1.6 or after."""
-    with pickled_as_models():
+    with pickled_as_models(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes whose source cannot be saved with them
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)

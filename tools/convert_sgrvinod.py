@@ -74,11 +74,11 @@ DECODER_SHAPES = {
 }
 # The ResNets, by the blocks of their four layers and whether these are bottlenecks.
 RESNETS = {
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-    ((3, 8, 36, 3), True): "resnet152",
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
 }
 RESNET_PARTS = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 IMAGE_SIZE = 256  # of the tutorial
@@ -140,11 +140,12 @@ def read_encoder_settings(encoder: Any, source: str) -> dict[str, Any]:
     layers = [children(submodule(encoder, f"resnet.{part}")) for part in ("4", "5", "6", "7")]
     blocks = tuple(len(layer) for layer in layers)
     is_bottleneck = "conv3" in children(layers[0].get("0"))
-    if (blocks, is_bottleneck) not in RESNETS:
+    names = [name for name, layout in RESNETS.items() if layout == (blocks, is_bottleneck)]
+    if not names:
         raise InputError(f"{source}: encoder is no ResNet of torchvision: its layers have {blocks} blocks")
     if not has_type(encoder.state.get("enc_image_size"), int):
         raise InputError(f"{source}: encoder has no enc_image_size of type int")
-    return {"encoder": RESNETS[blocks, is_bottleneck], "grid_size": encoder.state["enc_image_size"]}
+    return {"encoder": names[0], "grid_size": encoder.state["enc_image_size"]}
 
 
 def read_encoder(file: PickledFile, encoder: Any, names: list[str]) -> dict[str, Tensor]:
@@ -271,8 +272,8 @@ def main(settings: Settings) -> None:
     captioner_from_checkpoint(checkpoint, settings.checkpoint)  # sizes that fit each other, finite numbers
     save_torch(settings.output, checkpoint)
     print(
-        f"wrote {settings.output}: {checkpoint['settings']['encoder']}, {len(word_map)} words. The tutorial's search is "
-        f"--length_penalty 0, such as caption.py photo.jpg --checkpoint {settings.output} --length_penalty 0"
+        f"wrote {settings.output}: {checkpoint['settings']['encoder']}, {len(word_map)} words; --length_penalty 0 of "
+        f"caption.py and eval.py ranks captions as the tutorial does"
     )
 
 
