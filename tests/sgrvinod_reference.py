@@ -78,6 +78,7 @@ def random_decoder(word_ids, encoder_dim):
     decoder = DecoderWithAttention(6, 5, 16, len(word_ids), encoder_dim).eval()
     for parameter in decoder.parameters():
         parameter.data *= 3
+    decoder.attention.encoder_att.weight.data *= 10
     decoder.fc.bias.data[word_ids["<end>"]] += 1
     return decoder
 

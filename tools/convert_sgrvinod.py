@@ -19,7 +19,7 @@ from common.pickled import PickledFile, PickledObject, open_pickled
 from models import CHECKPOINT_FORMAT, EmptyWeights, build_captioner, captioner_from_checkpoint, model_settings
 from text.vocabulary import SPECIAL_TOKENS
 from training.state import git_revision
-from utils import InputError, has_type, run_script
+from utils import InputError, first_line, has_type, run_script
 
 # What a file of the tutorial may name, and the beginnings of torch's own names: modules, optimizer, tensors.
 NAMES = {"models.Encoder", "models.Attention", "models.DecoderWithAttention", "torchvision.models.resnet.BasicBlock"}
@@ -129,7 +129,7 @@ def read_parameter(file: PickledFile, module: Any, path: str, name: str) -> Tens
     owner, _, last = path.rpartition(".")
     state = getattr(submodule(module, owner), "state", {})
     for kind in ("_parameters", "_buffers"):
-        if isinstance(state.get(kind), dict) and last in state[kind]:
+        if isinstance(state.get(kind), dict) and state[kind].get(last) is not None:
             return file.tensor(state[kind][last])
     raise InputError(f"{file.path}: {name} has no {path}, which the tutorial's model has")
 
@@ -245,8 +245,11 @@ def convert(file: PickledFile, word_map: dict[str, int]) -> dict[str, Any]:
         **read_decoder_settings(decoder, source),
     )
     options = model_settings(asdict(settings))
-    with EmptyWeights():
-        captioner = build_captioner(len(word_map), IMAGE_SIZE, "squash", load_weights=False, **options)
+    try:
+        with EmptyWeights():
+            captioner = build_captioner(len(word_map), IMAGE_SIZE, "squash", load_weights=False, **options)
+    except (InputError, RuntimeError, ValueError, TypeError) as error:  # torch has all of these for impossible sizes
+        raise InputError(f"{source}: {first_line(error)[:200]}") from None
     names = [name for name in captioner.state_dict() if name.startswith("encoder.")]
     return {
         "format": CHECKPOINT_FORMAT,

@@ -41,15 +41,20 @@ def write(path, pickled, *, legacy, storages=()):
     return path
 
 
+def dumps(content):
+    """The part of a pickle that makes plain content."""
+    return pickle.dumps(content, 2)[2:-1]
+
+
 def call(module, name, *arguments):
     """A pickle that calls a function."""
-    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R."
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + dumps(arguments) + b"R."
 
 
 def tensor(storage_length, size, stride, offset=0):
     """A pickle of a tensor in a storage "0" that is said to have this length."""
     pid = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
-    numbers = [pickle.dumps(each, 2)[2:-1] for each in (storage_length, offset, size, stride)]
+    numbers = [dumps(each) for each in (storage_length, offset, size, stride)]
     return (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + pid + numbers[0] + b"tQ" + b"".join(numbers[1:]) + b"\x89NtR."
     )
@@ -90,17 +95,19 @@ def test_a_name_that_is_not_admitted_is_named(tmp_path):
 
 CODE = f"open({MARKER!r}, 'w').close()"
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n"
+DEFAULTS = dumps("__defaults__")
+SETSTATE = dumps("__setstate__") + b"cposix\nsystem\ns"
 MALICIOUS = {
     "a command": call("posix", "system", f"touch {MARKER}"),
     "code": call("builtins", "eval", CODE),
-    "code of protocol 4": b"\x80\x04" + b"\x8c\x08builtins\x8c\x04exec\x93\x8c" + bytes([len(CODE)]) + CODE.encode() + b"\x85R.",
+    "code of protocol 4": b"\x80\x04\x8c\x08builtins\x8c\x04exec\x93" + dumps(CODE) + b"\x85R.",
     "a dotted name": b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93\x8c\x09touch run\x85R.",
     "code of protocol 0": b"(S" + repr(CODE).encode() + b"\nibuiltins\nexec\n.",
-    "an object of protocol 1": b"(cbuiltins\nexec\nX" + struct.pack("<I", len(CODE)) + CODE.encode() + b"o.",
+    "an object of protocol 1": b"(cbuiltins\nexec\n" + dumps(CODE) + b"o.",
     "a loader inside": call("torch", "load", "x.pt"),
-    "the state of an admitted class": b"\x80\x02" + LINEAR + b")\x81}X\x0c\0\0\0__setstate__cposix\nsystem\nsbX\x09\0\0\0touch runb.",
-    "an attribute of an admitted class": b"\x80\x02" + LINEAR + b"N}X\x0c\0\0\0__setstate__cposix\nsystem\ns\x86b.",
-    "an attribute of a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\0\0\0__defaults__)s\x86b.",
+    "the state of an admitted class": b"\x80\x02" + LINEAR + b")\x81}" + SETSTATE + b"b" + dumps("touch run") + b"b.",
+    "an attribute of an admitted class": b"\x80\x02" + LINEAR + b"N}" + SETSTATE + b"\x86b.",
+    "an attribute of a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}" + DEFAULTS + b")s\x86b.",
     "an extension": b"\x80\x02\x82\x01)R.",
 }  # fmt: skip
 
@@ -181,9 +188,9 @@ def test_a_cut_file_is_one_line(legacy, tmp_path):
     content = buffer.getvalue()
     for end in (0, 1, 20, len(content) // 2, len(content) - 1):
         (tmp_path / "x.pt").write_bytes(content[:end])
-        with pytest.raises(InputError, match=r"x\.pt is refused: it is damaged"):
-            with open_pickled(tmp_path / "x.pt", admit_all) as file:
-                file.tensor(file.content["x"].state["_parameters"]["bias"])
+        refused = pytest.raises(InputError, match=r"x\.pt is refused: it is damaged")
+        with refused, open_pickled(tmp_path / "x.pt", admit_all) as file:
+            file.tensor(file.content["x"].state["_parameters"]["bias"])
 
 
 def test_other_files_are_one_line(tmp_path):
