@@ -22,13 +22,19 @@ from modules.encoders import Encoder
 from modules.graph import RegionGraph
 from modules.layers import Dropout, init_linear
 from modules.region_encoder import POSITIONS, RegionEncoder
+from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
 from modules.transformer import TransformerDecoder
 from modules.up_down import UpDownDecoder
 from text.vocabulary import Vocabulary
 from utils import InputError, first_line, has_type, require_at_least, require_below_one
 
-DECODERS = {"recurrent": ShowAttendTell, "up_down": UpDownDecoder, "transformer": TransformerDecoder}
+DECODERS = {
+    "recurrent": ShowAttendTell,
+    "up_down": UpDownDecoder,
+    "transformer": TransformerDecoder,
+    "sgrvinod": SgrvinodDecoder,
+}
 CHECKPOINT_FORMAT = 5
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}

@@ -167,23 +167,27 @@ def safe_load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}")
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with open(path, "rb") as file, warnings.catch_warnings(), reraise_as_refused(path):
         warnings.simplefilter("ignore")  # of what is then refused
-        try:
-            _check_zip(file)
-            return torch.load(file, map_location=device, weights_only=True)
-        except (MemoryError, torch.OutOfMemoryError):
+        check_zip(file)
+        return torch.load(file, map_location=device, weights_only=True)
+
+
+@contextlib.contextmanager
+def reraise_as_refused(path: str | Path) -> Iterator[None]:
+    """Any exception of reading a file becomes an InputError, but those of the machine: no memory, a disk that fails."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:
+        # A damaged file raises almost anything, and torch's own message advises to load it unsafely.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a disk that fails
             raise
-        except Exception as error:
-            # A damaged file raises almost anything, and torch's own message advises to load it unsafely.
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a disk that fails
-                raise
-            raise InputError(
-                f"{path} is refused: it is damaged, or holds more than tensors and plain containers"
-            ) from None
+        raise InputError(f"{path} is refused: it is damaged, or holds more than tensors and plain containers") from None
 
 
-def _check_zip(file: BinaryIO) -> None:
+def check_zip(file: BinaryIO) -> None:
     """Raise an exception where a zip file is damaged, which torch.load does not notice, or would unpack to more."""
     if zipfile.is_zipfile(file):  # torch's files before 1.6 are none
         with zipfile.ZipFile(file) as archive:

@@ -61,6 +61,7 @@ VARIANTS |= {
     "image_first-soft-gru": {"cell": "gru", "image_first": True},
     "layers2-gru": {"cell": "gru", "layers": 2},
     "layers3-none-rnn": {"cell": "rnn", "attention": "none", "layers": 3},
+    "sgrvinod": {"decoder": "sgrvinod"},
 }
 WORDS = [*SPECIAL_TOKENS, "a", "b", "c"]
 CAPTIONS = [[[1, 4, 5, 6, 2], [1, 4, 2]], [[1, 5, 5, 4, 6, 4, 2]], [[1, 6, 2]], [[1, 6, 4, 4, 5, 2]]]

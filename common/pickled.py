@@ -1,0 +1,176 @@
+"""Files of torch.save that hold whole modules, read as data: no class or function that a file names is looked up.
+
+`torch.load` with `weights_only=True` and stand-ins for the classes reads the zip format alone. In the format before
+torch 1.6 the classes of modules are persistent ids, and it refuses those of anything but storages.
+"""
+
+import contextlib
+import io
+import mmap
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.files import check_zip, reraise_as_refused
+from utils import InputError
+
+LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # the first pickle of a file of torch before 1.6
+DTYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.LongStorage": torch.int64,
+    "torch.ByteStorage": torch.uint8,
+}
+
+
+class PickledObject(dict):
+    """An object of a file: the arguments it was made with, its state, and its items where it is a dictionary.
+
+    Each name in a file becomes a subclass of this, so a call of whatever it stands for makes an object that does
+    nothing.
+    """
+
+    name = ""  # of the class or function, with its module
+    args: tuple
+    state: Any
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]  # an optimizer has parameters as keys
+
+    def __new__(cls, *args: Any) -> "PickledObject":
+        made = super().__new__(cls)
+        made.args, made.state = args, {}
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        pass  # the arguments are no items
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class Storage(NamedTuple):
+    """A storage that a file's tensors refer to; its numbers are read when a tensor is."""
+
+    kind: str  # such as torch.FloatStorage
+    key: str  # its name in the file
+    length: int  # numbers
+
+
+class PickledFile:
+    """What a file holds, `content`, in dictionaries, lists and `PickledObject`; `tensor` reads a tensor of it."""
+
+    def __init__(self, path: str | Path, content: Any, read_storage: Callable[[str], bytes]) -> None:
+        self.path, self.content = path, content
+        self._read_storage = read_storage
+        self._storages: dict[str, Tensor] = {}
+
+    def tensor(self, pickled: Any) -> Tensor:
+        """A tensor or parameter of `content`; InputError where it is none, or its numbers are not one after another.
+
+        Tensors of one storage share its memory, so that all together need as much as the file has.
+        """
+        with reraise_as_refused(self.path):
+            while pickled.name == "torch._utils._rebuild_parameter":
+                pickled = pickled.args[0]
+            if pickled.name != "torch._utils._rebuild_tensor_v2":
+                raise ValueError("not a tensor")
+            storage, offset, shape, stride = pickled.args[:4]
+            if storage.key not in self._storages:
+                numbers = bytearray(self._read_storage(storage.key))  # torch wants memory that it may write
+                self._storages[storage.key] = torch.frombuffer(numbers, dtype=DTYPES[storage.kind])
+            tensor = self._storages[storage.key].as_strided(shape, stride, offset)
+            if not tensor.is_contiguous():  # one number can stand for a terabyte
+                raise ValueError("not one number after another")
+            return tensor
+
+
+class _Unpickler(pickle._Unpickler):
+    """pickle's unpickler in Python, whose memory grows with the file, unlike that in C; `admitted` as `open_pickled`.
+
+    Attributes: storages, by their keys.
+    """
+
+    def __init__(self, file: BinaryIO | mmap.mmap, path: str | Path, admitted: Callable[[str], bool]) -> None:
+        super().__init__(file)
+        self.path, self.admitted = path, admitted
+        self.storages: dict[str, Storage] = {}
+
+    def find_class(self, module_name: str, global_name: str) -> type[PickledObject]:
+        """A new class for a name of the file. Raises InputError for one that is not admitted."""
+        name = f"{module_name}.{global_name}"
+        if not self.admitted(name):
+            raise InputError(f"{self.path} is refused: it names {ascii(name)[:80]}, which has no place in it")
+        return type("Pickled", (PickledObject,), {"name": name})
+
+    def get_extension(self, code: int) -> None:
+        """Raise an exception: a name of pickle's registry of extensions would not pass through `find_class`."""
+        raise ValueError("an extension of pickle")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage or, in the format before torch 1.6, the class of a module."""
+        if pid[0] == "module":
+            return pid[1]  # with the file and the text of its source
+        kind, key, _, length, *view = pid[1:]
+        if pid[0] != "storage" or view not in ([], [None]):
+            raise ValueError("not a storage, or a part of one")
+        self.storages[key] = Storage(kind.name, key, length)
+        return self.storages[key]
+
+
+@contextlib.contextmanager
+def open_pickled(path: str | Path, admitted: Callable[[str], bool]) -> Iterator[PickledFile]:
+    """Open what torch.save wrote, whatever it holds and whenever it was written; nothing of it is executed.
+
+    Args:
+        path: the file, which must stay as it is in the block.
+        admitted: whether the file may name a class or function, such as torch.nn.modules.linear.Linear.
+
+    Raises InputError where the file is missing, damaged, or names what is not admitted.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path}")
+    with contextlib.ExitStack() as stack:
+        with reraise_as_refused(path):
+            file = stack.enter_context(open(path, "rb"))
+            check_zip(file)
+            if zipfile.is_zipfile(file):
+                opened = _open_zip(stack.enter_context(zipfile.ZipFile(file)), path, admitted)
+            else:
+                content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                opened = _open_legacy(content, path, admitted)
+        yield opened
+
+
+def _open_zip(archive: zipfile.ZipFile, path: str | Path, admitted: Callable[[str], bool]) -> PickledFile:
+    """A file of torch since 1.6: a zip archive of a pickle, and a record for each storage."""
+    (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    folder = name.removesuffix("data.pkl")
+    content = _Unpickler(io.BytesIO(archive.read(name)), path, admitted).load()
+    return PickledFile(path, content, lambda key: archive.read(f"{folder}data/{key}"))
+
+
+def _open_legacy(file: mmap.mmap, path: str | Path, admitted: Callable[[str], bool]) -> PickledFile:
+    """A file of torch before 1.6: five pickles, the last the keys of the storages; then each one's length and numbers.
+
+    The first three are a magic number, the version, and sizes of numbers.
+    """
+    magic_number, _, _ = (_Unpickler(file, path, admitted).load() for _ in range(3))
+    if magic_number != LEGACY_MAGIC_NUMBER:
+        raise ValueError("not a file of torch.save")
+    unpickler = _Unpickler(file, path, admitted)
+    content = unpickler.load()
+    slices = {}
+    for key in _Unpickler(file, path, admitted).load():
+        storage = unpickler.storages[key]
+        if int.from_bytes(file.read(8), "little") != storage.length:
+            raise ValueError("another length than its tensors have")
+        start = file.tell()
+        end = start + storage.length * DTYPES[storage.kind].itemsize
+        file.seek(end)  # ValueError behind the file's end
+        slices[key] = slice(start, end)
+    return PickledFile(path, content, lambda key: file[slices[key]])

@@ -1,0 +1,96 @@
+"""The decoder of sgrvinod's PyTorch tutorial on "Show, Attend and Tell", whose checkpoints people have.
+
+Shapes: B images, R regions, D their width, C captions of an image (beams in a search), E width of a word embedding, A
+of the attention, H of the hidden state, V words of the vocabulary.
+"""
+
+from torch import Tensor, nn
+
+from modules.attention import Attention
+from modules.cells import LSTMCell
+from modules.layers import Dropout, init_linear
+from modules.recurrent import RecurrentDecoder
+
+
+class SgrvinodAttention(Attention):
+    """Additive attention with ReLU in place of tanh, and a gate for each feature of the context."""
+
+    def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
+        super().__init__(region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim)
+        self.gate = nn.Linear(hidden_dim, region_dim)
+        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a bias
+
+    def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
+        """As `Attention.scores`: score(relu(keys + query(hidden)))."""
+        return self.score((keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)).relu()).squeeze(-1)
+
+
+class SgrvinodDecoder(RecurrentDecoder):
+    """LSTM with attention that predicts a word from its hidden state alone.
+
+    Source: models.py of https://github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning. It differs from "Show,
+    Attend and Tell" (Xu et al., 2015) in its attention, in an initial state without tanh, and in an output layer on the
+    hidden state in place of the deep one. The tutorial's second biases (of the query, and of the LSTM) add to the first
+    and are left out; the initialization is that of `ShowAttendTell`.
+
+    Args:
+        vocab_size, region_dim, embed_dim, attention_dim, hidden_dim: V, D, E, A and H.
+        dropout: before the output layer, and not on the word embeddings.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        region_dim: int,
+        embed_dim: int,
+        attention_dim: int,
+        hidden_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__(vocab_size=vocab_size, embed_dim=embed_dim, dropout=0.0)
+        self.attention = SgrvinodAttention(region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim)
+        self.init_hidden = nn.Linear(region_dim, hidden_dim)
+        self.init_cell = nn.Linear(region_dim, hidden_dim)
+        self.cell = LSTMCell(embed_dim=embed_dim, context_dim=region_dim, hidden_dim=hidden_dim)
+        self.output_dropout = Dropout(dropout)
+        self.output = nn.Linear(hidden_dim, vocab_size)
+        self.reset_embeddings()
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                init_linear(layer)
+        self.cell.reset_parameters()
+
+    @property
+    def gate(self) -> None:
+        """None: a gate for each feature is no single number to show beside a word."""
+        return None
+
+    def keys(self, regions: Tensor) -> Tensor:
+        """The attention's projection of the regions, the same for all words: (B, R, D) -> (B, R, A)."""
+        return self.attention.keys(regions)
+
+    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
+        """Linear maps of the mean region: (B, R, D) -> hidden and cell (B, 1, H)."""
+        mean = regions.mean(dim=1, keepdim=True)  # (B, 1, D)
+        return self.init_hidden(mean), self.init_cell(mean)
+
+    def _word_gates(self, embedded: Tensor) -> Tensor:
+        """As `RecurrentDecoder._word_gates`."""
+        return self.cell.words(embedded)
+
+    def _recurrent_step(
+        self,
+        word_gates: Tensor,
+        regions: Tensor,
+        keys: Tensor,
+        state: tuple[Tensor, ...],
+        sampled_log_probs: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As `RecurrentDecoder._recurrent_step`."""
+        context, alpha = self.attention(regions, keys, state[0])
+        return context, alpha, self.cell(word_gates, context, state)
+
+    def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """As `RecurrentDecoder._logits`, from hidden (..., H) alone."""
+        return self.output(self.output_dropout(hidden))

@@ -1,0 +1,223 @@
+"""Checkpoints laid out as those of sgrvinod's tutorial, converted, against a plain search with its equations."""
+
+import json
+
+import pytest
+import torch
+
+import caption
+import convert_sgrvinod
+import eval as eval_script
+import sgrvinod_reference as reference
+import train
+from convert_sgrvinod import Settings
+from models import load_captioner
+from modules.beam_search import beam_search
+from utils import InputError
+
+WORDS = reference.word_map(["a", "the", "dog", "cat", "red", "blue", "ball", "runs", "sits", "with", "two", "of"])
+IDX2WORD = {word_id: word for word, word_id in WORDS.items()}
+SIZES = (2, 512)  # a grid of this side, features of a ResNet-18
+
+
+def make_model():
+    """A random encoder and decoder in eval mode, as in the tutorial."""
+    torch.manual_seed(3)
+    encoder = reference.Encoder("resnet18", SIZES[0]).eval()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # far from what a new one has, and features that grow nowhere
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(1, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+    return encoder, reference.random_decoder(WORDS, SIZES[1])
+
+
+def write(folder, content, *, legacy=False, words=WORDS):
+    """Write a checkpoint and its word map; returns the settings to convert them."""
+    (folder / "WORDMAP.json").write_text(json.dumps(words))
+    reference.save(content, folder / "BEST.pth.tar", legacy=legacy)
+    return Settings(*(str(folder / name) for name in ("BEST.pth.tar", "WORDMAP.json", "best.pt")))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["zip", "legacy"])
+def converted(request, tmp_path_factory):
+    """The tutorial's model, and the captioner and vocabulary of its converted checkpoint, with the folder of both."""
+    folder = tmp_path_factory.mktemp("sgrvinod")
+    encoder, decoder = make_model()
+    settings = write(folder, reference.checkpoint(encoder, decoder, fine_tuned=True), legacy=request.param)
+    # What the step of its optimizers changed is in the file, too.
+    convert_sgrvinod.main(settings)
+    return encoder, decoder, *load_captioner(settings.output, "cpu"), folder
+
+
+def random_regions(count):
+    """Regions (count, R, D), so small that words matter, too."""
+    return 0.1 * torch.randn(count, SIZES[0] ** 2, SIZES[1], generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_the_regions_are_those_of_the_tutorials_encoder(converted):
+    encoder, _, captioner, *_ = converted
+    images = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = encoder((images / 255 - mean) / std)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(captioner.encode_images(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_logits_and_alpha_are_those_of_the_tutorials_equations(converted):
+    _, decoder, captioner, vocabulary, _ = converted
+    ids = [WORDS[word] for word in vocabulary.idx2word]
+    for regions in random_regions(3):
+        keys, state = captioner.decoder.keys(regions[None]), captioner.decoder.init_state(regions[None])
+        expected_state = reference.init_state(decoder, regions)
+        for word in ("<start>", "a", "red", "dog", "runs", "with", "the", "<unk>", "ball"):
+            logits, alpha, state = captioner.decoder.step(
+                torch.tensor([[vocabulary.word2idx[word]]]), regions[None], keys, state
+            )
+            expected, expected_alpha, expected_state = reference.step(decoder, WORDS[word], regions, expected_state)
+            torch.testing.assert_close(logits[0, 0], expected[ids], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(alpha[0, 0], expected_alpha, rtol=1e-5, atol=1e-5)
+            assert expected_alpha.max() > 1.3 / len(regions)  # not uniform
+
+
+@pytest.mark.parametrize("finished_leave", [False, True], ids=["stay", "leave"])
+@torch.no_grad()
+def test_captions_are_those_of_a_plain_search(converted, finished_leave):
+    _, decoder, captioner, vocabulary, _ = converted
+    regions, captions = random_regions(20), []
+    found = beam_search(captioner.decoder, regions, beam_size=3, max_length=12, length_penalty=0)[0][:, 0]
+    for b in range(20):
+        expected = reference.plain_beam_search(
+            decoder, regions[b], WORDS, beam_size=3, max_length=12, finished_leave=finished_leave
+        )
+        captions.append([IDX2WORD[word_id] for word_id in expected if word_id != WORDS["<end>"]])
+        assert vocabulary.decode(found[b]) == captions[-1]
+    assert len(set(map(tuple, captions))) > 10 and len({len(each) for each in captions}) > 3
+
+
+def test_the_converted_file_is_scored_captions_photos_and_is_trained_further(converted, shapes, command, tmp_path):
+    *_, folder = converted
+    checkpoint, photos = folder / "best.pt", sorted((shapes / "photos").iterdir())[:2]
+    status, out, err = command(caption, *photos, "--checkpoint", checkpoint, "--no-pictures")
+    assert status == 0 and out.count("\n") == 2, err
+    data = ["--data_folder", shapes, "--features_folder", tmp_path / "features"]
+    status, _, err = command(eval_script, "--checkpoint", checkpoint, *data, "--beam_sizes", 1)
+    assert status == 0, err
+    arguments = ["--init_from", checkpoint, "--run_folder", tmp_path / "run", "--epochs", 1, "--max_length", 4]
+    status, _, err = command(
+        train, *arguments, *data, "--device", "cpu", "--no-fine_tune_encoder", "--unfreeze_from", ""
+    )
+    assert status == 0, err
+    assert load_captioner(tmp_path / "run" / "best.pt", "cpu")[1].idx2word[:4] == ["<pad>", "<start>", "<end>", "<unk>"]
+
+
+def test_an_encoder_that_was_not_trained_stays_frozen(converted, tmp_path):
+    encoder, decoder, *_ = converted
+    settings = write(tmp_path, reference.checkpoint(encoder, decoder))
+    convert_sgrvinod.main(settings)
+    assert converted[2].fine_tune_encoder and not load_captioner(settings.output, "cpu")[0].fine_tune_encoder
+
+
+def replace_module(path, module):
+    """A change of a checkpoint: the module of this path."""
+    return lambda content: content[path.split(".")[0]].set_submodule(path.partition(".")[2], module)
+
+
+class Other(torch.nn.Linear):
+    """A class of nobody."""
+
+
+REFUSED = {
+    "no encoder": (lambda content: content.pop("encoder"), "is no checkpoint of the tutorial: it has no encoder"),
+    "state dicts": (
+        lambda content: content.update(decoder=content["decoder"].state_dict()),
+        "decoder: the model is collections.OrderedDict, not models.DecoderWithAttention as in the tutorial",
+    ),
+    "modules exchanged": (
+        lambda content: content.update(decoder=content["encoder"]),
+        "decoder: the model is models.Encoder, not models.DecoderWithAttention as in the tutorial",
+    ),
+    "another class": (
+        replace_module("decoder.fc", Other(16, len(WORDS))),
+        "is refused: it names 'test_convert_sgrvinod.Other', which has no place in it",
+    ),
+    "another activation": (
+        replace_module("decoder.attention.relu", torch.nn.Tanh()),
+        "decoder: attention.relu is torch.nn.modules.activation.Tanh, not torch.nn.modules.activation.ReLU as in the",
+    ),
+    "a layer more": (
+        lambda content: content["decoder"].add_module("deep", torch.nn.Linear(16, 16)),
+        "decoder has 'deep', which the tutorial's model has not",
+    ),
+    "a wider layer": (
+        replace_module("decoder.init_c", torch.nn.Linear(512, 17)),
+        r"decoder.init_c.weight is \(17, 512\), not \(16, 512\)",
+    ),
+    "no bias": (
+        replace_module("decoder.init_h", torch.nn.Linear(512, 16, bias=False)),
+        "decoder has no init_h.bias, which the tutorial's model has",
+    ),
+    "another network": (
+        replace_module("encoder.resnet.7", torch.nn.Sequential(torch.nn.Linear(1, 1))),
+        r"encoder is no ResNet of torchvision: its layers have \(2, 2, 2, 1\) blocks",
+    ),
+    "a wider network": (
+        replace_module("encoder.resnet.0", torch.nn.Conv2d(3, 65, 7, bias=False)),
+        r"encoder.network.conv1.weight is torch.float32 \(65, 3, 7, 7\), not torch.float32 \(64, 3, 7, 7\)",
+    ),
+    "doubles": (lambda content: content["decoder"].double(), "decoder.embedding.weight is torch.float64"),
+    "a size of text": (
+        lambda content: setattr(content["decoder"], "embed_dim", "5"),
+        "decoder has no embed_dim of type int",
+    ),
+    "a grid of text": (
+        lambda content: setattr(content["encoder"], "enc_image_size", None),
+        "encoder has no enc_image_size of type int",
+    ),
+    "a fine grid": (
+        lambda content: setattr(content["encoder"], "enc_image_size", 10**6),
+        "--grid_size 1000000: finer than the images",
+    ),
+    "not finite": (
+        lambda content: content["decoder"].fc.bias.data.fill_(float("nan")),
+        "decoder.output.bias has values that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_the_tutorials_is_one_line(name, tmp_path):
+    change, message = REFUSED[name]
+    encoder, decoder = make_model()
+    content = {"encoder": encoder, "decoder": decoder, "encoder_optimizer": None}
+    change(content)
+    settings = write(tmp_path, content)
+    with pytest.raises(InputError, match=message) as caught:
+        convert_sgrvinod.main(settings)
+    assert "\n" not in str(caught.value) and str(tmp_path / "BEST.pth.tar") in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["BEST.pth.tar", "WORDMAP.json"]
+
+
+WORD_MAPS = {
+    "words of others": (reference.word_map(["a", "b"]), r"has 16 words, the word map has 6: give the file's own"),
+    "a list": (["a"], "is no word map: not a JSON object"),
+    "text as ids": ({word: str(i) for word, i in WORDS.items()}, "is no word map"),
+    "an id twice": (WORDS | {"dog": 1}, "the ids of its 16 words are not 0 to 15"),
+    "no <start>": ({word.strip("<"): i for word, i in WORDS.items()}, "has no <pad>, which the word maps of the"),
+}
+
+
+def test_other_word_maps_and_files_are_one_line(converted, tmp_path):
+    *_, folder = converted
+    for words, message in WORD_MAPS.values():
+        (tmp_path / "words.json").write_text(json.dumps(words))
+        with pytest.raises(InputError, match=message):
+            convert_sgrvinod.main(Settings(folder / "BEST.pth.tar", tmp_path / "words.json", tmp_path / "new.pt"))
+    with pytest.raises(InputError, match=r"best\.pt exists: give another, or delete it"):
+        convert_sgrvinod.main(Settings(folder / "BEST.pth.tar", folder / "WORDMAP.json", folder / "best.pt"))
+    with pytest.raises(InputError, match=r"no such file: .*none"):
+        convert_sgrvinod.main(Settings(tmp_path / "none", folder / "WORDMAP.json", tmp_path / "new.pt"))
+    with pytest.raises(InputError, match="is no checkpoint of the tutorial"):  # what was converted already
+        convert_sgrvinod.main(Settings(folder / "best.pt", folder / "WORDMAP.json", tmp_path / "new.pt"))
