@@ -11,10 +11,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.files import require_writable
+from evaluation.consensus import load_consensus
+from evaluation.ensemble import Ensemble, load_captioners
 from evaluation.generation import DecodingSettings, ImageCaption, caption_images
 from evaluation.photos import collect_photos, load_photos
 from evaluation.pictures import open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
-from models import Captioner, load_captioner
+from models import Captioner
 from modules.graph import edge_attribution
 from text.vocabulary import Vocabulary
 from utils import InputError, choose_runtime, require_at_least, run_script
@@ -26,19 +28,39 @@ class Settings:
 
     # group: paths
     photos: tuple[str, ...]  # image files, folders of them, or - for names on standard input
-    checkpoint: str = "runs/shapes/best.pt"  # what train.py wrote
+    checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
     output_folder: str = "captions"  # folder of the pictures, each named after its photo
 
-    # group: decoding
+    # group: beam search
     beam_size: int = 5  # beams; 1 is greedy decoding
     length_penalty: float = 0.5  # rank by log-probability / length ** this; 0 favors short captions
     max_length: int = 30  # maximum words of a caption
+    min_length: int = 0  # minimum words of a caption
+    no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
+    banned_endings: tuple[str, ...] = ()  # words that no caption may end with, such as: a with of
+    groups: int = 1  # groups that share the beams, each unlike those before it (diverse beam search)
+    diversity: float = 0.5  # what a word costs for each beam of earlier groups that chose it
     batch_size: int = 32  # photos decoded at once
 
+    # group: sampling
+    samples: int = 0  # captions sampled per photo in place of beams; 0: beam search
+    temperature: float = 1.0  # below 1 samples favor probable words
+    top_k: int = 0  # samples take only the k most probable words; 0: all
+    top_p: float = 1.0  # samples take only the most probable words that together reach this probability
+    seed: int = 0  # of the samples
+
+    # group: ensemble and consensus
+    views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original mirror crop
+    consensus: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
+    consensus_weight: float = 3.0  # of the mean CIDEr-D with their captions, beside the log-probability
+    neighbors: int = 50  # similar photos
+
     # group: output
-    n_best: int = 1  # captions per photo, at most beam_size
+    n_best: int = 1  # captions per photo, at most beam_size or samples
     json: bool = False  # print a line of JSON for each photo: file, caption, log_prob and, from 2 on, n_best
     pictures: bool = True  # save pictures; without them captioning many photos is several times faster
+    alpha_layer: int = 0  # layer of a transformer decoder whose attention is drawn, from 1; 0: the last
+    alpha_head: int = 0  # its head, from 1; 0: the mean of all heads
     graph_word: str = ""  # a word: where a caption has it, plot the graph's edges that mattered for it, too
     show: bool = False  # open each picture
 
@@ -47,27 +69,31 @@ class Settings:
     device: str = "auto"  # auto, cpu or cuda
 
 
-def validate_settings(settings: Settings) -> None:
-    """Raise InputError where a value is out of range or two do not go together."""
-    require_at_least(settings, 1, "beam_size", "max_length", "batch_size", "n_best")
-    require_at_least(settings, 0, "length_penalty")
-    if settings.n_best > settings.beam_size:
-        raise InputError(f"--n_best {settings.n_best}: more than --beam_size {settings.beam_size}")
-    for name in ("graph_word", "show"):
+def validate_settings(settings: Settings) -> DecodingSettings:
+    """How captions are decoded. Raises InputError where a value is out of range or two do not go together."""
+    require_at_least(settings, 1, "n_best", "neighbors")
+    require_at_least(settings, 0, "consensus_weight")
+    decoding = DecodingSettings.of(settings)
+    candidates = "samples" if settings.samples else "beam_size"
+    if settings.n_best > getattr(settings, candidates):
+        raise InputError(f"--n_best {settings.n_best}: more than --{candidates} {getattr(settings, candidates)}")
+    for name in ("graph_word", "show", "alpha_layer", "alpha_head"):
         if getattr(settings, name) and not settings.pictures:
             raise InputError(f"--{name} needs pictures: leave --no-pictures out")
     if settings.pictures:
         require_writable(settings.output_folder)
+    return decoding
 
 
-def validate_graph_word(settings: Settings, captioner: Captioner, vocabulary: Vocabulary) -> None:
+def validate_graph_word(settings: Settings, captioner: Captioner | Ensemble, vocabulary: Vocabulary) -> None:
     """Raise InputError where the model cannot show the edges for --graph_word."""
     if not (captioner.graph.layers and captioner.decoder.has_attention):
         raise InputError(
-            f"--graph_word {settings.graph_word}: {settings.checkpoint} has no graph to plot, train with --graph_layers"
+            f"--graph_word {settings.graph_word}: {settings.checkpoint[0]} has no graph to plot, train with "
+            f"--graph_layers"
         )
     if settings.graph_word not in vocabulary.word2idx:
-        raise InputError(f"--graph_word {settings.graph_word}: {settings.checkpoint} does not know this word")
+        raise InputError(f"--graph_word {settings.graph_word}: {settings.checkpoint[0]} does not know this word")
 
 
 def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str:
@@ -81,7 +107,9 @@ def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str
     return json.dumps({"file": file} | rows[0] | ({"n_best": rows} if settings.n_best > 1 else {}))
 
 
-def plot_pictures(photo: str, caption: ImageCaption, captioner: Captioner, graph_word: str) -> dict[str, Figure]:
+def plot_pictures(
+    photo: str, caption: ImageCaption, captioner: Captioner | Ensemble, graph_word: str
+) -> dict[str, Figure]:
     """The pictures of a photo by their kind: attention and, where the caption has the graph word, edges."""
     picture_photo = open_for_picture(photo, captioner.resize)
     words = caption.words if captioner.decoder.has_attention else []
@@ -98,21 +126,24 @@ def main(settings: Settings) -> None:
 
     Photos that cannot be read are skipped, listed at the end, and make the exit status 1; a single one is an error.
     """
-    validate_settings(settings)
+    decoding = validate_settings(settings)
     runtime = choose_runtime(settings.device, settings.precision)
     photos = collect_photos(settings.photos)
-    captioner, vocabulary = load_captioner(settings.checkpoint, runtime.device)
+    captioner, vocabulary = load_captioners(settings.checkpoint, settings.views, runtime.device)
+    consensus = load_consensus(settings, captioner, runtime)
+    captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:
         validate_graph_word(settings, captioner, vocabulary)
     kinds = ["attention", "edges"] if settings.graph_word else ["attention"]
     paths = picture_paths(photos, settings.output_folder, kinds if settings.pictures else [])
-    decoding = DecodingSettings(settings.beam_size, settings.max_length, settings.length_penalty, settings.batch_size)
     notes = sys.stderr if settings.json else sys.stdout
     broken: list[str] = []
     missing_glyphs: set[str] = set()
     progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
     for indices, images in load_photos(photos, decoding.batch_size, captioner.image_size, captioner.resize, broken):
-        captions = caption_images(captioner, vocabulary, images, decoding, runtime, with_attention=settings.pictures)
+        captions = caption_images(
+            captioner, vocabulary, images, decoding, runtime, with_attention=settings.pictures, consensus=consensus
+        )
         for i, caption in zip(indices, captions, strict=True):
             tqdm.write(format_caption(photos[i], caption, settings))
             figures = plot_pictures(photos[i], caption, captioner, settings.graph_word) if settings.pictures else {}

@@ -1,41 +1,62 @@
-"""Score a checkpoint on a prepared folder: python eval.py --checkpoint runs/shapes/best.pt --data_folder data/shapes"""
+"""Score checkpoints on a prepared folder: python eval.py --checkpoint runs/shapes/best.pt --data_folder data/shapes"""
 
 import datetime
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from common.files import read_json, require_writable, write_json
+from evaluation.consensus import load_consensus
+from evaluation.ensemble import load_captioners
 from evaluation.generation import DecodingSettings
 from evaluation.metrics import format_table, has_java
 from evaluation.scoring import evaluate
-from models import load_captioner
 from preparation.storage import read_metadata
 from training.feature_cache import build_dataset
 from training.state import git_revision
 from utils import InputError, choose_runtime, require_at_least, run_script
 
+OTHER_DECODING = ("views", "consensus", "consensus_weight", "neighbors")  # of the settings, beside DecodingSettings
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Score a checkpoint: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr by beam size. Edit a value or pass it as a flag."""
+    """Score a checkpoint, or an ensemble: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr. Edit a value or pass it as a flag."""
 
     # group: paths
-    checkpoint: str = "runs/shapes/best.pt"  # what train.py wrote
+    checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
     data_folder: str = "data/shapes"  # what create_input_files.py wrote
     split: Literal["train", "val", "test"] = "test"  # which images to caption
     output_folder: str = ""  # folder of the scores and captions; empty: the checkpoint's folder
     features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
 
-    # group: decoding
+    # group: beam search
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # beams per image; 1 is greedy decoding
     length_penalty: float = 0.5  # rank by log-probability / length ** this; 0 favors short captions
     max_length: int = 30  # maximum words of a caption
+    min_length: int = 0  # minimum words of a caption
+    no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
+    banned_endings: tuple[str, ...] = ()  # words that no caption may end with, such as: a with of
+    groups: int = 1  # groups that share the beams, each unlike those before it (diverse beam search)
+    diversity: float = 0.5  # what a word costs for each beam of earlier groups that chose it
     batch_size: int = 32  # images decoded at once
+
+    # group: sampling
+    samples: int = 0  # captions sampled per image in place of beams, of which the best is scored; 0: beam search
+    temperature: float = 1.0  # below 1 samples favor probable words
+    top_k: int = 0  # samples take only the k most probable words; 0: all
+    top_p: float = 1.0  # samples take only the most probable words that together reach this probability
+    seed: int = 0  # of the samples
+
+    # group: ensemble and consensus
+    views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original mirror crop
+    consensus: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
+    consensus_weight: float = 3.0  # of the mean CIDEr-D with their captions, beside the log-probability
+    neighbors: int = 50  # similar photos
 
     # group: run
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
@@ -43,22 +64,26 @@ class Settings:
 
 
 def output_path(settings: Settings, kind: str) -> Path:
-    """Where the scores or results go: a name of checkpoint, data folder and split, scores_best_flickr8k_test.json."""
-    checkpoint, data_folder = Path(settings.checkpoint), Path(settings.data_folder).resolve()
+    """Where the scores or results go: a name of checkpoint, data folder and split, scores_best_flickr8k_test.json.
+
+    Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json.
+    """
+    checkpoint, data_folder = Path(settings.checkpoint[0]), Path(settings.data_folder).resolve()
     folder = Path(settings.output_folder or checkpoint.parent)
-    return folder / f"{kind}_{checkpoint.stem}_{data_folder.name}_{settings.split}.json"
+    name = checkpoint.stem if len(settings.checkpoint) == 1 else f"ensemble{len(settings.checkpoint)}"
+    return folder / f"{kind}_{name}_{data_folder.name}_{settings.split}.json"
 
 
-def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+def describe(settings: Settings, decoding: DecodingSettings, dtype: torch.dtype) -> dict[str, Any]:
     """What the scores are of and how they were made."""
     metadata = read_metadata(settings.data_folder)
     return {
-        "checkpoint": str(Path(settings.checkpoint).resolve()),
+        "checkpoint": [str(Path(path).resolve()) for path in settings.checkpoint],
         "dataset": metadata.get("dataset"),
         "data_folder": str(Path(settings.data_folder).resolve()),
         "split": settings.split,
         "digest": metadata["digest"],
-        "decoding": {name: getattr(settings, name) for name in ("length_penalty", "max_length", "batch_size")},
+        "decoding": asdict(decoding) | {name: getattr(settings, name) for name in OTHER_DECODING},
         "dtype": str(dtype).removeprefix("torch."),
         "git": git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -74,49 +99,66 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
     if not path.exists():
         return
     old = read_json(path)
-    checkpoint = Path(described["checkpoint"])
-    if not isinstance(old, dict):
+    checkpoints = described["checkpoint"]
+    if not isinstance(old, dict) or not isinstance(old.get("checkpoint"), list):
         raise InputError(f"{path} was not written by eval.py: choose another --output_folder")
-    if old.get("checkpoint") != str(checkpoint) and path.resolve().parent != checkpoint.parent:
-        raise InputError(f"{path} has the scores of {old.get('checkpoint')}: choose another --output_folder")
+    moved = len(checkpoints) == 1 and path.resolve().parent == Path(checkpoints[0]).parent
+    if old["checkpoint"] != checkpoints and not moved:
+        raise InputError(f"{path} has the scores of {' '.join(old['checkpoint'])}: choose another --output_folder")
     if all(old.get(name) != described[name] for name in ("data_folder", "digest")):
         raise InputError(f"{path} has the scores on {old.get('data_folder')}: choose another --output_folder")
 
 
+def validate_settings(settings: Settings) -> list[DecodingSettings]:
+    """The decoding of each row of the table. Raises InputError where settings are wrong or do not go together."""
+    require_at_least(settings, 1, "beam_sizes", "neighbors")
+    require_at_least(settings, 0, "consensus_weight")
+    if settings.consensus and settings.split == "train":
+        raise InputError("--consensus does not go with --split train: the index holds these photos' own captions")
+    if settings.samples:
+        return [DecodingSettings.of(settings)]
+    return [DecodingSettings.of(settings, beam_size=beam_size) for beam_size in settings.beam_sizes]
+
+
 def main(settings: Settings) -> None:
-    """Evaluate a checkpoint at each beam size; write the scores and, of the last beam size, the captions."""
-    require_at_least(settings, 1, "beam_sizes", "max_length", "batch_size")
-    require_at_least(settings, 0, "length_penalty")
+    """Evaluate a checkpoint or an ensemble at each beam size; write the scores and, of the last, the captions."""
+    rows_to_come = validate_settings(settings)
     runtime = choose_runtime(settings.device, settings.precision)
     scores_path, results_path = output_path(settings, "scores"), output_path(settings, "results")
     require_writable(scores_path.parent)
-    captioner, vocabulary = load_captioner(settings.checkpoint, runtime.device)
-    described = describe(settings, runtime.dtype)
+    captioner, vocabulary = load_captioners(settings.checkpoint, settings.views, runtime.device)
+    consensus = load_consensus(settings, captioner, runtime)
+    described = describe(settings, rows_to_come[-1], runtime.dtype)
     require_same_source(scores_path, described)
-    dataset = build_dataset(
-        settings.data_folder,
-        settings.split,
-        vocabulary,
-        captioner,
-        runtime,
-        features_folder=settings.features_folder,
-    )
+    datasets = [
+        build_dataset(
+            settings.data_folder,
+            settings.split,
+            vocabulary,
+            source,
+            runtime,
+            features_folder=settings.features_folder,
+            cached=settings.views == ("original",),
+        )
+        for source in captioner.sources
+    ]
     meteor = has_java()
     if not meteor:
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
     rows, captions = [], []
-    for beam_size in settings.beam_sizes:
-        decoding = DecodingSettings(beam_size, settings.max_length, settings.length_penalty, settings.batch_size)
-        row, captions = evaluate(captioner, vocabulary, dataset, decoding, runtime, meteor)
-        rows.append(row)
+    for decoding in rows_to_come:
+        new_rows, captions = evaluate(
+            captioner, vocabulary, datasets, decoding, runtime, meteor=meteor, consensus=consensus
+        )
+        rows += new_rows
     write_json(scores_path, described | {"scores": rows}, indent=1)
     results = [
         {"image_id": entry["image_id"], "image": entry["image"], "caption": " ".join(words)}
-        for entry, words in zip(dataset.entries, captions, strict=True)
+        for entry, words in zip(datasets[0].entries, captions, strict=True)
     ]
     write_json(results_path, results)
     print(format_table(rows))
-    print(f"{scores_path} holds the table, {results_path} the captions of beam {settings.beam_sizes[-1]}")
+    print(f"{scores_path} holds the table, {results_path} the captions of its last row")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from modules.layers import Dropout, init_linear
 from modules.region_encoder import POSITIONS, RegionEncoder
 from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
+from modules.step_decoder import Nested
 from modules.transformer import TransformerDecoder
 from modules.up_down import UpDownDecoder
 from text.vocabulary import Vocabulary
@@ -40,6 +41,15 @@ CHECKPOINT_FORMAT = 5
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
 # A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
 MAX_IMAGE_SIZE, MAX_LAYERS = 4096, 100
+
+
+class Encoded(NamedTuple):
+    """What an encoder made of B images; of an ensemble, regions and features are tuples of tensors."""
+
+    regions: Nested  # (B, R, D) for the decoder
+    features: Nested  # (B, R, F)
+    neighbors: Tensor | None  # (B, R, N) of the graph, as `RegionGraph.forward` returns them
+    edge_weights: list[Tensor]  # (B, R, N) of each graph layer
 
 
 class Captioner(nn.Module):
@@ -67,19 +77,32 @@ class Captioner(nn.Module):
         self.region_encoder = region_encoder
         self.image_size, self.resize, self.fine_tune_encoder = image_size, resize, fine_tune_encoder
 
-    def encode(self, inputs: Tensor, is_features: bool = False) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Regions for the decoder (B, R, D), with the graph's neighbors and edge weights (`RegionGraph.forward`).
+    @property
+    def sources(self) -> list["Captioner"]:
+        """Itself, as the one whose encoder gives the features; see `evaluation.ensemble.Ensemble`."""
+        return [self]
 
-        Args:
-            inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F).
-        """
-        features = inputs.float() if is_features else self.encoder(inputs)
+    @property
+    def fingerprints(self) -> list[tuple[str, str, int, str]]:
+        """The encoder's fingerprint; see `evaluation.ensemble.Ensemble`."""
+        return [self.encoder.fingerprint()]
+
+    def encode(self, inputs: Tensor, is_features: bool = False) -> "Encoded":
+        """What the decoder sees of images (B, 3, h, w) uint8 or, where `is_features`, of cached features (B, R, F)."""
+        return self.encode_features(self.features(inputs, is_features))
+
+    def features(self, inputs: Tensor, is_features: bool = False) -> Tensor:
+        """The encoder's features (B, R, F) of inputs as `encode` takes them."""
+        return inputs.float() if is_features else self.encoder(inputs)
+
+    def encode_features(self, features: Tensor) -> "Encoded":
+        """As `encode`, of the encoder's features (B, R, F)."""
         regions, neighbors, edge_weights = self.graph(self.region_layer(features), features)
-        return self.region_encoder(regions), neighbors, edge_weights
+        return Encoded(self.region_encoder(regions), features, neighbors, edge_weights)
 
     def encode_images(self, inputs: Tensor, is_features: bool = False) -> Tensor:
         """The regions (B, R, D) of `encode` alone."""
-        return self.encode(inputs, is_features)[0]
+        return self.encode(inputs, is_features).regions
 
     def forward(
         self, inputs: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, is_features: bool = False

@@ -101,7 +101,7 @@ def train_and_score(name: str, seed: int, settings: Settings) -> dict[str, Any]:
     print(f"\n{name}, seed {seed}")
     train.main(replace(train_settings, resume=str(last)) if last.is_file() else train_settings)
     eval_settings = eval_script.Settings(
-        checkpoint=str(folder / "best.pt"),
+        checkpoint=(str(folder / "best.pt"),),
         data_folder=train_settings.data_folder,
         split="val",
         beam_sizes=BEAM_SIZES,

@@ -5,6 +5,7 @@ Nearest Neighbor Approaches for Image Captioning" (Devlin et al., 2015). Shapes:
 encoder, N indexed photos, k neighbors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch.nn import functional
 
 from common.files import safe_load, save_torch
 from modules.encoders import Encoder
+from modules.step_decoder import Nested
 from preparation.storage import PackedCaptions
 from text.cider import CiderD
-from utils import InputError
+from utils import InputError, Runtime
 
 INDEX_FORMAT = 1
 CAPTION_ARRAYS = ("word_ids", "caption_offsets", "image_offsets")
@@ -77,13 +79,30 @@ class Consensus:
 
     Args:
         index: photos with captions.
+        fingerprints: of the captioner's encoder, or of an ensemble's encoders, `Ensemble.fingerprints`.
         weight: of the mean CIDEr-D (0 to 10) beside the length-normalized log-probability.
         neighbors: similar photos, k; each counts by its squared similarity.
         device: where the similarities are computed.
+
+    Raises InputError where the index was made with another encoder.
     """
 
-    def __init__(self, index: CaptionIndex, weight: float, neighbors: int, device: torch.device) -> None:
-        self.weight, self.neighbors, self.encoder = weight, min(neighbors, len(index.features)), index.encoder
+    def __init__(
+        self,
+        index: CaptionIndex,
+        fingerprints: Sequence[tuple[str, str, int, str]],
+        *,
+        weight: float,
+        neighbors: int,
+        device: torch.device,
+    ) -> None:
+        if index.encoder not in fingerprints:
+            raise InputError(
+                f"the index was made with another encoder, {index.encoder[0]} with other weights, layer or grid: make "
+                f"one of this model's with tools/index_captions.py"
+            )
+        self.source = list(fingerprints).index(index.encoder)
+        self.weight, self.neighbors = weight, min(neighbors, len(index.features))
         self.center, self.features = index.center.to(device), index.features.to(device)
         self.captions = index.captions.decode()
         self.cider = CiderD(self.captions)
@@ -97,9 +116,9 @@ class Consensus:
         cosines, indices = (query @ self.features.to(query.dtype).T).topk(self.neighbors)
         return cosines.clamp_min(0), indices
 
-    def rerank(self, candidates: list[Candidates], features: Tensor, length_penalty: float) -> list[Candidates]:
-        """The candidates of B images whose features are (B, R, F), each image's best first."""
-        cosines, indices = self.similar(features)
+    def rerank(self, candidates: list[Candidates], features: Nested, length_penalty: float) -> list[Candidates]:
+        """The candidates of B images, each image's best first: features (B, R, F), or a tuple of each encoder's."""
+        cosines, indices = self.similar(features if isinstance(features, Tensor) else features[self.source])
         images = zip(candidates, cosines.square().tolist(), indices.tolist(), strict=True)
         return [self._rerank_image(*image, length_penalty) for image in images]
 
@@ -115,6 +134,19 @@ class Consensus:
         ]
         order = sorted(range(len(candidates)), key=lambda i: -scores[i])
         return [candidates[i] for i in order]
+
+
+def load_consensus(settings: Any, captioner: Any, runtime: Runtime) -> Consensus | None:
+    """The consensus of a script's settings for its captioner or ensemble; None where it is not asked for."""
+    if not settings.consensus:
+        return None
+    return Consensus(
+        CaptionIndex.load(settings.consensus),
+        captioner.fingerprints,
+        weight=settings.consensus_weight,
+        neighbors=settings.neighbors,
+        device=runtime.device,
+    )
 
 
 def unit_vectors(means: Tensor, center: Tensor) -> Tensor:

@@ -1,38 +1,90 @@
 """Captions of a batch of images, with what they were decoded from.
 
-Shapes: T words of a caption, R regions, N neighbors of a region in the graph.
+Shapes: B images, C candidates of an image, T words of a caption, R regions, N neighbors of a region in the graph.
 """
 
 import contextlib
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models import Captioner
+from evaluation.consensus import Candidates, Consensus
+from evaluation.ensemble import Ensemble
+from models import Captioner, Encoded
 from modules.beam_search import SearchSettings, beam_search
+from modules.constraints import Constraints
 from modules.decoders import Decoder
+from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
-from text.vocabulary import Vocabulary
-from utils import Runtime, copy_to_device
+from modules.sampling import SamplingSettings, sample
+from modules.step_decoder import Nested, first_tensor, map_tensors
+from text.vocabulary import END, Vocabulary
+from utils import InputError, Runtime, copy_to_device, require_at_least
 
 
 @dataclass(frozen=True)
 class DecodingSettings:
-    """How captions are decoded."""
+    """How captions are decoded. Raises InputError for a value out of range."""
 
     beam_size: int = 1  # beams per image; 1 is greedy decoding
     max_length: int = 30  # maximum words of a caption, <end> included
     length_penalty: float = 0.5  # captions are ranked by log-probability / length ** length_penalty
+    no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
+    min_length: int = 0  # minimum words of a caption
+    banned_endings: tuple[str, ...] = ()  # words that no caption may end with
+    groups: int = 1  # groups that share the beams, each unlike those before it
+    diversity: float = 0.5  # what a word costs for each beam of earlier groups that chose it
+    samples: int = 0  # captions sampled per image in place of beams; 0: beam search
+    temperature: float = 1.0  # of the samples: below 1 they favor probable words
+    top_k: int = 0  # samples take only the k most probable words; 0: all
+    top_p: float = 1.0  # samples take only the most probable words that together reach this probability
+    seed: int = 0  # of the samples
     batch_size: int = 32  # images decoded at once
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "beam_size", "max_length", "groups", "batch_size")
+        require_at_least(self, 0, "length_penalty", "no_repeat_ngram", "min_length", "diversity", "samples", "top_k")
+        if self.min_length >= self.max_length:
+            raise InputError(f"--min_length {self.min_length}: must be below --max_length {self.max_length}")
+        if not self.temperature > 0:
+            raise InputError(f"--temperature {self.temperature}: must be above 0")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
+        if self.beam_size % self.groups:
+            raise InputError(f"--groups {self.groups}: cannot share {self.beam_size} beams evenly")
+
+    @classmethod
+    def of(cls, settings: Any, **changes: Any) -> "DecodingSettings":
+        """Those of a script's settings that have the same names, with changes to them."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)} | changes)
+
+    def search_settings(self, vocabulary: Vocabulary) -> SearchSettings:
+        """The settings of beam search. Raises InputError for a banned ending that the vocabulary lacks."""
+        for word in self.banned_endings:
+            if word not in vocabulary.word2idx:
+                raise InputError(f"--banned_endings {word}: the model does not know this word")
+        endings = tuple(vocabulary.word2idx[word] for word in self.banned_endings)
+        constraints = Constraints(self.no_repeat_ngram, self.min_length, endings)
+        return SearchSettings(
+            self.beam_size, self.max_length, self.length_penalty, constraints, self.groups, self.diversity
+        )
+
+    def sampling_settings(self) -> SamplingSettings:
+        """The settings of sampling."""
+        return SamplingSettings(self.samples, self.max_length, self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
 class ImageCaption:
     """The caption of one image and what it was decoded from, on the CPU."""
 
-    n_best: list[tuple[list[str], float]]  # captions as words, and their log-probabilities, best first
+    n_best: Candidates  # captions as words, and their log-probabilities, best first
+    before_consensus: list[str]  # the caption that is best without consensus re-ranking
     alpha: Tensor  # (T, R) attention weights of the best; T = 0 where they were not asked for
     gates: list[float] | None  # T gates beta of the best; None where the attention has none
     neighbors: Tensor | None  # (R, N) of the graph; None without graph layers
@@ -51,49 +103,88 @@ class ImageCaption:
 
 @torch.no_grad()
 def caption_images(
-    captioner: Captioner,
+    captioner: Captioner | Ensemble,
     vocabulary: Vocabulary,
-    inputs: Tensor,
+    inputs: Nested,
     decoding: DecodingSettings,
     runtime: Runtime,
     *,
-    is_features: bool = False,
+    is_features: bool | Sequence[bool] = False,
     with_attention: bool = True,
+    consensus: Consensus | None = None,
 ) -> list[ImageCaption]:
-    """Caption a batch of images with a captioner in eval mode.
+    """Caption a batch of images with a captioner in eval mode, or with an ensemble.
 
     Args:
-        inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F).
+        inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F); of an ensemble also a
+            tuple of them, as `Ensemble.encode` takes it.
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
+        consensus: re-ranks the candidates of each image.
     """
-    inputs = copy_to_device(inputs, runtime.device)
+    inputs = map_tensors(lambda x: copy_to_device(x, runtime.device), inputs)
     with runtime.autocast():
-        regions, neighbors, edge_weights = captioner.encode(inputs, is_features)
-        search = SearchSettings(decoding.beam_size, decoding.max_length, decoding.length_penalty)
-        captions, log_probs = beam_search(captioner.decoder, regions, search)
-        words = [[vocabulary.decode(caption) for caption in beams] for beams in captions.tolist()]
+        encoded: Encoded = captioner.encode(inputs, is_features)  # pyright: ignore[reportArgumentType]
+        searched = candidates = find_candidates(captioner, vocabulary, encoded.regions, decoding)
+        if consensus:
+            candidates = consensus.rerank(candidates, encoded.features, decoding.length_penalty)
+        regions = first_tensor(encoded.regions)
         alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
         if with_attention:
-            longest = max(len(beams[0]) for beams in words) + 1  # with <end>
-            alpha, gates = attend(captioner.decoder, regions, captions[:, 0, :longest])
+            best = encode_words([image[0][0] for image in candidates], vocabulary)
+            alpha, gates = attend(captioner.decoder, encoded.regions, copy_to_device(best, regions.device))
     # All moves to the CPU are of the whole batch: each waits for the device.
-    log_probs, alpha = log_probs.tolist(), alpha.float().cpu()
+    alpha = alpha.float().cpu()
     gates = None if gates is None else gates.tolist()
-    neighbors = None if neighbors is None else neighbors.cpu()
-    edge_weights = [weights.float().cpu() for weights in edge_weights]
+    neighbors = None if encoded.neighbors is None else encoded.neighbors.cpu()
+    edge_weights = [weights.float().cpu() for weights in encoded.edge_weights]
     return [
         ImageCaption(
-            n_best=[beam for beam in zip(words[b], log_probs[b], strict=True) if beam[1] != -math.inf],
+            n_best=candidates[b],
+            before_consensus=searched[b][0][0],
             alpha=alpha[b],
             gates=None if gates is None else gates[b],
             neighbors=None if neighbors is None else neighbors[b],
             edge_weights=[weights[b] for weights in edge_weights],
         )
-        for b in range(len(inputs))
+        for b in range(len(candidates))
     ]
 
 
-def attend(decoder: Decoder, regions: Tensor, captions: Tensor) -> tuple[Tensor, Tensor | None]:
+def find_candidates(
+    captioner: Captioner | Ensemble, vocabulary: Vocabulary, regions: Nested, decoding: DecodingSettings
+) -> list[Candidates]:
+    """The candidates of B images by beam search or sampling, each image's best first, without repetitions.
+
+    regions (B, R, D), or a tuple of them for an ensemble.
+    """
+    if decoding.samples:
+        generator = torch.Generator(first_tensor(regions).device).manual_seed(decoding.seed)
+        captions = sample(captioner.decoder, regions, decoding.sampling_settings(), generator)  # (B, C, T)
+        log_probs = force_decode(captioner.decoder, regions, captions)[0]  # (B, C)
+        lengths = (captions != END).sum(dim=-1) + 1
+        order = (log_probs / lengths**decoding.length_penalty).argsort(dim=1, descending=True)
+        captions, log_probs = captions.gather(1, order.unsqueeze(-1).expand_as(captions)), log_probs.gather(1, order)
+    else:
+        captions, log_probs = beam_search(captioner.decoder, regions, decoding.search_settings(vocabulary))
+    found = []
+    for image_captions, image_log_probs in zip(captions.tolist(), log_probs.tolist(), strict=True):
+        words = [vocabulary.decode(caption) for caption in image_captions]
+        pairs = [pair for pair in zip(words, image_log_probs, strict=True) if pair[1] != -math.inf]
+        unique: dict[str, tuple[list[str], float]] = {}
+        for pair in pairs:
+            unique.setdefault(" ".join(pair[0]), pair)
+        found.append(list(unique.values()))
+    return found
+
+
+def encode_words(captions: list[list[str]], vocabulary: Vocabulary) -> Tensor:
+    """Captions as word ids (B, T), <end> repeated after their end: T is that of the longest, with its <end>."""
+    longest = max(map(len, captions)) + 1
+    word2idx = vocabulary.word2idx
+    return torch.tensor([[*map(word2idx.__getitem__, words), *[END] * (longest - len(words))] for words in captions])
+
+
+def attend(decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor) -> tuple[Tensor, Tensor | None]:
     """Attention weights (B, T, R) and gates beta (B, T) of captions (B, T); None for attention without a gate."""
     gates: list[Tensor] = []
     with contextlib.ExitStack() as stack:
@@ -101,4 +192,5 @@ def attend(decoder: Decoder, regions: Tensor, captions: Tensor) -> tuple[Tensor,
             hook = decoder.gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid()))
             stack.callback(hook.remove)
         alpha = force_decode(decoder, regions, captions.unsqueeze(1))[1].squeeze(1)
-    return alpha, torch.cat(gates, dim=1).squeeze(-1) if gates else None
+    repeats = len(gates) // captions.shape[1]  # in an ensemble of views a decoder takes a step for each of them
+    return alpha, torch.cat(gates[::repeats], dim=1).squeeze(-1) if gates else None

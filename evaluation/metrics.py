@@ -18,6 +18,8 @@ from utils import InputError
 # The columns of the table, in their order.
 TITLES = {
     "beam_size": "beam",
+    "samples": "samples",
+    "consensus": "consensus",
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
     "bleu_3": "BLEU-3",
@@ -28,7 +30,12 @@ TITLES = {
     "pointing": "pointing",
     "images_per_second": "images/s",
 }
-FORMATS = {"beam_size": "{}", "images_per_second": "{:.1f}"}  # all others have four digits
+FORMATS = {
+    "beam_size": "{}",
+    "samples": "{}",
+    "consensus": "{:g}",
+    "images_per_second": "{:.1f}",
+}  # all others have four digits
 
 
 class Meteor(reference_meteor.Meteor):
@@ -85,11 +92,12 @@ def compute_metrics(
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of scores as a Markdown table, with the columns that the first row has."""
-    columns = [name for name in TITLES if rows[0].get(name) is not None]
+    """Rows of scores as a Markdown table, a dash where a row lacks what another has."""
+    columns = [name for name in TITLES if any(row.get(name) is not None for row in rows)]
     lines = ["| " + " | ".join(TITLES[name] for name in columns) + " |", "| ---: " * len(columns) + "|"]
     for row in rows:
-        lines.append("| " + " | ".join(FORMATS.get(name, "{:.4f}").format(row[name]) for name in columns) + " |")
+        values = [(row.get(name), FORMATS.get(name, "{:.4f}")) for name in columns]
+        lines.append("| " + " | ".join("-" if value is None else form.format(value) for value, form in values) + " |")
     return "\n".join(lines)
 
 

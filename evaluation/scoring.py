@@ -1,17 +1,17 @@
-"""Captions and scores of a whole split.
-
-Shapes: T words of a caption, R regions.
-"""
+"""Captions and scores of a whole split."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from common.distributed import all_gather, rank, world_size
 from datasets import CaptionDataset, in_order, make_batches, make_loader
-from evaluation.generation import DecodingSettings, caption_images
+from evaluation.consensus import Consensus
+from evaluation.ensemble import Ensemble
+from evaluation.generation import DecodingSettings, ImageCaption, caption_images
 from evaluation.metrics import compute_metrics
 from evaluation.pointing import pointing_accuracy
 from models import Captioner
@@ -20,60 +20,73 @@ from utils import Runtime
 
 
 def caption_dataset(
-    captioner: Captioner,
+    captioner: Captioner | Ensemble,
     vocabulary: Vocabulary,
-    dataset: CaptionDataset,
+    datasets: Sequence[CaptionDataset],
     decoding: DecodingSettings,
     runtime: Runtime,
-) -> tuple[list[list[str]], list[Tensor]]:
-    """Caption every image of a dataset; each process decodes its share.
+    consensus: Consensus | None = None,
+) -> list[ImageCaption]:
+    """Caption every image of a split; each process decodes its share.
 
-    Returns, in the dataset's order, the captions as lists of words and the attention weights (T, R) of each, with T = 0
-    where the dataset has no boxes to compare them with.
+    Args:
+        datasets: the split, as the captioner takes it; of an ensemble, as each of its `sources` takes it.
+
+    Returns the captions in the split's order, with attention weights where it has boxes to compare them with.
     """
     captioner.eval()
-    results: list[tuple[int, list[str], Tensor]] = []  # of this process
-    batches = make_batches(in_order(len(dataset)), decoding.batch_size)
-    progress = tqdm(
-        total=len(dataset), desc=f"beam {decoding.beam_size}", unit="image", leave=False, disable=rank() > 0
-    )
-    with progress:
-        for batch in make_loader(dataset, batches):
+    results: list[tuple[int, ImageCaption]] = []  # of this process
+    title = f"{decoding.samples} samples" if decoding.samples else f"beam {decoding.beam_size}"
+    batches = make_batches(in_order(len(datasets[0])), decoding.batch_size)
+    with tqdm(total=len(datasets[0]), desc=title, unit="image", leave=False, disable=rank() > 0) as progress:
+        for parts in zip(*(make_loader(dataset, batches) for dataset in datasets), strict=True):
+            inputs, are_features = tuple(part.inputs for part in parts), [part.is_features for part in parts]
+            single = isinstance(captioner, Captioner)
             decoded = caption_images(
                 captioner,
                 vocabulary,
-                batch.inputs,
+                inputs[0] if single else inputs,
                 decoding,
                 runtime,
-                is_features=batch.is_features,
-                with_attention=dataset.has_boxes,
+                is_features=are_features[0] if single else are_features,
+                with_attention=datasets[0].has_boxes,
+                consensus=consensus,
             )
-            for index, image in zip(batch.indices, decoded, strict=True):
-                results.append((index, image.words, image.alpha.clone()))  # a pickled view holds the whole batch
-            progress.update(len(batch.indices) * world_size())
-    results = sorted(all_gather(results), key=lambda result: result[0])
-    return [words for _, words, _ in results], [alpha for _, _, alpha in results]
+            for index, image in zip(parts[0].indices, decoded, strict=True):
+                # A pickled view holds the whole batch.
+                results.append((index, replace(image, alpha=image.alpha.clone(), neighbors=None, edge_weights=[])))
+            progress.update(len(decoded) * world_size())
+    return [image for _, image in sorted(all_gather(results), key=lambda result: result[0])]
 
 
 def evaluate(
-    captioner: Captioner,
+    captioner: Captioner | Ensemble,
     vocabulary: Vocabulary,
-    dataset: CaptionDataset,
+    datasets: Sequence[CaptionDataset],
     decoding: DecodingSettings,
     runtime: Runtime,
+    *,
     meteor: bool = False,
-) -> tuple[dict[str, Any], list[list[str]]]:
-    """Caption a dataset and score the captions.
+    consensus: Consensus | None = None,
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Caption a split, as `caption_dataset` does, and score the captions.
 
-    Returns a row of scores, with pointing accuracy where the dataset has boxes and the decoder has attention, and
-    the captions as lists of words.
+    Returns a row of scores, with pointing accuracy where the split has boxes and the decoder has attention, and the
+    captions as lists of words. With a `consensus`, a row of the captions without it comes first.
     """
     start = time.perf_counter()
-    captions, alphas = caption_dataset(captioner, vocabulary, dataset, decoding, runtime)
+    images = caption_dataset(captioner, vocabulary, datasets, decoding, runtime, consensus)
     seconds = time.perf_counter() - start
-    row: dict[str, Any] = {"beam_size": decoding.beam_size}
-    row |= compute_metrics(dataset.references.decode(), captions, meteor)
-    row["images_per_second"] = len(dataset) / seconds
-    if dataset.has_boxes and captioner.decoder.has_attention:
-        row["pointing"] = pointing_accuracy(dataset.entries, captions, alphas)
-    return row, captions
+    references = datasets[0].references.decode()
+    row: dict[str, Any] = {"samples": decoding.samples} if decoding.samples else {"beam_size": decoding.beam_size}
+    rows = []
+    if consensus:
+        captions = [image.before_consensus for image in images]
+        rows.append(row | {"consensus": 0.0} | compute_metrics(references, captions, meteor))
+        row["consensus"] = consensus.weight
+    captions = [image.words for image in images]
+    row |= compute_metrics(references, captions, meteor)
+    row["images_per_second"] = len(images) / seconds
+    if datasets[0].has_boxes and captioner.decoder.has_attention:
+        row["pointing"] = pointing_accuracy(datasets[0].entries, captions, [image.alpha for image in images])
+    return [*rows, row], captions

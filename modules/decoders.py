@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.layers import Dropout, sample_categorical
 from modules.step_decoder import Nested
 from text.vocabulary import PAD, START
-from utils import copy_to_device
+from utils import InputError, copy_to_device
 
 INIT_RANGE = 0.1  # word embeddings are initialized uniformly in [-INIT_RANGE, INIT_RANGE]
 
@@ -91,6 +91,15 @@ class Decoder(nn.Module):
     def gate(self) -> nn.Module | None:
         """The layer of one unit whose sigmoid, at each word, scales what the decoder sees; None without."""
         return None
+
+    def choose_alpha(self, layer: int = 0, head: int = 0) -> None:
+        """Choose the attention weights that are returned, where a decoder has several layers and heads; 0: its default.
+
+        Raises InputError for a layer or head that does not exist.
+        """
+        for name, value in (("layer", layer), ("head", head)):
+            if value:
+                raise InputError(f"--alpha_{name} {value}: only a transformer decoder has several to choose from")
 
     def keys(self, regions: Tensor) -> Nested:
         """What does not depend on the words, once per image: (B, R, D) -> tensors (B, ...)."""

@@ -41,6 +41,10 @@ class EnsembleDecoder:
         """The gate of the first member; see `modules.decoders.Decoder.gate`."""
         return self.members[0].gate
 
+    def choose_alpha(self, layer: int = 0, head: int = 0) -> None:
+        """As `modules.decoders.Decoder.choose_alpha`, of the first member."""
+        self.members[0].choose_alpha(layer, head)
+
     def keys(self, regions: tuple[Tensor, ...]) -> Nested:
         """The members' keys: regions, a tuple of (B, R, D) -> tuple of tensors (B, ...)."""
         return tuple(member.keys(r) for member, r in zip(self.members, regions, strict=True))

@@ -100,9 +100,9 @@ def decode(run, device, settings, common):
     """The scores and captions of eval.py for a run, after caption.py with its pictures."""
     decoding = {"device": device, "precision": settings.precision, "max_length": 4}
     best, photo = str(run / "best.pt"), str(min(Path(common["data_folder"], "photos").glob("*.png")))
-    eval.main(eval.Settings(best, beam_sizes=(3,), **decoding, **common))
+    eval.main(eval.Settings((best,), beam_sizes=(3,), **decoding, **common))
     graph_word = "a" if settings.graph_layers else ""
-    caption.main(caption.Settings((photo,), best, str(run / "pictures"), graph_word=graph_word, **decoding))
+    caption.main(caption.Settings((photo,), (best,), str(run / "pictures"), graph_word=graph_word, **decoding))
     scores = read_json(next(run.glob("scores_*.json")))["scores"]
     return {"scores": without_times(scores), "captions": read_json(next(run.glob("results_*.json")))}
 

@@ -68,7 +68,7 @@ def evaluate(command, shapes, run_folder, monkeypatch):
 def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
     assert evaluate("--output_folder", tmp_path, "--length_penalty", 0.7, "--precision", "fp32")[0] == 0
     scores = json.loads((tmp_path / f"scores_best_{shapes.name}_test.json").read_text())
-    assert scores["checkpoint"] == str(run_folder / "best.pt") and scores["data_folder"] == str(shapes)
+    assert scores["checkpoint"] == [str(run_folder / "best.pt")] and scores["data_folder"] == str(shapes)
     assert (scores["dataset"], scores["split"]) == ("shapes", "test")
     assert scores["digest"] == json.loads((shapes / "dataset.json").read_text())["digest"]
     assert scores["decoding"] == {"length_penalty": 0.7, "max_length": 3, "batch_size": 32}

@@ -38,6 +38,7 @@ def build_dataset(
     hflip: bool = False,
     in_memory: bool = False,
     features_folder: str = "",
+    cached: bool = True,
 ) -> CaptionDataset:
     """One split as a captioner takes it: images or, where its encoder is frozen, their cached features.
 
@@ -46,6 +47,7 @@ def build_dataset(
         in_memory: read all images into memory at once.
         features_folder: where features are cached; "": in `features` of the data folder or, where that cannot be
             written, in the user's cache.
+        cached: False yields images, whatever the encoder, as several views of a photo need them.
 
     Raises InputError where the folder's images are not of the captioner's size, or features cannot be cached.
     """
@@ -57,7 +59,7 @@ def build_dataset(
             f"--image_size {captioner.image_size} --resize {captioner.resize}"
         )
     dataset = CaptionDataset(data_folder, split, vocabulary, metadata)
-    if not captioner.fine_tune_encoder:
+    if cached and not captioner.fine_tune_encoder:
         encoder = captioner.encoder
         names = cache_names(dataset, encoder, runtime, hflip)
         size = len(dataset) * encoder.num_regions * encoder.feature_dim * 2  # bytes, of float16

@@ -26,6 +26,10 @@ def index():
     return CaptionIndex.build(encoder, MEANS, PackedCaptions.pack(CAPTIONS))
 
 
+def consensus(index, weight, neighbors):
+    return Consensus(index, [index.encoder], weight=weight, neighbors=neighbors, device=torch.device("cpu"))
+
+
 def by_formula(query, weight, neighbors, length_penalty):
     """The scores of CANDIDATES, with plain loops."""
     center = MEANS.mean(dim=0)
@@ -42,7 +46,7 @@ def by_formula(query, weight, neighbors, length_penalty):
 @pytest.mark.parametrize("weight", [0.0, 0.3, 2.0])
 def test_candidates_are_ranked_by_the_formula(index, weight):
     regions = torch.tensor([[[0.5, 0.4, 0], [1.5, 0, 0.2]], [[-1.0, 0.4, 0], [-1.0, 0.4, 0]]])  # (B, R, F)
-    found = Consensus(index, weight, 3, torch.device("cpu")).rerank([CANDIDATES] * 2, regions, 0.5)
+    found = consensus(index, weight, 3).rerank([CANDIDATES] * 2, regions, 0.5)
     for b, ranked in enumerate(found):
         scores = by_formula(regions[b].mean(dim=0), weight, 3, 0.5)
         assert ranked == [CANDIDATES[i] for i in np.argsort([-score for score in scores])]
@@ -52,7 +56,7 @@ def test_candidates_are_ranked_by_the_formula(index, weight):
 
 def test_photos_of_no_similarity_change_nothing(index):
     center = MEANS.mean(dim=0).view(1, 1, -1)  # cosines of a zero vector
-    assert Consensus(index, 9.0, 2, torch.device("cpu")).rerank([CANDIDATES], center, 0.5) == [CANDIDATES]
+    assert consensus(index, 9.0, 2).rerank([CANDIDATES], center, 0.5) == [CANDIDATES]
 
 
 def test_an_index_is_read_as_it_was_written(index, tmp_path):
@@ -87,3 +91,12 @@ def test_a_damaged_index_is_refused(index, tmp_path, name, value):
 def test_another_file_is_no_index(run_folder):
     with pytest.raises(InputError, match=r"best.pt is not an index of captions"):
         CaptionIndex.load(run_folder / "best.pt")
+
+
+def test_an_index_of_another_encoder_is_refused(index):
+    other = ("resnet18", "layer4", 0, "digest")
+    with pytest.raises(InputError, match="another encoder, mobilenet_v3_small with other weights, layer or grid"):
+        Consensus(index, [other], weight=1.0, neighbors=2, device=torch.device("cpu"))
+    found = Consensus(index, [other, index.encoder], weight=2.0, neighbors=3, device=torch.device("cpu"))
+    features = (torch.zeros(1, 2, 5), torch.tensor([[[0.5, 0.4, 0], [1.5, 0, 0.2]]]))  # of the two encoders
+    assert found.rerank([CANDIDATES], features, 0.5) == consensus(index, 2.0, 3).rerank([CANDIDATES], features[1], 0.5)

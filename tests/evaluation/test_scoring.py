@@ -15,22 +15,22 @@ def test_captions_of_a_dataset_are_those_of_each_image(shapes, run_folder):
     runtime = choose_runtime("cpu", "fp32")
     dataset = CaptionDataset(shapes, "train", vocabulary)
     decoding = DecodingSettings(beam_size=2, max_length=5, batch_size=7)
-    captions, alphas = caption_dataset(captioner, vocabulary, dataset, decoding, runtime)
+    found = caption_dataset(captioner, vocabulary, [dataset], decoding, runtime)
     with h5py.File(shapes / "train_images.hdf5") as file:
         images = torch.from_numpy(file["images"][:])
-    assert len(captions) == len(alphas) == len(images)
-    for image, words, alpha in zip(images, captions, alphas, strict=True):
+    assert len(found) == len(images)
+    for image, caption in zip(images, found, strict=True):
         (expected,) = caption_images(captioner, vocabulary, image[None], decoding, runtime)
-        assert words == expected.words and 0 < len(words) <= 5
+        assert caption.words == caption.before_consensus == expected.words and 0 < len(caption.words) <= 5
         length = len(expected.alpha)  # a batch is as long as its longest caption
-        torch.testing.assert_close(alpha[:length], expected.alpha)
-        assert not alpha[length:].any()
+        torch.testing.assert_close(caption.alpha[:length], expected.alpha)
+        assert not caption.alpha[length:].any()
 
 
 def test_evaluate_returns_a_row_and_its_captions(shapes, run_folder):
     captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
     dataset = CaptionDataset(shapes, "val", vocabulary)
     decoding = DecodingSettings(beam_size=2, max_length=3)
-    row, captions = evaluate(captioner, vocabulary, dataset, decoding, choose_runtime("cpu", "fp32"))
+    (row,), captions = evaluate(captioner, vocabulary, [dataset], decoding, choose_runtime("cpu", "fp32"))
     assert row["beam_size"] == 2 and row["meteor"] is None and 0 <= row["pointing"] <= 1
     assert len(captions) == len(dataset) and all(len(words) <= 3 for words in captions)
