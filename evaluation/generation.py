@@ -86,7 +86,7 @@ class ImageCaption:
     n_best: Candidates  # captions as words, and their log-probabilities, best first
     before_consensus: list[str]  # the caption that is best without consensus re-ranking
     alpha: Tensor  # (T, R) attention weights of the best; T = 0 where they were not asked for
-    gates: list[float] | None  # T gates beta of the best; None where the attention has none
+    gates: list[float] | None  # T gates of the best (`Decoder.gate`), from 0 to 1; None where the decoder has none
     neighbors: Tensor | None  # (R, N) of the graph; None without graph layers
     edge_weights: list[Tensor]  # (R, N) of each graph layer
 
@@ -185,7 +185,7 @@ def encode_words(captions: list[list[str]], vocabulary: Vocabulary) -> Tensor:
 
 
 def attend(decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Attention weights (B, T, R) and gates beta (B, T) of captions (B, T); None for attention without a gate."""
+    """Attention weights (B, T, R) and gates (B, T), from 0 to 1, of captions (B, T); None for decoders without."""
     gates: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         if decoder.gate is not None:

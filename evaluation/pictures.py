@@ -49,20 +49,21 @@ def plot_attention(
     """Plot the photo and, for each word, a tile of the photo that is bright where the attention is high.
 
     All tiles share one scale, relative to the uniform weight 1 / R, so uniform attention is dim everywhere. Titles
-    name a word's largest weight and its gate beta, which scales the context (Xu et al., 2015, section 4.2.1).
+    name a word's largest weight and its gate, the weight of the image: beta of soft attention (Xu et al., 2015,
+    section 4.2.1), 1 - beta of adaptive attention (Lu et al., 2017).
 
     Args:
         photo: as `open_for_picture` returns it.
         words: T words; without any, the figure is just the photo.
         alpha: (T, R) attention weights; further rows are ignored.
-        gates: beta of each word, None for attention without a gate; further ones are ignored.
+        gates: of each word, None for a decoder without a gate; further ones are ignored.
     """
     aspect, title_height = photo.height / photo.width, TITLE_HEIGHT if words else 0
     columns, width = _tile_columns(len(words) + 1, aspect)
     rows, row_height = math.ceil((len(words) + 1) / columns), width * aspect + title_height
     titles = [("", f"uniform: {1 / alpha.shape[1]:.3f}" if words else "")]
     for t, word in enumerate(words):
-        titles.append((word, f"max {alpha[t].max():.3f}" + ("" if gates is None else f", β {gates[t]:.2f}")))
+        titles.append((word, f"max {alpha[t].max():.3f}" + ("" if gates is None else f", gate {gates[t]:.2f}")))
     pixels = np.asarray(photo.resize((round(100 * width), max(1, round(100 * width * aspect)))))
     tiles = [pixels, *(pixels * _brightness(alpha[: len(words)], *pixels.shape[:2])).astype(np.uint8)]
     figure = Figure(figsize=(width * columns, row_height * rows))

@@ -140,7 +140,7 @@ class AdaptiveAttention(nn.Module):
         self.sentinel_proj = nn.Linear(hidden_dim, region_dim)
         self.sentinel_key = nn.Linear(region_dim, attention_dim)
         self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a bias
-        self.gate = nn.Identity()  # of the logit of 1 - beta, for `modules.decoders.Decoder.gate`
+        self.gate = nn.Identity()  # it is given the logit of 1 - beta: see `modules.decoders.Decoder.gate`
 
     def forward(self, regions: Tensor, keys: Tensor, hidden: Tensor, sentinel: Tensor) -> tuple[Tensor, Tensor]:
         """regions (B, R, D), keys (B, R, A), hidden and sentinel (B, C, H) -> context (B, C, D), alpha (B, C, R).

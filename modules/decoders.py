@@ -89,7 +89,10 @@ class Decoder(nn.Module):
 
     @property
     def gate(self) -> nn.Module | None:
-        """The layer of one unit whose sigmoid, at each word, scales what the decoder sees; None without."""
+        """The module of one output whose sigmoid, at each word, is the weight of the image; None without.
+
+        Near 0 the decoder hardly uses the image for the word, whatever alpha is.
+        """
         return None
 
     def choose_alpha(self, layer: int = 0, head: int = 0) -> None:

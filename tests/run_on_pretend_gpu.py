@@ -28,6 +28,7 @@ import modules.decoders
 import modules.graph
 import modules.layers
 import modules.recurrent
+import modules.up_down
 import train
 import training.losses
 import training.optim
@@ -64,6 +65,8 @@ CASES = {
         doubly_stochastic=1.0,
     ),
     "dot attention": replace(FROZEN, cell="rnn", attention="dot"),
+    "adaptive attention": replace(FROZEN, attention="adaptive", image_first=True, layers=2),
+    "up_down": replace(FROZEN, decoder="up_down"),
     "fine-tuned encoder": replace(FROZEN, attention="none", fine_tune_encoder=True, in_memory=True),
     "transformer": replace(
         FROZEN, decoder="transformer", encoder_layers=1, scheduled_sampling_max_prob=0.5, doubly_stochastic=1.0
@@ -116,7 +119,8 @@ def paths_of_gpus():
     """Let the CPU take the paths of a GPU where the project has two."""
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(modules.layers.Dropout, "forward", nn.Dropout.forward))
-    stack.enter_context(patch.object(modules.attention, "additive_scores", additive_scores))
+    for module in (modules.attention, modules.up_down):
+        stack.enter_context(patch.object(module, "additive_scores", additive_scores))
     stack.enter_context(patch.object(modules.recurrent.RecurrentDecoder, "_embed_words", embed_words))
     return stack
 
@@ -138,6 +142,8 @@ STEPS = {
     "soft attention": FROZEN,
     "no attention": replace(FROZEN, attention="none"),
     "hard attention": replace(FROZEN, attention="hard"),
+    "adaptive attention": replace(FROZEN, attention="adaptive", image_first=True, layers=2),
+    "up_down": replace(FROZEN, decoder="up_down"),
     "doubly stochastic": replace(FROZEN, doubly_stochastic=1.0),
     "graph": replace(FROZEN, graph_layers=2),
     "scheduled sampling": replace(FROZEN, scheduled_sampling_max_prob=0.5),

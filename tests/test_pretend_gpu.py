@@ -24,6 +24,8 @@ WAITS = {
     "step, soft attention": {"training/steps.py optimize: copy to the CPU": 1},
     "step, no attention": {"training/steps.py optimize: copy to the CPU": 1},
     "step, hard attention": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, adaptive attention": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, up_down": {"training/steps.py optimize: copy to the CPU": 1},
     "step, doubly stochastic": {"training/steps.py optimize: copy to the CPU": 1},
     "step, graph": {"training/steps.py optimize: copy to the CPU": 1},
     "step, scheduled sampling": {"training/steps.py optimize: copy to the CPU": 1},

@@ -32,7 +32,7 @@ def titles_of(figure):
 
 def test_tiles_are_bright_where_the_attention_is_high():
     figure = plot_attention(WHITE, ["one", "two"], np.eye(4)[[1, 2]], [0.25, 1.0])
-    assert titles_of(figure) == [("one", "max 1.000, β 0.25"), ("two", "max 1.000, β 1.00")]
+    assert titles_of(figure) == [("one", "max 1.000, gate 0.25"), ("two", "max 1.000, gate 1.00")]
     first, second = tiles_of(figure)
     height, width = first.shape[0] // 2, first.shape[1] // 2
     assert width == pytest.approx(2 * height, abs=1)
