@@ -63,7 +63,9 @@ def flags(data_folder, run_folder, settings=SMALL):
     switches = {True: "--{}", False: "--no-{}"}
     arguments = []
     del values["plot"]  # it plots and does not train
-    for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(decoder_settings(settings.decoder)):
+    for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(
+        decoder_settings(settings.decoder)
+    ):
         del values[name]  # of other decoders
     for name, value in values.items():
         arguments += [switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)]

@@ -80,7 +80,9 @@ def test_the_decoder_equals_torch_layers_with_its_weights(batch):
     for b, c in itertools.product(range(3), range(3)):
         if length := int(batch.lengths[b, c]):
             words = batch.words[b, c, :length]
-            x = decoder.embedding_proj(decoder.embedding(words) * math.sqrt(5)) + sine_positions(torch.arange(length), 8)
+            x = decoder.embedding_proj(decoder.embedding(words) * math.sqrt(5)) + sine_positions(
+                torch.arange(length), 8
+            )
             x = x.unsqueeze(0)
             causal = nn.Transformer.generate_square_subsequent_mask(length)
             for layer in layers:
