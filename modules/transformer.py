@@ -88,7 +88,7 @@ class DecoderLayer(nn.Module):
 
 
 class TransformerDecoder(Decoder):
-    """A transformer decoder (Vaswani et al., 2017) with sine positions of the words and a layer normalization at its end.
+    """A transformer decoder (Vaswani et al., 2017): word embeddings with sine positions, layers, normalization, output.
 
     `choose_alpha` says which attention weights it returns: of the last layer, averaged over its heads, by default.
 
@@ -119,7 +119,7 @@ class TransformerDecoder(Decoder):
         if hidden_dim % heads:
             raise InputError(f"--heads {heads}: does not divide --hidden_dim {hidden_dim}")
         sizes = {"hidden_dim": hidden_dim, "region_dim": region_dim, "heads": heads, "ffn_dim": ffn_dim}
-        self.hidden_dim = hidden_dim
+        self.hidden_dim, self.heads = hidden_dim, heads
         self.embedding_proj = nn.Linear(embed_dim, hidden_dim) if embed_dim != hidden_dim else nn.Identity()
         self.layers = nn.ModuleList(DecoderLayer(**sizes, dropout=dropout) for _ in range(decoder_layers))
         self.norm = nn.LayerNorm(hidden_dim)
@@ -133,20 +133,19 @@ class TransformerDecoder(Decoder):
 
         Raises InputError for a layer or head that does not exist.
         """
-        layers, heads = len(self.layers), self.layers[0].heads
-        for name, value, count in (("layer", layer, layers), ("head", head, heads)):
+        layers = len(self.layers)
+        for name, value, count in (("layer", layer, layers), ("head", head, self.heads)):
             if not 0 <= value <= count:
                 raise InputError(f"--alpha_{name} {value}: the decoder has {count}: give 1 to {count}, or 0")
         self.alpha_layer, self.alpha_head = (layer or layers) - 1, head
 
     def keys(self, regions: Tensor) -> Nested:
         """Keys and values of each layer's attention to the regions: (B, R, D) -> per layer (B, n, R, d) twice."""
-        return tuple(layer.keys(regions) for layer in self.layers)
+        return tuple(layer.keys(regions) for layer in self.layers if isinstance(layer, DecoderLayer))
 
     def init_state(self, regions: Tensor) -> tuple[Nested, ...]:
         """The cache of no words: (B, R, D) -> per layer keys and values (B, 1, n, 0, d)."""
-        heads = self.layers[0].heads
-        empty = regions.new_empty(len(regions), 1, heads, 0, self.hidden_dim // heads)
+        empty = regions.new_empty(len(regions), 1, self.heads, 0, self.hidden_dim // self.heads)
         return tuple((empty, empty) for _ in self.layers)
 
     def step(
@@ -156,6 +155,7 @@ class TransformerDecoder(Decoder):
         positions = torch.full((1,), state[0][0].shape[3], device=words.device)
         x, alpha, caches = self._embed(words, positions), None, []
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
             x, layer_alpha, cache = layer.step(x, keys[i], state[i], i == self.alpha_layer)
             alpha = alpha if layer_alpha is None else layer_alpha
             caches.append(cache)

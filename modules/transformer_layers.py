@@ -25,7 +25,7 @@ def init_linears(module: nn.Module) -> None:
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
-    """Split what one linear layer projects, such as queries, keys and values: (..., parts n d) -> (..., parts, n, d)."""
+    """Split what a linear layer projects, such as queries, keys and values: (..., parts n d) -> (..., parts, n, d)."""
     return x.unflatten(-1, (parts, heads, x.shape[-1] // (parts * heads)))
 
 

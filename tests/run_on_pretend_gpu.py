@@ -15,6 +15,8 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,6 +30,9 @@ import modules.decoders
 import modules.graph
 import modules.layers
 import modules.recurrent
+import modules.region_encoder
+import modules.transformer
+import modules.transformer_layers
 import modules.up_down
 import train
 import training.losses
@@ -122,12 +127,22 @@ def paths_of_gpus():
     for module in (modules.attention, modules.up_down):
         stack.enter_context(patch.object(module, "additive_scores", additive_scores))
     stack.enter_context(patch.object(modules.recurrent.RecurrentDecoder, "_embed_words", embed_words))
+    for module in (modules.transformer, modules.region_encoder):
+        stack.enter_context(patch.object(module, "attend", attend))
     return stack
 
 
 def additive_scores(keys, query, weight):
     """`modules.layers.additive_scores` as a GPU computes it."""
     return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_() @ weight.to(keys.dtype)
+
+
+def attend(query, key, value, *, is_causal=False, with_alpha=False):
+    """`modules.transformer_layers.attend` as a GPU computes it, with the same kernel of torch on the CPU."""
+    if with_alpha:
+        return modules.transformer_layers.attend(query, key, value, is_causal=is_causal, with_alpha=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal), None
 
 
 def embed_words(decoder, words):
