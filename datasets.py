@@ -16,9 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import rank, world_size
 from preparation.storage import read_captions
-from text.vocabulary import PAD, UNK, Vocabulary
-
-FLIPPED_WORDS = {"left": "right", "right": "left"}
+from text.vocabulary import FLIPPED_WORDS, PAD, UNK, Vocabulary
 
 Item = tuple[int, bool]  # the index of an image in its split, and whether it is flipped horizontally
 

@@ -14,27 +14,36 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.files import safe_load
+from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.decoders import Decoder, DecoderOutput
 from modules.encoders import Encoder
 from modules.graph import RegionGraph
 from modules.layers import Dropout, init_linear
+from modules.region_encoder import POSITIONS, RegionEncoder
 from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
+from modules.transformer import TransformerDecoder
+from modules.up_down import UpDownDecoder
 from text.vocabulary import Vocabulary
 from utils import InputError, first_line, has_type, require_at_least, require_below_one
 
-DECODERS = {"recurrent": ShowAttendTell, "sgrvinod": SgrvinodDecoder}
+DECODERS = {
+    "recurrent": ShowAttendTell,
+    "up_down": UpDownDecoder,
+    "transformer": TransformerDecoder,
+    "sgrvinod": SgrvinodDecoder,
+}
 CHECKPOINT_FORMAT = 5
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
 # A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
-MAX_IMAGE_SIZE, MAX_GRAPH_LAYERS = 4096, 100
+MAX_IMAGE_SIZE, MAX_LAYERS = 4096, 100
 
 
 class Captioner(nn.Module):
-    """An encoder and a decoder, between them a dense layer and graph layers on the regions.
+    """An encoder and a decoder, between them a dense layer, graph layers and encoder layers on the regions.
 
     `image_size` is the side in pixels of the images that it was trained on, `resize` how they were made square
     (`preparation.images.to_square`), `fine_tune_encoder` whether training changes the encoder, whose features are
@@ -46,6 +55,7 @@ class Captioner(nn.Module):
         encoder: Encoder,
         region_layer: nn.Module,
         graph: RegionGraph,
+        region_encoder: RegionEncoder,
         decoder: Decoder,
         *,
         image_size: int,
@@ -54,6 +64,7 @@ class Captioner(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.region_layer, self.graph, self.decoder = encoder, region_layer, graph, decoder
+        self.region_encoder = region_encoder
         self.image_size, self.resize, self.fine_tune_encoder = image_size, resize, fine_tune_encoder
 
     def encode(self, inputs: Tensor, is_features: bool = False) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -63,7 +74,8 @@ class Captioner(nn.Module):
             inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F).
         """
         features = inputs.float() if is_features else self.encoder(inputs)
-        return self.graph(self.region_layer(features), features)
+        regions, neighbors, edge_weights = self.graph(self.region_layer(features), features)
+        return self.region_encoder(regions), neighbors, edge_weights
 
     def encode_images(self, inputs: Tensor, is_features: bool = False) -> Tensor:
         """The regions (B, R, D) of `encode` alone."""
@@ -91,12 +103,19 @@ def build_captioner(
     graph_layers: int,
     graph_knn: int,
     graph_heads: int,
+    encoder_layers: int,
+    encoder_positions: Literal[tuple(POSITIONS)],  # pyright: ignore[reportInvalidTypeForm]
     decoder: Literal[tuple(DECODERS)],  # pyright: ignore[reportInvalidTypeForm]
     cell: Literal[tuple(CELLS)],  # pyright: ignore[reportInvalidTypeForm]
     attention: Literal[tuple(ATTENTIONS)],  # pyright: ignore[reportInvalidTypeForm]
+    image_first: bool,
+    layers: int,
     embed_dim: int,
     attention_dim: int,
     hidden_dim: int,
+    decoder_layers: int,
+    heads: int,
+    ffn_dim: int,
     dropout: float,
 ) -> Captioner:
     """Build a captioner; its keyword-only parameters are the settings of train.py that a checkpoint keeps.
@@ -110,12 +129,19 @@ def build_captioner(
     """
     sizes = SimpleNamespace(**locals())
     require_at_least(sizes, 1, "image_size", "embed_dim", "attention_dim", "hidden_dim", "graph_heads")
-    require_at_least(sizes, 0, "grid_size", "region_dim", "graph_layers", "graph_knn")
+    require_at_least(sizes, 1, "layers", "decoder_layers", "heads", "ffn_dim")
+    require_at_least(sizes, 0, "grid_size", "region_dim", "graph_layers", "graph_knn", "encoder_layers")
     require_below_one(sizes, "dropout")
     if image_size > MAX_IMAGE_SIZE:
         raise InputError(f"images of {image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
-    if graph_layers > MAX_GRAPH_LAYERS:
-        raise InputError(f"--graph_layers {graph_layers}: must be at most {MAX_GRAPH_LAYERS}")
+    for name in ("graph_layers", "encoder_layers", "layers", "decoder_layers"):
+        if getattr(sizes, name) > MAX_LAYERS:
+            raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
+    decoder_class = DECODERS[decoder]
+    if decoder == "recurrent" and attention == "adaptive":
+        decoder_class = AdaptiveDecoder
+        if cell != "lstm":
+            raise InputError(f"--cell {cell} does not go with --attention adaptive, which needs an LSTM: --cell lstm")
     if grid_size > image_size:
         raise InputError(f"--grid_size {grid_size}: finer than the images, which have {image_size} pixels")
     network = Encoder(
@@ -136,12 +162,22 @@ def build_captioner(
     if graph_layers and region_dim % graph_heads:
         raise InputError(f"--graph_heads {graph_heads}: does not divide the {region_dim} features of a region")
     graph = RegionGraph(region_dim=region_dim, layers=graph_layers, knn=graph_knn, heads=graph_heads, dropout=dropout)
+    region_encoder = RegionEncoder(
+        region_dim=region_dim,
+        num_regions=network.num_regions,
+        layers=encoder_layers,
+        positions=encoder_positions,
+        heads=heads,
+        ffn_dim=ffn_dim,
+        dropout=dropout,
+    )
     sizes.region_dim = region_dim
     return Captioner(
         network,
         region_layer,
         graph,
-        DECODERS[decoder](**{name: getattr(sizes, name) for name in decoder_settings(decoder)}),
+        region_encoder,
+        decoder_class(**{name: getattr(sizes, name) for name in decoder_settings(decoder)}),
         image_size=image_size,
         resize=resize,
         fine_tune_encoder=fine_tune_encoder,

@@ -13,16 +13,18 @@ from tqdm import tqdm
 
 from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
-from datasets import FLIPPED_WORDS, Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
+from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
 from evaluation.generation import DecodingSettings
 from evaluation.scoring import evaluate
 from models import DECODERS, decoder_settings
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
+from modules.region_encoder import POSITIONS
+from text.cider import CiderD
+from text.vocabulary import FLIPPED_WORDS
 from training.feature_cache import build_dataset
 from training.logs import plot_curves, plot_runs, write_tensorboard
 from training.optim import learning_rate_factor
-from training.rewards import CiderReward
 from training.shutdown import graceful_shutdown
 from training.start import choose_run_device, lock_run_folder, prepare_run, start_files, start_run
 from training.state import TrainState
@@ -68,12 +70,19 @@ class Settings:
     graph_layers: int = 0  # graph attention layers between the regions, before the decoder; 0: none
     graph_knn: int = 4  # most similar regions that each is connected to, besides those around it
     graph_heads: int = 4  # attention heads of a graph layer
+    encoder_layers: int = 0  # transformer encoder layers between the regions, before the decoder; 0: none
+    encoder_positions: Literal[tuple(POSITIONS)] = "sine"  # pyright: ignore[reportInvalidTypeForm]  # of their regions
     decoder: Literal[tuple(DECODERS)] = "recurrent"  # pyright: ignore[reportInvalidTypeForm]  # kind of decoder
     cell: Literal[tuple(CELLS)] = "lstm"  # pyright: ignore[reportInvalidTypeForm]  # recurrent cell
     attention: Literal[tuple(ATTENTIONS)] = "soft"  # pyright: ignore[reportInvalidTypeForm]  # none: no attention
+    image_first: bool = False  # the image is the first input word (Show and Tell), it sets no initial state
+    layers: int = 1  # recurrent layers on top of each other
     embed_dim: int = 512  # units of a word embedding
     attention_dim: int = 512  # units of the attention
-    hidden_dim: int = 512  # units of the recurrent cell
+    hidden_dim: int = 512  # units of the recurrent cell, or width of the transformer decoder
+    decoder_layers: int = 2  # layers of the transformer decoder
+    heads: int = 8  # attention heads of transformer layers
+    ffn_dim: int = 1024  # units of the feed-forward network of transformer layers
     pretrained_embeddings: str = ""  # text file of word vectors (GloVe, word2vec) to initialize the words from
     freeze_embeddings: bool = False  # keep all word embeddings as initialized, those without a vector too
     dropout: float = 0.5  # on words, regions and the output layer
@@ -86,7 +95,7 @@ class Settings:
     hflip: bool = False  # flip half of the images horizontally, "left" and "right" exchanged in their captions
     learning_rate: float = 1e-3  # learning rate of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # learning rate of the encoder, where it is trained
-    warmup_ratio: float = 0.05  # share of all steps over which both learning rates rise to these values
+    warmup_ratio: float = -1.0  # share of all steps over which both learning rates rise to these; -1: the decoder's own
     lr_schedule: Literal["cosine", "step"] = "cosine"  # then they fall to 0 along a cosine, or by a factor an epoch
     learning_rate_decay: float = 0.8  # factor per epoch of --lr_schedule step
     grad_clip: float = 5.0  # maximum norm of the gradient; 0: not clipped
@@ -112,7 +121,9 @@ def validate_settings(settings: Settings) -> None:
     require_at_least(settings, 1, "epochs", "batch_size", "gradient_accumulation_steps", "patience", "max_length")
     require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
     require_at_least(settings, 0, "grad_clip", "learning_rate_decay", "save_minutes")
-    require_below_one(settings, "warmup_ratio", "label_smoothing", "ema_decay", "scheduled_sampling_max_prob")
+    if settings.warmup_ratio != -1:
+        require_below_one(settings, "warmup_ratio")
+    require_below_one(settings, "label_smoothing", "ema_decay", "scheduled_sampling_max_prob")
     if settings.unfreeze_from and not settings.fine_tune_encoder:
         raise InputError(f"--unfreeze_from {settings.unfreeze_from} needs --fine_tune_encoder")
     if settings.freeze_embeddings and not (settings.pretrained_embeddings or settings.init_from):
@@ -123,6 +134,8 @@ def validate_settings(settings: Settings) -> None:
         if settings.objective == "scst" and getattr(settings, name):
             raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective scst")
     unused = {name for kind in DECODERS for name in decoder_settings(kind)} - set(decoder_settings(settings.decoder))
+    if settings.encoder_layers:
+        unused -= {"heads", "ffn_dim"}
     for name in sorted(unused & settings.given):
         raise InputError(
             f"--{name} does not go with --decoder {settings.decoder}, which has no such part: leave it out"
@@ -139,7 +152,7 @@ def validate_settings(settings: Settings) -> None:
 
 
 def train_one_epoch(
-    state: TrainState, training: CaptionDataset, runtime: Runtime, caught: list[int], reward: CiderReward | None
+    state: TrainState, training: CaptionDataset, runtime: Runtime, caught: list[int], reward: CiderD | None
 ) -> None:
     """The rest of a pass over the training images with all their captions; sums up in `state`.
 
@@ -184,7 +197,7 @@ def optimization_step(
     runtime: Runtime,
     steps_per_epoch: int,
     counts: tuple[int, int],
-    reward: CiderReward | None,
+    reward: CiderD | None,
 ) -> None:
     """One step of the objective at its learning rate, added to `state`; InputError where it cannot be taken."""
     settings, optimizer = state.settings, state.optimizer
@@ -307,7 +320,7 @@ def train(settings: Settings, device: torch.device) -> None:
     reward = None
     if settings.objective == "scst":
         # <end> counts as a word: captions that break off would cost nothing otherwise.
-        reward = CiderReward([[caption[1:] for caption in captions] for captions in training.captions])
+        reward = CiderD([[caption[1:] for caption in captions] for captions in training.captions])
     with graceful_shutdown() as caught:
         while state.epoch < settings.epochs and state.epochs_since_improvement < settings.patience:
             train_one_epoch(state, training, runtime, caught, reward)

@@ -20,8 +20,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets import in_order, make_batches, make_loader
 from models import load_captioner
-from modules.beam_search import beam_search, sample
+from modules.beam_search import SearchSettings, beam_search
 from modules.decoders import Decoder
+from modules.sampling import SamplingSettings, sample
 from modules.show_attend_tell import ShowAttendTell
 from training.feature_cache import build_dataset
 from utils import InputError, Runtime, choose_runtime, run_script
@@ -60,6 +61,8 @@ def random_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, T
         dropout=0.0,
         cell="lstm",
         attention="soft",
+        image_first=False,
+        layers=1,
     )
     regions = torch.rand(settings.images, settings.regions, settings.region_dim)
     return decoder.to(device).eval(), regions.to(device)
@@ -110,9 +113,10 @@ def measure(decoder: Decoder, regions: Tensor, settings: Settings, runtime: Runt
         with runtime.autocast():
             for batch in regions.split(batch_size):
                 if beam_size:
-                    log_probs.append(beam_search(decoder, batch, beam_size, settings.max_length)[1][:, 0])
+                    search = SearchSettings(beam_size, settings.max_length)
+                    log_probs.append(beam_search(decoder, batch, search)[1][:, 0])
                 else:
-                    sample(decoder, batch, settings.sampled_captions, settings.max_length)
+                    sample(decoder, batch, SamplingSettings(settings.sampled_captions, settings.max_length))
         return torch.cat(log_probs) if beam_size else regions[:0]
 
     rows = []

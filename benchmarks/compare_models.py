@@ -28,6 +28,8 @@ from training.feature_cache import build_dataset
 from training.optim import make_optimizer
 from utils import InputError, choose_runtime, require_at_least, run_script
 
+TRANSFORMER_512 = {"decoder": "transformer", "learning_rate": 5e-4, "dropout": 0.3}
+TRANSFORMER_256 = {**TRANSFORMER_512, "hidden_dim": 256, "embed_dim": 256, "learning_rate": 1e-3}
 VARIANTS = {
     "none-rnn": {"attention": "none", "cell": "rnn"},
     "none-gru": {"attention": "none", "cell": "gru"},
@@ -39,6 +41,10 @@ VARIANTS = {
     "soft-lstm-graph1": {"graph_layers": 1},
     "soft-lstm-graph2": {"graph_layers": 2},
     "soft-lstm-mobilenet_v2": {"encoder": "mobilenet_v2"},
+    "transformer-0+2-256": TRANSFORMER_256,
+    "transformer-0+2-512": TRANSFORMER_512,
+    "transformer-2+2-256": {**TRANSFORMER_256, "region_dim": 256, "encoder_layers": 2},
+    "transformer-2+2-512": {**TRANSFORMER_512, "encoder_layers": 2},
 }
 BEAM_SIZES = (1, 5)
 SCORES = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}

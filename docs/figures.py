@@ -46,12 +46,13 @@ from evaluation.generation import DecodingSettings, caption_images
 from evaluation.metrics import Meteor, compute_metrics, has_java
 from evaluation.pictures import plot_attention
 from models import Captioner, load_captioner
-from modules.beam_search import beam_search, sample
+from modules.beam_search import SearchSettings, beam_search
+from modules.sampling import SamplingSettings, sample
 from preparation.images import load_image, to_square
 from preparation.shapes import draw_scene
 from preparation.storage import read_captions
+from text.cider import CiderD
 from text.vocabulary import END, Vocabulary
-from training.rewards import CiderReward
 from utils import Runtime, choose_runtime, run_script
 
 BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # of the test split: one shape; two shapes on white
@@ -123,7 +124,7 @@ def draw_metrics(picture: np.ndarray, references: list[list[str]], all_reference
 
     all_references are the captions of many scenes, whose n-gram frequencies CIDEr takes.
     """
-    reward = CiderReward(all_references)
+    reward = CiderD(all_references)
     texts = {i: [" ".join(reference) for reference in references] for i in range(len(CANDIDATES))}
     meteor = [None] * len(CANDIDATES)
     if has_java():  # once for all: it takes seconds to start
@@ -161,7 +162,7 @@ def draw_beam_search(
     regions = captioner.encode_images(image.unsqueeze(0))
     steps = []  # at each step the beams: pairs of a caption, a tuple of word ids, and its log-probability
     for t in range(1, 12):
-        captions, log_probs = beam_search(captioner.decoder, regions, beam_size, max_length=t)
+        captions, log_probs = beam_search(captioner.decoder, regions, SearchSettings(beam_size, max_length=t))
         beams = zip(captions[0].tolist(), log_probs[0].tolist(), strict=True)
         steps.append([(tuple(caption), log_prob) for caption, log_prob in beams])
         if bool((captions == END).any(dim=-1).all()):
@@ -266,8 +267,9 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
     picture, image = scene(samples)
     torch.manual_seed(2)
     regions = captioner.encode_images(image.unsqueeze(0))
-    sampled = [vocabulary.decode(caption) for caption in sample(captioner.decoder, regions, 5)[0].tolist()]
-    rewards = CiderReward(references)(references[samples], sampled)
+    word_ids = sample(captioner.decoder, regions, SamplingSettings(num_captions=5))[0].tolist()
+    sampled = [vocabulary.decode(caption) for caption in word_ids]
+    rewards = CiderD(references)(references[samples], sampled)
     figure = draw_self_critical(picture, [" ".join(words) for words in sampled], rewards)
     save_figure(figure, folder / "self_critical.png")
 

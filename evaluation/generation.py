@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from models import Captioner
-from modules.beam_search import beam_search, force_decode
+from modules.beam_search import SearchSettings, beam_search
 from modules.decoders import Decoder
+from modules.force_decode import force_decode
 from text.vocabulary import Vocabulary
 from utils import Runtime, copy_to_device
 
@@ -68,9 +69,8 @@ def caption_images(
     inputs = copy_to_device(inputs, runtime.device)
     with runtime.autocast():
         regions, neighbors, edge_weights = captioner.encode(inputs, is_features)
-        captions, log_probs = beam_search(
-            captioner.decoder, regions, decoding.beam_size, decoding.max_length, decoding.length_penalty
-        )
+        search = SearchSettings(decoding.beam_size, decoding.max_length, decoding.length_penalty)
+        captions, log_probs = beam_search(captioner.decoder, regions, search)
         words = [[vocabulary.decode(caption) for caption in beams] for beams in captions.tolist()]
         alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
         if with_attention:
@@ -100,5 +100,5 @@ def attend(decoder: Decoder, regions: Tensor, captions: Tensor) -> tuple[Tensor,
         if decoder.gate is not None:
             hook = decoder.gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid()))
             stack.callback(hook.remove)
-        alpha = force_decode(decoder, regions, captions)[1]
+        alpha = force_decode(decoder, regions, captions.unsqueeze(1))[1].squeeze(1)
     return alpha, torch.cat(gates, dim=1).squeeze(-1) if gates else None

@@ -104,7 +104,7 @@ class HardAttention(SoftAttention):
 class NoAttention(nn.Module):
     """No attention: zero-width context and uniform placeholder weights; the image only sets the initial state.
 
-    That is the decoder of "Show and Tell" (Vinyals et al., 2015), except that its image is the LSTM's first input.
+    That is the decoder of "Show and Tell" (Vinyals et al., 2015), whose image is the LSTM's first input (image_first).
     """
 
     gate = None
@@ -125,4 +125,43 @@ class NoAttention(nn.Module):
         return hidden[..., :0], alpha
 
 
-ATTENTIONS = {"soft": SoftAttention, "dot": DotAttention, "hard": HardAttention, "none": NoAttention}
+class AdaptiveAttention(nn.Module):
+    """Attention to the regions and to a visual sentinel, which holds what the decoder knows without looking.
+
+    Source: "Knowing When to Look" (Lu et al., 2017), equations 6 to 8, 11 and 12. A linear layer with ReLU gives the
+    sentinel the width of a region, as in the authors' code.
+    """
+
+    def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
+        super().__init__()
+        self.context_dim = region_dim  # Z
+        self.keys = nn.Linear(region_dim, attention_dim)  # independent of the words: once per image
+        self.query = nn.Linear(hidden_dim, attention_dim, bias=False)
+        self.sentinel_proj = nn.Linear(hidden_dim, region_dim)
+        self.sentinel_key = nn.Linear(region_dim, attention_dim)
+        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a bias
+        self.gate = nn.Identity()  # of the logit of 1 - beta, for `modules.decoders.Decoder.gate`
+
+    def forward(self, regions: Tensor, keys: Tensor, hidden: Tensor, sentinel: Tensor) -> tuple[Tensor, Tensor]:
+        """regions (B, R, D), keys (B, R, A), hidden and sentinel (B, C, H) -> context (B, C, D), alpha (B, C, R).
+
+        alpha is the softmax over the regions alone (equation 7). beta, the sentinel's weight in the softmax over the
+        regions and the sentinel (equation 12), needs no second one: 1 - beta = sigmoid(log sum exp(z) - z_sentinel).
+        """
+        query = self.query(hidden)  # (B, C, A)
+        sentinel = self.sentinel_proj(sentinel).relu()  # (B, C, D)
+        scores = additive_scores(keys, query, self.score.weight[0]).float()  # (B, C, R), z
+        sentinel_score = self.score((self.sentinel_key(sentinel) + query).tanh()).float()  # (B, C, 1)
+        beta = 1 - self.gate(scores.logsumexp(dim=-1, keepdim=True) - sentinel_score).sigmoid()  # (B, C, 1)
+        alpha = scores.softmax(dim=-1)
+        attended = alpha.to(regions.dtype) @ regions  # (B, C, D)
+        return torch.lerp(attended, sentinel.to(attended.dtype), beta.to(attended.dtype)), alpha
+
+
+ATTENTIONS = {
+    "soft": SoftAttention,
+    "dot": DotAttention,
+    "hard": HardAttention,
+    "none": NoAttention,
+    "adaptive": AdaptiveAttention,
+}

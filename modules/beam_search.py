@@ -1,43 +1,43 @@
-"""Decoding: beam search, sampling and forced decoding, over any decoder with the three methods of `StepDecoder`.
+"""Beam search over any `StepDecoder`, with constraints and diverse groups.
 
-Shapes: B images (in a loop those still decoded), R regions, D their width, A of the attention, H of the hidden state,
-C captions of an image, K beams, W words that may extend a caption, T words of a caption, V words of the vocabulary.
+Shapes: B images (in the loop those still searched), R regions, D their width, C captions of an image, K beams, W words
+that may extend a caption, T words of a caption, t of the captions so far, V words of the vocabulary.
 """
 
 import math
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from modules.layers import sample_categorical
+from modules.constraints import Constraints
+from modules.step_decoder import Nested, StepDecoder, checks_after, drop_ended, expand, first_tensor, reorder
 from text.vocabulary import BANNED_IDS, END, START
+from utils import InputError
 
-CHECK_EVERY = 4  # words after which a search on a GPU asks which images have ended
 
+@dataclass(frozen=True)
+class SearchSettings:
+    """How captions are searched. Raises InputError where the groups cannot share the beams."""
 
-class StepDecoder(Protocol):
-    """What decoding needs of a decoder; see `modules.decoders.Decoder`."""
+    beam_size: int = 5  # captions kept per image at each step, K; 1 is greedy decoding
+    max_length: int = 30  # words at most, <end> included
+    # Captions are ranked by log-probability / length ** length_penalty; 0 ranks by probability, which favors short
+    # captions (Wu et al., 2016, section 7).
+    length_penalty: float = 0.5
+    constraints: Constraints = field(default_factory=Constraints)
+    groups: int = 1  # groups that share the beams, each unlike those before it
+    diversity: float = 0.0  # subtracted from a word's log-probability for each beam of earlier groups that chose it
 
-    def keys(self, regions: Tensor) -> Tensor:
-        """regions (B, R, D) -> keys (B, R, A), once per image."""
-        ...
-
-    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
-        """regions (B, R, D) -> state before the first word, a tuple of (B, 1, H)."""
-        ...
-
-    def step(
-        self, words: Tensor, regions: Tensor, keys: Tensor, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """words (B, C), state tuple of (B, C, H) -> logits (B, C, V), alpha (B, C, R), state."""
-        ...
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.beam_size % self.groups:
+            raise InputError(
+                f"groups {self.groups}: cannot share {self.beam_size} beams evenly; choose a multiple as beam_size"
+            )
 
 
 @torch.no_grad()  # not inference_mode, in which autocast would cast the weights anew at each word
-def beam_search(
-    decoder: StepDecoder, regions: Tensor, beam_size: int = 5, max_length: int = 30, length_penalty: float = 0.5
-) -> tuple[Tensor, Tensor]:
+def beam_search(decoder: StepDecoder, regions: Nested, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     """Beam search for all images at once.
 
     A finished caption stays in its beam and is only extended by <end> at no cost. So no list of finished captions is
@@ -45,142 +45,115 @@ def beam_search(
 
     Args:
         decoder: in eval mode.
-        regions: (B, R, D).
-        beam_size: captions kept per image at each step, K; 1 is greedy decoding.
-        max_length: words at most, <end> included.
-        length_penalty: captions are ranked by log-probability / length ** length_penalty; 0 ranks by probability,
-            which favors short captions (Wu et al., 2016, section 7).
+        regions: (B, R, D), or a tuple of them for an ensemble.
 
     Returns:
         Word ids (B, K, T), best caption first, <end> repeated after its end; <pad>, <start>, <unk> and the empty
         caption are excluded. T is that of the longest caption, on a GPU up to three more. Log-probabilities (B, K),
-        -inf where there are fewer than K captions.
+        -inf where there are fewer than K captions. Different groups may find the same caption.
     """
-    B, K = len(regions), beam_size
-    all_captions = torch.full((B, K, max_length), END, device=regions.device)
-    all_log_probs = torch.full((B, K), -math.inf, device=regions.device)
-    images = torch.arange(B, device=regions.device)  # those still searched
-    captions = torch.full((B, 1, 1), START, device=regions.device)  # (B, C, t), C = 1 before the first word, then K
-    log_probs = torch.zeros((B, 1), device=regions.device)
-    keys, state = decoder.keys(regions), decoder.init_state(regions)
-    for t in range(1, max_length + 1):
-        words = captions[..., -1]  # (B, C)
-        logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
-        next_log_probs, next_words = _best_next_words(
-            logits, words == END, K, BANNED_IDS if t > 1 else [*BANNED_IDS, END]
-        )
-        lengths = (captions != END).sum(dim=-1, keepdim=True)  # with the next word, as <start> is counted, too
-        candidates = log_probs.unsqueeze(-1) + next_log_probs  # (B, C, W)
-        scores = candidates / lengths**length_penalty
-        scores.masked_fill_(candidates == -math.inf, -math.inf)  # not NaN, as -inf / inf of a huge penalty is
-        top = scores.flatten(1).topk(min(K, scores[0].numel())).indices  # (B, K)
-        beam_indices = top // scores.shape[-1]
-        log_probs, next_words = candidates.flatten(1).gather(1, top), next_words.flatten(1).gather(1, top)
-        captions = torch.cat([_reorder(captions, beam_indices), next_words.unsqueeze(-1)], dim=-1)
-        state = tuple(_reorder(part, beam_indices) for part in state)
-        if t == max_length or _checks_after(t, regions.device):
+    B, K, device = len(first_tensor(regions)), settings.beam_size, first_tensor(regions).device
+    all_captions = torch.full((B, K, settings.max_length), END, device=device)
+    all_log_probs = torch.full((B, K), -math.inf, device=device)
+    images = torch.arange(B, device=device)  # those still searched
+    captions = torch.full((B, settings.groups, 1), START, device=device)  # (B, C, t); C is K after a few words
+    log_probs = torch.zeros((B, settings.groups), device=device)
+    keys, state = decoder.keys(regions), expand(decoder.init_state(regions), settings.groups)
+    for t in range(1, settings.max_length + 1):
+        logits, _, state = decoder.step(captions[..., -1], regions, keys, state)  # (B, C, V)
+        beam_indices, next_words, log_probs = _extend(logits, captions, log_probs, settings)
+        captions = torch.cat([reorder(captions, beam_indices), next_words.unsqueeze(-1)], dim=-1)
+        state = reorder(state, beam_indices)
+        if t == settings.max_length or checks_after(t, device):
             C = captions.shape[1]  # fewer than K where there are not so many captions
             all_captions[images, :C, :t], all_log_probs[images, :C] = captions[..., 1:], log_probs
             ended = (next_words == END) | (log_probs == -math.inf)
-            images, regions, keys, captions, log_probs, *parts = _drop_ended(
-                ended, images, regions, keys, captions, log_probs, *state
+            images, regions, keys, captions, log_probs, state = drop_ended(
+                ended, (images, regions, keys, captions, log_probs, state)
             )
             if not len(images):
                 break
-            state = tuple(parts)
+    if settings.groups > 1:
+        all_captions, all_log_probs = _rank(all_captions, all_log_probs, settings)
     return all_captions[..., :t], all_log_probs
 
 
-def _best_next_words(logits: Tensor, finished: Tensor, count: int, banned_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """The W best words to extend each caption, `count` or all; a finished caption only goes on with <end>.
+def _extend(
+    logits: Tensor, captions: Tensor, log_probs: Tensor, settings: SearchSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best captions that are one word longer, group by group.
 
-    logits (B, C, V), finished (B, C) -> log-probabilities (B, C, W), -inf for words excluded, and word ids (B, C, W).
+    logits (B, C, V), captions (B, C, t), log_probs (B, C)
+    -> indices of the beams that are extended, the words and the new log-probabilities, each (B, K).
+
+    "Diverse Beam Search" (Vijayakumar et al., 2018, algorithm 1) with Hamming diversity: in the objective of a group a
+    word costs `diversity` for each beam of the groups before it that chose it at this step. The log-probabilities
+    returned are without this cost.
     """
+    word_log_probs = _word_log_probs(logits, captions, settings)
+    if settings.groups == 1:
+        return _extend_group(word_log_probs, captions, log_probs, settings)
+    size = captions.shape[1] // settings.groups  # of a group
+    cost = torch.zeros_like(word_log_probs[:, 0])  # (B, V)
+    groups = []
+    for start in range(0, captions.shape[1], size):
+        beams = slice(start, start + size)
+        beam_indices, words, new_log_probs = _extend_group(
+            word_log_probs[:, beams], captions[:, beams], log_probs[:, beams], settings, cost
+        )
+        beam_indices += start
+        finished = (captions[..., -1] == END).gather(1, beam_indices)
+        chosen = ~finished & (new_log_probs > -math.inf)
+        cost.scatter_add_(1, words, settings.diversity * chosen.to(cost.dtype))
+        groups.append((beam_indices, words, new_log_probs))
+    beam_indices, words, new_log_probs = (torch.cat(parts, dim=1) for parts in zip(*groups, strict=True))
+    return beam_indices, words, new_log_probs
+
+
+def _word_log_probs(logits: Tensor, captions: Tensor, settings: SearchSettings) -> Tensor:
+    """Log-probabilities (B, C, V) of the next word, -inf for words excluded: logits (B, C, V), captions (B, C, t)."""
+    t = captions.shape[-1]
     log_probs = logits.float().log_softmax(dim=-1)
-    for word_id in banned_ids:
+    for word_id in BANNED_IDS if t > 1 else [*BANNED_IDS, END]:
         log_probs[..., word_id] = -math.inf
-    log_probs, words = log_probs.topk(min(count, logits.shape[-1]))
-    log_probs.masked_fill_(finished.unsqueeze(-1), -math.inf)
-    log_probs[..., 0].masked_fill_(finished, 0)
-    return log_probs, words.masked_fill_(finished.unsqueeze(-1), END)
+    return settings.constraints.mask(log_probs, captions[..., 1:], is_last=t == settings.max_length)
 
 
-def _reorder(x: Tensor, beam_indices: Tensor) -> Tensor:
-    """x (B, C, ...) of the beams (B, K) that the new ones extend."""
-    return x.gather(1, beam_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def _extend_group(
+    word_log_probs: Tensor, captions: Tensor, log_probs: Tensor, settings: SearchSettings, cost: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_extend`, for the beams of one group: word_log_probs (B, C, V), cost (B, V) of each word."""
+    count = settings.beam_size // settings.groups
+    W = min(count, word_log_probs.shape[-1])
+    if cost is None:
+        next_log_probs, words = word_log_probs.topk(W)  # (B, C, W)
+    else:
+        words = (word_log_probs - cost.unsqueeze(1)).topk(W).indices
+        next_log_probs = word_log_probs.gather(-1, words)
+    finished = captions[..., -1] == END  # (B, C)
+    if settings.constraints != Constraints():
+        # Captions stay as they are where the constraints leave none of an image's a next word.
+        extensible = (finished | (next_log_probs[..., 0] > -math.inf)) & (log_probs > -math.inf)
+        finished = finished | ~extensible.any(dim=1, keepdim=True)
+    # A finished caption only goes on with <end>.
+    next_log_probs.masked_fill_(finished.unsqueeze(-1), -math.inf)
+    next_log_probs[..., 0].masked_fill_(finished, 0)
+    words.masked_fill_(finished.unsqueeze(-1), END)
+    candidates = log_probs.unsqueeze(-1) + next_log_probs  # (B, C, W)
+    objective = candidates
+    if cost is not None:
+        word_costs = cost.gather(1, words.flatten(1)).view_as(words)
+        objective = candidates - word_costs.masked_fill(finished.unsqueeze(-1), 0)
+    lengths = (captions != END).sum(dim=-1, keepdim=True)  # with the next word, as <start> is counted, too
+    scores = objective / lengths**settings.length_penalty
+    scores.masked_fill_(candidates == -math.inf, -math.inf)  # not NaN, as -inf / inf of a huge penalty is
+    top = scores.flatten(1).topk(min(count, scores[0].numel())).indices  # (B, count)
+    return top // W, words.flatten(1).gather(1, top), candidates.flatten(1).gather(1, top)
 
 
-def _checks_after(t: int, device: torch.device) -> bool:
-    """Whether to ask after word t which images have ended. The host waits for a GPU's answer, so it asks rarely."""
-    return device.type == "cpu" or t % CHECK_EVERY == 0
-
-
-def _drop_ended(ended: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The rows of tensors (B, ...) whose image has a caption that has not ended: ended (B, C).
-
-    Images end at different words. Without those that have ended a search takes two thirds of the time.
-    """
-    rows = (~ended).any(dim=1).nonzero().squeeze(1)
-    return list(tensors) if len(rows) == len(ended) else [x.index_select(0, rows) for x in tensors]
-
-
-@torch.no_grad()
-def sample(
-    decoder: StepDecoder, regions: Tensor, num_captions: int, max_length: int = 30, temperature: float = 1.0
-) -> Tensor:
-    """Sample captions of all images at once, each word from softmax(logits / temperature).
-
-    Args:
-        decoder, max_length: as in `beam_search`.
-        regions: (B, R, D).
-        num_captions: captions per image, C.
-        temperature: below 1 it favors probable words.
-
-    Returns:
-        Word ids (B, C, T), <end> repeated after a caption's end; <pad>, <start> and <unk> are excluded.
-    """
-    captions = torch.full((len(regions), num_captions, max_length), END, device=regions.device)
-    images = torch.arange(len(regions), device=regions.device)  # those still decoded
-    words = torch.full((len(regions), num_captions), START, device=regions.device)
-    keys = decoder.keys(regions)
-    state = tuple(part.expand(-1, num_captions, -1).contiguous() for part in decoder.init_state(regions))  # (B, C, H)
-    for t in range(1, max_length + 1):
-        logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
-        logits = logits.float() / temperature
-        for word_id in BANNED_IDS:
-            logits[..., word_id] = -math.inf
-        words = sample_categorical(logits.softmax(dim=-1)).masked_fill(words == END, END)
-        captions[images, :, t - 1] = words
-        if _checks_after(t, regions.device):
-            images, regions, keys, words, *parts = _drop_ended(words == END, images, regions, keys, words, *state)
-            if not len(images):
-                break
-            state = tuple(parts)
-    return captions[..., :t]
-
-
-@torch.no_grad()
-def force_decode(decoder: StepDecoder, regions: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and attention weights of given captions.
-
-    Args:
-        decoder: in eval mode.
-        regions: (B, R, D).
-        captions: (B, T) word ids as `beam_search` returns them, without <start>.
-
-    Returns:
-        Log-probabilities (B,) and alpha (B, T, R), zero after a caption's <end>.
-    """
-    keys, state = decoder.keys(regions), decoder.init_state(regions)
-    words = torch.full((len(captions), 1), START, device=captions.device)
-    log_probs = torch.zeros(len(captions), device=regions.device)
-    unfinished = torch.ones_like(log_probs)
-    alphas = []
-    for target in captions.split(1, dim=1):  # (B, 1)
-        logits, alpha, state = decoder.step(words, regions, keys, state)
-        word_log_probs = logits.squeeze(1).float().log_softmax(dim=-1).gather(1, target).squeeze(1)  # (B,)
-        log_probs += unfinished * word_log_probs
-        alphas.append(unfinished.unsqueeze(1) * alpha.squeeze(1))  # (B, R)
-        unfinished = unfinished * (target.squeeze(1) != END)
-        words = target
-    return log_probs, torch.stack(alphas, dim=1)
+def _rank(captions: Tensor, log_probs: Tensor, settings: SearchSettings) -> tuple[Tensor, Tensor]:
+    """Sort the captions (B, K, T) of all groups and their log-probabilities (B, K), the best first."""
+    lengths = ((captions != END).sum(dim=-1) + 1).clamp(max=settings.max_length)
+    scores = (log_probs / lengths**settings.length_penalty).masked_fill(log_probs == -math.inf, -math.inf)
+    order = scores.argsort(dim=1, descending=True)
+    return reorder(captions, order), log_probs.gather(1, order)

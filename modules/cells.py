@@ -26,10 +26,15 @@ class Cell(nn.Module):
         for gate in self.hidden.weight.data.chunk(self.NUM_GATES):
             nn.init.orthogonal_(gate)
 
-    def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def input_gates(self, word_gates: Tensor, context: Tensor | None) -> Tensor:
+        """The gates' part that does not depend on the state: word_gates (..., G H), context (..., Z) -> (..., G H)."""
+        return word_gates if context is None else word_gates + self.context(context)
+
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One time step.
 
         word_gates (..., G H) from `words`, context (..., Z), state tuple of (..., H) -> next state tuple of (..., H).
+        The context is None where there is none, or where word_gates hold its part already.
         """
         raise NotImplementedError
 
@@ -37,9 +42,9 @@ class Cell(nn.Module):
 class RNNCell(Cell):
     """torch's RNNCell with tanh (Elman, 1990), without its second bias."""
 
-    def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As `Cell.forward`, with G = 1."""
-        return ((word_gates + self.context(context) + self.hidden(state[0])).tanh(),)
+        return ((self.input_gates(word_gates, context) + self.hidden(state[0])).tanh(),)
 
 
 class GRUCell(Cell):
@@ -47,9 +52,9 @@ class GRUCell(Cell):
 
     NUM_GATES = 3
 
-    def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As `Cell.forward`, with G = 3: reset gate, update gate, candidate."""
-        reset, update, candidate = (word_gates + self.context(context)).chunk(3, dim=-1)
+        reset, update, candidate = self.input_gates(word_gates, context).chunk(3, dim=-1)
         hidden_reset, hidden_update, hidden_candidate = self.hidden(state[0]).chunk(3, dim=-1)
         candidate = (candidate + (reset + hidden_reset).sigmoid() * hidden_candidate).tanh()
         return (lerp(candidate, state[0].to(candidate.dtype), (update + hidden_update).sigmoid()),)
@@ -63,15 +68,33 @@ class LSTMCell(Cell):
     def reset_parameters(self) -> None:
         """As the other cells, with a forget gate bias of 1 (Jozefowicz et al., 2015)."""
         super().reset_parameters()
-        self.words.bias.data.chunk(4)[1].fill_(1)
+        self.words.bias.data.chunk(self.NUM_GATES)[1].fill_(1)
 
-    def forward(self, word_gates: Tensor, context: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As `Cell.forward`, with G = 4: input gate, forget gate, candidate, output gate; state: hidden, cell."""
         hidden, cell = state
-        gates = word_gates + self.context(context) + self.hidden(hidden)
+        gates = self.input_gates(word_gates, context) + self.hidden(hidden)
         input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
         cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
         return output_gate.sigmoid() * cell.tanh(), cell
+
+
+class SentinelLSTMCell(LSTMCell):
+    """LSTMCell with a fifth gate, that of a visual sentinel ("Knowing When to Look", Lu et al., 2017, section 2.3)."""
+
+    NUM_GATES = 5
+
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As `Cell.forward`, with G = 5: the LSTM's gates, then the sentinel's. The sentinel follows the next state.
+
+        The gate is g = sigmoid(W_x x_t + W_h h_{t-1}) (equation 9), the sentinel g * tanh(m_t) (equation 10), m_t the
+        next cell state.
+        """
+        hidden, cell = state
+        gates = self.input_gates(word_gates, context) + self.hidden(hidden)
+        input_gate, forget_gate, candidate, output_gate, sentinel_gate = gates.chunk(5, dim=-1)
+        cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+        return output_gate.sigmoid() * cell.tanh(), cell, sentinel_gate.sigmoid() * cell.tanh()
 
 
 CELLS = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell}

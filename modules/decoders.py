@@ -46,6 +46,10 @@ class Layout(NamedTuple):
         """The time steps' T of (b c, ...) -> (N, ...), without finished captions."""
         return torch.cat(outputs).index_select(0, self.rows)
 
+    def pack(self, x: Tensor) -> Tensor:
+        """(T, B, C, ...) -> (N, ...), without finished captions."""
+        return x.flatten(0, 2).index_select(0, self.positions)
+
     def unpack(self, x: Tensor) -> Tensor:
         """(N, ...) -> (T, B, C, ...), zero after a caption's end."""
         unpacked = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.positions, x)
@@ -59,7 +63,7 @@ class Decoder(nn.Module):
 
     Args:
         vocab_size, embed_dim: V and E.
-        dropout: on the word embeddings and before the output layer.
+        dropout: on the word embeddings, and where a subclass uses the layer `dropout`.
     """
 
     WARMUP_RATIO = 0.05  # of train.py, where it is not given

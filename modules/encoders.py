@@ -4,6 +4,7 @@ Shapes: B images, R regions, F features of a region.
 """
 
 import copy
+import hashlib
 import math
 import operator
 import re
@@ -94,6 +95,14 @@ class Encoder(nn.Module):
             raise InputError(f"--encoder_layer {self.layer}: not a grid of features, its shape is {tuple(grid.shape)}")
         self.train()
         return (self.grid_size or grid.shape[2]) ** 2, grid.shape[1]
+
+    def fingerprint(self) -> tuple[str, str, int, str]:
+        """What its features depend on, images aside: network, layer, grid, and a digest of weights and buffers."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return self.name, self.layer, self.grid_size, digest.hexdigest()
 
     def train(self, mode: bool = True) -> "Encoder":
         """As `nn.Module.train`, but frozen modules stay in eval mode, and so does BatchNorm of pretrained weights.

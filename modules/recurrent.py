@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modules.attention import Attention, HardAttention, NoAttention
+from modules.cells import Cell
 from modules.decoders import Decoder, DecoderOutput, Layout, lay_out, sample_words
+from modules.layers import init_linear
 from modules.step_decoder import Nested, map_tensors
 
 
@@ -29,30 +30,27 @@ class _StepOutputs(NamedTuple):
 class RecurrentDecoder(Decoder):
     """A decoder that attends to the regions and updates its hidden state at each word.
 
-    A subclass has an `attention`, and implements `keys`, `init_state` and the three steps of a word: `_word_gates`,
-    `_recurrent_step` and `_logits`. The hidden state that predicts the word is the first tensor of its state.
+    A subclass implements `keys`, `init_state` and the three steps of a word: `_word_gates`, `_recurrent_step` and
+    `_logits`. The hidden state that predicts the word is the first tensor of its state.
     """
 
-    attention: Attention | NoAttention
-
     @property
-    def has_attention(self) -> bool:
-        """Whether the decoder attends to the regions before each word."""
-        return self.attention.context_dim > 0
+    def baseline(self) -> Tensor | None:
+        """The baseline () of hard attention, None without."""
+        return None
 
-    @property
-    def gate(self) -> nn.Module | None:
-        """As `Decoder.gate`: the attention's."""
-        return self.attention.gate
+    def _reset_parameters(self) -> None:
+        """Small embeddings, Glorot-initialized linear layers, and what the cells need.
 
-    def take_expectation(self) -> None:
-        """As `Decoder.take_expectation`: hard attention takes its expectation."""
-        self.attention.eval()
-
-    def update_baseline(self, loss: float) -> None:
-        """As `Decoder.update_baseline`, for hard attention."""
-        if isinstance(self.attention, HardAttention):
-            self.attention.update_baseline(loss)
+        With torch's default linear layers the attention starts, and long stays, close to uniform.
+        """
+        self.reset_embeddings()
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear) and layer.weight.numel():
+                init_linear(layer)
+        for layer in self.modules():
+            if isinstance(layer, Cell):
+                layer.reset_parameters()
 
     def _word_gates(self, embedded: Tensor) -> Tensor:
         """The words' part of the gates, which depends on no state: (..., E) -> (..., G H)."""
@@ -114,10 +112,10 @@ class RecurrentDecoder(Decoder):
         embedded, hidden, context, alpha = map(layout.select, steps[:4])  # (N, ...)
         logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
         output = DecoderOutput(logits, layout.targets, layout.unpack(alpha))
-        if not (steps.sampled_log_probs and isinstance(self.attention, HardAttention)):
+        if not steps.sampled_log_probs:
             return output
         sampled_log_probs = layout.select([log_probs.flatten() for log_probs in steps.sampled_log_probs])
-        return output._replace(sampled_log_probs=layout.unpack(sampled_log_probs), baseline=self.attention.baseline)
+        return output._replace(sampled_log_probs=layout.unpack(sampled_log_probs), baseline=self.baseline)
 
     def _run_recurrence(self, regions: Tensor, layout: Layout, sampling_prob: float) -> _StepOutputs:
         """Attention and cell at all time steps: regions (B, R, D), and the captions' layout."""

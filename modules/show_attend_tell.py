@@ -6,24 +6,32 @@ the vocabulary.
 """
 
 import warnings
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from modules.attention import ATTENTIONS
-from modules.cells import CELLS
-from modules.layers import init_linear
+from modules.attention import ATTENTIONS, HardAttention
+from modules.cells import CELLS, Cell
 from modules.recurrent import RecurrentDecoder
+from modules.step_decoder import Nested
 
 
 class ShowAttendTell(RecurrentDecoder):
     """Recurrent decoder with attention ("Show, Attend and Tell", Xu et al., 2015, sections 3.1.2 and 4.2).
+
+    A state is a tuple of (B, C, H), those of the top layer first.
 
     Args:
         vocab_size, region_dim, embed_dim, attention_dim, hidden_dim: V, D, E, A and H.
         dropout: on the word embeddings and before the output layer.
         cell: a key of `modules.cells.CELLS`.
         attention: a key of `modules.attention.ATTENTIONS`.
+        image_first: the mean region is the first input word, as in "Show and Tell" (Vinyals et al., 2015, section 3.1),
+            instead of setting the initial state.
+        layers: recurrent layers. The first reads the word and the context, each other one the layer below it.
     """
+
+    TOP_CELLS: ClassVar[dict[str, type[Cell]]] = CELLS  # cells of the top layer
 
     def __init__(
         self,
@@ -36,40 +44,71 @@ class ShowAttendTell(RecurrentDecoder):
         dropout: float,
         cell: str,
         attention: str,
+        image_first: bool,
+        layers: int,
     ) -> None:
         super().__init__(vocab_size=vocab_size, embed_dim=embed_dim, dropout=dropout)
         self.attention = ATTENTIONS[attention](
             region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim
         )
         context_dim = self.attention.context_dim
-        self.init_hidden = nn.ModuleList(nn.Linear(region_dim, hidden_dim) for _ in range(CELLS[cell].NUM_STATES))
+        self.state_shape = layers * CELLS[cell].NUM_STATES, hidden_dim  # tensors of a state, H
+        self.init_hidden = nn.ModuleList(
+            nn.Linear(region_dim, hidden_dim) for _ in range(0 if image_first else self.state_shape[0])
+        )
+        self.image_proj = nn.Linear(region_dim, embed_dim) if image_first else None
         self.hidden_proj = nn.Linear(hidden_dim, embed_dim)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the empty weights for a zero-width context
-            self.cell = CELLS[cell](embed_dim=embed_dim, context_dim=context_dim, hidden_dim=hidden_dim)
+            first, *upper = [CELLS[cell]] * (layers - 1) + [self.TOP_CELLS[cell]]
+            self.cell = first(embed_dim=embed_dim, context_dim=context_dim, hidden_dim=hidden_dim)
+            self.upper_cells = nn.ModuleList(
+                each(embed_dim=hidden_dim, context_dim=0, hidden_dim=hidden_dim) for each in upper
+            )
             self.context_proj = nn.Linear(context_dim, embed_dim, bias=False)
         self.output = nn.Linear(embed_dim, vocab_size)
         self._reset_parameters()
 
-    def _reset_parameters(self) -> None:
-        """Small embeddings and Glorot-initialized linear layers.
+    @property
+    def has_attention(self) -> bool:
+        """Whether the decoder attends to the regions before each word."""
+        return self.attention.context_dim > 0
 
-        With torch's default linear layers the attention starts, and long stays, close to uniform.
-        """
-        self.reset_embeddings()
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.numel():
-                init_linear(layer)
-        self.cell.reset_parameters()
+    @property
+    def gate(self) -> nn.Module | None:
+        """As `Decoder.gate`: the attention's."""
+        return self.attention.gate
 
-    def keys(self, regions: Tensor) -> Tensor:
+    @property
+    def baseline(self) -> Tensor | None:
+        """As `RecurrentDecoder.baseline`: the attention's."""
+        return self.attention.baseline if isinstance(self.attention, HardAttention) else None
+
+    def take_expectation(self) -> None:
+        """As `Decoder.take_expectation`: hard attention takes its expectation."""
+        self.attention.eval()
+
+    def update_baseline(self, loss: float) -> None:
+        """As `Decoder.update_baseline`, for hard attention."""
+        if isinstance(self.attention, HardAttention):
+            self.attention.update_baseline(loss)
+
+    def keys(self, regions: Tensor) -> Nested:
         """The attention's projection of the regions, the same for all words: (B, R, D) -> (B, R, A)."""
         return self.attention.keys(regions)
 
     def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
-        """The initial state, predicted from the mean region (section 3.1.2): (B, R, D) -> tuple of (B, 1, H)."""
+        """The state before the first word, from the mean region: (B, R, D) -> tuple of (B, 1, H).
+
+        Predicted by linear layers with tanh (section 3.1.2) or, with image_first, the state of zeros after one time
+        step, whose input word is the image and which has no context.
+        """
         mean = regions.mean(dim=1, keepdim=True)  # (B, 1, D)
-        return tuple(layer(mean).tanh() for layer in self.init_hidden)
+        if self.image_proj is None:
+            return tuple(layer(mean).tanh() for layer in self.init_hidden)
+        num_states, hidden_dim = self.state_shape
+        state = (mean.new_zeros(len(mean), 1, hidden_dim),) * num_states
+        return self._update_state(self._word_gates(self.image_proj(mean)), None, state)
 
     def _word_gates(self, embedded: Tensor) -> Tensor:
         """As `RecurrentDecoder._word_gates`."""
@@ -89,7 +128,23 @@ class ShowAttendTell(RecurrentDecoder):
         -> context (B, C, Z), alpha (B, C, R), state.
         """
         context, alpha = self.attention(regions, keys, state[0], sampled_log_probs)
-        return context, alpha, self.cell(word_gates, context, state)
+        return context, alpha, self._update_state(word_gates, context, state)
+
+    def _update_state(
+        self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The cells from the first layer to the top one, with dropout in between as in torch's LSTM.
+
+        word_gates (B, C, G H), context (B, C, Z), state tuple of (B, C, H), top layer first -> the next state.
+        """
+        n = self.cell.NUM_STATES
+        next_state = layer_state = self.cell(word_gates, context, state[-n:])
+        for i, cell in enumerate(self.upper_cells, start=1):
+            assert isinstance(cell, Cell)
+            below = self.dropout(layer_state[0])  # (B, C, H)
+            layer_state = cell(cell.words(below), below[..., :0], state[-n * (i + 1) : -n * i])
+            next_state = (*layer_state, *next_state)
+        return next_state
 
     def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """The deep output layer (equation 7), with tanh and dropout as in the authors' code.

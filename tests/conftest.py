@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import create_input_files
+import modules.beam_search
+import modules.sampling
 import train
 import utils
-from models import Captioner, build_captioner, model_settings
+from models import DECODERS, Captioner, build_captioner, decoder_settings, model_settings
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, START
 from utils import Runtime
@@ -24,6 +26,7 @@ SMALL = train.Settings(
     embed_dim=16,
     attention_dim=16,
     hidden_dim=16,
+    ffn_dim=32,
     batch_size=8,
     epochs=2,
     learning_rate=1e-2,
@@ -62,6 +65,10 @@ def flags(data_folder, run_folder, settings=SMALL):
     switches = {True: "--{}", False: "--no-{}"}
     arguments = []
     del values["plot"]  # it plots and does not train
+    for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(
+        decoder_settings(settings.decoder)
+    ):
+        del values[name]  # of other decoders
     for name, value in values.items():
         arguments += [switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)]
     return arguments
@@ -101,24 +108,38 @@ def run_folder(shapes, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny_decoder():
+SOFT_LSTM = {"cell": "lstm", "attention": "soft", "image_first": False, "layers": 1}
+
+
+def make_tiny_decoder(decoder_class, **settings):
     """A random decoder of 7 words, 4 of them special tokens, for regions of width 6."""
     torch.manual_seed(5)
-    decoder = ShowAttendTell(
-        vocab_size=7,
-        region_dim=6,
-        embed_dim=5,
-        attention_dim=4,
-        hidden_dim=8,
-        dropout=0.5,
-        cell="lstm",
-        attention="soft",
-    ).eval()
+    sizes = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
+    decoder = decoder_class(**sizes, dropout=0.5, **settings).eval()
     for parameter in decoder.parameters():
         parameter.data *= 4  # far from uniform, so that rankings are clear
     decoder.output.bias.data[END] -= 2  # so that not every caption is empty
     return decoder
+
+
+@pytest.fixture(params=["every word", "every 4 words"])
+def checks(request, monkeypatch):
+    """How often a loop asks which images have ended: as on a CPU, and as on a GPU."""
+    if request.param == "every 4 words":
+        for module in (modules.beam_search, modules.sampling):
+            monkeypatch.setattr(module, "checks_after", lambda t, device: t % 4 == 0)
+
+
+def ending_at_different_words(decoder):
+    """Regions of 12 images whose captions by a tiny decoder end after 3 to 15 words or not at all; it ends earlier."""
+    decoder.output.bias.data[END] += 1
+    return torch.randn(12, 4, 6, generator=torch.Generator().manual_seed(1)) * 3
+
+
+@pytest.fixture
+def tiny_decoder():
+    """A random decoder with soft attention and an LSTM."""
+    return make_tiny_decoder(ShowAttendTell, **SOFT_LSTM)
 
 
 @pytest.fixture

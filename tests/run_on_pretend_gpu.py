@@ -38,9 +38,9 @@ from conftest import SMALL, prepare_shapes
 from datasets import CaptionDataset, collate
 from evaluation import metrics
 from evaluation.generation import DecodingSettings, caption_images
-from modules.beam_search import beam_search
+from modules.beam_search import SearchSettings, beam_search
+from text.cider import CiderD
 from text.vocabulary import END
-from training.rewards import CiderReward
 from training.start import start_run
 from training.state import TrainState
 from training.validation import validation_loss
@@ -65,6 +65,9 @@ CASES = {
     ),
     "dot attention": replace(FROZEN, cell="rnn", attention="dot"),
     "fine-tuned encoder": replace(FROZEN, attention="none", fine_tune_encoder=True, in_memory=True),
+    "transformer": replace(
+        FROZEN, decoder="transformer", encoder_layers=1, scheduled_sampling_max_prob=0.5, doubly_stochastic=1.0
+    ),
     "scst": replace(FROZEN, objective="scst", gradient_accumulation_steps=2),  # from the hard attention
 }
 
@@ -139,6 +142,9 @@ STEPS = {
     "graph": replace(FROZEN, graph_layers=2),
     "scheduled sampling": replace(FROZEN, scheduled_sampling_max_prob=0.5),
     "two micro-batches": replace(FROZEN, gradient_accumulation_steps=2),
+    "transformer": replace(
+        FROZEN, decoder="transformer", encoder_layers=1, scheduled_sampling_max_prob=0.5, doubly_stochastic=1.0
+    ),
     "fine-tuned encoder": replace(FROZEN, fine_tune_encoder=True),
 }
 
@@ -181,7 +187,7 @@ def waits(folder):
         print(f"{name}: {gpu.kernels - kernels} kernels a step")
     steps.state.settings = replace(FROZEN, fine_tune_encoder=True, objective="scst", max_length=2)
     steps.state.captioner.decoder.output.bias.data[END] = -100.0  # no caption ends before max_length
-    reward = CiderReward([[caption[1:] for caption in captions] for captions in steps.dataset.captions])
+    reward = CiderD([[caption[1:] for caption in captions] for captions in steps.dataset.captions])
     samples, searches = {2: steps.take(reward)}, {}
     steps.state.settings = replace(steps.state.settings, max_length=3)
     samples[3] = steps.take(reward)
@@ -197,10 +203,15 @@ def waits(folder):
     torch.manual_seed(0)
     regions = 30 * torch.randn(6, 4, captioner.decoder.context_proj.in_features)  # so different that some end early
     regions, before = copy_to_device(regions, steps.runtime.device), gpu.waits.copy()
-    captions, _ = beam_search(captioner.decoder, regions, 1, 9)
+    captions, _ = beam_search(captioner.decoder, regions, SearchSettings(1, 9))
     table["beam search of nine words"] = gpu.waits - before
     ended = captions.cpu()[:, 0, 4] == END
     assert ended.any() and not ended.all()  # some images left the search after its fourth word
+    transformer = Steps(STEPS["transformer"], data, gpu).state.captioner.eval().decoder
+    transformer.output.bias.data[END] = -100.0  # no caption ends before max_length
+    regions, before = copy_to_device(torch.rand(6, 4, SMALL.region_dim), steps.runtime.device), gpu.waits.copy()
+    beam_search(transformer, regions, 3, 3)
+    table["beam search of the transformer"] = gpu.waits - before
     before = gpu.waits.copy()
     validation_loss(steps.state.captioner, steps.dataset, 4, steps.runtime)  # two batches
     table["validation loss"] = gpu.waits - before

@@ -16,7 +16,7 @@ import caption
 import train
 from conftest import SMALL
 from models import load_captioner
-from modules.beam_search import beam_search
+from modules.beam_search import SearchSettings, beam_search
 from preparation.images import load_image
 
 
@@ -46,7 +46,7 @@ def test_a_photo_gets_a_sentence_and_a_picture(command, shapes, run_folder, tmp_
     captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
     image = torch.from_numpy(load_image(photo_of(shapes), 32)).unsqueeze(0)
     with torch.inference_mode():
-        captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(image), 5, 6)
+        captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(image), SearchSettings(5, 6))
     assert status == 0 and sentence.split() == vocabulary.decode(captions[0, 0])
     assert float(log_probability) == pytest.approx(log_probs[0, 0].item(), abs=0.01)
     with Image.open(picture_of(photo_of(shapes), tmp_path / "out")) as picture:

@@ -19,7 +19,7 @@ import torch
 import train
 from conftest import SMALL, build
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
-from modules.beam_search import beam_search
+from modules.beam_search import SearchSettings, beam_search
 from text.vocabulary import SPECIAL_TOKENS
 from utils import InputError
 
@@ -86,7 +86,7 @@ def captions_of(captioner, vocabulary):
     size = (2, 3, captioner.image_size, captioner.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     with torch.inference_mode():
-        captions, _ = beam_search(captioner.decoder, captioner.encode_images(images), 2, 6)
+        captions, _ = beam_search(captioner.decoder, captioner.encode_images(images), SearchSettings(2, 6))
     return [vocabulary.decode(caption[0].tolist()) for caption in captions]
 
 

@@ -10,11 +10,14 @@ import train
 from conftest import CPU, SMALL, build
 from datasets import collate
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
-from modules.beam_search import beam_search, force_decode
+from modules.beam_search import SearchSettings, beam_search
 from modules.encoders import GRID_LAYERS
+from modules.force_decode import force_decode
+from text.cider import CiderD
 from text.vocabulary import PAD, SPECIAL_TOKENS
 from training.losses import captioning_loss
 from training.optim import make_optimizer
+from training.steps import scst_step
 from utils import InputError
 
 # Of each family the smallest network and the size of its images.
@@ -46,6 +49,18 @@ VARIANTS |= {
     "graph2": {"graph_layers": 2, "graph_heads": 1, "graph_knn": 0},
     "grid14": {"grid_size": 14},
     "region_dim0": {"region_dim": 0},
+    "transformer-0+2": {"decoder": "transformer"},
+    "transformer-2+2-sine": {"decoder": "transformer", "encoder_layers": 2},
+    "transformer-2+2-learned": {"decoder": "transformer", "encoder_layers": 2, "encoder_positions": "learned"},
+    "transformer-embed8": {"decoder": "transformer", "embed_dim": 8, "decoder_layers": 1, "heads": 2},
+    "encoder1-soft-lstm": {"encoder_layers": 1},
+    "up_down": {"decoder": "up_down"},
+    "adaptive": {"attention": "adaptive"},
+    "adaptive-image_first-layers2": {"attention": "adaptive", "image_first": True, "layers": 2},
+    "image_first": {"attention": "none", "image_first": True},
+    "image_first-soft-gru": {"cell": "gru", "image_first": True},
+    "layers2-gru": {"cell": "gru", "layers": 2},
+    "layers3-none-rnn": {"cell": "rnn", "attention": "none", "layers": 3},
     "sgrvinod": {"decoder": "sgrvinod"},
 }
 WORDS = [*SPECIAL_TOKENS, "a", "b", "c"]
@@ -57,7 +72,7 @@ def test_every_family_has_an_encoder_here():
 
 
 def search(captioner, regions):
-    return beam_search(captioner.decoder, regions, 3, 8)[0][:, 0]
+    return beam_search(captioner.decoder, regions, SearchSettings(3, 8))[0][:, 0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -132,9 +147,20 @@ def test_every_model(variant, tmp_path):
     torch.testing.assert_close(regions_of_loaded, regions)
     captions = search(captioner, regions)
     assert torch.equal(search(loaded, regions_of_loaded), captions)
-    torch.testing.assert_close(
-        force_decode(loaded.decoder, regions, captions)[0], force_decode(captioner.decoder, regions, captions)[0]
-    )
+    log_probs = [force_decode(c.decoder, regions, captions.unsqueeze(1))[0] for c in (loaded, captioner)]
+    torch.testing.assert_close(*log_probs)
+
+    # Scheduled sampling and self-critical training take their steps.
+    reward, counts = CiderD([[caption[1:] for caption in captions] for captions in CAPTIONS]), batch.counts()
+    for objective in ("scheduled sampling", "scst"):
+        before = [weight.clone() for weight in captioner.decoder.parameters()]
+        if objective == "scst":
+            scst_step(captioner, optimizer, batch, settings, CPU, reward)
+        else:
+            train.train_step(captioner.train(), optimizer, batch, settings, CPU, counts, sampling_prob=0.5)
+        after = list(captioner.decoder.parameters())
+        assert all(weight.isfinite().all() for weight in after)
+        assert not all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def change(name, value):
@@ -155,6 +181,12 @@ MALFORMED = {
     "a wide cell": (change("hidden_dim", 10**7), "decoder.* is .* not torch.float32 .*10000000"),
     "a wide cell whose sizes overflow": (change("hidden_dim", 10**12), "other.pt: "),
     "many layers": (change("graph_layers", 10**8), "--graph_layers 100000000: must be at most 100"),
+    "many recurrent layers": (change("layers", 10**8), "--layers 100000000: must be at most 100"),
+    "a sentinel of a GRU": (
+        lambda checkpoint: checkpoint["model_settings"].update(cell="gru", attention="adaptive"),
+        "--cell gru does not go with --attention adaptive",
+    ),
+    "another decoder": (change("decoder", "up_down"), "its weights do not fit its settings: decoder"),
     "a fine grid": (change("grid_size", 10**6), "finer than the images"),
     "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be below 1"),
     "a missing weight": (lambda checkpoint: checkpoint["model"].popitem(), "is missing"),
@@ -204,6 +236,12 @@ def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_fol
         ("grid_size", 33, "--grid_size 33: finer"),
         ("graph_knn", -1, "--graph_knn -1"),
         ("graph_layers", 10**15, "--graph_layers 1000000000000000: must be at most"),
+        ("encoder_layers", 10**15, "--encoder_layers 1000000000000000: must be at most"),
+        ("decoder_layers", 0, "--decoder_layers 0: must be at least 1"),
+        ("heads", 0, "--heads 0"),
+        ("ffn_dim", 0, "--ffn_dim 0"),
+        ("layers", 10**15, "--layers 1000000000000000: must be at most"),
+        ("layers", 0, "--layers 0: must be at least 1"),
     ],
 )
 def test_sizes_out_of_range_are_an_error(name, value, message):

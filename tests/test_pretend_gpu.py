@@ -28,6 +28,7 @@ WAITS = {
     "step, graph": {"training/steps.py optimize: copy to the CPU": 1},
     "step, scheduled sampling": {"training/steps.py optimize: copy to the CPU": 1},
     "step, two micro-batches": {"training/steps.py optimize: copy to the CPU": 1},
+    "step, transformer": {"training/steps.py optimize: copy to the CPU": 1},
     "step, fine-tuned encoder": {"training/steps.py optimize: copy to the CPU": 1},
     "scst step, each word": {},
     "scst step, the rest": {
@@ -37,9 +38,10 @@ WAITS = {
     "beam search of two images, each word": {},
     "beam search of two images, the rest": {
         "evaluation/generation.py caption_images: copy to the CPU": 4,
-        "modules/beam_search.py _drop_ended: count the nonzero elements": 1,
+        "modules/step_decoder.py drop_ended: count the nonzero elements": 1,
     },
-    "beam search of nine words": {"modules/beam_search.py _drop_ended: count the nonzero elements": 3},  # at 4, 8 and 9
+    "beam search of nine words": {"modules/step_decoder.py drop_ended: count the nonzero elements": 3},  # at 4, 8 and 9
+    "beam search of the transformer": {"modules/step_decoder.py drop_ended: count the nonzero elements": 1},
     "validation loss": {"training/validation.py validation_loss: copy to the CPU": 1},
 }
 

@@ -16,9 +16,10 @@ README, TRANSLATION = "README.md", "README.zh-CN.md"
 DOCUMENTS = [README, TRANSLATION, "CONTRIBUTING.md", "benchmarks/README.md"]
 DOCUMENTS += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
-FOLDERS += ["benchmarks", "docs"]
+FOLDERS += ["tools", "benchmarks", "docs"]
 SCRIPTS = ["create_input_files.py", "train.py", "eval.py", "caption.py"]
-SCRIPTS += [f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.py"))] + ["docs/figures.py"]
+SCRIPTS += [f"{name}/{path.name}" for name in ("tools", "benchmarks") for path in sorted((ROOT / name).glob("*.py"))]
+SCRIPTS += ["docs/figures.py"]
 # Flags of pytest, torchrun and srun, and what --hflip was called when the results were measured.
 FOREIGN_FLAGS = {"help", "durations", "kills", "mirror", "nodes", "ntasks", "nproc_per_node", "nnodes"}
 FOREIGN_FLAGS |= {"rdzv_backend", "rdzv_endpoint"}

@@ -9,6 +9,7 @@ from utils import InputError
 PAD, START, END, UNK = range(4)
 SPECIAL_TOKENS = ["<pad>", "<start>", "<end>", "<unk>"]
 BANNED_IDS = [PAD, START, UNK]  # never generated in a caption
+FLIPPED_WORDS = {"left": "right", "right": "left"}  # what a mirror image exchanges
 
 
 class Vocabulary:

@@ -13,7 +13,6 @@ from typing import BinaryIO
 import h5py
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from common.distributed import all_gather, on_rank_zero, rank, world_size
@@ -71,15 +70,6 @@ def build_dataset(
     return dataset
 
 
-def module_digest(module: nn.Module) -> str:
-    """A fingerprint of a module's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def cache_names(dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, hflip: bool) -> list[str]:
     """The names of the files of a split's features: those of its images and, with hflip, of the flipped images.
 
@@ -88,7 +78,7 @@ def cache_names(dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, hfl
     """
     with h5py.File(dataset.images_path) as file:
         images_digest = file.attrs["digest"]
-    source = (encoder.name, encoder.layer, encoder.grid_size, module_digest(encoder), images_digest)
+    source = (*encoder.fingerprint(), images_digest)
     split, names = dataset.images_path.stem.removesuffix("_images"), []
     for flipped in (False, True) if hflip else (False,):
         key = hashlib.sha256(repr((*source, str(runtime.dtype), flipped)).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models import Captioner
+from models import DECODERS, Captioner
 
 
 def make_optimizer(captioner: Captioner, settings: Any) -> torch.optim.Optimizer:
@@ -34,7 +34,8 @@ def make_optimizer(captioner: Captioner, settings: Any) -> torch.optim.Optimizer
 def learning_rate_factor(settings: Any, step: int, steps_per_epoch: int) -> float:
     """The factor on the learning rates at a step, counted from 0 over all epochs: linear warmup, then the schedule."""
     steps = settings.epochs * steps_per_epoch
-    warmup = min(1, (step + 1) / max(1, settings.warmup_ratio * steps))
+    ratio = DECODERS[settings.decoder].WARMUP_RATIO if settings.warmup_ratio == -1 else settings.warmup_ratio
+    warmup = min(1, (step + 1) / max(1, ratio * steps))
     if settings.lr_schedule == "step":
         return warmup * settings.learning_rate_decay ** (step // steps_per_epoch)
     return warmup * (1 + math.cos(math.pi * step / steps)) / 2

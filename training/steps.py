@@ -12,11 +12,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from common.distributed import all_reduce_sum, world_size
 from datasets import Batch, collate
 from models import Captioner
-from modules.beam_search import sample
 from modules.decoders import DecoderOutput
+from modules.sampling import SamplingSettings, sample
+from text.cider import CiderD
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
-from training.rewards import CiderReward
 from utils import Runtime, copy_to_device
 
 
@@ -58,7 +58,7 @@ def scst_step(
     batch: Batch,
     settings: Any,
     runtime: Runtime,
-    reward: CiderReward,
+    reward: CiderD,
     counts: tuple[int, int] | None = None,
 ) -> tuple[float, int]:
     """One step of self-critical training on captions that the captioner samples for a batch's images.
@@ -135,16 +135,16 @@ def unwrap(network: nn.Module) -> Captioner:
 
 
 def sample_captions(
-    captioner: Captioner, batch: Batch, reward: CiderReward, max_length: int, runtime: Runtime
+    captioner: Captioner, batch: Batch, reward: CiderD, max_length: int, runtime: Runtime
 ) -> tuple[Batch, Tensor]:
     """Captions that a captioner samples for the images of a batch, as a Batch, and their rewards (B, C).
 
     Each image gets as many as the image with the most references has, and at least two.
     """
-    count = max(2, batch.words.shape[1])
+    sampling = SamplingSettings(max(2, batch.words.shape[1]), max_length, TEMPERATURE)
     with torch.no_grad(), runtime.autocast():
         regions = captioner.encode_images(copy_to_device(batch.inputs, runtime.device), batch.is_features)
-        sampled = sample(captioner.decoder, regions, count, max_length, TEMPERATURE).tolist()
+        sampled = sample(captioner.decoder, regions, sampling).tolist()
     captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
     new_batch = collate(list(zip(batch.indices, batch.inputs, captions, strict=True)), batch.is_features)
     references = dict(zip(batch.indices, batch.captions(), strict=True))

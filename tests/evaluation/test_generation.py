@@ -4,7 +4,7 @@ import torch
 
 from evaluation.generation import DecodingSettings, attend, caption_images
 from models import load_captioner
-from modules.beam_search import beam_search
+from modules.beam_search import SearchSettings, beam_search
 from text.vocabulary import END, START
 from utils import choose_runtime
 
@@ -30,7 +30,7 @@ def test_n_best_is_what_beam_search_finds(shapes, run_folder):
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     decoding = DecodingSettings(beam_size=4, max_length=6)
     found = caption_images(captioner, vocabulary, images, decoding, runtime, with_attention=False)
-    captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(images), 4, 6)
+    captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(images), SearchSettings(4, 6))
     for b, image in enumerate(found):
         assert [words for words, _ in image.n_best] == [vocabulary.decode(caption) for caption in captions[b]]
         assert [log_prob for _, log_prob in image.n_best] == log_probs[b].tolist()

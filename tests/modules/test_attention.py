@@ -19,7 +19,7 @@ DIMS = {"region_dim": 6, "hidden_dim": 8, "attention_dim": 5}
 def hard_decoder():
     """A decoder with hard attention in training mode, without dropout."""
     dims = {"vocab_size": 6, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
-    return ShowAttendTell(**dims, dropout=0.0, cell="lstm", attention="hard").train()
+    return ShowAttendTell(**dims, dropout=0.0, cell="lstm", attention="hard", image_first=False, layers=1).train()
 
 
 def scores_by_formula(name, attention, regions, hidden):

@@ -1,25 +1,30 @@
-"""Beam search against exhaustive search, greedy decoding and teacher forcing; sampling against the softmax."""
+"""Beam search, with constraints and diverse groups, against exhaustive search and a search written with lists."""
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import step_by_step
-from modules import beam_search as beam_search_module
-from modules.beam_search import beam_search, force_decode, sample
+from conftest import ending_at_different_words, step_by_step
+from modules.beam_search import SearchSettings, beam_search
+from modules.constraints import Constraints
 from text.vocabulary import BANNED_IDS, END, START
+from utils import InputError
 
 ALLOWED_IDS = (END, 4, 5, 6)
 
 
-def exhaustive_best(decoder, regions, max_length, length_penalty):
+def exhaustive_best(decoder, regions, max_length, length_penalty, constraints=None):
     """The best caption of 1 to max_length words, unfinished ones of max_length included, the empty one excluded."""
+    constraints = constraints or Constraints()
     candidates = []
     for length in range(1, max_length + 1):
         for caption in itertools.product(ALLOWED_IDS, repeat=length):
             if caption != (END,) and END not in caption[:-1] and (caption[-1] == END or length == max_length):
+                if not obeys(constraints, caption, max_length):
+                    continue
                 log_prob, _ = step_by_step(decoder, regions, caption)
                 candidates.append((log_prob / length**length_penalty, log_prob, caption))
     return max(candidates)
@@ -30,7 +35,7 @@ def exhaustive_best(decoder, regions, max_length, length_penalty):
 def test_a_wide_beam_equals_exhaustive_search(tiny_decoder, length_penalty, seed):
     regions = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(seed))
     _, log_prob, caption = exhaustive_best(tiny_decoder, regions, 4, length_penalty)
-    captions, log_probs = beam_search(tiny_decoder, regions, 4**4, 4, length_penalty)
+    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(4**4, 4, length_penalty))
     assert tuple(captions[0, 0].tolist())[: len(caption)] == caption
     assert log_probs[0, 0].item() == pytest.approx(log_prob, abs=1e-4)
 
@@ -38,45 +43,73 @@ def test_a_wide_beam_equals_exhaustive_search(tiny_decoder, length_penalty, seed
 @pytest.mark.parametrize("beam_size", [1, 3, 5, 50])
 def test_batched_search_equals_one_image_at_a_time(tiny_decoder, beam_size):
     regions = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(1)) * 2
-    captions, log_probs = beam_search(tiny_decoder, regions, beam_size, 8)
+    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(beam_size, 8))
     assert len({tuple(caption) for caption in captions[:, 0].tolist()}) > 1
     for b in range(6):
-        alone, alone_log_probs = beam_search(tiny_decoder, regions[b : b + 1], beam_size, 8)
+        alone, alone_log_probs = beam_search(tiny_decoder, regions[b : b + 1], SearchSettings(beam_size, 8))
         assert captions[b, 0, : alone.shape[2]].tolist() == alone[0, 0].tolist()
         assert log_probs[b, 0].item() == pytest.approx(alone_log_probs[0, 0].item(), abs=1e-4)
 
 
-def reference_search(decoder, regions, beam_size, max_length, length_penalty=0.5):
+def obeys(constraints, caption, max_length):
+    """Whether a caption, a tuple of word ids that may have ended, has broken none of the constraints so far."""
+    words = caption[:-1] if caption[-1] == END else caption
+    n = constraints.no_repeat_ngram
+    ngrams = [words[i : i + n] for i in range(len(words) - n + 1)] if n else []
+    is_whole = caption[-1] == END or len(caption) == max_length
+    too_short = caption[-1] == END and len(words) < constraints.min_length
+    return (
+        len(set(ngrams)) == len(ngrams) and not too_short and not (is_whole and words[-1] in constraints.banned_endings)
+    )
+
+
+def reference_search(decoder, regions, settings):
     """Beam search over one image with lists: (log-probability, caption) of the captions kept, best first."""
     keys = decoder.keys(regions)
-    beams = [(0.0, (), decoder.init_state(regions))]
-    for t in range(max_length):
-        candidates = []
-        for log_prob, caption, state in beams:
-            if caption[-1:] == (END,):
-                candidates.append((log_prob, caption, state))
-                continue
-            words = torch.tensor([[caption[-1] if caption else START]])
-            logits, _, new_state = decoder.step(words, regions, keys, state)
-            log_probs = logits[0, 0].log_softmax(0).tolist()
-            allowed = ALLOWED_IDS if t else ALLOWED_IDS[1:]
-            candidates += [(log_prob + log_probs[word], (*caption, word), new_state) for word in allowed]
-        candidates.sort(key=lambda beam: beam[0] / len(beam[1]) ** length_penalty, reverse=True)
-        beams = candidates[:beam_size]
-    return [(log_prob, caption) for log_prob, caption, _ in beams]
+    groups = [[(0.0, (), decoder.init_state(regions))] for _ in range(settings.groups)]
+
+    def score(log_prob, caption):
+        return log_prob / len(caption) ** settings.length_penalty
+
+    for t in range(settings.max_length):
+        counts = dict.fromkeys(ALLOWED_IDS, 0)  # of the words that earlier groups chose at this step
+        for g, beams in enumerate(groups):
+            candidates = []
+            for log_prob, caption, state in beams:
+                if caption[-1:] == (END,):
+                    candidates.append((score(log_prob, caption), log_prob, caption, state))
+                    continue
+                words = torch.tensor([[caption[-1] if caption else START]])
+                logits, _, new_state = decoder.step(words, regions, keys, state)
+                log_probs = logits[0, 0].log_softmax(0).tolist()
+                for word in ALLOWED_IDS if t else ALLOWED_IDS[1:]:
+                    longer = (*caption, word)
+                    if obeys(settings.constraints, longer, settings.max_length):
+                        total = log_prob + log_probs[word]
+                        objective = score(total - settings.diversity * counts[word], longer)
+                        candidates.append((objective, total, longer, new_state))
+            if not candidates:  # the captions stay unfinished
+                candidates = [(score(p, (*c, END)), p, (*c, END), state) for p, c, state in beams]
+            candidates.sort(key=lambda candidate: candidate[0], reverse=True)
+            groups[g] = [candidate[1:] for candidate in candidates[: settings.beam_size // settings.groups]]
+            for _, caption, _ in groups[g]:
+                counts[caption[-1]] += len(caption) == t + 1
+    kept = [(log_prob, caption) for beams in groups for log_prob, caption, _ in beams]
+    return sorted(kept, key=lambda beam: score(*beam), reverse=True)
 
 
-@pytest.fixture(params=["every word", "every 4 words"])
-def checks(request, monkeypatch):
-    """How often a loop asks which images have ended: as on a CPU, and as on a GPU."""
-    if request.param == "every 4 words":
-        monkeypatch.setattr(beam_search_module, "_checks_after", lambda t, device: t % 4 == 0)
-
-
-def ending_at_different_words(decoder):
-    """Regions of 12 images whose captions end after 3 to 15 words or not at all; the decoder ends them earlier."""
-    decoder.output.bias.data[END] += 1
-    return torch.randn(12, 4, 6, generator=torch.Generator().manual_seed(1)) * 3
+def assert_equals_reference(decoder, regions, settings):
+    """Check all captions and log-probabilities of a search against `reference_search`; returns the captions."""
+    captions, log_probs = beam_search(decoder, regions, settings)
+    T = captions.shape[2]
+    assert captions.shape[:2] == log_probs.shape == (len(regions), settings.beam_size) and settings.max_length >= T
+    for b in range(len(regions)):
+        expected = reference_search(decoder, regions[b : b + 1], settings)
+        for k, (log_prob, caption) in enumerate(expected):
+            assert log_probs[b, k].item() == pytest.approx(log_prob, abs=1e-4)
+            assert tuple(captions[b, k].tolist()) == (*caption, *[END] * T)[:T]
+        assert (log_probs[b, len(expected) :] == -math.inf).all()
+    return captions
 
 
 @pytest.mark.usefixtures("checks")
@@ -85,38 +118,77 @@ def ending_at_different_words(decoder):
 )
 def test_all_captions_kept_are_those_of_a_simple_search(tiny_decoder, beam_size, max_length):
     regions = ending_at_different_words(tiny_decoder)
-    captions, log_probs = beam_search(tiny_decoder, regions, beam_size, max_length)
-    assert captions.shape == (12, beam_size, captions.shape[2]) and captions.shape[2] <= max_length
-    lengths = set()
-    for b in range(12):
-        expected = reference_search(tiny_decoder, regions[b : b + 1], beam_size, max_length)
-        for k, (log_prob, caption) in enumerate(expected):
-            assert log_probs[b, k].item() == pytest.approx(log_prob, abs=1e-4)
-            assert tuple(captions[b, k].tolist()) == (*caption, *[END] * (captions.shape[2] - len(caption)))
-        assert (log_probs[b, len(expected) :] == -math.inf).all()
-        lengths.add(max(len(caption) for _, caption in expected))
-    assert max_length < 9 or len(lengths) > 2  # images were dropped along the way
+    captions = assert_equals_reference(tiny_decoder, regions, SearchSettings(beam_size, max_length))
+    lengths = (captions != END).sum(-1).amax(1)
+    assert max_length < 9 or len(lengths.unique()) > 2  # images were dropped along the way
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        Constraints(no_repeat_ngram=1),
+        Constraints(no_repeat_ngram=2),
+        Constraints(no_repeat_ngram=3, min_length=4),
+        Constraints(min_length=3),
+        Constraints(banned_endings=(4, 6)),
+        Constraints(no_repeat_ngram=2, min_length=2, banned_endings=(5,)),
+        Constraints(no_repeat_ngram=1, min_length=5),  # no caption can end
+    ],
+)
+@pytest.mark.parametrize(("beam_size", "max_length"), [(1, 6), (3, 12), (4, 3)])
+def test_captions_obey_constraints(tiny_decoder, constraints, beam_size, max_length):
+    regions = ending_at_different_words(tiny_decoder)[:6]
+    settings = SearchSettings(beam_size, max_length, constraints=constraints)
+    captions = assert_equals_reference(tiny_decoder, regions, settings)
+    for caption in captions[:, 0].tolist():
+        words = [word for word in caption if word != END]
+        assert words and obeys(Constraints(constraints.no_repeat_ngram), (*words, END), max_length)
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [Constraints(1), Constraints(2), Constraints(0, 2), Constraints(0, 0, (4, 5)), Constraints(2, 2, (6,))],
+)
+def test_a_wide_beam_finds_the_best_caption_that_obeys(tiny_decoder, constraints):
+    regions = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(2))
+    _, log_prob, caption = exhaustive_best(tiny_decoder, regions, 4, 0.5, constraints)
+    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(4**4, 4, constraints=constraints))
+    assert tuple(captions[0, 0].tolist()) == (*caption, *[END] * 4)[: captions.shape[2]]
+    assert log_probs[0, 0].item() == pytest.approx(log_prob, abs=1e-4)
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize(("beam_size", "groups"), [(2, 2), (4, 2), (6, 3), (12, 2)])
+@pytest.mark.parametrize("diversity", [0.0, 0.7, 20.0])
+def test_diverse_groups_are_those_of_a_simple_search(tiny_decoder, beam_size, groups, diversity):
+    regions = ending_at_different_words(tiny_decoder)[:6]
+    settings = SearchSettings(beam_size, 9, groups=groups, diversity=diversity)
+    captions = assert_equals_reference(tiny_decoder, regions, settings)
+    assert_equals_reference(tiny_decoder, regions, replace(settings, constraints=Constraints(2, 3, (4,))))
+    if diversity == 20 and beam_size == groups == 2:
+        assert (captions[:, 0, 0] != captions[:, 1, 0]).all()
+
+
+def test_without_diversity_all_groups_are_alike(tiny_decoder):
+    regions = ending_at_different_words(tiny_decoder)
+    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(6, 9, groups=3))
+    alone, alone_log_probs = beam_search(tiny_decoder, regions, SearchSettings(2, 9))
+    assert torch.equal(captions, alone.repeat_interleave(3, dim=1))
+    torch.testing.assert_close(log_probs, alone_log_probs.repeat_interleave(3, dim=1))
+
+
+@pytest.mark.parametrize("groups", [0, 2, 6])
+def test_groups_must_share_the_beams(groups):
+    with pytest.raises(InputError, match=f"groups {groups}: cannot share 5 beams"):
+        SearchSettings(5, groups=groups)
 
 
 def test_a_search_on_a_cpu_is_as_long_as_its_longest_caption(tiny_decoder):
     regions = ending_at_different_words(tiny_decoder)
-    ends = (beam_search(tiny_decoder, regions, 2, 30)[0][..., -1] == END).all(dim=1)
-    captions, _ = beam_search(tiny_decoder, regions[ends], 2, 30)
+    ends = (beam_search(tiny_decoder, regions, SearchSettings(2, 30))[0][..., -1] == END).all(dim=1)
+    captions, _ = beam_search(tiny_decoder, regions[ends], SearchSettings(2, 30))
     assert 4 < captions.shape[2] < 30 and (captions[..., -2] != END).any() and (captions[..., -1] == END).all()
-    assert sample(tiny_decoder, regions, 3, 3).shape == (12, 3, 3)
-
-
-@pytest.mark.usefixtures("checks")
-def test_cold_samples_of_a_batch_are_the_greedy_captions(tiny_decoder):
-    regions = ending_at_different_words(tiny_decoder)
-    tiny_decoder.output.bias.data[END] -= 1
-    greedy, _ = beam_search(tiny_decoder, regions, 1, 9)
-    not_empty = sample(tiny_decoder, regions, 2, 9, temperature=1e-4)
-    rows = not_empty[:, 0, 0] != END  # a sampled caption may be empty
-    assert rows.sum() > 5 and len((greedy != END).sum(-1).unique()) > 1
-    for row, expected in zip(not_empty[rows], greedy[rows, 0], strict=True):
-        for caption in row:
-            assert [word for word in caption if word != END] == [word for word in expected if word != END]
 
 
 def test_a_beam_of_one_is_greedy(tiny_decoder):
@@ -127,73 +199,30 @@ def test_a_beam_of_one_is_greedy(tiny_decoder):
         logits, _, state = tiny_decoder.step(torch.tensor([[word]]), regions, keys, state)
         word = max(ALLOWED_IDS if greedy else ALLOWED_IDS[1:], key=lambda word_id: logits[0, 0, word_id].item())
         greedy.append(word)
-    assert beam_search(tiny_decoder, regions, 1, 8)[0][0, 0].tolist() == greedy
+    assert beam_search(tiny_decoder, regions, SearchSettings(1, 8))[0][0, 0].tolist() == greedy
 
 
 @pytest.mark.parametrize("max_length", [1, 5])
 def test_banned_words_never_appear_and_a_caption_need_not_end(tiny_decoder, max_length):
     tiny_decoder.output.bias.data[:4] = torch.tensor([50.0, 50.0, -50.0, 50.0])  # <pad>, <start>, <end>, <unk>
-    captions, log_probs = beam_search(tiny_decoder, torch.rand(2, 4, 6), 5, max_length)
+    captions, log_probs = beam_search(tiny_decoder, torch.rand(2, 4, 6), SearchSettings(5, max_length))
     assert captions.shape[2] == max_length
     assert set(captions[:, 0].flatten().tolist()) <= {4, 5, 6}
     assert log_probs[:, 0].isfinite().all()
-
-
-@pytest.mark.parametrize("max_length", [2, 8])
-def test_beam_search_and_forced_decoding_agree_with_teacher_forcing(tiny_decoder, max_length):
-    regions = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(1)) * 2
-    captions, log_probs = beam_search(tiny_decoder, regions, 3, max_length)
-    forced_log_probs, forced_alpha = force_decode(tiny_decoder, regions, captions[:, 0])
-    torch.testing.assert_close(forced_log_probs, log_probs[:, 0])
-    for b, caption in enumerate(captions[:, 0].tolist()):
-        length = caption.index(END) + 1 if END in caption else len(caption)
-        words = torch.tensor([[[START, *caption[:length]]]])
-        logits, targets, alpha, *_ = tiny_decoder(regions[b : b + 1], words, torch.tensor([[length]]))
-        log_prob = logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum()
-        torch.testing.assert_close(log_prob, log_probs[b, 0])
-        torch.testing.assert_close(forced_alpha[b, :length], alpha[:, 0, 0])
-        assert forced_alpha[b, length:].abs().sum() == 0
 
 
 def test_length_normalization_favors_longer_captions(tiny_decoder):
     regions = torch.rand(8, 4, 6)
 
     def mean_length(penalty):
-        captions = beam_search(tiny_decoder, regions, 5, 8, penalty)[0][:, 0]
+        captions = beam_search(tiny_decoder, regions, SearchSettings(5, 8, penalty))[0][:, 0]
         return ((captions != END).sum(1) + 1).clamp(max=8).float().mean()
 
     assert mean_length(1.0) > mean_length(0.0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sampled_words_follow_the_softmax(tiny_decoder, temperature):
-    torch.manual_seed(0)
-    tiny_decoder.output.weight.data /= 4  # flatter distributions
-    regions = torch.rand(2, 4, 6)
-    sampled = sample(tiny_decoder, regions, 4000, 3, temperature)
-    assert sampled.shape == (2, 4000, 3) and set(sampled.flatten().tolist()) == set(ALLOWED_IDS)
-    for b in range(2):
-        keys, state = tiny_decoder.keys(regions[b : b + 1]), tiny_decoder.init_state(regions[b : b + 1])
-        first, _, state = tiny_decoder.step(torch.tensor([[START]]), regions[b : b + 1], keys, state)
-        second, _, _ = tiny_decoder.step(torch.tensor([[5]]), regions[b : b + 1], keys, state)
-        for logits, words in ((first, sampled[b, :, 0]), (second, sampled[b, sampled[b, :, 0] == 5, 1])):
-            expected = (logits[0, 0, list(ALLOWED_IDS)] / temperature).softmax(0)
-            frequencies = torch.stack([(words == word_id).float().mean() for word_id in ALLOWED_IDS])
-            assert len(words) > 200
-            torch.testing.assert_close(frequencies, expected, atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sampled_captions_repeat_end_after_their_end(tiny_decoder, temperature):
-    torch.manual_seed(0)
-    tiny_decoder.output.weight.data /= 4  # flatter distributions
-    for sampled in sample(tiny_decoder, torch.rand(2, 4, 6), 4000, 3, temperature):
-        ended = sampled[sampled[:, 0] == END]
-        assert len(ended) and (ended == END).all()
-
-
 @pytest.mark.parametrize("length_penalty", [1e30, float("inf")])
 def test_a_length_penalty_beyond_all_measure_still_finds_a_caption(tiny_decoder, length_penalty):
-    captions, log_probs = beam_search(tiny_decoder, torch.randn(2, 3, 6), 5, 8, length_penalty)
+    captions, log_probs = beam_search(tiny_decoder, torch.randn(2, 3, 6), SearchSettings(5, 8, length_penalty))
     assert not (captions[:, 0, :1] == END).any() and not torch.isin(captions[:, 0], torch.tensor(BANNED_IDS)).any()
     assert log_probs[:, 0].isfinite().all()

@@ -9,8 +9,9 @@ from torch.nn import functional
 import train
 from conftest import SMALL, build
 from datasets import collate
-from modules.beam_search import sample
+from models import DECODERS
 from modules.decoders import DecoderOutput
+from modules.sampling import SamplingSettings, sample
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
 from training.optim import ModelEMA, learning_rate_factor
@@ -41,6 +42,13 @@ def test_the_learning_rate_rises_and_falls():
     assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 0.001
     falling = replace(cosine, warmup_ratio=0.0, lr_schedule="step", learning_rate_decay=0.5)
     assert [learning_rate_factor(falling, step, 10) for step in (0, 9, 10, 35)] == [1, 1, 0.5, 0.125]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_default_warmup_is_that_of_the_decoder(decoder):
+    settings = train.Settings(epochs=10, decoder=decoder)
+    factors = [learning_rate_factor(settings, step, 100) for step in range(1000)]  # of 1,000 steps
+    assert factors.index(max(factors)) + 1 == 1000 * DECODERS[decoder].WARMUP_RATIO
 
 
 def test_label_smoothing_is_that_of_torch():
@@ -87,7 +95,7 @@ def test_the_self_critical_gradient_is_that_of_the_expected_reward(tiny_decoder)
     exact = tiny_decoder.output.bias.grad.clone()
     tiny_decoder.zero_grad()
 
-    drawn = sample(tiny_decoder, regions, 20_000, 2, TEMPERATURE)[0].tolist()
+    drawn = sample(tiny_decoder, regions, SamplingSettings(20_000, 2, TEMPERATURE))[0].tolist()
     batch, outputs = forced([caption[:1] if caption[0] == END else caption for caption in drawn])
     rows = zip(batch.words[0].tolist(), batch.lengths[0].tolist(), strict=True)
     rewards = torch.tensor([[worth[tuple(row[1 : n + 1])] for row, n in rows]])

@@ -1,0 +1,59 @@
+"""The recurrent decoder with adaptive attention, which weighs the image against a visual sentinel at each word.
+
+Shapes: B images, R regions, D their width, C captions of an image (beams in a search), A width of the attention, H of
+the hidden state, G gates of the cell that reads the words.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from modules.attention import AdaptiveAttention
+from modules.cells import SentinelLSTMCell
+from modules.show_attend_tell import ShowAttendTell
+
+
+class AdaptiveDecoder(ShowAttendTell):
+    """Recurrent decoder of "Knowing When to Look" (Lu et al., 2017, arXiv 1612.01887, sections 2.2 and 2.3).
+
+    An LSTM reads the word and the mean region. Then its new hidden state attends to the regions and to its sentinel,
+    with several layers that of the top one, as in the authors' code. Other than in the paper, the output layer and the
+    initial state are those of `ShowAttendTell`, whose arguments it has, with cell "lstm" and attention "adaptive".
+    """
+
+    TOP_CELLS: ClassVar = {"lstm": SentinelLSTMCell}
+
+    attention: AdaptiveAttention
+
+    def keys(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the words share: (B, R, D) -> the attention's keys (B, R, A), the mean region's gates (B, 1, G H)."""
+        return self.attention.keys(regions), self.cell.context(regions.mean(dim=1, keepdim=True))
+
+    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
+        """As `ShowAttendTell.init_state`, without the sentinel that image_first gives."""
+        return super().init_state(regions)[: self.state_shape[0]]
+
+    def _recurrent_step(
+        self,
+        word_gates: Tensor,
+        regions: Tensor,
+        keys: tuple[Tensor, Tensor],
+        state: tuple[Tensor, ...],
+        sampled_log_probs: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The LSTM with its sentinel (equations 9 and 10), then attention (6 to 8, 11 and 12).
+
+        word_gates (B, C, G H), regions (B, R, D), keys as `keys` returns them, state tuple of (B, C, H)
+        -> context (B, C, D), alpha (B, C, R), state.
+        """
+        region_keys, mean_gates = keys
+        next_state = self._update_state(word_gates + mean_gates, None, state)
+        context, alpha = self.attention(regions, region_keys, hidden=next_state[0], sentinel=next_state[-1])
+        return context, alpha, next_state[:-1]
+
+    def _update_state(
+        self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """As `ShowAttendTell._update_state`, with the top cell's sentinel (B, C, H) at the end."""
+        hidden, cell, sentinel, *below = super()._update_state(word_gates, context, state)
+        return hidden, cell, *below, sentinel

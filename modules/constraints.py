@@ -1,0 +1,57 @@
+"""Rules that the captions of a search must obey.
+
+Shapes: B images, C captions of an image, t words so far, V words of the vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from text.vocabulary import END, PAD
+from utils import copy_to_device
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Which words may not come next in a caption; by default all may."""
+
+    no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
+    min_length: int = 0  # words at least, without <end>
+    banned_endings: tuple[int, ...] = ()  # ids of words that no caption may end with
+
+    def mask(self, log_probs: Tensor, captions: Tensor, is_last: bool) -> Tensor:
+        """Set the log-probabilities of words that may not come next to -inf, in place.
+
+        Args:
+            log_probs: (B, C, V) of the next word.
+            captions: (B, C, t) word ids so far, without <start>; what is done to finished captions does not matter.
+            is_last: whether no word can follow the next, so that this must be a fit ending.
+
+        Returns:
+            log_probs (B, C, V).
+        """
+        t = captions.shape[-1]
+        if 0 < self.no_repeat_ngram <= t:
+            self._ban_repeated_ngrams(log_probs, captions)
+        if t < self.min_length:
+            log_probs[..., END] = -math.inf
+        if self.banned_endings:
+            # One by one they would be one kernel per word; a list as an index would make the host wait.
+            word_ids = copy_to_device(torch.tensor(self.banned_endings), log_probs.device)
+            if t:
+                ends_badly = (captions[..., -1:] == word_ids).any(dim=-1)  # (B, C)
+                log_probs[..., END].masked_fill_(ends_badly, -math.inf)
+            if is_last:
+                log_probs.index_fill_(-1, word_ids, -math.inf)
+        return log_probs
+
+    def _ban_repeated_ngrams(self, log_probs: Tensor, captions: Tensor) -> None:
+        """Ban each word that followed an earlier occurrence of a caption's last n - 1 words."""
+        n = self.no_repeat_ngram
+        ngrams = captions.unfold(-1, n, 1)  # (B, C, t - n + 1, n)
+        prefix = captions[..., captions.shape[-1] - n + 1 :].unsqueeze(2)  # (B, C, 1, n - 1)
+        repeats = (ngrams[..., :-1] == prefix).all(dim=-1)  # (B, C, t - n + 1)
+        # Where nothing repeats, <pad> is banned, which is never generated anyway.
+        log_probs.scatter_(-1, ngrams[..., -1].where(repeats, PAD), -math.inf)

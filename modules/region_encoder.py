@@ -1,0 +1,108 @@
+"""Transformer encoder layers over the regions of an image, between the encoder or the graph and the decoder.
+
+Shapes: B images, R regions, D their width, n heads, d = D / n their width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from modules.layers import Dropout
+from modules.transformer_layers import attend, feed_forward, init_linears, sine_positions, split_heads
+from utils import InputError
+
+POSITIONS = ("none", "learned", "sine")
+INIT_STD = 0.02  # of learned positions, as in ViT (Dosovitskiy et al., 2021)
+
+
+def grid_positions(side: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Encode the rows and columns of a square grid: (R, width), half of it for each, width a multiple of 4.
+
+    Source: "End-to-End Object Detection with Transformers" (DETR, Carion et al., 2020), appendix A.4, with unit steps
+    between rows and columns.
+    """
+    codes = sine_positions(torch.arange(side, device=device), width // 2)  # (side, width / 2)
+    rows, columns = codes.unsqueeze(1).expand(-1, side, -1), codes.unsqueeze(0).expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, each behind a layer normalization and beside a residual connection.
+
+    Source: Vaswani et al., 2017, section 3.1, with the normalization first ("On Layer Normalization in the Transformer
+    Architecture", Xiong et al., 2020): such layers train without a long warmup. Dropout is on the output of each
+    sublayer (Vaswani et al., section 5.4).
+    """
+
+    def __init__(self, *, width: int, heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attention_proj = nn.Linear(width, width)
+        self.ffn = feed_forward(width, ffn_dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """regions (B, R, D) -> (B, R, D)."""
+        projected = split_heads(self.query_key_value(self.attention_norm(regions)), 3, self.heads)  # (B, R, 3, n, d)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, n, R, d) each
+        attended = attend(query, key, value)[0].transpose(1, 2).flatten(-2)  # (B, R, D)
+        regions = regions + self.dropout(self.attention_proj(attended))
+        return regions + self.dropout(self.ffn(self.ffn_norm(regions)))
+
+
+class RegionEncoder(nn.Module):
+    """A stack of encoder layers over the regions, which first get positions; the identity for 0 layers.
+
+    Args:
+        region_dim: D, a multiple of heads and, for sine positions, of 4.
+        num_regions: R, for learned positions.
+        layers: number of layers.
+        positions: one of POSITIONS; sine is for a square grid.
+        heads, ffn_dim: of each layer.
+        dropout: on the output of each sublayer.
+
+    Raises InputError for heads or positions that do not fit the regions.
+    """
+
+    def __init__(
+        self,
+        *,
+        region_dim: int,
+        num_regions: int,
+        layers: int,
+        positions: str,
+        heads: int,
+        ffn_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        if layers and region_dim % heads:
+            raise InputError(f"--heads {heads}: does not divide the {region_dim} features of a region")
+        if layers and positions == "sine" and (region_dim % 4 or round(num_regions**0.5) ** 2 != num_regions):
+            raise InputError(
+                f"--encoder_positions sine: is for a square grid and a multiple of 4 features, not for {num_regions} "
+                f"regions of {region_dim}: give learned or none"
+            )
+        self.layers = nn.ModuleList(
+            EncoderLayer(width=region_dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout) for _ in range(layers)
+        )
+        self.positions, self.learned_positions = positions, None
+        if layers:
+            self.norm = nn.LayerNorm(region_dim)
+            init_linears(self)
+            if positions == "learned":
+                self.learned_positions = nn.Parameter(torch.empty(num_regions, region_dim))
+                nn.init.normal_(self.learned_positions, std=INIT_STD)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """regions (B, R, D) -> (B, R, D)."""
+        if not self.layers:
+            return regions
+        if self.learned_positions is not None:
+            regions = regions + self.learned_positions
+        elif self.positions == "sine":
+            regions = regions + grid_positions(round(regions.shape[1] ** 0.5), regions.shape[2], regions.device)
+        for layer in self.layers:
+            regions = layer(regions)
+        return self.norm(regions)

@@ -1,0 +1,83 @@
+"""Sampling of captions, over any `StepDecoder`.
+
+Shapes: B images (in the loop those still decoded), R regions, D their width, C captions of an image, T words of a
+caption, V words of the vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modules.layers import sample_categorical
+from modules.step_decoder import Nested, StepDecoder, checks_after, drop_ended, expand, first_tensor
+from text.vocabulary import BANNED_IDS, END, START
+from utils import InputError
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How captions are sampled. Raises InputError for values without a meaning."""
+
+    num_captions: int = 5  # captions per image, C
+    max_length: int = 30  # words at most, <end> included
+    temperature: float = 1.0  # words are sampled from softmax(logits / temperature): below 1 it favors probable words
+    top_k: int = 0  # only the k most probable words; 0: all
+    top_p: float = 1.0  # only the most probable words that together reach this probability (Holtzman et al., 2020)
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise InputError(f"temperature {self.temperature}: must be above 0; near 0 the samples are all alike")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p {self.top_p}: a probability, above 0 and at most 1")
+
+
+@torch.no_grad()
+def sample(
+    decoder: StepDecoder, regions: Nested, settings: SamplingSettings, generator: torch.Generator | None = None
+) -> Tensor:
+    """Sample captions of all images at once.
+
+    `modules.force_decode.force_decode` gives their log-probabilities, to rank them.
+
+    Args:
+        decoder: in eval mode.
+        regions: (B, R, D), or a tuple of them for an ensemble.
+        generator: on the device of the regions; the same seed and batch give the same captions. None: torch's own.
+
+    Returns:
+        Word ids (B, C, T), <end> repeated after a caption's end; <pad>, <start> and <unk> are excluded.
+    """
+    C, device = settings.num_captions, first_tensor(regions).device
+    images = torch.arange(len(first_tensor(regions)), device=device)  # those still decoded
+    captions = torch.full((len(images), C, settings.max_length), END, device=device)
+    words = torch.full((len(images), C), START, device=device)
+    keys, state = decoder.keys(regions), expand(decoder.init_state(regions), C)
+    for t in range(1, settings.max_length + 1):
+        logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
+        probabilities = _truncated_probabilities(logits.float(), settings)
+        words = sample_categorical(probabilities, generator).masked_fill(words == END, END)
+        captions[images, :, t - 1] = words
+        if checks_after(t, device):
+            images, regions, keys, words, state = drop_ended(words == END, (images, regions, keys, words, state))
+            if not len(images):
+                break
+    return captions[..., :t]
+
+
+def _truncated_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Probabilities (B, C, V) to sample from, up to a factor, of logits (B, C, V)."""
+    logits = logits / settings.temperature
+    for word_id in BANNED_IDS:
+        logits[..., word_id] = -math.inf
+    if 0 < settings.top_k < logits.shape[-1]:
+        smallest = logits.topk(settings.top_k).values[..., -1:]
+        logits.masked_fill_(logits < smallest, -math.inf)
+    probabilities = logits.softmax(dim=-1)
+    if settings.top_p < 1:
+        # A word is kept where those more probable do not reach top_p without it (section 3.1); the first always is.
+        ordered, word_ids = probabilities.sort(dim=-1, descending=True)
+        ordered.masked_fill_(ordered.cumsum(dim=-1) - ordered >= settings.top_p, 0)
+        probabilities.scatter_(-1, word_ids, ordered)
+    return probabilities

@@ -1,0 +1,57 @@
+"""What the layers of the transformer's encoder and decoder share ("Attention Is All You Need", Vaswani et al., 2017).
+
+Shapes: n heads, d = D / n their width, Q queries, K keys, ... any leading axes.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modules.layers import init_linear
+
+
+def feed_forward(width: int, ffn_dim: int) -> nn.Sequential:
+    """The feed-forward network of a layer (section 3.3), with the ReLU of the paper: on a CPU GELU takes longer."""
+    return nn.Sequential(nn.Linear(width, ffn_dim), nn.ReLU(inplace=True), nn.Linear(ffn_dim, width))
+
+
+def init_linears(module: nn.Module) -> None:
+    """Glorot-initialize the linear layers, as `torch.nn.Transformer` does."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            init_linear(layer)
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
+    """Split what one linear layer projects, such as queries, keys and values: (..., parts n d) -> (..., parts, n, d)."""
+    return x.unflatten(-1, (parts, heads, x.shape[-1] // (parts * heads)))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, with_alpha: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention (equation 1), with its weights alpha where they are asked for.
+
+    query (..., Q, d), key and value (..., K, d) -> (..., Q, d), alpha (..., Q, K). Where `is_causal`, Q = K and a query
+    sees no later key. On a CPU torch's fused attention takes seven times as long in bfloat16, for its gradient.
+    """
+    if not (with_alpha or query.is_cpu):
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal), None
+    scores = (query @ key.transpose(-1, -2)).float() / math.sqrt(query.shape[-1])
+    if is_causal:
+        scores = scores + torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(diagonal=1)
+    alpha = scores.softmax(dim=-1)
+    return alpha.to(value.dtype) @ value, alpha if with_alpha else None
+
+
+def sine_positions(positions: Tensor, width: int) -> Tensor:
+    """Encode positions (...) as sines and cosines (..., width) of geometrically rising wavelengths.
+
+    Source: Vaswani et al., 2017, section 3.5, with all sines before all cosines. There is no largest position.
+    """
+    half = (width + 1) // 2
+    frequencies = torch.exp(torch.arange(half, device=positions.device) * (-math.log(10_000) / half))
+    angles = positions.unsqueeze(-1) * frequencies  # (..., half)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]

@@ -1,0 +1,84 @@
+"""The Up-Down decoder: one LSTM attends to the regions, another one predicts the words.
+
+Shapes: B images, R regions, D their width, C captions of an image (beams in a search), E width of a word embedding, A
+of the attention, H of the hidden states, V words of the vocabulary.
+"""
+
+from torch import Tensor, nn
+
+from modules.cells import LSTMCell
+from modules.layers import additive_scores
+from modules.recurrent import RecurrentDecoder
+
+
+class UpDownDecoder(RecurrentDecoder):
+    """Decoder of "Bottom-Up and Top-Down Attention" (Anderson et al., 2018, arXiv 1707.07998, section 3.2).
+
+    A state is (h2, c2, h1, c1), each (B, C, H): the language LSTM's, then the attention LSTM's. All are zero before the
+    first word.
+
+    Args:
+        vocab_size, region_dim, embed_dim, attention_dim, hidden_dim: V, D, E, A and H.
+        dropout: on the word embeddings and before the output layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        region_dim: int,
+        embed_dim: int,
+        attention_dim: int,
+        hidden_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__(vocab_size=vocab_size, embed_dim=embed_dim, dropout=dropout)
+        self.hidden_dim = hidden_dim
+        # Of the attention LSTM's input, h2 is the context of its cell, and the mean region has a map of its own.
+        self.attention_lstm = LSTMCell(embed_dim=embed_dim, context_dim=hidden_dim, hidden_dim=hidden_dim)
+        self.mean_region = nn.Linear(region_dim, 4 * hidden_dim, bias=False)
+        self.region_proj = nn.Linear(region_dim, attention_dim)
+        self.query = nn.Linear(hidden_dim, attention_dim, bias=False)
+        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a bias
+        # The language LSTM reads the attended region in place of a word.
+        self.language_lstm = LSTMCell(embed_dim=region_dim, context_dim=hidden_dim, hidden_dim=hidden_dim)
+        self.output = nn.Linear(hidden_dim, vocab_size)
+        self._reset_parameters()
+
+    def keys(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the words share: (B, R, D) -> the attention's keys (B, R, A), the mean region's gates (B, 1, 4 H)."""
+        return self.region_proj(regions), self.mean_region(regions.mean(dim=1, keepdim=True))
+
+    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
+        """Zeros: (B, R, D) -> 4 tensors (B, 1, H)."""
+        return (regions.new_zeros(len(regions), 1, self.hidden_dim),) * 4
+
+    def _word_gates(self, embedded: Tensor) -> Tensor:
+        """The words' part of the attention LSTM's gates, the only LSTM that reads them: (..., E) -> (..., 4 H)."""
+        return self.attention_lstm.words(embedded)
+
+    def _recurrent_step(
+        self,
+        word_gates: Tensor,
+        regions: Tensor,
+        keys: tuple[Tensor, Tensor],
+        state: tuple[Tensor, ...],
+        sampled_log_probs: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The attention LSTM (equation 2), attention with its h1 (equations 3 to 5), the language LSTM (equation 6).
+
+        word_gates (B, C, 4 H), regions (B, R, D), keys as `keys` returns them, state tuple of (B, C, H)
+        -> attended region (B, C, D), alpha (B, C, R), state.
+        """
+        h2, c2, h1, c1 = state
+        region_keys, mean_gates = keys
+        h1, c1 = self.attention_lstm(word_gates + mean_gates, h2, (h1, c1))
+        scores = additive_scores(region_keys, self.query(h1), self.score.weight[0])  # (B, C, R)
+        alpha = scores.float().softmax(dim=-1)
+        attended = alpha.to(regions.dtype) @ regions  # (B, C, D)
+        h2, c2 = self.language_lstm(self.language_lstm.words(attended), h1, (h2, c2))
+        return attended, alpha, (h2, c2, h1, c1)
+
+    def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """A linear layer on dropout of the language LSTM's h2 (equation 7): hidden (..., H) -> (..., V)."""
+        return self.output(self.dropout(hidden))

@@ -1,0 +1,92 @@
+"""Encoder layers over regions against torch's layers; their positions against DETR's equations."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from modules.region_encoder import EncoderLayer, RegionEncoder, grid_positions
+from utils import InputError
+
+SIZES = {"region_dim": 8, "num_regions": 9, "layers": 2, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
+
+
+def make_encoder(**changes):
+    """A random encoder, in eval mode, in which torch's layers take a fused path."""
+    torch.manual_seed(1)
+    encoder = RegionEncoder(**SIZES | {"positions": "none"} | changes).eval()
+    for parameter in encoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return encoder
+
+
+def torch_layer(layer: EncoderLayer) -> nn.TransformerEncoderLayer:
+    """torch's layer with the weights of ours."""
+    reference = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True)
+    reference.self_attn.in_proj_weight.data = layer.query_key_value.weight.data
+    reference.self_attn.in_proj_bias.data = layer.query_key_value.bias.data
+    for target, source in (
+        (reference.self_attn.out_proj, layer.attention_proj),
+        (reference.norm1, layer.attention_norm),
+        (reference.norm2, layer.ffn_norm),
+        (reference.linear1, layer.ffn[0]),
+        (reference.linear2, layer.ffn[2]),
+    ):
+        target.load_state_dict(source.state_dict())
+    return reference
+
+
+@pytest.mark.parametrize("positions", ["none", "learned", "sine"])
+def test_the_encoder_equals_torch_layers_with_its_weights(positions):
+    encoder, regions = make_encoder(positions=positions), torch.randn(3, 9, 8)
+    expected = regions
+    if positions == "learned":
+        expected = regions + encoder.learned_positions
+    if positions == "sine":
+        expected = regions + grid_positions(3, 8)
+    for layer in encoder.layers:
+        expected = torch_layer(layer)(expected)
+    torch.testing.assert_close(encoder(regions), encoder.norm(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_without_layers_it_is_the_identity_and_has_no_weights():
+    encoder, regions = make_encoder(layers=0, heads=5), torch.randn(3, 9, 8)
+    assert encoder(regions) is regions and not encoder.state_dict()
+
+
+def test_without_positions_a_permutation_of_the_regions_permutes_the_output():
+    regions, order = torch.randn(2, 9, 8), torch.randperm(9)
+    for positions in ("none", "sine", "learned"):
+        encoder = make_encoder(positions=positions)
+        difference = (encoder(regions[:, order]) - encoder(regions)[:, order]).abs().max()
+        assert (difference < 1e-5) == (positions == "none")
+
+
+def test_grid_positions_are_sines_and_cosines_of_row_and_column():
+    codes = grid_positions(3, 8)
+    for region in range(9):
+        row, column = divmod(region, 3)
+        expected = [f(p / 10_000 ** (i / 2)) for p in (row, column) for f in (math.sin, math.cos) for i in range(2)]
+        torch.testing.assert_close(codes[region], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("positions", ["learned", "sine"])
+def test_every_parameter_gets_a_gradient(positions):
+    encoder = make_encoder(positions=positions)
+    (encoder(torch.randn(3, 9, 8)) * torch.randn(3, 9, 8)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 3}, "--heads 3: does not divide the 8 features"),
+        ({"positions": "sine", "region_dim": 6}, "--encoder_positions sine: .* 9 regions of 6: give learned or none"),
+        ({"positions": "sine", "num_regions": 8}, "--encoder_positions sine: .* 8 regions of 8"),
+    ],
+)
+def test_what_does_not_fit_the_regions_is_an_error(changes, message):
+    with pytest.raises(InputError, match=message):
+        make_encoder(**changes)

@@ -1,0 +1,243 @@
+"""The transformer decoder against torch's layers, and against itself one word at a time."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from conftest import step_by_step
+from datasets import collate
+from modules.beam_search import beam_search, sample
+from modules.transformer import TransformerDecoder
+from modules.transformer_layers import attend, sine_positions
+from text.vocabulary import END, START
+from utils import InputError
+
+SIZES = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "hidden_dim": 8, "heads": 2, "ffn_dim": 12}
+CAPTIONS = [
+    [[START, 4, 5, 6, 4, END], [START, 6, END]],
+    [[START, 5, END], [START, 4, 4, END], [START, 5, 5, 5, END]],
+    [[START, END]],
+]
+
+
+def make_decoder(**changes):
+    """A random decoder with dropout 0, whose predictions are far from uniform."""
+    torch.manual_seed(3)
+    decoder = TransformerDecoder(**SIZES | {"decoder_layers": 2, "dropout": 0.0} | changes).eval()
+    for parameter in decoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return decoder
+
+
+@pytest.fixture
+def decoder():
+    return make_decoder()
+
+
+@pytest.fixture
+def batch():
+    """Random regions (B, 4, 6) with CAPTIONS."""
+    generator = torch.Generator().manual_seed(0)
+    return collate([(i, torch.rand(4, 6, generator=generator), each) for i, each in enumerate(CAPTIONS)])
+
+
+def copy_to_torch(layer, torch_layer):
+    """Give a torch.nn.TransformerDecoderLayer the weights of a DecoderLayer."""
+    cross_weight = torch.cat([layer.cross_query.weight, layer.cross_key_value.weight])
+    cross_bias = torch.cat([layer.cross_query.bias, layer.cross_key_value.bias])
+    for attention, weight, bias, proj in (
+        (torch_layer.self_attn, layer.self_query_key_value.weight, layer.self_query_key_value.bias, layer.self_proj),
+        (torch_layer.multihead_attn, cross_weight, cross_bias, layer.cross_proj),
+    ):
+        attention.in_proj_weight.data, attention.in_proj_bias.data = weight.data, bias.data
+        attention.out_proj.load_state_dict(proj.state_dict())
+    pairs = {
+        torch_layer.norm1: layer.self_norm,
+        torch_layer.norm2: layer.cross_norm,
+        torch_layer.norm3: layer.ffn_norm,
+        torch_layer.linear1: layer.ffn[0],
+        torch_layer.linear2: layer.ffn[2],
+    }
+    for target, source in pairs.items():
+        target.load_state_dict(source.state_dict())
+
+
+def test_the_decoder_equals_torch_layers_with_its_weights(batch):
+    decoder, regions = make_decoder(region_dim=8), torch.randn(3, 4, 8)
+    logits = decoder(regions, batch.words, batch.lengths).logits
+    layers = []
+    for layer in decoder.layers:
+        layers.append(nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True))
+        copy_to_torch(layer, layers[-1])
+    row_of = {}
+    mask = torch.arange(5).view(-1, 1, 1) < batch.lengths
+    for row, (t, b, c) in enumerate(mask.nonzero().tolist()):
+        row_of[t, b, c] = row
+    for b, c in itertools.product(range(3), range(3)):
+        if length := int(batch.lengths[b, c]):
+            words = batch.words[b, c, :length]
+            x = decoder.embedding_proj(decoder.embedding(words) * math.sqrt(5)) + sine_positions(
+                torch.arange(length), 8
+            )
+            x = x.unsqueeze(0)
+            causal = nn.Transformer.generate_square_subsequent_mask(length)
+            for layer in layers:
+                x = layer(x, regions[b : b + 1], tgt_mask=causal, tgt_is_causal=True)
+            expected = decoder.output(decoder.norm(x))[0]
+            found = logits[[row_of[t, b, c] for t in range(length)]]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_alpha_is_that_of_torch_attention():
+    decoder = make_decoder(region_dim=8, decoder_layers=1)
+    layer, reference = decoder.layers[0], nn.TransformerDecoderLayer(8, 2, 12, 0.0, batch_first=True, norm_first=True)
+    copy_to_torch(layer, reference)
+    x, regions = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    keys = layer.keys(regions)
+    cache = torch.empty(2, 3, 2, 0, 4)
+    _, alpha, _ = layer.step(x, keys, (cache, cache), True)
+    attended = layer.self_proj(layer.self_query_key_value(layer.self_norm(x))[..., 16:])  # of one word: its value
+    query = layer.cross_norm(x + attended)
+    _, expected = reference.multihead_attn(query, regions, regions, average_attn_weights=False)
+    torch.testing.assert_close(alpha, expected)
+
+
+def test_teacher_forcing_equals_stepping_word_by_word(decoder, batch):
+    logits, targets, alpha, *_ = decoder(batch.inputs, batch.words, batch.lengths)
+    expected = 0.0
+    for b, c in itertools.product(range(3), range(3)):
+        length = int(batch.lengths[b, c])
+        if length:
+            caption = batch.words[b, c, 1 : length + 1].tolist()
+            log_prob, expected_alpha = step_by_step(decoder, batch.inputs[b : b + 1], caption)
+            expected += log_prob
+            torch.testing.assert_close(alpha[:length, b, c], expected_alpha)
+        assert alpha[length:, b, c].abs().sum() == 0
+    log_probs = logits.log_softmax(1).gather(1, targets.unsqueeze(1))
+    assert log_probs.sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_parameter_gets_the_gradient_of_stepping_word_by_word(decoder, batch):
+    logits, targets, *_ = decoder(batch.inputs, batch.words, batch.lengths)
+    functional.cross_entropy(logits, targets, reduction="sum").backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+    decoder.zero_grad()
+    for b, c in itertools.product(range(3), range(3)):
+        regions, length = batch.inputs[b : b + 1], int(batch.lengths[b, c])
+        keys, state = decoder.keys(regions), decoder.init_state(regions)
+        for previous, target in itertools.pairwise(batch.words[b, c, : length + 1]):
+            logits, _, state = decoder.step(previous.view(1, 1), regions, keys, state)
+            functional.cross_entropy(logits[0], target.view(1)).backward(retain_graph=True)
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_padding_never_leaks_into_the_outputs(decoder, batch):
+    mask = torch.arange(batch.words.shape[2]) <= batch.lengths.unsqueeze(2)
+    garbage = torch.where(mask, batch.words, torch.full_like(batch.words, 6))
+    outputs = decoder(batch.inputs, batch.words, batch.lengths)
+    for before, after in zip(outputs[:3], decoder(batch.inputs, garbage, batch.lengths)[:3], strict=True):
+        assert torch.equal(before, after)
+
+
+def test_scheduled_sampling_feeds_back_the_sampled_words(decoder, batch):
+    decoder._sample_words = lambda *_, original=decoder._sample_words: original(*_).fill_(6)
+    logits, targets, *_ = decoder(batch.inputs, batch.words, batch.lengths, sampling_prob=1.0)
+    fed_back = batch.words.clone()
+    fed_back[:, :, 1:] = 6
+    assert torch.equal(targets, decoder(batch.inputs, batch.words, batch.lengths).targets)
+    torch.testing.assert_close(logits, decoder(batch.inputs, fed_back, batch.lengths).logits)
+
+
+def test_a_sample_stands_where_the_word_that_it_predicts_stood(decoder, batch):
+    sampled = []
+
+    def note(*arguments, original=decoder._sample_words):
+        sampled.append(original(*arguments))
+        return sampled[0]
+
+    decoder._sample_words = note
+    torch.manual_seed(0)
+    logits = decoder(batch.inputs, batch.words, batch.lengths, sampling_prob=1.0).logits
+    fed_back = batch.words.clone()
+    fed_back[:, :, 1:-1] = sampled[0]
+    torch.testing.assert_close(logits, decoder(batch.inputs, fed_back, batch.lengths).logits)
+
+
+def test_scheduled_sampling_in_bfloat16_loses_no_gradient(decoder, batch):
+    # Words are sampled without gradient: the weights that autocast casts then must not be those of the loss.
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, targets, *_ = decoder(batch.inputs, batch.words, batch.lengths, sampling_prob=0.5)
+    functional.cross_entropy(logits.float(), targets).backward()
+    for name, param in decoder.named_parameters():
+        assert param.grad is not None and param.grad.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_searches_reorder_the_cache(decoder, batch, dtype):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        captions, log_probs = beam_search(decoder, batch.inputs, 3, 8)
+        sampled = sample(decoder, batch.inputs, 4, 8)
+    assert sampled.shape[:2] == (3, 4)
+    for b, k in itertools.product(range(3), range(3)):
+        words = captions[b, k].tolist()
+        words = words[: words.index(END) + 1] if END in words else words
+        expected, _ = step_by_step(decoder, batch.inputs[b : b + 1], words)
+        assert log_probs[b, k].item() == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_layer_and_head_of_alpha_are_chosen(decoder, batch):
+    inputs = batch.inputs, batch.words, batch.lengths
+    default = decoder(*inputs).alpha
+    heads = []
+    for head in (1, 2):
+        decoder.choose_alpha(layer=2, head=head)
+        heads.append(decoder(*inputs).alpha)
+        _, alpha = step_by_step(decoder, batch.inputs[:1], batch.words[0, 0, 1:].tolist())
+        torch.testing.assert_close(heads[-1][:, 0, 0], alpha)
+    torch.testing.assert_close((heads[0] + heads[1]) / 2, default)
+    assert (heads[0] - heads[1]).abs().max() > 1e-3
+    logits = decoder(*inputs).logits
+    decoder.choose_alpha(layer=1)
+    outputs = decoder(*inputs)
+    assert (outputs.alpha - default).abs().max() > 1e-3
+    torch.testing.assert_close(outputs.logits, logits)
+
+
+@pytest.mark.parametrize("choice", [{"layer": 3}, {"head": 3}, {"layer": -1}])
+def test_a_layer_or_head_that_does_not_exist_is_an_error(decoder, choice):
+    ((name, value),) = choice.items()
+    with pytest.raises(InputError, match=f"--alpha_{name} {value}: the decoder has 2"):
+        decoder.choose_alpha(**choice)
+
+
+def test_heads_that_do_not_divide_the_width_are_an_error():
+    with pytest.raises(InputError, match="--heads 3: does not divide --hidden_dim 8"):
+        make_decoder(heads=3)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_is_that_of_torch(is_causal):
+    query, key, value = torch.randn(3, 2, 4, 5, 6)
+    expected = functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    attended, alpha = attend(query, key, value, is_causal=is_causal, with_alpha=True)
+    torch.testing.assert_close(attended, expected)
+    torch.testing.assert_close(alpha @ value, expected)
+    assert attend(query, key, value, is_causal=is_causal)[1] is None
+
+
+@pytest.mark.parametrize("width", [8, 5])
+def test_positions_are_sines_and_cosines(width):
+    half = (width + 1) // 2
+    codes = [
+        [math.sin(p / 10_000 ** (i / half)) for i in range(half)]
+        + [math.cos(p / 10_000 ** (i / half)) for i in range(half)]
+        for p in (0, 1, 50)
+    ]
+    found = sine_positions(torch.tensor([0, 1, 50]), width)
+    torch.testing.assert_close(found, torch.tensor(codes)[:, :width], atol=1e-5, rtol=1e-5)

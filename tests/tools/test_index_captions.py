@@ -1,0 +1,33 @@
+"""The index of a prepared folder's training photos."""
+
+import numpy as np
+import torch
+
+from datasets import CaptionDataset
+from evaluation.consensus import CaptionIndex
+from models import load_captioner
+from tools import index_captions
+
+
+def test_the_index_holds_the_training_photos(command, shapes, run_folder, tmp_path):
+    arguments = ["--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output", tmp_path / "index.pt"]
+    status, output, _ = command(index_captions, *arguments)
+    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
+    dataset, index = CaptionDataset(shapes, "train", vocabulary), CaptionIndex.load(tmp_path / "index.pt")
+    assert status == 0 and f"{len(dataset)} photos" in output
+    assert index.captions.decode() == dataset.references.decode()
+    assert index.encoder == captioner.encoder.fingerprint()
+    with torch.no_grad():
+        images = torch.from_numpy(np.stack([dataset[i, False][1] for i in range(len(dataset))]))
+        means = captioner.encoder(images).mean(dim=1)
+    torch.testing.assert_close(index.center, means.mean(dim=0), rtol=1e-2, atol=1e-3)
+    norms = index.features.float().norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=2e-3)
+
+
+def test_an_index_is_not_replaced_unasked(command, shapes, run_folder, tmp_path):
+    (tmp_path / "index.pt").write_text("mine")
+    arguments = ["--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output", tmp_path / "index.pt"]
+    status, _, error = command(index_captions, *arguments)
+    assert status == 2 and error.count("\n") == 1 and "give --overwrite or another --output" in error
+    assert (tmp_path / "index.pt").read_text() == "mine"

@@ -1,0 +1,72 @@
+"""Index photos and captions for consensus re-ranking: python tools/index_captions.py --checkpoint best.pt
+
+eval.py and caption.py take the file as --consensus, for every model with the same encoder.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.files import require_writable
+from datasets import CaptionDataset, in_order, make_batches, make_loader
+from evaluation.consensus import CaptionIndex
+from models import Captioner, load_captioner
+from training.feature_cache import build_dataset
+from utils import InputError, Runtime, choose_runtime, copy_to_device, run_script
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Write an index of a prepared folder's training photos and captions, found by the features of an encoder."""
+
+    checkpoint: str = "runs/shapes/best.pt"  # a model whose encoder gives the features
+    data_folder: str = "data/shapes"  # what create_input_files.py wrote
+    output: str = "data/shapes/consensus.pt"  # the index
+    overwrite: bool = False  # replace an index
+    features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
+    device: str = "auto"  # auto, cpu or cuda
+
+
+@torch.no_grad()
+def mean_features(captioner: Captioner, dataset: CaptionDataset, runtime: Runtime) -> torch.Tensor:
+    """The mean over the regions of each photo's features, (N, F), on the CPU."""
+    means = []
+    batches = make_batches(in_order(len(dataset)), 32)
+    for batch in tqdm(make_loader(dataset, batches), desc="features", unit="batch"):
+        inputs = copy_to_device(batch.inputs, runtime.device)
+        with runtime.autocast():
+            features = inputs if batch.is_features else captioner.encoder(inputs)
+        order = sorted(range(len(batch.indices)), key=lambda i: batch.indices[i])
+        means.append(features.float().mean(dim=1)[order])
+    return torch.cat(means).cpu()
+
+
+def main(settings: Settings) -> None:
+    """Index the training split."""
+    runtime = choose_runtime(settings.device, settings.precision)
+    if Path(settings.output).exists() and not settings.overwrite:
+        raise InputError(f"{settings.output} exists: give --overwrite or another --output")
+    require_writable(Path(settings.output).parent)
+    captioner, vocabulary = load_captioner(settings.checkpoint, runtime.device)
+    dataset = build_dataset(
+        settings.data_folder,
+        "train",
+        vocabulary,
+        captioner,
+        runtime,
+        features_folder=settings.features_folder,
+    )
+    index = CaptionIndex.build(captioner.encoder, mean_features(captioner, dataset, runtime), dataset.references)
+    index.save(settings.output)
+    megabytes = Path(settings.output).stat().st_size / 1e6
+    print(f"{settings.output}: {len(dataset)} photos, {dataset.references.num_captions()} captions, {megabytes:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
