@@ -13,7 +13,7 @@ import sgrvinod_reference as reference
 import train
 from convert_sgrvinod import Settings
 from models import load_captioner
-from modules.beam_search import beam_search
+from modules.beam_search import SearchSettings, beam_search
 from utils import InputError
 
 WORDS = reference.word_map(["a", "the", "dog", "cat", "red", "blue", "ball", "runs", "sits", "with", "two", "of"])
@@ -87,7 +87,7 @@ def test_logits_and_alpha_are_those_of_the_tutorials_equations(converted):
 def test_captions_are_those_of_a_plain_search(converted):
     _, decoder, captioner, vocabulary, _ = converted
     regions, captions = random_regions(20), []
-    found = beam_search(captioner.decoder, regions, beam_size=3, max_length=12, length_penalty=0)[0][:, 0]
+    found = beam_search(captioner.decoder, regions, SearchSettings(3, 12, 0.0))[0][:, 0]
     for b in range(20):
         expected = reference.plain_beam_search(decoder, regions[b], WORDS, beam_size=3, max_length=12)
         captions.append([IDX2WORD[word_id] for word_id in expected if word_id != WORDS["<end>"]])
