@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from modules.attention import Attention
 from modules.cells import LSTMCell
-from modules.layers import Dropout, init_linear
+from modules.layers import Dropout
 from modules.recurrent import RecurrentDecoder
 
 
@@ -31,7 +31,8 @@ class SgrvinodDecoder(RecurrentDecoder):
     Source: models.py of https://github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning. It differs from "Show,
     Attend and Tell" (Xu et al., 2015) in its attention, in an initial state without tanh, and in an output layer on the
     hidden state in place of the deep one. The tutorial's second biases (of the query, and of the LSTM) add to the first
-    and are left out; the initialization is that of `ShowAttendTell`.
+    and are left out; the initialization is that of `ShowAttendTell`. A gate for each feature is no single number that
+    could be shown beside a word: `gate` is None.
 
     Args:
         vocab_size, region_dim, embed_dim, attention_dim, hidden_dim: V, D, E, A and H.
@@ -55,16 +56,7 @@ class SgrvinodDecoder(RecurrentDecoder):
         self.cell = LSTMCell(embed_dim=embed_dim, context_dim=region_dim, hidden_dim=hidden_dim)
         self.output_dropout = Dropout(dropout)
         self.output = nn.Linear(hidden_dim, vocab_size)
-        self.reset_embeddings()
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                init_linear(layer)
-        self.cell.reset_parameters()
-
-    @property
-    def gate(self) -> None:
-        """None: a gate for each feature is no single number to show beside a word."""
-        return None
+        self._reset_parameters()
 
     def keys(self, regions: Tensor) -> Tensor:
         """The attention's projection of the regions, the same for all words: (B, R, D) -> (B, R, A)."""

@@ -89,32 +89,27 @@ def word_map(words):
     return {word: i + 1 for i, word in enumerate(ordered)} | {"<pad>": 0}
 
 
-def plain_beam_search(decoder, regions, word_ids, *, beam_size, max_length, finished_leave):
+def plain_beam_search(decoder, regions, word_ids, *, beam_size, max_length):
     """The best caption as word ids, `word_ids` being the word map.
 
-    With `finished_leave` as in the tutorial: a finished caption leaves the beam, which is smaller from then on, and the
-    most probable finished caption is the result. Without, as in `modules.beam_search`: it keeps its place as long as
-    it is among the most probable. Two things are not as in the tutorial: <pad>, <start>, <unk> and an empty caption
-    are banned; where no caption has ended after max_length words, the most probable unfinished one is the result.
+    Each step keeps the most probable captions, finished or one word longer. In the tutorial a finished caption leaves
+    the beam, which is smaller from then on, no word is banned, and there is no result where no caption ends.
     """
     end = word_ids["<end>"]
     banned = [word_ids[word] for word in ("<pad>", "<start>", "<unk>")]
-    unfinished = [([], 0.0, init_state(decoder, regions))]
-    finished = []
-    while unfinished and len(unfinished[0][0]) < max_length:
-        candidates = [] if finished_leave else finished
-        for caption, score, state in unfinished:
+    beams = [([], 0.0, init_state(decoder, regions))]
+    for t in range(max_length):
+        candidates = []
+        for caption, score, state in beams:
+            if caption and caption[-1] == end:
+                candidates.append((caption, score, state))
+                continue
             logits, _, new_state = step(decoder, caption[-1] if caption else word_ids["<start>"], regions, state)
             for word, log_prob in enumerate(logits.log_softmax(0).tolist()):
-                if word not in banned and not (word == end and not caption):
+                if word not in banned and not (word == end and t == 0):
                     candidates.append(([*caption, word], score + log_prob, new_state))
-        candidates.sort(key=lambda candidate: -candidate[1])
-        kept = candidates[: beam_size - len(finished) if finished_leave else beam_size]
-        ended = [candidate for candidate in kept if candidate[0][-1] == end]
-        finished = finished + ended if finished_leave else ended
-        unfinished = [candidate for candidate in kept if candidate[0][-1] != end]
-    results = (finished or unfinished) if finished_leave else finished + unfinished
-    return max(results, key=lambda candidate: candidate[1])[0]
+        beams = sorted(candidates, key=lambda candidate: -candidate[1])[:beam_size]
+    return beams[0][0]
 
 
 @contextlib.contextmanager
