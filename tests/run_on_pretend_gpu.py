@@ -45,6 +45,9 @@ from datasets import CaptionDataset, collate
 from evaluation import metrics
 from evaluation.generation import DecodingSettings, caption_images
 from modules.beam_search import SearchSettings, beam_search
+from modules.constraints import Constraints
+from modules.ensemble import EnsembleDecoder
+from modules.sampling import SamplingSettings, sample
 from text.cider import CiderD
 from text.vocabulary import END
 from training.start import start_run
@@ -231,12 +234,34 @@ def waits(folder):
     transformer = Steps(STEPS["transformer"], data, gpu).state.captioner.eval().decoder
     transformer.output.bias.data[END] = -100.0  # no caption ends before max_length
     regions, before = copy_to_device(torch.rand(6, 4, SMALL.region_dim), steps.runtime.device), gpu.waits.copy()
-    beam_search(transformer, regions, 3, 3)
+    beam_search(transformer, regions, SearchSettings(3, 3))
     table["beam search of the transformer"] = gpu.waits - before
+    table |= waits_of_decoding(captioner.decoder, regions, gpu)
     before = gpu.waits.copy()
     validation_loss(steps.state.captioner, steps.dataset, 4, steps.runtime)  # two batches
     table["validation loss"] = gpu.waits - before
     return {name: readable(waits) for name, waits in table.items()}
+
+
+def waits_of_decoding(decoder, regions, gpu):
+    """The waits of three words with all that a search can be asked for, of an ensemble's and of truncated samples."""
+    decoder.output.bias.data[END] = -100.0  # no caption ends
+    V, constraints = decoder.output.out_features, Constraints(no_repeat_ngram=2, min_length=1, banned_endings=(5, 6))
+    word_map = copy_to_device(torch.tensor([0, 1, 2, 3, 5, 4, *range(6, V)]), regions.device)
+    ensemble = EnsembleDecoder([decoder, decoder], [None, word_map])
+    generator = torch.Generator().manual_seed(0)  # the pretend device has none
+    table = {}
+    for name, function in {
+        "search with constraints and groups": lambda: beam_search(
+            decoder, regions, SearchSettings(4, 3, constraints=constraints, groups=2, diversity=1.0)
+        ),
+        "search of an ensemble": lambda: beam_search(ensemble, (regions, regions), SearchSettings(3, 3)),
+        "truncated samples": lambda: sample(decoder, regions, SamplingSettings(2, 3, 0.5, 4, 0.9), generator),
+    }.items():
+        before = gpu.waits.copy()
+        function()
+        table[name] = gpu.waits - before
+    return table
 
 
 def per_word(name, waits):

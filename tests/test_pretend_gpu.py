@@ -44,6 +44,9 @@ WAITS = {
     },
     "beam search of nine words": {"modules/step_decoder.py drop_ended: count the nonzero elements": 3},  # at 4, 8 and 9
     "beam search of the transformer": {"modules/step_decoder.py drop_ended: count the nonzero elements": 1},
+    "search with constraints and groups": {"modules/step_decoder.py drop_ended: count the nonzero elements": 1},
+    "search of an ensemble": {"modules/step_decoder.py drop_ended: count the nonzero elements": 1},
+    "truncated samples": {},
     "validation loss": {"training/validation.py validation_loss: copy to the CPU": 1},
 }
 
