@@ -16,6 +16,16 @@ from text.vocabulary import Vocabulary
 from utils import InputError
 
 
+def original(images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) uint8 as they are."""
+    return images
+
+
+def mirror(images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) uint8, flipped horizontally."""
+    return images.flip(-1)
+
+
 def center_crop(images: Tensor) -> Tensor:
     """The middle of images (B, 3, S, S) uint8, an eighth of the side smaller, resized to S."""
     size = images.shape[-1]
@@ -25,7 +35,7 @@ def center_crop(images: Tensor) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-VIEWS = {"original": lambda images: images, "mirror": lambda images: images.flip(-1), "crop": center_crop}
+VIEWS = {"original": original, "mirror": mirror, "crop": center_crop}
 
 
 class Ensemble:

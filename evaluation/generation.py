@@ -185,12 +185,18 @@ def encode_words(captions: list[list[str]], vocabulary: Vocabulary) -> Tensor:
 
 
 def attend(decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Attention weights (B, T, R) and gates (B, T), from 0 to 1, of captions (B, T); None for decoders without."""
+    """Attention weights (B, T, R) and gates (B, T), from 0 to 1, of captions (B, T); None for decoders without.
+
+    Those of an ensemble are its first member's.
+    """
+    if isinstance(decoder, EnsembleDecoder):
+        word_map = decoder.word_maps[0]
+        captions = captions if word_map is None else word_map[captions]
+        decoder, regions = decoder.members[0], regions[0]
     gates: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         if decoder.gate is not None:
             hook = decoder.gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid()))
             stack.callback(hook.remove)
         alpha = force_decode(decoder, regions, captions.unsqueeze(1))[1].squeeze(1)
-    repeats = len(gates) // captions.shape[1]  # in an ensemble of views a decoder takes a step for each of them
-    return alpha, torch.cat(gates[::repeats], dim=1).squeeze(-1) if gates else None
+    return alpha, torch.cat(gates, dim=1).squeeze(-1) if gates else None

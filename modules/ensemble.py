@@ -6,7 +6,7 @@ Shapes: B images, R regions, D their width, C captions of an image, V words of t
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modules.decoders import Decoder
 from modules.step_decoder import Nested
@@ -35,11 +35,6 @@ class EnsembleDecoder:
     def has_attention(self) -> bool:
         """Whether the first member attends to the regions before each word."""
         return self.members[0].has_attention
-
-    @property
-    def gate(self) -> nn.Module | None:
-        """The gate of the first member; see `modules.decoders.Decoder.gate`."""
-        return self.members[0].gate
 
     def choose_alpha(self, layer: int = 0, head: int = 0) -> None:
         """As `modules.decoders.Decoder.choose_alpha`, of the first member."""

@@ -22,7 +22,8 @@ def other_decoder():
     """Like `tiny_decoder`, with other cells, attention and sizes."""
     torch.manual_seed(8)
     sizes = {"vocab_size": 7, "region_dim": 3, "embed_dim": 4, "attention_dim": 6, "hidden_dim": 5}
-    decoder = ShowAttendTell(**sizes, dropout=0.5, cell="gru", attention="dot").eval()
+    kinds = {"cell": "gru", "attention": "dot", "image_first": False, "layers": 1}
+    decoder = ShowAttendTell(**sizes, **kinds, dropout=0.5).eval()
     for parameter in decoder.parameters():
         parameter.data *= 4
     return decoder
