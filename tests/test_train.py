@@ -331,6 +331,8 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
         (("--freeze_embeddings",), "--freeze_embeddings needs --pretrained_embeddings"),
         (("--pretrained_embeddings", "missing.txt"), "--pretrained_embeddings missing.txt: no such file"),
         (("--graph_layers", "1", "--graph_heads", "3"), "--graph_heads 3: does not divide the 512 features"),
+        (("--decoder", "up_down", "--layers", "2"), "--layers does not go with --decoder up_down"),
+        (("--attention", "adaptive", "--cell", "gru"), "--cell gru does not go with --attention adaptive"),
         (("--epochs", "0"), "--epochs 0: must be at least 1"),
         (("--learning_rate", "nan"), "--learning_rate nan: must be at least 0"),
         (("--dropout", "1.5"), "--dropout 1.5: must be below 1"),
