@@ -130,6 +130,7 @@ def main(settings: Settings) -> None:
     runtime = choose_runtime(settings.device, settings.precision)
     photos = collect_photos(settings.photos)
     captioner, vocabulary = load_captioners(settings.checkpoint, settings.views, runtime.device)
+    decoding.search_settings(vocabulary)  # an unknown word is an error before all work
     consensus = load_consensus(settings, captioner, runtime)
     captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:

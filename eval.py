@@ -127,6 +127,7 @@ def main(settings: Settings) -> None:
     scores_path, results_path = output_path(settings, "scores"), output_path(settings, "results")
     require_writable(scores_path.parent)
     captioner, vocabulary = load_captioners(settings.checkpoint, settings.views, runtime.device)
+    rows_to_come[0].search_settings(vocabulary)  # an unknown word is an error before all work
     consensus = load_consensus(settings, captioner, runtime)
     described = describe(settings, rows_to_come[-1], runtime.dtype)
     require_same_source(scores_path, described)

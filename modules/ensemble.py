@@ -18,7 +18,7 @@ class EnsembleDecoder:
     """A `StepDecoder` that predicts the mean of its members' probabilities.
 
     Regions, keys and state are tuples with an entry per member; the members may differ in all of their sizes. Captions
-    have the word ids of the ensemble. alpha and `gate` are those of the first member. The same decoder may be several
+    have the word ids of the ensemble. alpha is that of the first member. The same decoder may be several
     members, with regions of several views of a photo.
 
     Args:

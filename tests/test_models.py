@@ -186,7 +186,7 @@ MALFORMED = {
         lambda checkpoint: checkpoint["model_settings"].update(cell="gru", attention="adaptive"),
         "--cell gru does not go with --attention adaptive",
     ),
-    "another decoder": (change("decoder", "up_down"), "its weights do not fit its settings: 'decoder.attention_lstm"),
+    "another decoder": (change("decoder", "up_down"), "its weights do not fit its settings: 'decoder"),
     "a fine grid": (change("grid_size", 10**6), "finer than the images"),
     "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be below 1"),
     "a missing weight": (lambda checkpoint: checkpoint["model"].popitem(), "is missing"),

@@ -336,6 +336,8 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
         (("--decoder", "transformer", "--cell", "gru"), "--cell does not go with --decoder transformer"),
         (("--ffn_dim", "64"), "--ffn_dim does not go with --decoder recurrent"),
         (("--warmup_ratio", "-0.5"), "--warmup_ratio -0.5: must be below 1 and at least 0"),
+        (("--decoder", "up_down", "--layers", "2"), "--layers does not go with --decoder up_down"),
+        (("--attention", "adaptive", "--cell", "gru"), "--cell gru does not go with --attention adaptive"),
         (("--epochs", "0"), "--epochs 0: must be at least 1"),
         (("--learning_rate", "nan"), "--learning_rate nan: must be at least 0"),
         (("--dropout", "1.5"), "--dropout 1.5: must be below 1"),
