@@ -22,10 +22,24 @@ from training.state import git_revision
 from utils import InputError, first_line, has_type, run_script
 
 # What a file of the tutorial may name, and the beginnings of torch's own names: modules, optimizer, tensors.
-NAMES = {"models.Encoder", "models.Attention", "models.DecoderWithAttention", "torchvision.models.resnet.BasicBlock"}
-NAMES |= {"torchvision.models.resnet.Bottleneck", "collections.OrderedDict", "collections.defaultdict"}
-NAMES |= {"__builtin__.dict", "__builtin__.set", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
-NAMES |= {f"torch.{kind}Storage" for kind in ("Float", "Double", "Half", "Long", "Byte")}
+NAMES = {
+    "models.Encoder",
+    "models.Attention",
+    "models.DecoderWithAttention",
+    "torchvision.models.resnet.BasicBlock",
+    "torchvision.models.resnet.Bottleneck",
+    "collections.OrderedDict",
+    "collections.defaultdict",
+    "__builtin__.dict",
+    "__builtin__.set",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.FloatStorage",
+    "torch.DoubleStorage",
+    "torch.HalfStorage",
+    "torch.LongStorage",
+    "torch.ByteStorage",
+}
 PREFIXES = ("torch.nn.modules.", "torch.nn.backends.", "torch.optim.")
 # The modules of the tutorial's decoder. Any other is another decoder.
 DECODER_CLASSES = {
