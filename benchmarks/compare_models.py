@@ -28,8 +28,8 @@ from training.feature_cache import build_dataset
 from training.optim import make_optimizer
 from utils import InputError, choose_runtime, require_at_least, run_script
 
-TRANSFORMER_512 = {"decoder": "transformer", "learning_rate": 5e-4, "dropout": 0.3}
-TRANSFORMER_256 = {**TRANSFORMER_512, "hidden_dim": 256, "embed_dim": 256, "learning_rate": 1e-3}
+TRANSFORMER_512 = {"decoder": "transformer", "dropout": 0.3}
+TRANSFORMER_256 = {**TRANSFORMER_512, "hidden_dim": 256, "embed_dim": 256}
 VARIANTS = {
     "none-rnn": {"attention": "none", "cell": "rnn"},
     "none-gru": {"attention": "none", "cell": "gru"},
