@@ -4,15 +4,15 @@ Shapes: B images, R regions, F features of the encoder, D features of a region a
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from common.checkpoints import EmptyWeights, check_weights, check_words, shown
 from common.files import safe_load
 from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
@@ -151,22 +151,7 @@ def build_captioner(
     Raises InputError for a network, layer or weights that do not exist, or sizes that do not fit.
     """
     sizes = SimpleNamespace(**locals())
-    require_at_least(sizes, 1, "image_size", "embed_dim", "attention_dim", "hidden_dim", "graph_heads")
-    require_at_least(sizes, 1, "layers", "decoder_layers", "heads", "ffn_dim")
-    require_at_least(sizes, 0, "grid_size", "region_dim", "graph_layers", "graph_knn", "encoder_layers")
-    require_below_one(sizes, "dropout")
-    if image_size > MAX_IMAGE_SIZE:
-        raise InputError(f"images of {image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
-    for name in ("graph_layers", "encoder_layers", "layers", "decoder_layers"):
-        if getattr(sizes, name) > MAX_LAYERS:
-            raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
-    decoder_class = DECODERS[decoder]
-    if decoder == "recurrent" and attention == "adaptive":
-        decoder_class = AdaptiveDecoder
-        if cell != "lstm":
-            raise InputError(f"--cell {cell} does not go with --attention adaptive, which needs an LSTM: --cell lstm")
-    if grid_size > image_size:
-        raise InputError(f"--grid_size {grid_size}: finer than the images, which have {image_size} pixels")
+    _check_sizes(sizes)
     network = Encoder(
         encoder,
         layer=encoder_layer,
@@ -195,6 +180,8 @@ def build_captioner(
         dropout=dropout,
     )
     sizes.region_dim = region_dim
+    is_adaptive = decoder == "recurrent" and attention == "adaptive"
+    decoder_class = AdaptiveDecoder if is_adaptive else DECODERS[decoder]
     return Captioner(
         network,
         region_layer,
@@ -205,6 +192,23 @@ def build_captioner(
         resize=resize,
         fine_tune_encoder=fine_tune_encoder,
     )
+
+
+def _check_sizes(sizes: SimpleNamespace) -> None:
+    """Raise InputError where arguments of `build_captioner` are out of range or do not go together."""
+    require_at_least(sizes, 1, "image_size", "embed_dim", "attention_dim", "hidden_dim", "graph_heads")
+    require_at_least(sizes, 1, "layers", "decoder_layers", "heads", "ffn_dim")
+    require_at_least(sizes, 0, "grid_size", "region_dim", "graph_layers", "graph_knn", "encoder_layers")
+    require_below_one(sizes, "dropout")
+    if sizes.image_size > MAX_IMAGE_SIZE:
+        raise InputError(f"images of {sizes.image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
+    for name in ("graph_layers", "encoder_layers", "layers", "decoder_layers"):
+        if getattr(sizes, name) > MAX_LAYERS:
+            raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
+    if sizes.grid_size > sizes.image_size:
+        raise InputError(f"--grid_size {sizes.grid_size}: finer than the images, which have {sizes.image_size} pixels")
+    if sizes.decoder == "recurrent" and sizes.attention == "adaptive" and sizes.cell != "lstm":
+        raise InputError(f"--cell {sizes.cell} does not go with --attention adaptive, which needs an LSTM: --cell lstm")
 
 
 def decoder_settings(decoder: str) -> list[str]:
@@ -248,7 +252,7 @@ def captioner_from_checkpoint(
     for name in [*expected, *weights]:
         if name not in expected or name not in weights:
             state = "missing" if name in expected else "not a part of the model"
-            raise InputError(f"{path}: its weights do not fit its settings: {_shown(name)} is {state}")
+            raise InputError(f"{path}: its weights do not fit its settings: {shown(name)} is {state}")
     for name, weight in weights.items():
         wanted = expected[name]
         if (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype):
@@ -262,22 +266,6 @@ def captioner_from_checkpoint(
     return captioner, vocabulary
 
 
-class EmptyWeights(TorchFunctionMode):
-    """In this context modules get weights with a shape and no memory (device meta), and nothing is drawn at random.
-
-    Unlike `torch.device("meta")` it leaves other tensors as they are: torchvision computes sizes with some.
-    """
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function of torch; those that allocate weights, on the device meta."""
-        kwargs = kwargs or {}
-        if func in (torch.empty, torch.zeros, torch.ones):
-            kwargs = kwargs | {"device": "meta"}
-        return func(*args, **kwargs)
-
-
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint of train.py as the dictionary that it is; InputError for any other file.
 
@@ -289,13 +277,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if not isinstance(checkpoint, dict) or type(checkpoint.get("format")) is not int:
         raise InputError(f"{path} is not a checkpoint of train.py")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
-        found = _shown(checkpoint["format"])
+        found = shown(checkpoint["format"])
         raise InputError(f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_FORMAT}: train again")
     if not checkpoint.keys() >= CHECKPOINT_KEYS:
         raise InputError(f"{path} is not a checkpoint of train.py")
     _check_settings(checkpoint, path)
-    _check_words(checkpoint["words"], path)
-    _check_weights(checkpoint["model"], path)
+    check_words(checkpoint["words"], path)
+    check_weights(checkpoint["model"], path)
     return checkpoint
 
 
@@ -303,47 +291,16 @@ def _check_settings(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Raise InputError where a setting is missing, unknown or not of its type in `build_captioner`."""
     hints, settings = get_type_hints(build_captioner), checkpoint["model_settings"]
     if not isinstance(settings, dict):
-        raise InputError(f"{path}: model_settings is {_shown(settings)}, not a dictionary")
+        raise InputError(f"{path}: model_settings is {shown(settings)}, not a dictionary")
     names = model_settings(hints)
     for name in [*names, *settings]:
         if name not in settings or name not in names:
             verb = "has the unknown" if name in settings else "lacks"
-            raise InputError(f"{path}: model_settings {verb} {_shown(name)}")
+            raise InputError(f"{path}: model_settings {verb} {shown(name)}")
     for name, value in (checkpoint | settings).items():
         hint = hints.get(name)
         if hint is None or name not in CHECKPOINT_KEYS | settings.keys():
             continue
         if not has_type(value, hint):
             wanted = f"one of {' '.join(get_args(hint))}" if get_args(hint) else f"of type {hint.__name__}"
-            raise InputError(f"{path}: {name} is {_shown(value)}, not {wanted}")
-
-
-def _check_words(words: Any, path: str | Path) -> None:
-    """Raise InputError where words are not a list of different words."""
-    if not isinstance(words, list) or not all(type(word) is str for word in words):
-        raise InputError(f"{path}: words is not a list of words")
-    if len(set(words)) < len(words):
-        raise InputError(f"{path}: words has a word twice")
-    try:
-        " ".join(words).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{path}: words has text that cannot be written (half of a surrogate pair)") from None
-
-
-def _check_weights(weights: Any, path: str | Path) -> None:
-    """Raise InputError where weights are not a state dict of dense tensors.
-
-    Others may have more elements than the file: a single number can stand for a terabyte.
-    """
-    if not isinstance(weights, dict) or not all(type(name) is str for name in weights):
-        raise InputError(f"{path}: model is not a state dict")
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_nested or weight.is_meta:
-            raise InputError(f"{path}: {name} is not a dense tensor")
-        if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
-            raise InputError(f"{path}: the elements of {name} are not one after another")
-
-
-def _shown(value: Any) -> str:
-    """A value of a file of others in an error's line, which it must not fill: the start of text or a number."""
-    return repr(value)[:40] if isinstance(value, (str, int, float)) else type(value).__name__
+            raise InputError(f"{path}: {name} is {shown(value)}, not {wanted}")

@@ -53,6 +53,43 @@ def test_a_photo_gets_a_sentence_and_a_picture(command, shapes, run_folder, tmp_
         assert picture.width > 300 and np.asarray(picture.convert("L")).std() > 5
 
 
+def test_decoding_is_as_the_flags_say(command, shapes, run_folder, tmp_path):
+    def captions(*flags):
+        arguments = ("--checkpoint", run_folder / "best.pt", "--no-pictures", "--json", "--max_length", 8, *flags)
+        status, out, _ = command(caption, photo_of(shapes), *arguments)
+        assert status == 0
+        return [row["caption"].split() for row in json.loads(out).get("n_best", [json.loads(out)])]
+
+    (best,) = captions()
+    assert len(set(best)) < len(best)  # two epochs: it repeats a word
+    (varied,) = captions("--no_repeat_ngram", 1)
+    assert len(set(varied)) == len(varied)
+    (other_ending,) = captions("--banned_endings", best[-1])
+    assert other_ending[-1] != best[-1]
+    assert len(captions("--min_length", 7)[0]) >= 7
+    sampled = [captions("--samples", 4, "--n_best", 4, "--seed", seed, "--top_k", 3) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    first_words = {words[0] for words in captions("--beam_size", 4, "--groups", 4, "--diversity", 99, "--n_best", 4)}
+    assert len(first_words) == 4  # each group begins with a word of its own
+    with_views = captions("--checkpoint", run_folder / "best.pt", run_folder / "best.pt", "--views", "original", "crop")
+    assert len(with_views) == 1
+
+
+def test_a_head_of_a_transformer_is_drawn(command, shapes, tmp_path):
+    settings = replace(
+        SMALL, data_folder=str(shapes), run_folder=str(tmp_path / "run"), decoder="transformer", epochs=1
+    )
+    train.main(replace(settings, heads=2))
+    arguments = (photo_of(shapes), "--checkpoint", tmp_path / "run" / "last.pt", "--max_length", 3)
+    pictures = []
+    for flags in ((), ("--alpha_layer", 1), ("--alpha_layer", 2, "--alpha_head", 2)):
+        assert command(caption, *arguments, "--output_folder", tmp_path, *flags)[0] == 0
+        pictures.append(picture_of(photo_of(shapes), tmp_path).read_bytes())
+    assert len(set(pictures)) == 3
+    status, _, err = command(caption, *arguments, "--output_folder", tmp_path, "--alpha_head", 3)
+    assert status == 2 and err.endswith("--alpha_head 3: the decoder has 2: give 1 to 2, or 0\n")
+
+
 @pytest.fixture(scope="module")
 def graph_arguments(shapes, tmp_path_factory):
     """The command line that captions a photo with a model that has graph layers."""
@@ -124,6 +161,15 @@ def test_several_photos_of_the_same_name_get_a_picture_each(command, shapes, run
         (("{photo}", "--no-pictures", "--show"), "--show needs pictures"),
         (("{photo}", "--checkpoint", "{folder}"), "is a folder, not a checkpoint: give"),
         (("{photo}", "--graph_word", "red"), "best.pt has no graph to plot, train with"),
+        (("{photo}", "--alpha_layer", "1"), "--alpha_layer 1: only a transformer decoder has several"),
+        (("{photo}", "--groups", "2"), "--groups 2: cannot share 5 beams evenly"),
+        (("{photo}", "--min_length", "30"), "--min_length 30: must be below --max_length 30"),
+        (("{photo}", "--banned_endings", "xyzzy"), "--banned_endings xyzzy: the model does not know this word"),
+        (("{photo}", "--samples", "2", "--n_best", "3"), "--n_best 3: more than --samples 2"),
+        (("{photo}", "--samples", "2", "--temperature", "0"), "--temperature 0.0: must be above 0"),
+        (("{photo}", "--top_p", "1.5"), "--top_p 1.5: must be above 0 and at most 1"),
+        (("{photo}", "--views", "upside_down"), "--views upside_down: choose from original mirror crop"),
+        (("{photo}", "--consensus", "{photo}"), "test_00026.png is refused: it is damaged, or holds more"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(command, shapes, run_folder, tmp_path, arguments, message):

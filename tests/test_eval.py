@@ -13,6 +13,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocotools.coco import COCO
 
 import eval as eval_script
+from tools import index_captions
 from training.state import git_revision
 
 
@@ -143,3 +144,29 @@ def test_an_empty_split_is_named(command, shapes, run_folder, tmp_path):
     (folder / "dataset.json").write_text(json.dumps(metadata))
     status, _, err = command(eval_script, "--checkpoint", run_folder / "best.pt", "--data_folder", folder)
     assert status == 2 and "the test split" in err and "is empty (filled: train val)" in err
+
+
+def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate, shapes, run_folder, tmp_path):
+    best, index, out = run_folder / "best.pt", tmp_path / "index.pt", tmp_path / "out"
+    assert command(index_captions, "--checkpoint", best, "--data_folder", shapes, "--output", index)[0] == 0
+    arguments = ("--output_folder", out, "--consensus", index, "--consensus_weight", 50, "--beam_sizes", 1, 4)
+    assert evaluate("--checkpoint", best, run_folder / "last.pt", "--views", "original", "mirror", *arguments)[0] == 0
+    scores = json.loads((out / f"scores_ensemble2_{shapes.name}_test.json").read_text())
+    assert [(row["beam_size"], row["consensus"]) for row in scores["scores"]] == [(1, 0), (1, 50), (4, 0), (4, 50)]
+    without, with_consensus = ([row["cider"] for row in scores["scores"]][i::2] for i in (0, 1))
+    assert without[0] == with_consensus[0]  # one candidate
+    assert scores["checkpoint"] == [str(best), str(run_folder / "last.pt")]
+    assert scores["decoding"]["views"] == ["original", "mirror"]
+    assert (out / f"results_ensemble2_{shapes.name}_test.json").is_file()
+
+
+def test_samples_take_the_place_of_beams(evaluate, shapes, tmp_path):
+    captions = []
+    for seed in (1, 1, 2):
+        folder = tmp_path / str(len(captions))
+        arguments = ("--output_folder", folder, "--samples", 3, "--max_length", 6, "--split", "train")
+        assert evaluate(*arguments, "--seed", seed)[0] == 0
+        captions.append(json.loads((folder / f"results_best_{shapes.name}_train.json").read_text()))
+        (row,) = json.loads((folder / f"scores_best_{shapes.name}_train.json").read_text())["scores"]
+        assert row["samples"] == 3 and "beam_size" not in row
+    assert captions[0] == captions[1] != captions[2]

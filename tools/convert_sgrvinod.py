@@ -14,9 +14,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
+from common.checkpoints import EmptyWeights
 from common.files import read_json, save_torch
 from common.pickled import PickledFile, PickledObject, open_pickled
-from models import CHECKPOINT_FORMAT, EmptyWeights, build_captioner, captioner_from_checkpoint, model_settings
+from models import CHECKPOINT_FORMAT, build_captioner, captioner_from_checkpoint, model_settings
 from text.vocabulary import SPECIAL_TOKENS
 from training.state import git_revision
 from utils import InputError, first_line, has_type, run_script

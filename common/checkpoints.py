@@ -1,0 +1,58 @@
+"""What a checkpoint of others may hold: words and weights that are no trap, and modules built without memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from utils import InputError
+
+
+class EmptyWeights(TorchFunctionMode):
+    """In this context modules get weights with a shape and no memory (device meta), and nothing is drawn at random.
+
+    Unlike `torch.device("meta")` it leaves other tensors as they are: torchvision computes sizes with some.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch; those that allocate weights, on the device meta."""
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
+def check_words(words: Any, path: str | Path) -> None:
+    """Raise InputError where words are not a list of different words."""
+    if not isinstance(words, list) or not all(type(word) is str for word in words):
+        raise InputError(f"{path}: words is not a list of words")
+    if len(set(words)) < len(words):
+        raise InputError(f"{path}: words has a word twice")
+    try:
+        " ".join(words).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: words has text that cannot be written (half of a surrogate pair)") from None
+
+
+def check_weights(weights: Any, path: str | Path) -> None:
+    """Raise InputError where weights are not a state dict of dense tensors.
+
+    Others may have more elements than the file: a single number can stand for a terabyte.
+    """
+    if not isinstance(weights, dict) or not all(type(name) is str for name in weights):
+        raise InputError(f"{path}: model is not a state dict")
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_nested or weight.is_meta:
+            raise InputError(f"{path}: {name} is not a dense tensor")
+        if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+            raise InputError(f"{path}: the elements of {name} are not one after another")
+
+
+def shown(value: Any) -> str:
+    """A value of a file of others in an error's line, which it must not fill: the start of text or a number."""
+    return repr(value)[:40] if isinstance(value, (str, int, float)) else type(value).__name__

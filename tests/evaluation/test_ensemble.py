@@ -1,0 +1,138 @@
+"""Ensembles of captioners and of views, against what each captioner does alone."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import CPU, SMALL, build
+from evaluation.ensemble import VIEWS, Ensemble, load_captioners
+from evaluation.generation import DecodingSettings, attend, caption_images, encode_words
+from text.vocabulary import Vocabulary
+from utils import InputError
+
+WORDS = ["a", "dog", "left", "right", "runs", "the"]
+VOCABULARY = Vocabulary.from_counts(Counter(WORDS), 1)
+FROZEN = replace(SMALL, fine_tune_encoder=False)
+DECODING = DecodingSettings(beam_size=3, max_length=6)
+
+
+def captioner_of(seed, **changes):
+    """A random captioner in eval mode; all have the same encoder."""
+    torch.manual_seed(seed)
+    captioner = build(replace(FROZEN, **changes), len(VOCABULARY)).eval()
+    torch.manual_seed(0)
+    captioner.encoder.load_state_dict(build(FROZEN, len(VOCABULARY)).encoder.state_dict())
+    for parameter in captioner.decoder.parameters():
+        parameter.data *= 3  # far from uniform, so that rankings are clear
+    return captioner
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_members_with_one_encoder_share_its_features(images):
+    captioners = [captioner_of(1), captioner_of(2, cell="gru"), captioner_of(3, decoder="up_down")]
+    ensemble, calls = Ensemble(captioners, [VOCABULARY] * 3), []
+    for captioner in captioners:
+        captioner.encoder.register_forward_hook(lambda *call: calls.append(call))
+    encoded = ensemble.encode(images)
+    assert ensemble.sources == captioners[:1] and len(calls) == 1
+    for captioner, regions in zip(captioners, encoded.regions, strict=True):
+        torch.testing.assert_close(regions, captioner.encode_images(images))
+    from_features = ensemble.encode(encoded.features, [True])
+    torch.testing.assert_close(from_features.regions, encoded.regions)
+
+
+def test_members_with_other_encoders_have_inputs_of_their_own(images):
+    captioners = [captioner_of(1), captioner_of(2)]
+    captioners[1].encoder.network.conv1.weight.data *= 1.5
+    ensemble = Ensemble(captioners, [VOCABULARY] * 2)
+    assert ensemble.sources == captioners
+    features = [captioner.features(images) for captioner in captioners]
+    for inputs, flags in (((images, features[1]), [False, True]), (features, [True, True])):
+        for captioner, regions in zip(captioners, ensemble.encode(inputs, flags).regions, strict=True):
+            torch.testing.assert_close(regions, captioner.encode_images(images))
+
+
+def test_an_ensemble_of_one_model_captions_as_the_model(images):
+    captioner = captioner_of(1)
+    expected = caption_images(captioner, VOCABULARY, images, DECODING, CPU)
+    found = caption_images(Ensemble([captioner] * 2, [VOCABULARY] * 2), VOCABULARY, images, DECODING, CPU)
+    for one, other in zip(found, expected, strict=True):
+        assert [words for words, _ in one.n_best] == [words for words, _ in other.n_best]
+        torch.testing.assert_close(one.alpha, other.alpha)
+        assert one.gates == pytest.approx(other.gates)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_log_probabilities_are_those_of_the_mean(images, shuffled):
+    captioners = [captioner_of(1), captioner_of(2, decoder="transformer")]
+    order = [*range(4), 9, 7, 5, 4, 6, 8] if shuffled else list(range(10))
+    other = Vocabulary([VOCABULARY.idx2word[i] for i in order])
+    ensemble = Ensemble(captioners, [VOCABULARY, other])
+    for image in caption_images(ensemble, VOCABULARY, images[:1], DECODING, CPU):
+        for words, log_prob in image.n_best:
+            previous, total, states = ["<start>", *words], torch.zeros(()), [None, None]
+            for t in range(min(len(words) + 1, DECODING.max_length)):
+                probabilities = []
+                for m, (captioner, vocabulary) in enumerate(zip(captioners, (VOCABULARY, other), strict=True)):
+                    regions = captioner.encode_images(images[:1])
+                    state = captioner.decoder.init_state(regions) if states[m] is None else states[m]
+                    word = torch.tensor([[vocabulary.word2idx[previous[t]]]])
+                    with torch.no_grad():
+                        logits, _, states[m] = captioner.decoder.step(
+                            word, regions, captioner.decoder.keys(regions), state
+                        )
+                    target = [*words, "<end>"][t]
+                    probabilities.append(logits[0, 0].softmax(0)[vocabulary.word2idx[target]])
+                total += (sum(probabilities) / 2).log()
+            assert log_prob == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_the_mirror_view_exchanges_left_and_right(images):
+    captioner = captioner_of(1)
+    mirrored = caption_images(captioner, VOCABULARY, images.flip(-1), DECODING, CPU)
+    found = caption_images(Ensemble([captioner], [VOCABULARY], ["mirror"]), VOCABULARY, images, DECODING, CPU)
+    exchange, seen = {"left": "right", "right": "left"}, set()
+    for one, other in zip(found, mirrored, strict=True):
+        assert one.words == [exchange.get(word, word) for word in other.words]
+        torch.testing.assert_close(one.alpha, other.alpha)
+        seen |= set(one.words)
+    assert seen & {"left", "right"}
+
+
+def test_views_are_encoded_one_by_one(images):
+    captioners = [captioner_of(1), captioner_of(2)]
+    ensemble = Ensemble(captioners, [VOCABULARY] * 2, ["original", "mirror", "crop"])
+    regions = ensemble.encode(images).regions
+    expected = [captioner.encode_images(VIEWS[view](images)) for view in VIEWS for captioner in captioners]
+    torch.testing.assert_close(list(regions), expected)
+    assert not torch.equal(regions[0], regions[2]) and not torch.equal(regions[0], regions[4])
+    (image,) = caption_images(ensemble, VOCABULARY, images[:1], DECODING, CPU)
+    words = encode_words([image.words], VOCABULARY)
+    alpha, gates = attend(captioners[0].decoder, captioners[0].encode_images(images[:1]), words)
+    torch.testing.assert_close(image.alpha, alpha[0])  # the first captioner's, of the first view
+    assert image.gates == pytest.approx(gates[0].tolist())
+
+
+def test_a_crop_is_the_middle():
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    image[..., 2:30, 2:30] = 200  # a sixteenth of the side on each side is cut off
+    assert (VIEWS["crop"](image) == 200).all() and VIEWS["crop"](image).shape == image.shape
+
+
+def test_what_does_not_go_together_is_named(run_folder):
+    small = captioner_of(1)
+    large = build(replace(FROZEN), len(VOCABULARY), image_size=64)
+    with pytest.raises(InputError, match="one has 32 pixels made by squash, another 64 by squash"):
+        Ensemble([small, large], [VOCABULARY] * 2)
+    other = Vocabulary.from_counts(Counter([*WORDS[:-1], "cat"]), 1)
+    with pytest.raises(InputError, match=r"2 are known to only one of two models, such as '(cat|the)'"):
+        Ensemble([small, small], [VOCABULARY, other])
+    for views in (["original", "upside_down"], [""]):
+        with pytest.raises(InputError, match=r"--views .*: choose from original mirror crop"):
+            load_captioners([run_folder / "best.pt"], views, "cpu")
