@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.files import require_writable
-from evaluation.consensus import load_consensus
+from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.ensemble import Ensemble, load_captioners
 from evaluation.generation import DecodingSettings, ImageCaption, caption_images
 from evaluation.photos import collect_photos, load_photos
@@ -131,7 +131,9 @@ def main(settings: Settings) -> None:
     photos = collect_photos(settings.photos)
     captioner, vocabulary = load_captioners(settings.checkpoint, settings.views, runtime.device)
     decoding.search_settings(vocabulary)  # an unknown word is an error before all work
-    consensus = load_consensus(settings, captioner, runtime)
+    consensus = None
+    if settings.consensus:
+        consensus = make_consensus(CaptionIndex.load(settings.consensus), captioner.fingerprints, settings, runtime)
     captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:
         validate_graph_word(settings, captioner, vocabulary)

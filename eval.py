@@ -10,15 +10,17 @@ from typing import Any, Literal
 import torch
 
 from common.files import read_json, require_writable, write_json
-from evaluation.consensus import load_consensus
-from evaluation.ensemble import load_captioners
+from evaluation.consensus import CaptionIndex, Consensus, make_consensus
+from evaluation.ensemble import Ensemble, load_captioners
 from evaluation.generation import DecodingSettings
 from evaluation.metrics import format_table, has_java
 from evaluation.scoring import evaluate
+from models import Captioner
 from preparation.storage import read_metadata
+from text.vocabulary import Vocabulary
 from training.feature_cache import build_dataset
 from training.state import git_revision
-from utils import InputError, choose_runtime, require_at_least, run_script
+from utils import InputError, Runtime, choose_runtime, require_at_least, run_script
 
 OTHER_DECODING = ("views", "consensus", "consensus_weight", "neighbors")  # of the settings, beside DecodingSettings
 
@@ -74,7 +76,7 @@ def output_path(settings: Settings, kind: str) -> Path:
     return folder / f"{kind}_{name}_{data_folder.name}_{settings.split}.json"
 
 
-def describe(settings: Settings, decoding: DecodingSettings, dtype: torch.dtype) -> dict[str, Any]:
+def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     """What the scores are of and how they were made."""
     metadata = read_metadata(settings.data_folder)
     return {
@@ -83,7 +85,7 @@ def describe(settings: Settings, decoding: DecodingSettings, dtype: torch.dtype)
         "data_folder": str(Path(settings.data_folder).resolve()),
         "split": settings.split,
         "digest": metadata["digest"],
-        "decoding": asdict(decoding) | {name: getattr(settings, name) for name in OTHER_DECODING},
+        "decoding": asdict(decoding_of_rows(settings)[-1]) | {name: getattr(settings, name) for name in OTHER_DECODING},
         "dtype": str(dtype).removeprefix("torch."),
         "git": git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -109,28 +111,39 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
         raise InputError(f"{path} has the scores on {old.get('data_folder')}: choose another --output_folder")
 
 
-def validate_settings(settings: Settings) -> list[DecodingSettings]:
-    """The decoding of each row of the table. Raises InputError where settings are wrong or do not go together."""
+def validate_settings(settings: Settings) -> None:
+    """Raise InputError where settings are out of range or do not go together."""
     require_at_least(settings, 1, "beam_sizes", "neighbors")
     require_at_least(settings, 0, "consensus_weight")
     if settings.consensus and settings.split == "train":
         raise InputError("--consensus does not go with --split train: the index holds these photos' own captions")
+    if len(set(settings.checkpoint)) < len(settings.checkpoint):
+        raise InputError(f"--checkpoint {' '.join(settings.checkpoint)}: one is given twice")
+    decoding_of_rows(settings)
+
+
+def decoding_of_rows(settings: Settings) -> list[DecodingSettings]:
+    """How the rows of a model are decoded: by beam size, or one by sampling. Raises InputError for wrong values."""
     if settings.samples:
         return [DecodingSettings.of(settings)]
     return [DecodingSettings.of(settings, beam_size=beam_size) for beam_size in settings.beam_sizes]
 
 
-def main(settings: Settings) -> None:
-    """Evaluate a checkpoint or an ensemble at each beam size; write the scores and, of the last, the captions."""
-    rows_to_come = validate_settings(settings)
-    runtime = choose_runtime(settings.device, settings.precision)
-    scores_path, results_path = output_path(settings, "scores"), output_path(settings, "results")
-    require_writable(scores_path.parent)
-    captioner, vocabulary = load_captioners(settings.checkpoint, settings.views, runtime.device)
-    rows_to_come[0].search_settings(vocabulary)  # an unknown word is an error before all work
-    consensus = load_consensus(settings, captioner, runtime)
-    described = describe(settings, rows_to_come[-1], runtime.dtype)
-    require_same_source(scores_path, described)
+def load_models(settings: Settings, device: torch.device) -> dict[str, tuple[Captioner | Ensemble, Vocabulary]]:
+    """The models of the table with their vocabularies: several checkpoints each by itself, then their ensemble."""
+    paths = settings.checkpoint
+    models = {path: load_captioners([path], settings.views, device) for path in paths}
+    return models if len(models) == 1 else models | {"ensemble": load_captioners(paths, settings.views, device)}
+
+
+def evaluate_model(
+    settings: Settings,
+    captioner: Captioner | Ensemble,
+    vocabulary: Vocabulary,
+    runtime: Runtime,
+    consensus: Consensus | None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a model, and the captions of the last in COCO's results format."""
     datasets = [
         build_dataset(
             settings.data_folder,
@@ -143,20 +156,43 @@ def main(settings: Settings) -> None:
         )
         for source in captioner.sources
     ]
-    meteor = has_java()
-    if not meteor:
-        print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
     rows, captions = [], []
-    for decoding in rows_to_come:
+    for decoding in decoding_of_rows(settings):
         new_rows, captions = evaluate(
-            captioner, vocabulary, datasets, decoding, runtime, meteor=meteor, consensus=consensus
+            captioner, vocabulary, datasets, decoding, runtime, meteor=has_java(), consensus=consensus
         )
         rows += new_rows
-    write_json(scores_path, described | {"scores": rows}, indent=1)
     results = [
         {"image_id": entry["image_id"], "image": entry["image"], "caption": " ".join(words)}
         for entry, words in zip(datasets[0].entries, captions, strict=True)
     ]
+    return rows, results
+
+
+def main(settings: Settings) -> None:
+    """Evaluate checkpoints, and the ensemble of several, in all ways that are asked for; write scores and captions."""
+    validate_settings(settings)
+    runtime = choose_runtime(settings.device, settings.precision)
+    scores_path, results_path = output_path(settings, "scores"), output_path(settings, "results")
+    require_writable(scores_path.parent)
+    index = CaptionIndex.load(settings.consensus) if settings.consensus else None
+    models = load_models(settings, runtime.device)
+    described = describe(settings, runtime.dtype)
+    require_same_source(scores_path, described)
+    *_, (last, vocabulary) = models.values()
+    decoding_of_rows(settings)[0].search_settings(vocabulary)  # an unknown word is an error before all work
+    if index:
+        index.require_encoder(last.fingerprints)
+    if not has_java():
+        print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
+    rows, results = [], []
+    for name, (captioner, vocabulary) in models.items():
+        # Of several models some may have other encoders than the index.
+        fits = index and index.encoder in captioner.fingerprints
+        consensus = make_consensus(index, captioner.fingerprints, settings, runtime) if index and fits else None
+        new_rows, results = evaluate_model(settings, captioner, vocabulary, runtime, consensus)
+        rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
+    write_json(scores_path, described | {"scores": rows}, indent=1)
     write_json(results_path, results)
     print(format_table(rows))
     print(f"{scores_path} holds the table, {results_path} the captions of its last row")

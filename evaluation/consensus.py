@@ -24,6 +24,7 @@ from utils import InputError, Runtime
 
 INDEX_FORMAT = 1
 CAPTION_ARRAYS = ("word_ids", "caption_offsets", "image_offsets")
+Fingerprint = tuple[str, str, int, str]  # `modules.encoders.Encoder.fingerprint`
 Candidates = list[tuple[list[str], float]]  # captions as words with their log-probabilities, best first
 
 
@@ -31,7 +32,7 @@ Candidates = list[tuple[list[str], float]]  # captions as words with their log-p
 class CaptionIndex:
     """Photos with captions, found by the features of one encoder."""
 
-    encoder: tuple[str, str, int, str]  # the fingerprint of the encoder, `Encoder.fingerprint`
+    encoder: Fingerprint  # fingerprint of the encoder
     center: Tensor  # (F,) mean of the photos' features
     features: Tensor  # (N, F) unit vectors, float16
     captions: PackedCaptions  # of the N photos
@@ -58,6 +59,14 @@ class CaptionIndex:
             return cls._from_content(content)
         except (KeyError, ValueError, TypeError, AttributeError):
             raise InputError(f"{path} is damaged: make it again with tools/index_captions.py") from None
+
+    def require_encoder(self, fingerprints: Sequence[Fingerprint]) -> None:
+        """Raise InputError where the index was made with another encoder than these."""
+        if self.encoder not in fingerprints:
+            raise InputError(
+                f"the index was made with another encoder, {self.encoder[0]} with other weights, layer or grid: make "
+                f"one of this model's with tools/index_captions.py"
+            )
 
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> "CaptionIndex":
@@ -90,17 +99,13 @@ class Consensus:
     def __init__(
         self,
         index: CaptionIndex,
-        fingerprints: Sequence[tuple[str, str, int, str]],
+        fingerprints: Sequence[Fingerprint],
         *,
         weight: float,
         neighbors: int,
         device: torch.device,
     ) -> None:
-        if index.encoder not in fingerprints:
-            raise InputError(
-                f"the index was made with another encoder, {index.encoder[0]} with other weights, layer or grid: make "
-                f"one of this model's with tools/index_captions.py"
-            )
+        index.require_encoder(fingerprints)
         self.source = list(fingerprints).index(index.encoder)
         self.weight, self.neighbors = weight, min(neighbors, len(index.features))
         self.center, self.features = index.center.to(device), index.features.to(device)
@@ -136,13 +141,13 @@ class Consensus:
         return [candidates[i] for i in order]
 
 
-def load_consensus(settings: Any, captioner: Any, runtime: Runtime) -> Consensus | None:
-    """The consensus of a script's settings for its captioner or ensemble; None where it is not asked for."""
-    if not settings.consensus:
-        return None
+def make_consensus(
+    index: CaptionIndex, fingerprints: Sequence[Fingerprint], settings: Any, runtime: Runtime
+) -> Consensus:
+    """The consensus of a script's settings for the encoder of a captioner, or those of an ensemble."""
     return Consensus(
-        CaptionIndex.load(settings.consensus),
-        captioner.fingerprints,
+        index,
+        fingerprints,
         weight=settings.consensus_weight,
         neighbors=settings.neighbors,
         device=runtime.device,

@@ -17,6 +17,7 @@ from utils import InputError
 
 # The columns of the table, in their order.
 TITLES = {
+    "model": "model",
     "beam_size": "beam",
     "samples": "samples",
     "consensus": "consensus",
@@ -30,12 +31,8 @@ TITLES = {
     "pointing": "pointing",
     "images_per_second": "images/s",
 }
-FORMATS = {
-    "beam_size": "{}",
-    "samples": "{}",
-    "consensus": "{:g}",
-    "images_per_second": "{:.1f}",
-}  # all others have four digits
+FORMATS = {"model": "{}", "beam_size": "{}", "samples": "{}", "consensus": "{:g}"}
+FORMATS |= {"images_per_second": "{:.1f}"}  # all others have four digits
 
 
 class Meteor(reference_meteor.Meteor):

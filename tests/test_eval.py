@@ -152,9 +152,13 @@ def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate
     arguments = ("--output_folder", out, "--consensus", index, "--consensus_weight", 50, "--beam_sizes", 1, 4)
     assert evaluate("--checkpoint", best, run_folder / "last.pt", "--views", "original", "mirror", *arguments)[0] == 0
     scores = json.loads((out / f"scores_ensemble2_{shapes.name}_test.json").read_text())
-    assert [(row["beam_size"], row["consensus"]) for row in scores["scores"]] == [(1, 0), (1, 50), (4, 0), (4, 50)]
-    without, with_consensus = ([row["cider"] for row in scores["scores"]][i::2] for i in (0, 1))
-    assert without[0] == with_consensus[0]  # one candidate
+    ways = [(1, 0), (1, 50), (4, 0), (4, 50)]
+    rows = [(row["model"], row["beam_size"], row.get("consensus")) for row in scores["scores"]]
+    expected = [(str(best), *way) for way in ways]
+    expected += [(str(run_folder / "last.pt"), beam_size, None) for beam_size in (1, 4)]  # its encoder differs
+    assert rows == expected + [("ensemble", *way) for way in ways]
+    ciders = [row["cider"] for row in scores["scores"]]
+    assert ciders[0] == ciders[1] and ciders[6] == ciders[7]  # one candidate
     assert scores["checkpoint"] == [str(best), str(run_folder / "last.pt")]
     assert scores["decoding"]["views"] == ["original", "mirror"]
     assert (out / f"results_ensemble2_{shapes.name}_test.json").is_file()
