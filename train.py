@@ -16,12 +16,12 @@ from common.files import append_jsonl
 from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
 from evaluation.generation import DecodingSettings
 from evaluation.scoring import evaluate
-from models import DECODERS, decoder_settings
+from models import DECODERS
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.region_encoder import POSITIONS
 from text.cider import CiderD
-from text.vocabulary import FLIPPED_WORDS
+from training.checks import print_warnings, validate_settings
 from training.feature_cache import build_dataset
 from training.logs import plot_curves, plot_runs, write_tensorboard
 from training.optim import learning_rate_factor
@@ -29,15 +29,13 @@ from training.shutdown import graceful_shutdown
 from training.start import choose_run_device, lock_run_folder, prepare_run, start_files, start_run
 from training.state import TrainState
 from training.steps import scst_step, train_step
-from training.validation import describe_best, epoch_key, is_informative, print_epoch, validation_loss
+from training.validation import describe_best, epoch_key, print_epoch, validation_loss
 from utils import (
     InputError,
     Runtime,
     StopRequested,
     choose_runtime,
     first_line,
-    require_at_least,
-    require_below_one,
     run_script,
 )
 
@@ -114,38 +112,6 @@ class Settings:
     in_memory: bool = False  # keep all images in memory, where --fine_tune_encoder reads images
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
     device: str = "auto"  # auto, cpu or cuda
-
-
-def validate_settings(settings: Settings) -> None:
-    """Raise InputError for a value out of range, those of the model aside, or settings that do not go together."""
-    require_at_least(settings, 1, "epochs", "batch_size", "gradient_accumulation_steps", "patience", "max_length")
-    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
-    require_at_least(settings, 0, "grad_clip", "learning_rate_decay", "save_minutes")
-    if settings.warmup_ratio != -1:
-        require_below_one(settings, "warmup_ratio")
-    require_below_one(settings, "label_smoothing", "ema_decay", "scheduled_sampling_max_prob")
-    if settings.unfreeze_from and not settings.fine_tune_encoder:
-        raise InputError(f"--unfreeze_from {settings.unfreeze_from} needs --fine_tune_encoder")
-    if settings.freeze_embeddings and not (settings.pretrained_embeddings or settings.init_from):
-        raise InputError("--freeze_embeddings needs --pretrained_embeddings: without, the words would stay random")
-    if settings.objective == "scst" and not (settings.init_from or settings.resume):
-        raise InputError("--objective scst needs a trained model: give its best.pt as --init_from")
-    for name in ("scheduled_sampling_max_prob", "doubly_stochastic"):
-        if settings.objective == "scst" and getattr(settings, name):
-            raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective scst")
-    unused = {name for kind in DECODERS for name in decoder_settings(kind)} - set(decoder_settings(settings.decoder))
-    if settings.encoder_layers:
-        unused -= {"heads", "ffn_dim"}
-    for name in sorted(unused & settings.given):
-        raise InputError(
-            f"--{name} does not go with --decoder {settings.decoder}, which has no such part: leave it out"
-        )
-    micro_batches = world_size() * settings.gradient_accumulation_steps
-    if settings.batch_size < micro_batches:
-        raise InputError(
-            f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "
-            f"--gradient_accumulation_steps {settings.gradient_accumulation_steps}: give at least {micro_batches}"
-        )
 
 
 # --------------------------------------------------------------------------------------------------- one epoch
@@ -272,20 +238,6 @@ def validate_and_save(
 
 
 # ---------------------------------------------------------------------------------------------------- all of it
-
-
-def print_warnings(settings: Settings, training: CaptionDataset, validation: CaptionDataset) -> None:
-    """Say which settings have no effect on this data."""
-    if not is_informative(settings.best_metric, len(validation)):
-        print(
-            "warning: CIDEr of one validation image is always 0: the validation loss picks best.pt and --patience has "
-            "no effect. Give more validation photos, or --best_metric bleu_4"
-        )
-    if settings.hflip and not training.flipped_ids:
-        print(
-            f"warning: --hflip flips photos but no words, the captions have neither {' nor '.join(FLIPPED_WORDS)}: "
-            f"leave it out where they tell sides in other words"
-        )
 
 
 def train(settings: Settings, device: torch.device) -> None:
