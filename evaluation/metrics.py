@@ -31,8 +31,13 @@ TITLES = {
     "pointing": "pointing",
     "images_per_second": "images/s",
 }
-FORMATS = {"model": "{}", "beam_size": "{}", "samples": "{}", "consensus": "{:g}"}
-FORMATS |= {"images_per_second": "{:.1f}"}  # all others have four digits
+FORMATS = {  # all others have four digits
+    "model": "{}",
+    "beam_size": "{}",
+    "samples": "{}",
+    "consensus": "{:g}",
+    "images_per_second": "{:.1f}",
+}
 
 
 class Meteor(reference_meteor.Meteor):
