@@ -6,13 +6,14 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 from common.files import require_writable
 from evaluation.consensus import CaptionIndex, make_consensus
-from evaluation.ensemble import Ensemble, load_captioners
+from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.generation import DecodingSettings, ImageCaption, caption_images
 from evaluation.photos import collect_photos, load_photos
 from evaluation.pictures import open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
@@ -38,8 +39,8 @@ class Settings:
     min_length: int = 0  # minimum words of a caption
     no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
     banned_endings: tuple[str, ...] = ()  # words that no caption may end with, such as: a with of
-    groups: int = 1  # groups that share the beams, each unlike those before it (diverse beam search)
-    diversity: float = 0.5  # what a word costs for each beam of earlier groups that chose it
+    num_beam_groups: int = 1  # diverse beam search: groups that share the beams, each unlike those before it
+    diversity_penalty: float = 0.5  # what a word costs for each beam of earlier groups that chose it
     batch_size: int = 32  # photos decoded at once
 
     # group: sampling
@@ -47,20 +48,20 @@ class Settings:
     temperature: float = 1.0  # below 1 samples favor probable words
     top_k: int = 0  # samples take only the k most probable words; 0: all
     top_p: float = 1.0  # samples take only the most probable words that together reach this probability
-    seed: int = 0  # of the samples
+    seed: int = 0  # of the random numbers of samples, which depend on --batch_size as well
 
     # group: ensemble and consensus
-    views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original mirror crop
+    views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
     consensus: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
     consensus_weight: float = 3.0  # of the mean CIDEr-D with their captions, beside the log-probability
     neighbors: int = 50  # similar photos
 
     # group: output
-    n_best: int = 1  # captions per photo, at most beam_size or samples
+    n_best: int = 1  # captions per photo, up to beam_size or samples
     json: bool = False  # print a line of JSON for each photo: file, caption, log_prob and, from 2 on, n_best
     pictures: bool = True  # save pictures; without them captioning many photos is several times faster
-    alpha_layer: int = 0  # layer of a transformer decoder whose attention is drawn, from 1; 0: the last
-    alpha_head: int = 0  # its head, from 1; 0: the mean of all heads
+    alpha_layer: int = 0  # layer whose attention is drawn, from 1, of a transformer decoder; 0: the last
+    alpha_head: int = 0  # head of that layer, from 1; 0: the mean of all heads
     graph_word: str = ""  # a word: where a caption has it, plot the graph's edges that mattered for it, too
     show: bool = False  # open each picture
 
@@ -73,7 +74,7 @@ def validate_settings(settings: Settings) -> DecodingSettings:
     """How captions are decoded. Raises InputError where a value is out of range or two do not go together."""
     require_at_least(settings, 1, "n_best", "neighbors")
     require_at_least(settings, 0, "consensus_weight")
-    decoding = DecodingSettings.of(settings)
+    decoding = DecodingSettings.from_settings(settings)
     candidates = "samples" if settings.samples else "beam_size"
     if settings.n_best > getattr(settings, candidates):
         raise InputError(f"--n_best {settings.n_best}: more than --{candidates} {getattr(settings, candidates)}")
@@ -129,8 +130,10 @@ def main(settings: Settings) -> None:
     decoding = validate_settings(settings)
     runtime = choose_runtime(settings.device, settings.precision)
     photos = collect_photos(settings.photos)
-    captioner, vocabulary = load_captioners(settings.checkpoint, settings.views, runtime.device)
-    decoding.search_settings(vocabulary)  # an unknown word is an error before all work
+    loaded = load_models(settings.checkpoint, settings.views, runtime.device)
+    captioner, vocabulary = combine(loaded, settings.views)
+    torch.manual_seed(decoding.seed)
+    decoding.constraints(vocabulary)  # an unknown word is an error before all work
     consensus = None
     if settings.consensus:
         consensus = make_consensus(CaptionIndex.load(settings.consensus), captioner.fingerprints, settings, runtime)

@@ -11,7 +11,7 @@ import torch
 
 from common.files import read_json, require_writable, write_json
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
-from evaluation.ensemble import Ensemble, load_captioners
+from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.generation import DecodingSettings
 from evaluation.metrics import format_table, has_java
 from evaluation.scoring import evaluate
@@ -43,8 +43,8 @@ class Settings:
     min_length: int = 0  # minimum words of a caption
     no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
     banned_endings: tuple[str, ...] = ()  # words that no caption may end with, such as: a with of
-    groups: int = 1  # groups that share the beams, each unlike those before it (diverse beam search)
-    diversity: float = 0.5  # what a word costs for each beam of earlier groups that chose it
+    num_beam_groups: int = 1  # diverse beam search: groups that share the beams, each unlike those before it
+    diversity_penalty: float = 0.5  # what a word costs for each beam of earlier groups that chose it
     batch_size: int = 32  # images decoded at once
 
     # group: sampling
@@ -52,10 +52,10 @@ class Settings:
     temperature: float = 1.0  # below 1 samples favor probable words
     top_k: int = 0  # samples take only the k most probable words; 0: all
     top_p: float = 1.0  # samples take only the most probable words that together reach this probability
-    seed: int = 0  # of the samples
+    seed: int = 0  # of the random numbers of samples, which depend on --batch_size as well
 
     # group: ensemble and consensus
-    views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original mirror crop
+    views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
     consensus: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
     consensus_weight: float = 3.0  # of the mean CIDEr-D with their captions, beside the log-probability
     neighbors: int = 50  # similar photos
@@ -68,12 +68,14 @@ class Settings:
 def output_path(settings: Settings, kind: str) -> Path:
     """Where the scores or results go: a name of checkpoint, data folder and split, scores_best_flickr8k_test.json.
 
-    Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json.
+    Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json. Views, sampling and
+    consensus have names of their own, scores_best_consensus_flickr8k_test.json.
     """
     checkpoint, data_folder = Path(settings.checkpoint[0]), Path(settings.data_folder).resolve()
     folder = Path(settings.output_folder or checkpoint.parent)
     name = checkpoint.stem if len(settings.checkpoint) == 1 else f"ensemble{len(settings.checkpoint)}"
-    return folder / f"{kind}_{name}_{data_folder.name}_{settings.split}.json"
+    ways = [*settings.views[1:], *(name for name in ("samples", "consensus") if getattr(settings, name))]
+    return folder / "_".join([kind, name, *ways, data_folder.name, f"{settings.split}.json"])
 
 
 def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
@@ -106,7 +108,9 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
         raise InputError(f"{path} was not written by eval.py: choose another --output_folder")
     moved = len(checkpoints) == 1 and path.resolve().parent == Path(checkpoints[0]).parent
     if old["checkpoint"] != checkpoints and not moved:
-        raise InputError(f"{path} has the scores of {' '.join(old['checkpoint'])}: choose another --output_folder")
+        raise InputError(
+            f"{path} has the scores of {' '.join(map(str, old['checkpoint']))}: choose another --output_folder"
+        )
     if all(old.get(name) != described[name] for name in ("data_folder", "digest")):
         raise InputError(f"{path} has the scores on {old.get('data_folder')}: choose another --output_folder")
 
@@ -117,23 +121,14 @@ def validate_settings(settings: Settings) -> None:
     require_at_least(settings, 0, "consensus_weight")
     if settings.consensus and settings.split == "train":
         raise InputError("--consensus does not go with --split train: the index holds these photos' own captions")
-    if len(set(settings.checkpoint)) < len(settings.checkpoint):
-        raise InputError(f"--checkpoint {' '.join(settings.checkpoint)}: one is given twice")
     decoding_of_rows(settings)
 
 
 def decoding_of_rows(settings: Settings) -> list[DecodingSettings]:
     """How the rows of a model are decoded: by beam size, or one by sampling. Raises InputError for wrong values."""
     if settings.samples:
-        return [DecodingSettings.of(settings)]
-    return [DecodingSettings.of(settings, beam_size=beam_size) for beam_size in settings.beam_sizes]
-
-
-def load_models(settings: Settings, device: torch.device) -> dict[str, tuple[Captioner | Ensemble, Vocabulary]]:
-    """The models of the table with their vocabularies: several checkpoints each by itself, then their ensemble."""
-    paths = settings.checkpoint
-    models = {path: load_captioners([path], settings.views, device) for path in paths}
-    return models if len(models) == 1 else models | {"ensemble": load_captioners(paths, settings.views, device)}
+        return [DecodingSettings.from_settings(settings)]
+    return [DecodingSettings.from_settings(settings, beam_size=beam_size) for beam_size in settings.beam_sizes]
 
 
 def evaluate_model(
@@ -141,6 +136,8 @@ def evaluate_model(
     captioner: Captioner | Ensemble,
     vocabulary: Vocabulary,
     runtime: Runtime,
+    *,
+    meteor: bool,
     consensus: Consensus | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of a model, and the captions of the last in COCO's results format."""
@@ -158,8 +155,9 @@ def evaluate_model(
     ]
     rows, captions = [], []
     for decoding in decoding_of_rows(settings):
+        torch.manual_seed(decoding.seed)
         new_rows, captions = evaluate(
-            captioner, vocabulary, datasets, decoding, runtime, meteor=has_java(), consensus=consensus
+            captioner, vocabulary, datasets, decoding, runtime, meteor=meteor, consensus=consensus
         )
         rows += new_rows
     results = [
@@ -176,21 +174,25 @@ def main(settings: Settings) -> None:
     scores_path, results_path = output_path(settings, "scores"), output_path(settings, "results")
     require_writable(scores_path.parent)
     index = CaptionIndex.load(settings.consensus) if settings.consensus else None
-    models = load_models(settings, runtime.device)
+    loaded = load_models(settings.checkpoint, settings.views, runtime.device)
+    whole, vocabulary = combine(loaded, settings.views)
+    decoding_of_rows(settings)[0].constraints(vocabulary)  # an unknown word is an error before all work
+    models = {name: combine({name: model}, settings.views) for name, model in loaded.items()}
+    if len(models) > 1:
+        models["ensemble"] = whole, vocabulary
     described = describe(settings, runtime.dtype)
     require_same_source(scores_path, described)
-    *_, (last, vocabulary) = models.values()
-    decoding_of_rows(settings)[0].search_settings(vocabulary)  # an unknown word is an error before all work
     if index:
-        index.require_encoder(last.fingerprints)
-    if not has_java():
+        index.require_encoder(whole.fingerprints)
+    meteor = has_java()
+    if not meteor:
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
     rows, results = [], []
     for name, (captioner, vocabulary) in models.items():
         # Of several models some may have other encoders than the index.
         fits = index and index.encoder in captioner.fingerprints
         consensus = make_consensus(index, captioner.fingerprints, settings, runtime) if index and fits else None
-        new_rows, results = evaluate_model(settings, captioner, vocabulary, runtime, consensus)
+        new_rows, results = evaluate_model(settings, captioner, vocabulary, runtime, meteor=meteor, consensus=consensus)
         rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
     write_json(scores_path, described | {"scores": rows}, indent=1)
     write_json(results_path, results)

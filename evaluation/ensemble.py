@@ -3,7 +3,7 @@
 Shapes: B images, R regions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ def original(images: Tensor) -> Tensor:
     return images
 
 
-def mirror(images: Tensor) -> Tensor:
+def hflip(images: Tensor) -> Tensor:
     """Images (B, 3, S, S) uint8, flipped horizontally."""
     return images.flip(-1)
 
@@ -35,58 +35,62 @@ def center_crop(images: Tensor) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-VIEWS = {"original": original, "mirror": mirror, "crop": center_crop}
+VIEWS = {"original": original, "hflip": hflip, "crop": center_crop}
 
 
 class Ensemble:
     """Captioners with the same words that caption together, in place of a `models.Captioner`.
 
-    Each sees each view of a photo. What is shown of a caption (attention, gates, edges) is the first captioner's, of
-    the first view. `sources` are the captioners whose encoders differ; those with the same encoder share its features.
+    Each sees each view of a photo. What is shown of a caption (attention, gates, edges) is the first captioner's.
+    `sources` are the captioners whose encoders differ, `fingerprints` those of their encoders; captioners with the same
+    encoder share its features.
+
+    Args:
+        models: captioners in eval mode with their vocabularies, by the names that errors give them.
+        views: keys of `VIEWS`, among them "original", which is put first.
 
     Raises InputError where the captioners differ in their words, or in the images that they take.
     """
 
     def __init__(
-        self, captioners: Sequence[Captioner], vocabularies: Sequence[Vocabulary], views: Sequence[str] = ("original",)
+        self, models: Mapping[str, tuple[Captioner, Vocabulary]], views: Sequence[str] = ("original",)
     ) -> None:
-        first, self.views = captioners[0], list(views)
+        self.views = ["original", *(view for view in views if view != "original")]
+        first_name, (first, vocabulary) = next(iter(models.items()))
         self.image_size, self.resize, self.graph = first.image_size, first.resize, first.graph
-        for captioner in captioners:
+        for name, (captioner, _) in models.items():
             if (captioner.image_size, captioner.resize) != (self.image_size, self.resize):
                 raise InputError(
-                    f"an ensemble needs models that were trained on images of one size: one has {self.image_size} "
-                    f"pixels made by {self.resize}, another {captioner.image_size} by {captioner.resize}"
+                    f"an ensemble needs models for images of one size: {first_name} takes {self.image_size} pixels "
+                    f"made by {self.resize}, {name} takes {captioner.image_size} by {captioner.resize}"
                 )
-        fingerprints = [captioner.encoder.fingerprint() for captioner in captioners]
-        self.fingerprints = list(dict.fromkeys(fingerprints))  # of the sources
-        self.sources = [captioners[fingerprints.index(each)] for each in self.fingerprints]
-        self._members = [
-            (captioner, self.fingerprints.index(fingerprint), view)
-            for view in range(len(self.views))
-            for captioner, fingerprint in zip(captioners, fingerprints, strict=True)
-        ]
-        device = first.encoder.mean.device
-        word_maps = [
-            map_words(vocabularies[0], vocabulary, flipped=view == "mirror")
-            for view in self.views
-            for vocabulary in vocabularies
-        ]
-        self.decoder = EnsembleDecoder(
-            [captioner.decoder for captioner, _, _ in self._members],
-            [None if word_map is None else word_map.to(device) for word_map in word_maps],
-        )
+        fingerprints = {name: captioner.encoder.fingerprint() for name, (captioner, _) in models.items()}
+        self.fingerprints = list(dict.fromkeys(fingerprints.values()))  # of the sources
+        by_fingerprint = {fingerprints[name]: models[name][0] for name in reversed(list(models))}
+        self.sources = [by_fingerprint[fingerprint] for fingerprint in self.fingerprints]
+        self._members: list[tuple[Captioner, int, int]] = []  # captioner, index of its source, index of the view
+        word_maps = []
+        for i, view in enumerate(self.views):
+            for name, (captioner, other) in models.items():
+                self._members.append((captioner, self.fingerprints.index(fingerprints[name]), i))
+                try:
+                    word_map = map_words(vocabulary, other, flipped=view == "hflip")
+                except InputError as error:
+                    raise InputError(f"{first_name} and {name}: {error}") from None
+                word_maps.append(None if word_map is None else word_map.to(first.encoder.mean.device))
+        self.decoder = EnsembleDecoder([captioner.decoder for captioner, _, _ in self._members], word_maps)
 
     def encode(self, inputs: Tensor | Sequence[Tensor], is_features: bool | Sequence[bool] = False) -> Encoded:
         """As `Captioner.encode`, with tuples of the members' regions and of the sources' features.
 
         Args:
             inputs: images (B, 3, h, w) uint8 or, for each source, its images or features (B, R, F).
-            is_features: of each source, where `inputs` are several. Features are of one view.
+            is_features: of each source, where `inputs` are several. Features are of the view "original" alone.
         """
         if isinstance(inputs, Tensor):
             inputs = [inputs] * len(self.sources)
         flags = [is_features] * len(inputs) if isinstance(is_features, bool) else is_features
+        assert not any(flags) or self.views == ["original"], "other views need images"
         features = [
             [source.features(view(x), flag) for source, x, flag in zip(self.sources, inputs, flags, strict=True)]
             for view in map(VIEWS.__getitem__, self.views)
@@ -99,18 +103,27 @@ class Ensemble:
         return self
 
 
-def load_captioners(
+def load_models(
     paths: Sequence[str | Path], views: Sequence[str], device: str | torch.device
-) -> tuple[Captioner | Ensemble, Vocabulary]:
-    """Read checkpoints for inference: a captioner or an ensemble, and the vocabulary of the first.
+) -> dict[str, tuple[Captioner, Vocabulary]]:
+    """Read checkpoints for inference, by their paths.
 
-    Raises InputError as `models.load_captioner` and `Ensemble` do, and for views that do not exist.
+    Raises InputError as `models.load_captioner` does, for a path given twice, and for views that do not exist.
     """
-    unknown = [view for view in views if view not in VIEWS]
-    if unknown or not views:
+    if unknown := [view for view in views if view not in VIEWS]:
         raise InputError(f"--views {' '.join(unknown)}: choose from {' '.join(VIEWS)}")
-    loaded = [load_captioner(path, device) for path in paths]
-    captioners, vocabularies = zip(*loaded, strict=True)
-    if len(paths) == 1 and list(views) == ["original"]:
-        return captioners[0], vocabularies[0]
-    return Ensemble(captioners, vocabularies, views), vocabularies[0]
+    if "original" not in views:
+        raise InputError(f"--views {' '.join(views)}: add original, whose attention is shown")
+    for i, path in enumerate(paths):
+        if any(Path(path).resolve() == Path(other).resolve() for other in paths[:i]):
+            raise InputError(f"--checkpoint {path} is given twice")
+    return {str(path): load_captioner(path, device) for path in paths}
+
+
+def combine(
+    models: Mapping[str, tuple[Captioner, Vocabulary]], views: Sequence[str]
+) -> tuple[Captioner | Ensemble, Vocabulary]:
+    """One captioner seeing photos as they are, or else an `Ensemble`, with the vocabulary of the first."""
+    captioner, vocabulary = next(iter(models.values()))
+    is_single = len(models) == 1 and list(views) == ["original"]
+    return captioner if is_single else Ensemble(models, views), vocabulary

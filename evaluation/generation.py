@@ -15,13 +15,13 @@ from torch import Tensor
 from evaluation.consensus import Candidates, Consensus
 from evaluation.ensemble import Ensemble
 from models import Captioner, Encoded
-from modules.beam_search import SearchSettings, beam_search
+from modules.beam_search import SearchSettings, beam_search, length_normalized
 from modules.constraints import Constraints
 from modules.decoders import Decoder
 from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
 from modules.sampling import SamplingSettings, sample
-from modules.step_decoder import Nested, first_tensor, map_tensors
+from modules.step_decoder import Nested, first_tensor, map_tensors, reorder
 from text.vocabulary import END, Vocabulary
 from utils import InputError, Runtime, copy_to_device, require_at_least
 
@@ -36,47 +36,86 @@ class DecodingSettings:
     no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
     min_length: int = 0  # minimum words of a caption
     banned_endings: tuple[str, ...] = ()  # words that no caption may end with
-    groups: int = 1  # groups that share the beams, each unlike those before it
-    diversity: float = 0.5  # what a word costs for each beam of earlier groups that chose it
+    num_beam_groups: int = 1  # groups that share the beams, each unlike those before it
+    diversity_penalty: float = 0.5  # what a word costs for each beam of earlier groups that chose it
     samples: int = 0  # captions sampled per image in place of beams; 0: beam search
     temperature: float = 1.0  # of the samples: below 1 they favor probable words
     top_k: int = 0  # samples take only the k most probable words; 0: all
     top_p: float = 1.0  # samples take only the most probable words that together reach this probability
-    seed: int = 0  # of the samples
+    seed: int = 0  # of the random numbers of samples
     batch_size: int = 32  # images decoded at once
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "beam_size", "max_length", "groups", "batch_size")
-        require_at_least(self, 0, "length_penalty", "no_repeat_ngram", "min_length", "diversity", "samples", "top_k")
+        require_at_least(self, 1, "beam_size", "max_length", "num_beam_groups", "batch_size")
+        require_at_least(self, 0, "length_penalty", "no_repeat_ngram", "min_length", "diversity_penalty")
+        require_at_least(self, 0, "samples", "top_k")
         if self.min_length >= self.max_length:
             raise InputError(f"--min_length {self.min_length}: must be below --max_length {self.max_length}")
-        if not self.temperature > 0:
-            raise InputError(f"--temperature {self.temperature}: must be above 0")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
-        if self.beam_size % self.groups:
-            raise InputError(f"--groups {self.groups}: cannot share {self.beam_size} beams evenly")
+        self._search_settings(Constraints())
+        self._sampling_settings(Constraints())
 
     @classmethod
-    def of(cls, settings: Any, **changes: Any) -> "DecodingSettings":
-        """Those of a script's settings that have the same names, with changes to them."""
+    def from_settings(cls, settings: Any, **changes: Any) -> "DecodingSettings":
+        """Those of a script's settings that have the same names, with changes to them.
+
+        Raises InputError for flags that are given and have no effect.
+        """
+        given = getattr(settings, "given", frozenset())
+        for name in sorted(given & {"temperature", "top_k", "top_p", "seed"}):
+            if not settings.samples:
+                raise InputError(f"--{name} needs --samples: without, captions are searched")
+        for name in sorted(given & {"beam_size", "beam_sizes", "num_beam_groups", "diversity_penalty"}):
+            if settings.samples:
+                raise InputError(f"--{name} does not go with --samples, which searches nothing: leave it out")
+        if "diversity_penalty" in given and settings.num_beam_groups == 1:
+            raise InputError("--diversity_penalty needs --num_beam_groups")
         names = [field.name for field in fields(cls)]
         return cls(**{name: getattr(settings, name) for name in names if hasattr(settings, name)} | changes)
 
-    def search_settings(self, vocabulary: Vocabulary) -> SearchSettings:
-        """The settings of beam search. Raises InputError for a banned ending that the vocabulary lacks."""
+    def constraints(self, vocabulary: Vocabulary) -> Constraints:
+        """What captions must obey. Raises InputError for a banned ending that the vocabulary lacks."""
         for word in self.banned_endings:
             if word not in vocabulary.word2idx:
                 raise InputError(f"--banned_endings {word}: the model does not know this word")
         endings = tuple(vocabulary.word2idx[word] for word in self.banned_endings)
-        constraints = Constraints(self.no_repeat_ngram, self.min_length, endings)
+        return Constraints(self.no_repeat_ngram, self.min_length, endings)
+
+    def _search_settings(self, constraints: Constraints) -> SearchSettings:
         return SearchSettings(
-            self.beam_size, self.max_length, self.length_penalty, constraints, self.groups, self.diversity
+            beam_size=self.beam_size,
+            max_length=self.max_length,
+            length_penalty=self.length_penalty,
+            constraints=constraints,
+            num_beam_groups=self.num_beam_groups,
+            diversity_penalty=self.diversity_penalty,
         )
 
-    def sampling_settings(self) -> SamplingSettings:
-        """The settings of sampling."""
-        return SamplingSettings(self.samples, self.max_length, self.temperature, self.top_k, self.top_p)
+    def _sampling_settings(self, constraints: Constraints) -> SamplingSettings:
+        return SamplingSettings(
+            num_captions=self.samples,
+            max_length=self.max_length,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            constraints=constraints,
+        )
+
+    def find(
+        self, decoder: Decoder | EnsembleDecoder, regions: Nested, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Search or sample captions: regions (B, R, D), or a tuple of them for an ensemble.
+
+        Returns word ids (B, C, T), log-probabilities (B, C) and what the captions are ranked by (B, C), best first.
+        """
+        constraints = self.constraints(vocabulary)
+        search_settings = self._search_settings(constraints)
+        if not self.samples:
+            captions, log_probs = beam_search(decoder, regions, search_settings)
+            return captions, log_probs, length_normalized(captions, log_probs, search_settings)
+        captions = sample(decoder, regions, self._sampling_settings(constraints))
+        log_probs = force_decode(decoder, regions, captions)[0]
+        scores, order = length_normalized(captions, log_probs, search_settings).sort(dim=1, descending=True)
+        return reorder(captions, order), log_probs.gather(1, order), scores
 
 
 @dataclass(frozen=True)
@@ -131,7 +170,7 @@ def caption_images(
         alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
         if with_attention:
             best = encode_words([image[0][0] for image in candidates], vocabulary)
-            alpha, gates = attend(captioner.decoder, encoded.regions, copy_to_device(best, regions.device))
+            alpha, gates = caption_attention(captioner.decoder, encoded.regions, copy_to_device(best, regions.device))
     # All moves to the CPU are of the whole batch: each waits for the device.
     alpha = alpha.float().cpu()
     gates = None if gates is None else gates.tolist()
@@ -157,15 +196,7 @@ def find_candidates(
 
     regions (B, R, D), or a tuple of them for an ensemble.
     """
-    if decoding.samples:
-        generator = torch.Generator(first_tensor(regions).device).manual_seed(decoding.seed)
-        captions = sample(captioner.decoder, regions, decoding.sampling_settings(), generator)  # (B, C, T)
-        log_probs = force_decode(captioner.decoder, regions, captions)[0]  # (B, C)
-        lengths = (captions != END).sum(dim=-1) + 1
-        order = (log_probs / lengths**decoding.length_penalty).argsort(dim=1, descending=True)
-        captions, log_probs = captions.gather(1, order.unsqueeze(-1).expand_as(captions)), log_probs.gather(1, order)
-    else:
-        captions, log_probs = beam_search(captioner.decoder, regions, decoding.search_settings(vocabulary))
+    captions, log_probs, _ = decoding.find(captioner.decoder, regions, vocabulary)
     found = []
     for image_captions, image_log_probs in zip(captions.tolist(), log_probs.tolist(), strict=True):
         words = [vocabulary.decode(caption) for caption in image_captions]
@@ -184,7 +215,9 @@ def encode_words(captions: list[list[str]], vocabulary: Vocabulary) -> Tensor:
     return torch.tensor([[*map(word2idx.__getitem__, words), *[END] * (longest - len(words))] for words in captions])
 
 
-def attend(decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor) -> tuple[Tensor, Tensor | None]:
+def caption_attention(
+    decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Attention weights (B, T, R) and gates (B, T), from 0 to 1, of captions (B, T); None for decoders without.
 
     Those of an ensemble are its first member's.

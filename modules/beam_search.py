@@ -26,13 +26,14 @@ class SearchSettings:
     # captions (Wu et al., 2016, section 7).
     length_penalty: float = 0.5
     constraints: Constraints = field(default_factory=Constraints)
-    groups: int = 1  # groups that share the beams, each unlike those before it
-    diversity: float = 0.0  # subtracted from a word's log-probability for each beam of earlier groups that chose it
+    num_beam_groups: int = 1  # groups that share the beams, each unlike those before it
+    diversity_penalty: float = 0.0  # what a word costs for each beam of earlier groups that chose it
 
     def __post_init__(self) -> None:
-        if self.groups < 1 or self.beam_size % self.groups:
+        if self.num_beam_groups < 1 or self.beam_size % self.num_beam_groups:
             raise InputError(
-                f"groups {self.groups}: cannot share {self.beam_size} beams evenly; choose a multiple as beam_size"
+                f"--num_beam_groups {self.num_beam_groups}: cannot share {self.beam_size} beams evenly, give a "
+                f"multiple of {self.num_beam_groups} as beam size"
             )
 
 
@@ -56,9 +57,9 @@ def beam_search(decoder: StepDecoder, regions: Nested, settings: SearchSettings)
     all_captions = torch.full((B, K, settings.max_length), END, device=device)
     all_log_probs = torch.full((B, K), -math.inf, device=device)
     images = torch.arange(B, device=device)  # those still searched
-    captions = torch.full((B, settings.groups, 1), START, device=device)  # (B, C, t); C is K after a few words
-    log_probs = torch.zeros((B, settings.groups), device=device)
-    keys, state = decoder.keys(regions), expand(decoder.init_state(regions), settings.groups)
+    captions = torch.full((B, settings.num_beam_groups, 1), START, device=device)  # (B, C, t); C is K after a few words
+    log_probs = torch.zeros((B, settings.num_beam_groups), device=device)
+    keys, state = decoder.keys(regions), expand(decoder.init_state(regions), settings.num_beam_groups)
     for t in range(1, settings.max_length + 1):
         logits, _, state = decoder.step(captions[..., -1], regions, keys, state)  # (B, C, V)
         beam_indices, next_words, log_probs = _extend(logits, captions, log_probs, settings)
@@ -73,7 +74,7 @@ def beam_search(decoder: StepDecoder, regions: Nested, settings: SearchSettings)
             )
             if not len(images):
                 break
-    if settings.groups > 1:
+    if settings.num_beam_groups > 1:
         all_captions, all_log_probs = _rank(all_captions, all_log_probs, settings)
     return all_captions[..., :t], all_log_probs
 
@@ -87,13 +88,13 @@ def _extend(
     -> indices of the beams that are extended, the words and the new log-probabilities, each (B, K).
 
     "Diverse Beam Search" (Vijayakumar et al., 2018, algorithm 1) with Hamming diversity: in the objective of a group a
-    word costs `diversity` for each beam of the groups before it that chose it at this step. The log-probabilities
-    returned are without this cost.
+    word costs `diversity_penalty` for each beam of the groups before it that chose it at this step. The
+    log-probabilities returned are without this cost.
     """
     word_log_probs = _word_log_probs(logits, captions, settings)
-    if settings.groups == 1:
+    if settings.num_beam_groups == 1:
         return _extend_group(word_log_probs, captions, log_probs, settings)
-    size = captions.shape[1] // settings.groups  # of a group
+    size = captions.shape[1] // settings.num_beam_groups  # of a group
     cost = torch.zeros_like(word_log_probs[:, 0])  # (B, V)
     groups = []
     for start in range(0, captions.shape[1], size):
@@ -104,7 +105,7 @@ def _extend(
         beam_indices += start
         finished = (captions[..., -1] == END).gather(1, beam_indices)
         chosen = ~finished & (new_log_probs > -math.inf)
-        cost.scatter_add_(1, words, settings.diversity * chosen.to(cost.dtype))
+        cost.scatter_add_(1, words, settings.diversity_penalty * chosen.to(cost.dtype))
         groups.append((beam_indices, words, new_log_probs))
     beam_indices, words, new_log_probs = (torch.cat(parts, dim=1) for parts in zip(*groups, strict=True))
     return beam_indices, words, new_log_probs
@@ -123,7 +124,7 @@ def _extend_group(
     word_log_probs: Tensor, captions: Tensor, log_probs: Tensor, settings: SearchSettings, cost: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_extend`, for the beams of one group: word_log_probs (B, C, V), cost (B, V) of each word."""
-    count = settings.beam_size // settings.groups
+    count = settings.beam_size // settings.num_beam_groups
     W = min(count, word_log_probs.shape[-1])
     if cost is None:
         next_log_probs, words = word_log_probs.topk(W)  # (B, C, W)
@@ -151,9 +152,16 @@ def _extend_group(
     return top // W, words.flatten(1).gather(1, top), candidates.flatten(1).gather(1, top)
 
 
+def length_normalized(captions: Tensor, log_probs: Tensor, settings: SearchSettings) -> Tensor:
+    """What captions are ranked by: captions (B, C, T) of `beam_search`, log-probabilities (B, C) -> scores (B, C).
+
+    Where max_length cut a caption off, it has no <end> that counts.
+    """
+    lengths = ((captions != END).sum(dim=-1) + 1).clamp(max=settings.max_length)
+    return (log_probs / lengths**settings.length_penalty).masked_fill(log_probs == -math.inf, -math.inf)
+
+
 def _rank(captions: Tensor, log_probs: Tensor, settings: SearchSettings) -> tuple[Tensor, Tensor]:
     """Sort the captions (B, K, T) of all groups and their log-probabilities (B, K), the best first."""
-    lengths = ((captions != END).sum(dim=-1) + 1).clamp(max=settings.max_length)
-    scores = (log_probs / lengths**settings.length_penalty).masked_fill(log_probs == -math.inf, -math.inf)
-    order = scores.argsort(dim=1, descending=True)
+    order = length_normalized(captions, log_probs, settings).argsort(dim=1, descending=True)
     return reorder(captions, order), log_probs.gather(1, order)

@@ -5,11 +5,12 @@ caption, V words of the vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from modules.constraints import Constraints
 from modules.layers import sample_categorical
 from modules.step_decoder import Nested, StepDecoder, checks_after, drop_ended, expand, first_tensor
 from text.vocabulary import BANNED_IDS, END, START
@@ -25,12 +26,13 @@ class SamplingSettings:
     temperature: float = 1.0  # words are sampled from softmax(logits / temperature): below 1 it favors probable words
     top_k: int = 0  # only the k most probable words; 0: all
     top_p: float = 1.0  # only the most probable words that together reach this probability (Holtzman et al., 2020)
+    constraints: Constraints = field(default_factory=Constraints)
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise InputError(f"temperature {self.temperature}: must be above 0; near 0 the samples are all alike")
+        if not self.temperature > 0:  # also true of nan
+            raise InputError(f"--temperature {self.temperature}: must be above 0; near 0 the samples are all alike")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p {self.top_p}: a probability, above 0 and at most 1")
+            raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def sample(
     keys, state = decoder.keys(regions), expand(decoder.init_state(regions), C)
     for t in range(1, settings.max_length + 1):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
-        probabilities = _truncated_probabilities(logits.float(), settings)
+        probabilities = _truncated_probabilities(logits.float(), captions[images, :, : t - 1], settings)
         words = sample_categorical(probabilities, generator).masked_fill(words == END, END)
         captions[images, :, t - 1] = words
         if checks_after(t, device):
@@ -66,11 +68,16 @@ def sample(
     return captions[..., :t]
 
 
-def _truncated_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Probabilities (B, C, V) to sample from, up to a factor, of logits (B, C, V)."""
-    logits = logits / settings.temperature
+def _truncated_probabilities(logits: Tensor, captions: Tensor, settings: SamplingSettings) -> Tensor:
+    """Probabilities (B, C, V) to sample from, up to a factor: logits (B, C, V), captions so far (B, C, t)."""
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # or tiny temperatures would overflow
     for word_id in BANNED_IDS:
         logits[..., word_id] = -math.inf
+    if settings.constraints != Constraints():
+        logits = settings.constraints.mask(logits, captions, is_last=captions.shape[-1] + 1 == settings.max_length)
+        none_left = (logits == -math.inf).all(dim=-1)
+        logits[..., END].masked_fill_(none_left, 0.0)
+    logits = logits / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
         smallest = logits.topk(settings.top_k).values[..., -1:]
         logits.masked_fill_(logits < smallest, -math.inf)

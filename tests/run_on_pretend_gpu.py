@@ -253,7 +253,7 @@ def waits_of_decoding(decoder, regions, gpu):
     table = {}
     for name, function in {
         "search with constraints and groups": lambda: beam_search(
-            decoder, regions, SearchSettings(4, 3, constraints=constraints, groups=2, diversity=1.0)
+            decoder, regions, SearchSettings(4, 3, constraints=constraints, num_beam_groups=2, diversity_penalty=1.0)
         ),
         "search of an ensemble": lambda: beam_search(ensemble, (regions, regions), SearchSettings(3, 3)),
         "truncated samples": lambda: sample(decoder, regions, SamplingSettings(2, 3, 0.5, 4, 0.9), generator),

@@ -67,11 +67,16 @@ def test_decoding_is_as_the_flags_say(command, shapes, run_folder, tmp_path):
     (other_ending,) = captions("--banned_endings", best[-1])
     assert other_ending[-1] != best[-1]
     assert len(captions("--min_length", 7)[0]) >= 7
+    for words in captions("--samples", 4, "--n_best", 4, "--min_length", 3, "--no_repeat_ngram", 1):
+        assert len(words) >= 3 and len(set(words)) == len(words)
     sampled = [captions("--samples", 4, "--n_best", 4, "--seed", seed, "--top_k", 3) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
-    first_words = {words[0] for words in captions("--beam_size", 4, "--groups", 4, "--diversity", 99, "--n_best", 4)}
+    first_words = {
+        words[0]
+        for words in captions("--beam_size", 4, "--num_beam_groups", 4, "--diversity_penalty", 99, "--n_best", 4)
+    }
     assert len(first_words) == 4  # each group begins with a word of its own
-    with_views = captions("--checkpoint", run_folder / "best.pt", run_folder / "best.pt", "--views", "original", "crop")
+    with_views = captions("--checkpoint", run_folder / "best.pt", run_folder / "last.pt", "--views", "original", "crop")
     assert len(with_views) == 1
 
 
@@ -162,13 +167,19 @@ def test_several_photos_of_the_same_name_get_a_picture_each(command, shapes, run
         (("{photo}", "--checkpoint", "{folder}"), "is a folder, not a checkpoint: give"),
         (("{photo}", "--graph_word", "red"), "best.pt has no graph to plot, train with"),
         (("{photo}", "--alpha_layer", "1"), "--alpha_layer 1: only a transformer decoder has several"),
-        (("{photo}", "--groups", "2"), "--groups 2: cannot share 5 beams evenly"),
+        (
+            ("{photo}", "--num_beam_groups", "2"),
+            "--num_beam_groups 2: cannot share 5 beams evenly, give a multiple",
+        ),
+        (("{photo}", "--top_k", "2"), "--top_k needs --samples"),
+        (("{photo}", "--samples", "5", "--beam_size", "5"), "--beam_size does not go with --samples"),
+        (("{photo}", "--diversity_penalty", "1"), "--diversity_penalty needs --num_beam_groups"),
         (("{photo}", "--min_length", "30"), "--min_length 30: must be below --max_length 30"),
         (("{photo}", "--banned_endings", "xyzzy"), "--banned_endings xyzzy: the model does not know this word"),
         (("{photo}", "--samples", "2", "--n_best", "3"), "--n_best 3: more than --samples 2"),
         (("{photo}", "--samples", "2", "--temperature", "0"), "--temperature 0.0: must be above 0"),
-        (("{photo}", "--top_p", "1.5"), "--top_p 1.5: must be above 0 and at most 1"),
-        (("{photo}", "--views", "upside_down"), "--views upside_down: choose from original mirror crop"),
+        (("{photo}", "--samples", "5", "--top_p", "1.5"), "--top_p 1.5: must be above 0 and at most 1"),
+        (("{photo}", "--views", "upside_down"), "--views upside_down: choose from original hflip crop"),
         (("{photo}", "--consensus", "{photo}"), "test_00026.png is refused: it is damaged, or holds more"),
     ],
 )

@@ -72,7 +72,10 @@ def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
     assert scores["checkpoint"] == [str(run_folder / "best.pt")] and scores["data_folder"] == str(shapes)
     assert (scores["dataset"], scores["split"]) == ("shapes", "test")
     assert scores["digest"] == json.loads((shapes / "dataset.json").read_text())["digest"]
-    assert scores["decoding"].items() >= {"length_penalty": 0.7, "max_length": 3, "batch_size": 32, "groups": 1}.items()
+    assert (
+        scores["decoding"].items()
+        >= {"length_penalty": 0.7, "max_length": 3, "batch_size": 32, "num_beam_groups": 1}.items()
+    )
     assert scores["dtype"] == "float32" and scores["versions"]["torch"] == torch.__version__
     assert abs(datetime.datetime.fromisoformat(scores["date"]).timestamp() - time.time()) < 100
     assert scores["git"] == git_revision() and len(scores["scores"]) == 1
@@ -150,8 +153,8 @@ def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate
     best, index, out = run_folder / "best.pt", tmp_path / "index.pt", tmp_path / "out"
     assert command(index_captions, "--checkpoint", best, "--data_folder", shapes, "--output", index)[0] == 0
     arguments = ("--output_folder", out, "--consensus", index, "--consensus_weight", 50, "--beam_sizes", 1, 4)
-    assert evaluate("--checkpoint", best, run_folder / "last.pt", "--views", "original", "mirror", *arguments)[0] == 0
-    scores = json.loads((out / f"scores_ensemble2_{shapes.name}_test.json").read_text())
+    assert evaluate("--checkpoint", best, run_folder / "last.pt", "--views", "original", "hflip", *arguments)[0] == 0
+    scores = json.loads((out / f"scores_ensemble2_hflip_consensus_{shapes.name}_test.json").read_text())
     ways = [(1, 0), (1, 50), (4, 0), (4, 50)]
     rows = [(row["model"], row["beam_size"], row.get("consensus")) for row in scores["scores"]]
     expected = [(str(best), *way) for way in ways]
@@ -159,18 +162,21 @@ def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate
     assert rows == expected + [("ensemble", *way) for way in ways]
     ciders = [row["cider"] for row in scores["scores"]]
     assert ciders[0] == ciders[1] and ciders[6] == ciders[7]  # one candidate
+    assert ciders[8] != ciders[9]  # the consensus prefers other captions
     assert scores["checkpoint"] == [str(best), str(run_folder / "last.pt")]
-    assert scores["decoding"]["views"] == ["original", "mirror"]
-    assert (out / f"results_ensemble2_{shapes.name}_test.json").is_file()
+    assert scores["decoding"]["views"] == ["original", "hflip"]
+    assert (out / f"results_ensemble2_hflip_consensus_{shapes.name}_test.json").is_file()
 
 
-def test_samples_take_the_place_of_beams(evaluate, shapes, tmp_path):
+def test_samples_take_the_place_of_beams(command, shapes, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_script, "has_java", lambda: False)
     captions = []
     for seed in (1, 1, 2):
         folder = tmp_path / str(len(captions))
-        arguments = ("--output_folder", folder, "--samples", 3, "--max_length", 6, "--split", "train")
-        assert evaluate(*arguments, "--seed", seed)[0] == 0
-        captions.append(json.loads((folder / f"results_best_{shapes.name}_train.json").read_text()))
-        (row,) = json.loads((folder / f"scores_best_{shapes.name}_train.json").read_text())["scores"]
+        arguments = ("--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output_folder", folder)
+        sampling = ("--samples", 3, "--max_length", 6, "--split", "train", "--seed", seed)
+        assert command(eval_script, *arguments, *sampling)[0] == 0
+        captions.append(json.loads((folder / f"results_best_samples_{shapes.name}_train.json").read_text()))
+        (row,) = json.loads((folder / f"scores_best_samples_{shapes.name}_train.json").read_text())["scores"]
         assert row["samples"] == 3 and "beam_size" not in row
     assert captions[0] == captions[1] != captions[2]

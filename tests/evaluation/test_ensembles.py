@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from conftest import CPU, SMALL, build
-from evaluation.ensemble import VIEWS, Ensemble, load_captioners
-from evaluation.generation import DecodingSettings, attend, caption_images, encode_words
+from evaluation.ensemble import VIEWS, Ensemble, load_models
+from evaluation.generation import DecodingSettings, caption_attention, caption_images, encode_words
+from modules.beam_search import SearchSettings, beam_search
+from modules.ensemble import EnsembleDecoder
 from text.vocabulary import Vocabulary
 from utils import InputError
 
@@ -29,6 +31,11 @@ def captioner_of(seed, **changes):
     return captioner
 
 
+def ensemble_of(captioners, vocabularies=None, views=("original",)):
+    models = zip(captioners, vocabularies or [VOCABULARY] * len(captioners), strict=True)
+    return Ensemble({str(i): model for i, model in enumerate(models)}, views)
+
+
 @pytest.fixture(scope="module")
 def images():
     return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -36,7 +43,7 @@ def images():
 
 def test_members_with_one_encoder_share_its_features(images):
     captioners = [captioner_of(1), captioner_of(2, cell="gru"), captioner_of(3, decoder="up_down")]
-    ensemble, calls = Ensemble(captioners, [VOCABULARY] * 3), []
+    ensemble, calls = ensemble_of(captioners), []
     for captioner in captioners:
         captioner.encoder.register_forward_hook(lambda *call: calls.append(call))
     encoded = ensemble.encode(images)
@@ -50,7 +57,7 @@ def test_members_with_one_encoder_share_its_features(images):
 def test_members_with_other_encoders_have_inputs_of_their_own(images):
     captioners = [captioner_of(1), captioner_of(2)]
     captioners[1].encoder.network.conv1.weight.data *= 1.5
-    ensemble = Ensemble(captioners, [VOCABULARY] * 2)
+    ensemble = ensemble_of(captioners)
     assert ensemble.sources == captioners
     features = [captioner.features(images) for captioner in captioners]
     for inputs, flags in (((images, features[1]), [False, True]), (features, [True, True])):
@@ -61,7 +68,7 @@ def test_members_with_other_encoders_have_inputs_of_their_own(images):
 def test_an_ensemble_of_one_model_captions_as_the_model(images):
     captioner = captioner_of(1)
     expected = caption_images(captioner, VOCABULARY, images, DECODING, CPU)
-    found = caption_images(Ensemble([captioner] * 2, [VOCABULARY] * 2), VOCABULARY, images, DECODING, CPU)
+    found = caption_images(ensemble_of([captioner] * 2), VOCABULARY, images, DECODING, CPU)
     for one, other in zip(found, expected, strict=True):
         assert [words for words, _ in one.n_best] == [words for words, _ in other.n_best]
         torch.testing.assert_close(one.alpha, other.alpha)
@@ -73,7 +80,7 @@ def test_log_probabilities_are_those_of_the_mean(images, shuffled):
     captioners = [captioner_of(1), captioner_of(2, decoder="transformer")]
     order = [*range(4), 9, 7, 5, 4, 6, 8] if shuffled else list(range(10))
     other = Vocabulary([VOCABULARY.idx2word[i] for i in order])
-    ensemble = Ensemble(captioners, [VOCABULARY, other])
+    ensemble = ensemble_of(captioners, [VOCABULARY, other])
     for image in caption_images(ensemble, VOCABULARY, images[:1], DECODING, CPU):
         for words, log_prob in image.n_best:
             previous, total, states = ["<start>", *words], torch.zeros(()), [None, None]
@@ -93,28 +100,33 @@ def test_log_probabilities_are_those_of_the_mean(images, shuffled):
             assert log_prob == pytest.approx(total.item(), rel=1e-4)
 
 
-def test_the_mirror_view_exchanges_left_and_right(images):
+def test_the_flipped_view_exchanges_left_and_right(images):
     captioner = captioner_of(1)
-    mirrored = caption_images(captioner, VOCABULARY, images.flip(-1), DECODING, CPU)
-    found = caption_images(Ensemble([captioner], [VOCABULARY], ["mirror"]), VOCABULARY, images, DECODING, CPU)
-    exchange, seen = {"left": "right", "right": "left"}, set()
-    for one, other in zip(found, mirrored, strict=True):
-        assert one.words == [exchange.get(word, word) for word in other.words]
-        torch.testing.assert_close(one.alpha, other.alpha)
-        seen |= set(one.words)
+    ensemble = ensemble_of([captioner], views=["original", "hflip"])
+    flipped = EnsembleDecoder(ensemble.decoder.members[1:], ensemble.decoder.word_maps[1:])
+    captions, _ = beam_search(flipped, ensemble.encode(images).regions[1:], SearchSettings(3, 6))
+    of_flipped, exchange, seen = caption_images(captioner, VOCABULARY, images.flip(-1), DECODING, CPU), {}, set()
+    exchange = {"left": "right", "right": "left"}
+    for found, other in zip(captions[:, 0], of_flipped, strict=True):
+        assert VOCABULARY.decode(found) == [exchange.get(word, word) for word in other.words]
+        seen |= set(other.words)
     assert seen & {"left", "right"}
 
 
 def test_views_are_encoded_one_by_one(images):
     captioners = [captioner_of(1), captioner_of(2)]
-    ensemble = Ensemble(captioners, [VOCABULARY] * 2, ["original", "mirror", "crop"])
+    ensemble = ensemble_of(captioners, views=["crop", "original", "hflip"])
     regions = ensemble.encode(images).regions
-    expected = [captioner.encode_images(VIEWS[view](images)) for view in VIEWS for captioner in captioners]
+    expected = [
+        captioner.encode_images(VIEWS[view](images))
+        for view in ("original", "crop", "hflip")
+        for captioner in captioners
+    ]
     torch.testing.assert_close(list(regions), expected)
     assert not torch.equal(regions[0], regions[2]) and not torch.equal(regions[0], regions[4])
     (image,) = caption_images(ensemble, VOCABULARY, images[:1], DECODING, CPU)
     words = encode_words([image.words], VOCABULARY)
-    alpha, gates = attend(captioners[0].decoder, captioners[0].encode_images(images[:1]), words)
+    alpha, gates = caption_attention(captioners[0].decoder, captioners[0].encode_images(images[:1]), words)
     torch.testing.assert_close(image.alpha, alpha[0])  # the first captioner's, of the first view
     assert image.gates == pytest.approx(gates[0].tolist())
 
@@ -128,11 +140,17 @@ def test_a_crop_is_the_middle():
 def test_what_does_not_go_together_is_named(run_folder):
     small = captioner_of(1)
     large = build(replace(FROZEN), len(VOCABULARY), image_size=64)
-    with pytest.raises(InputError, match="one has 32 pixels made by squash, another 64 by squash"):
-        Ensemble([small, large], [VOCABULARY] * 2)
+    with pytest.raises(InputError, match="0 takes 32 pixels made by squash, 1 takes 64 by squash"):
+        ensemble_of([small, large])
     other = Vocabulary.from_counts(Counter([*WORDS[:-1], "cat"]), 1)
-    with pytest.raises(InputError, match=r"2 are known to only one of two models, such as '(cat|the)'"):
-        Ensemble([small, small], [VOCABULARY, other])
+    with pytest.raises(InputError, match="0 and 1: an ensemble needs models with the same words: 2 are"):
+        ensemble_of([small, small], [VOCABULARY, other])
     for views in (["original", "upside_down"], [""]):
-        with pytest.raises(InputError, match=r"--views .*: choose from original mirror crop"):
-            load_captioners([run_folder / "best.pt"], views, "cpu")
+        with pytest.raises(InputError, match=r"--views .*: choose from original hflip crop"):
+            load_models([run_folder / "best.pt"], views, "cpu")
+    with pytest.raises(InputError, match="--views hflip: add original"):
+        load_models([run_folder / "best.pt"], ["hflip"], "cpu")
+    with pytest.raises(InputError, match=r"--checkpoint .*best.pt is given twice"):
+        load_models([run_folder / "best.pt", run_folder / ".." / run_folder.name / "best.pt"], ["original"], "cpu")
+    with pytest.raises(AssertionError, match="other views need images"):
+        ensemble_of([small], views=["original", "crop"]).encode([torch.zeros(1, 16, 64)], [True])

@@ -2,7 +2,7 @@
 
 import torch
 
-from evaluation.generation import DecodingSettings, attend, caption_images
+from evaluation.generation import DecodingSettings, caption_attention, caption_images
 from models import load_captioner
 from modules.beam_search import SearchSettings, beam_search
 from text.vocabulary import END, START
@@ -12,7 +12,7 @@ from utils import choose_runtime
 def test_gates_and_attention_are_those_of_the_steps(tiny_decoder):
     torch.manual_seed(0)
     regions, captions = torch.randn(2, 9, 6), torch.tensor([[4, 5, 6], [6, 4, END]])
-    alpha, gates = attend(tiny_decoder, regions, captions)
+    alpha, gates = caption_attention(tiny_decoder, regions, captions)
     keys, state = tiny_decoder.keys(regions), tiny_decoder.init_state(regions)
     previous = torch.full((2, 1), START)
     for t in range(3):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evaluation.generation import attend
+from evaluation.generation import caption_attention
 from modules.adaptive import AdaptiveDecoder
 from modules.attention import AdaptiveAttention
 from text.vocabulary import START
@@ -62,7 +62,7 @@ def test_the_decoder_equals_an_lstm_cell_with_a_sentinel_and_shows_beta(decoder)
     lstm.bias_ih.data, lstm.bias_hh.data = cell.words.bias[:32].data, torch.zeros(32)
     keys, state = decoder.keys(regions), decoder.init_state(regions)
     h, m = (part[0, 0] for part in state)
-    gates = attend(decoder, regions, torch.tensor([[*words[1:], 4]]))[1]
+    gates = caption_attention(decoder, regions, torch.tensor([[*words[1:], 4]]))[1]
     for t, word in enumerate(words):
         x = torch.cat([decoder.embedding.weight[word], mean])
         gate = (weight_ih[32:] @ x + cell.words.bias[32:] + cell.hidden.weight[32:] @ h).sigmoid()  # equation 9

@@ -66,7 +66,7 @@ def obeys(constraints, caption, max_length):
 def reference_search(decoder, regions, settings):
     """Beam search over one image with lists: (log-probability, caption) of the captions kept, best first."""
     keys = decoder.keys(regions)
-    groups = [[(0.0, (), decoder.init_state(regions))] for _ in range(settings.groups)]
+    groups = [[(0.0, (), decoder.init_state(regions))] for _ in range(settings.num_beam_groups)]
 
     def score(log_prob, caption):
         return log_prob / len(caption) ** settings.length_penalty
@@ -86,12 +86,12 @@ def reference_search(decoder, regions, settings):
                     longer = (*caption, word)
                     if obeys(settings.constraints, longer, settings.max_length):
                         total = log_prob + log_probs[word]
-                        objective = score(total - settings.diversity * counts[word], longer)
+                        objective = score(total - settings.diversity_penalty * counts[word], longer)
                         candidates.append((objective, total, longer, new_state))
             if not candidates:  # the captions stay unfinished
                 candidates = [(score(p, (*c, END)), p, (*c, END), state) for p, c, state in beams]
             candidates.sort(key=lambda candidate: candidate[0], reverse=True)
-            groups[g] = [candidate[1:] for candidate in candidates[: settings.beam_size // settings.groups]]
+            groups[g] = [candidate[1:] for candidate in candidates[: settings.beam_size // settings.num_beam_groups]]
             for _, caption, _ in groups[g]:
                 counts[caption[-1]] += len(caption) == t + 1
     kept = [(log_prob, caption) for beams in groups for log_prob, caption, _ in beams]
@@ -161,7 +161,7 @@ def test_a_wide_beam_finds_the_best_caption_that_obeys(tiny_decoder, constraints
 @pytest.mark.parametrize("diversity", [0.0, 0.7, 20.0])
 def test_diverse_groups_are_those_of_a_simple_search(tiny_decoder, beam_size, groups, diversity):
     regions = ending_at_different_words(tiny_decoder)[:4]
-    settings = SearchSettings(beam_size, 9, groups=groups, diversity=diversity)
+    settings = SearchSettings(beam_size, 9, num_beam_groups=groups, diversity_penalty=diversity)
     captions = assert_equals_reference(tiny_decoder, regions, settings)
     assert_equals_reference(tiny_decoder, regions, replace(settings, constraints=Constraints(2, 3, (4,))))
     if diversity == 20 and beam_size == groups == 2:
@@ -170,7 +170,7 @@ def test_diverse_groups_are_those_of_a_simple_search(tiny_decoder, beam_size, gr
 
 def test_without_diversity_all_groups_are_alike(tiny_decoder):
     regions = ending_at_different_words(tiny_decoder)
-    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(6, 9, groups=3))
+    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(6, 9, num_beam_groups=3))
     alone, alone_log_probs = beam_search(tiny_decoder, regions, SearchSettings(2, 9))
     assert torch.equal(captions, alone.repeat_interleave(3, dim=1))
     torch.testing.assert_close(log_probs, alone_log_probs.repeat_interleave(3, dim=1))
@@ -178,8 +178,8 @@ def test_without_diversity_all_groups_are_alike(tiny_decoder):
 
 @pytest.mark.parametrize("groups", [0, 2, 6])
 def test_groups_must_share_the_beams(groups):
-    with pytest.raises(InputError, match=f"groups {groups}: cannot share 5 beams"):
-        SearchSettings(5, groups=groups)
+    with pytest.raises(InputError, match=f"--num_beam_groups {groups}: cannot share 5 beams"):
+        SearchSettings(5, num_beam_groups=groups)
 
 
 def test_a_search_on_a_cpu_is_as_long_as_its_longest_caption(tiny_decoder):

@@ -105,5 +105,5 @@ def test_samples_are_as_long_as_asked_for_and_allowed(tiny_decoder):
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}])
 def test_settings_without_a_meaning_are_refused(options):
     name, value = next(iter(options.items()))
-    with pytest.raises(InputError, match=f"^{name} {value}: "):
+    with pytest.raises(InputError, match=f"^--{name} {value}: "):
         SamplingSettings(**options)

@@ -58,7 +58,7 @@ def regions():
     [
         SearchSettings(1, 9),
         SearchSettings(3, 9),
-        SearchSettings(4, 9, constraints=Constraints(2), groups=2, diversity=1.0),
+        SearchSettings(4, 9, constraints=Constraints(2), num_beam_groups=2, diversity_penalty=1.0),
     ],
 )
 def test_batched_search_equals_a_simple_search_of_each_image(regions, settings):
