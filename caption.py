@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from common.files import require_writable
 from evaluation.consensus import CaptionIndex, make_consensus
+from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.generation import DecodingSettings, ImageCaption, caption_images
+from evaluation.generation import ImageCaption, caption_images
 from evaluation.photos import collect_photos, load_photos
 from evaluation.pictures import open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
 from models import Captioner

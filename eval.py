@@ -11,8 +11,8 @@ import torch
 
 from common.files import read_json, require_writable, write_json
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
+from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.generation import DecodingSettings
 from evaluation.metrics import format_table, has_java
 from evaluation.scoring import evaluate
 from models import Captioner

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
 from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
-from evaluation.generation import DecodingSettings
+from evaluation.decoding import DecodingSettings
 from evaluation.scoring import evaluate
 from models import DECODERS
 from modules.attention import ATTENTIONS

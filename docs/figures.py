@@ -42,7 +42,8 @@ from diagrams import (
     draw_teacher_forcing,
     show_image,
 )
-from evaluation.generation import DecodingSettings, caption_images
+from evaluation.decoding import DecodingSettings
+from evaluation.generation import caption_images
 from evaluation.metrics import Meteor, compute_metrics, has_java
 from evaluation.pictures import plot_attention
 from models import Captioner, load_captioner

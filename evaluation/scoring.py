@@ -10,8 +10,9 @@ from tqdm import tqdm
 from common.distributed import all_gather, rank, world_size
 from datasets import CaptionDataset, in_order, make_batches, make_loader
 from evaluation.consensus import Consensus
+from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble
-from evaluation.generation import DecodingSettings, ImageCaption, caption_images
+from evaluation.generation import ImageCaption, caption_images
 from evaluation.metrics import compute_metrics
 from evaluation.pointing import pointing_accuracy
 from models import Captioner

@@ -43,7 +43,8 @@ from common.files import read_json, read_jsonl
 from conftest import SMALL, prepare_shapes
 from datasets import CaptionDataset, collate
 from evaluation import metrics
-from evaluation.generation import DecodingSettings, caption_images
+from evaluation.decoding import DecodingSettings
+from evaluation.generation import caption_images
 from modules.beam_search import SearchSettings, beam_search
 from modules.constraints import Constraints
 from modules.ensemble import EnsembleDecoder

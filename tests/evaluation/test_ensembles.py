@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from conftest import CPU, SMALL, build
+from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import VIEWS, Ensemble, load_models
-from evaluation.generation import DecodingSettings, caption_attention, caption_images, encode_words
+from evaluation.generation import caption_attention, caption_images, encode_words
 from modules.beam_search import SearchSettings, beam_search
 from modules.ensemble import EnsembleDecoder
 from text.vocabulary import Vocabulary

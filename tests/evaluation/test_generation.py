@@ -2,7 +2,8 @@
 
 import torch
 
-from evaluation.generation import DecodingSettings, caption_attention, caption_images
+from evaluation.decoding import DecodingSettings
+from evaluation.generation import caption_attention, caption_images
 from models import load_captioner
 from modules.beam_search import SearchSettings, beam_search
 from text.vocabulary import END, START

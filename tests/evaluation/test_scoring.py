@@ -4,7 +4,8 @@ import h5py
 import torch
 
 from datasets import CaptionDataset
-from evaluation.generation import DecodingSettings, caption_images
+from evaluation.decoding import DecodingSettings
+from evaluation.generation import caption_images
 from evaluation.scoring import caption_dataset, evaluate
 from models import load_captioner
 from utils import choose_runtime
