@@ -22,7 +22,8 @@ from training.feature_cache import build_dataset
 from training.state import git_revision
 from utils import InputError, Runtime, choose_runtime, require_at_least, run_script
 
-OTHER_DECODING = ("views", "consensus", "consensus_weight", "neighbors")  # of the settings, beside DecodingSettings
+# Of the settings, beside DecodingSettings.
+OTHER_DECODING = ("views", "consensus_index", "consensus_weight", "similar_photos")
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Settings:
 
     # group: ensemble and consensus
     views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original mirror crop
-    consensus: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
+    consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
     consensus_weight: float = 3.0  # of the mean CIDEr-D with their captions, beside the log-probability
-    neighbors: int = 50  # similar photos
+    similar_photos: int = 50  # how many vote for the consensus
 
     # group: run
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
@@ -76,7 +77,7 @@ def output_path(settings: Settings, kind: str) -> Path:
     return folder / f"{kind}_{name}_{data_folder.name}_{settings.split}.json"
 
 
-def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+def describe(settings: Settings, dtype: torch.dtype, index: CaptionIndex | None) -> dict[str, Any]:
     """What the scores are of and how they were made."""
     metadata = read_metadata(settings.data_folder)
     return {
@@ -86,6 +87,7 @@ def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
         "split": settings.split,
         "digest": metadata["digest"],
         "decoding": asdict(decoding_of_rows(settings)[-1]) | {name: getattr(settings, name) for name in OTHER_DECODING},
+        "consensus_digest": index.data_digest if index else None,  # of the data that the index is of
         "dtype": str(dtype).removeprefix("torch."),
         "git": git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -113,10 +115,10 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
 
 def validate_settings(settings: Settings) -> None:
     """Raise InputError where settings are out of range or do not go together."""
-    require_at_least(settings, 1, "beam_sizes", "neighbors")
+    require_at_least(settings, 1, "beam_sizes", "similar_photos")
     require_at_least(settings, 0, "consensus_weight")
-    if settings.consensus and settings.split == "train":
-        raise InputError("--consensus does not go with --split train: the index holds these photos' own captions")
+    if settings.consensus_index and settings.split == "train":
+        raise InputError("--consensus_index does not go with --split train: the index holds these photos' own captions")
     if len(set(settings.checkpoint)) < len(settings.checkpoint):
         raise InputError(f"--checkpoint {' '.join(settings.checkpoint)}: one is given twice")
     decoding_of_rows(settings)
@@ -175,21 +177,22 @@ def main(settings: Settings) -> None:
     runtime = choose_runtime(settings.device, settings.precision)
     scores_path, results_path = output_path(settings, "scores"), output_path(settings, "results")
     require_writable(scores_path.parent)
-    index = CaptionIndex.load(settings.consensus) if settings.consensus else None
+    index = CaptionIndex.load(settings.consensus_index) if settings.consensus_index else None
     models = load_models(settings, runtime.device)
-    described = describe(settings, runtime.dtype)
+    described = describe(settings, runtime.dtype, index)
     require_same_source(scores_path, described)
     *_, (last, vocabulary) = models.values()
     decoding_of_rows(settings)[0].search_settings(vocabulary)  # an unknown word is an error before all work
     if index:
-        index.require_encoder(last.fingerprints)
+        index.find_encoder(last)  # another encoder is an error before all work, as are other data
+        index.require_data(described["digest"], settings.data_folder)
     if not has_java():
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
     rows, results = [], []
     for name, (captioner, vocabulary) in models.items():
         # Of several models some may have other encoders than the index.
         fits = index and index.encoder in captioner.fingerprints
-        consensus = make_consensus(index, captioner.fingerprints, settings, runtime) if index and fits else None
+        consensus = make_consensus(index, captioner, settings, runtime) if index and fits else None
         new_rows, results = evaluate_model(settings, captioner, vocabulary, runtime, consensus)
         rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
     write_json(scores_path, described | {"scores": rows}, indent=1)
