@@ -53,9 +53,9 @@ class Settings:
 
     # group: ensemble and consensus
     views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
-    consensus: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
+    consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
     consensus_weight: float = 3.0  # of the mean CIDEr-D with their captions, beside the log-probability
-    neighbors: int = 50  # similar photos
+    similar_photos: int = 50  # how many vote for the consensus
 
     # group: output
     n_best: int = 1  # captions per photo, up to beam_size or samples
@@ -73,7 +73,7 @@ class Settings:
 
 def validate_settings(settings: Settings) -> DecodingSettings:
     """How captions are decoded. Raises InputError where a value is out of range or two do not go together."""
-    require_at_least(settings, 1, "n_best", "neighbors")
+    require_at_least(settings, 1, "n_best", "similar_photos")
     require_at_least(settings, 0, "consensus_weight")
     decoding = DecodingSettings.from_settings(settings)
     candidates = "samples" if settings.samples else "beam_size"
@@ -136,8 +136,8 @@ def main(settings: Settings) -> None:
     torch.manual_seed(decoding.seed)
     decoding.constraints(vocabulary)  # an unknown word is an error before all work
     consensus = None
-    if settings.consensus:
-        consensus = make_consensus(CaptionIndex.load(settings.consensus), captioner.fingerprints, settings, runtime)
+    if settings.consensus_index:
+        consensus = make_consensus(CaptionIndex.load(settings.consensus_index), captioner, settings, runtime)
     captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:
         validate_graph_word(settings, captioner, vocabulary)

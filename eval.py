@@ -22,7 +22,8 @@ from training.feature_cache import build_dataset
 from training.state import git_revision
 from utils import InputError, Runtime, choose_runtime, require_at_least, run_script
 
-OTHER_DECODING = ("views", "consensus", "consensus_weight", "neighbors")  # of the settings, beside DecodingSettings
+# Of the settings, beside DecodingSettings.
+OTHER_DECODING = ("views", "consensus_index", "consensus_weight", "similar_photos")
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Settings:
 
     # group: ensemble and consensus
     views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
-    consensus: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
+    consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
     consensus_weight: float = 3.0  # of the mean CIDEr-D with their captions, beside the log-probability
-    neighbors: int = 50  # similar photos
+    similar_photos: int = 50  # how many vote for the consensus
 
     # group: run
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
@@ -74,11 +75,12 @@ def output_path(settings: Settings, kind: str) -> Path:
     checkpoint, data_folder = Path(settings.checkpoint[0]), Path(settings.data_folder).resolve()
     folder = Path(settings.output_folder or checkpoint.parent)
     name = checkpoint.stem if len(settings.checkpoint) == 1 else f"ensemble{len(settings.checkpoint)}"
-    ways = [*settings.views[1:], *(name for name in ("samples", "consensus") if getattr(settings, name))]
+    ways = list(settings.views[1:])
+    ways += ["samples"] * bool(settings.samples) + ["consensus"] * bool(settings.consensus_index)
     return folder / "_".join([kind, name, *ways, data_folder.name, f"{settings.split}.json"])
 
 
-def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+def describe(settings: Settings, dtype: torch.dtype, index: CaptionIndex | None) -> dict[str, Any]:
     """What the scores are of and how they were made."""
     metadata = read_metadata(settings.data_folder)
     return {
@@ -88,6 +90,7 @@ def describe(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
         "split": settings.split,
         "digest": metadata["digest"],
         "decoding": asdict(decoding_of_rows(settings)[-1]) | {name: getattr(settings, name) for name in OTHER_DECODING},
+        "consensus_digest": index.data_digest if index else None,  # of the data that the index is of
         "dtype": str(dtype).removeprefix("torch."),
         "git": git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -117,10 +120,10 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
 
 def validate_settings(settings: Settings) -> None:
     """Raise InputError where settings are out of range or do not go together."""
-    require_at_least(settings, 1, "beam_sizes", "neighbors")
+    require_at_least(settings, 1, "beam_sizes", "similar_photos")
     require_at_least(settings, 0, "consensus_weight")
-    if settings.consensus and settings.split == "train":
-        raise InputError("--consensus does not go with --split train: the index holds these photos' own captions")
+    if settings.consensus_index and settings.split == "train":
+        raise InputError("--consensus_index does not go with --split train: the index holds these photos' own captions")
     decoding_of_rows(settings)
 
 
@@ -173,17 +176,18 @@ def main(settings: Settings) -> None:
     runtime = choose_runtime(settings.device, settings.precision)
     scores_path, results_path = output_path(settings, "scores"), output_path(settings, "results")
     require_writable(scores_path.parent)
-    index = CaptionIndex.load(settings.consensus) if settings.consensus else None
+    index = CaptionIndex.load(settings.consensus_index) if settings.consensus_index else None
     loaded = load_models(settings.checkpoint, settings.views, runtime.device)
     whole, vocabulary = combine(loaded, settings.views)
     decoding_of_rows(settings)[0].constraints(vocabulary)  # an unknown word is an error before all work
     models = {name: combine({name: model}, settings.views) for name, model in loaded.items()}
     if len(models) > 1:
         models["ensemble"] = whole, vocabulary
-    described = describe(settings, runtime.dtype)
+    described = describe(settings, runtime.dtype, index)
     require_same_source(scores_path, described)
     if index:
-        index.require_encoder(whole.fingerprints)
+        index.find_encoder(whole)  # another encoder is an error before all work, as are other data
+        index.require_data(described["digest"], settings.data_folder)
     meteor = has_java()
     if not meteor:
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
@@ -191,7 +195,7 @@ def main(settings: Settings) -> None:
     for name, (captioner, vocabulary) in models.items():
         # Of several models some may have other encoders than the index.
         fits = index and index.encoder in captioner.fingerprints
-        consensus = make_consensus(index, captioner.fingerprints, settings, runtime) if index and fits else None
+        consensus = make_consensus(index, captioner, settings, runtime) if index and fits else None
         new_rows, results = evaluate_model(settings, captioner, vocabulary, runtime, meteor=meteor, consensus=consensus)
         rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
     write_json(scores_path, described | {"scores": rows}, indent=1)

@@ -1,4 +1,4 @@
-"""What a checkpoint of others may hold: words and weights that are no trap, and modules built without memory."""
+"""What files of others may hold: words and tensors that are no trap, and modules built without memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,17 +40,22 @@ def check_words(words: Any, path: str | Path) -> None:
 
 
 def check_weights(weights: Any, path: str | Path) -> None:
-    """Raise InputError where weights are not a state dict of dense tensors.
-
-    Others may have more elements than the file: a single number can stand for a terabyte.
-    """
+    """Raise InputError where weights are not a state dict of dense tensors."""
     if not isinstance(weights, dict) or not all(type(name) is str for name in weights):
         raise InputError(f"{path}: model is not a state dict")
     for name, weight in weights.items():
-        if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_nested or weight.is_meta:
-            raise InputError(f"{path}: {name} is not a dense tensor")
-        if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
-            raise InputError(f"{path}: the elements of {name} are not one after another")
+        check_dense(weight, name, path)
+
+
+def check_dense(tensor: Any, name: str, path: str | Path) -> None:
+    """Raise InputError where something is not a tensor whose elements are all there, one after another.
+
+    Others may have more elements than the file: a single number can stand for a terabyte.
+    """
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        raise InputError(f"{path}: {name} is not a dense tensor")
+    if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)):
+        raise InputError(f"{path}: the elements of {name} are not one after another")
 
 
 def shown(value: Any) -> str:

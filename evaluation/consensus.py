@@ -2,10 +2,9 @@
 
 Sources: "Deep Captioning with Multimodal Recurrent Neural Networks" (Mao et al., 2015, section 8) and "Exploring
 Nearest Neighbor Approaches for Image Captioning" (Devlin et al., 2015). Shapes: B images, R regions, F features of the
-encoder, N indexed photos, k neighbors.
+encoder, N indexed photos, k similar photos.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.checkpoints import check_dense, check_words
 from common.files import safe_load, save_torch
+from evaluation.ensemble import Ensemble
+from models import Captioner
 from modules.encoders import Encoder
 from modules.step_decoder import Nested
 from preparation.storage import PackedCaptions
@@ -24,6 +26,13 @@ from utils import InputError, Runtime
 
 INDEX_FORMAT = 1
 CAPTION_ARRAYS = ("word_ids", "caption_offsets", "image_offsets")
+TENSORS = {  # of the file, with dtype and number of dimensions
+    "center": (torch.float32, 1),
+    "features": (torch.float16, 2),
+    "word_ids": (torch.int32, 1),
+    "caption_offsets": (torch.int64, 1),
+    "image_offsets": (torch.int64, 1),
+}
 Fingerprint = tuple[str, str, int, str]  # `modules.encoders.Encoder.fingerprint`
 Candidates = list[tuple[list[str], float]]  # captions as words with their log-probabilities, best first
 
@@ -36,51 +45,108 @@ class CaptionIndex:
     center: Tensor  # (F,) mean of the photos' features
     features: Tensor  # (N, F) unit vectors, float16
     captions: PackedCaptions  # of the N photos
+    data_digest: str  # of the prepared folder that they are of, `preparation.storage.read_metadata`
 
     @classmethod
-    def build(cls, encoder: Encoder, means: Tensor, captions: PackedCaptions) -> "CaptionIndex":
+    def build(cls, encoder: Encoder, means: Tensor, captions: PackedCaptions, data_digest: str) -> "CaptionIndex":
         """The index of N photos with these captions, whose regions have the mean features (N, F)."""
         center = means.float().mean(dim=0)
-        return cls(encoder.fingerprint(), center, unit_vectors(means, center).half(), captions)
+        features = unit_vectors(means, center).half()
+        return cls(encoder.fingerprint(), center, features, captions, data_digest)
 
     def save(self, path: str | Path) -> None:
         """Write the index to a file; an existing one is replaced."""
         arrays = {name: torch.from_numpy(getattr(self.captions, name)) for name in CAPTION_ARRAYS}
-        content = {"index_format": INDEX_FORMAT, "encoder": list(self.encoder), "words": self.captions.idx2word}
-        save_torch(path, content | arrays | {"center": self.center, "features": self.features})
+        content = {
+            "index_format": INDEX_FORMAT,
+            "encoder": list(self.encoder),
+            "data_digest": self.data_digest,
+            "words": self.captions.idx2word,
+            "center": self.center,
+            "features": self.features,
+        }
+        save_torch(path, content | arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "CaptionIndex":
         """Read what `save` wrote. Raises InputError for another file."""
         content = safe_load(path)
-        if not isinstance(content, dict) or content.get("index_format") != INDEX_FORMAT:
+        if not _is_index(content) or content["index_format"] != INDEX_FORMAT:
             raise InputError(f"{path} is not an index of captions: make one with tools/index_captions.py")
         try:
-            return cls._from_content(content)
-        except (KeyError, ValueError, TypeError, AttributeError):
+            _check_content(content, path)
+        except ValueError:
             raise InputError(f"{path} is damaged: make it again with tools/index_captions.py") from None
+        captions = PackedCaptions(content["words"], *(content[name].numpy() for name in CAPTION_ARRAYS))
+        encoder = tuple(content["encoder"])
+        return cls(encoder, content["center"], content["features"], captions, content["data_digest"])
 
-    def require_encoder(self, fingerprints: Sequence[Fingerprint]) -> None:
-        """Raise InputError where the index was made with another encoder than these."""
+    def find_encoder(self, captioner: Captioner | Ensemble) -> int:
+        """Which of a captioner's `sources` has the index's encoder. Raises InputError where none has it."""
+        fingerprints = captioner.fingerprints
         if self.encoder not in fingerprints:
             raise InputError(
                 f"the index was made with another encoder, {self.encoder[0]} with other weights, layer or grid: make "
                 f"one of this model's with tools/index_captions.py"
             )
+        source = fingerprints.index(self.encoder)
+        feature_dim = captioner.sources[source].encoder.feature_dim
+        if len(self.center) != feature_dim:
+            raise InputError(
+                f"the index is damaged, its photos have {len(self.center)} features and not the encoder's "
+                f"{feature_dim}: make it again with tools/index_captions.py"
+            )
+        return source
 
-    @classmethod
-    def _from_content(cls, content: dict[str, Any]) -> "CaptionIndex":
-        """The index of a file's content; any of four errors where it does not fit together."""
-        words, center, features = content["words"], content["center"], content["features"]
-        word_ids, caption_offsets, image_offsets = (content[name].numpy() for name in CAPTION_ARRAYS)
-        fits = features.shape == (len(image_offsets) - 1, *center.shape) and features.isfinite().all()
-        fits = fits and word_ids.ndim == 1 and word_ids.min() >= 0 and word_ids.max() < len(words)
-        for offsets, end in ((caption_offsets, len(word_ids)), (image_offsets, len(caption_offsets) - 1)):
-            fits = fits and offsets[0] == 0 and offsets[-1] == end and (np.diff(offsets) > 0).all()
-        if not fits:
-            raise ValueError
-        captions = PackedCaptions(words, word_ids, caption_offsets, image_offsets)
-        return cls(tuple(content["encoder"]), center, features, captions)
+    def require_data(self, digest: str, data_folder: str | Path) -> None:
+        """Raise InputError where the index was made from another prepared folder than the one with this digest.
+
+        The training split of another folder, such as one with a new split of the same photos, may have photos that are
+        scored here, and their own captions would then vote. Pixels do not show it, they depend on size and resizing,
+        so every other folder is refused. A copy of the folder has the same digest.
+        """
+        if self.data_digest != digest:
+            raise InputError(
+                f"the index was made from other data than {data_folder} and may hold photos that are scored: make it "
+                f"again from this folder with tools/index_captions.py"
+            )
+
+
+def is_index_file(path: str | Path) -> bool:
+    """Whether a file is an index of captions, of any format, damaged or not."""
+    try:
+        return _is_index(safe_load(path))
+    except InputError:
+        return False
+
+
+def _is_index(content: Any) -> bool:
+    return isinstance(content, dict) and type(content.get("index_format")) is int
+
+
+def _check_content(content: dict[str, Any], path: str | Path) -> None:
+    """Raise ValueError where the content of an index's file is not what `CaptionIndex.save` writes."""
+    for name, (dtype, ndim) in TENSORS.items():
+        tensor = content.get(name)
+        check_dense(tensor, name, path)  # first: others may have more elements than memory
+        if (tensor.dtype, tensor.ndim, tensor.requires_grad, tensor.is_neg()) != (dtype, ndim, False, False):
+            raise ValueError(f"{name} is of another kind")
+    words, encoder, center, features = (content.get(name) for name in ("words", "encoder", "center", "features"))
+    check_words(words, path)
+    if not isinstance(encoder, list) or [type(part) for part in encoder] != [str, str, int, str]:
+        raise ValueError("encoder is not a fingerprint")
+    if type(content.get("data_digest")) is not str:
+        raise ValueError("data_digest is not text")
+    word_ids, caption_offsets, image_offsets = (content[name] for name in CAPTION_ARRAYS)
+    for offsets, end in ((caption_offsets, len(word_ids)), (image_offsets, len(caption_offsets) - 1)):
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != end or not (offsets[:-1] < offsets[1:]).all():
+            raise ValueError("the offsets do not fit")
+    if word_ids.min() < 0 or word_ids.max() >= len(words):
+        raise ValueError("a word is missing")
+    if features.shape != (len(image_offsets) - 1, len(center)):
+        raise ValueError("the features do not fit")
+    if not (center.isfinite().all() and features.isfinite().all()):
+        raise ValueError("the features are not finite")
 
 
 class Consensus:
@@ -88,9 +154,9 @@ class Consensus:
 
     Args:
         index: photos with captions.
-        fingerprints: of the captioner's encoder, or of an ensemble's encoders, `Ensemble.fingerprints`.
+        captioner: whose captions are re-ranked; of an ensemble, one encoder is the index's.
         weight: of the mean CIDEr-D (0 to 10) beside the length-normalized log-probability.
-        neighbors: similar photos, k; each counts by its squared similarity.
+        similar_photos: how many vote, k; each counts by its squared similarity.
         device: where the similarities are computed.
 
     Raises InputError where the index was made with another encoder.
@@ -99,17 +165,17 @@ class Consensus:
     def __init__(
         self,
         index: CaptionIndex,
-        fingerprints: Sequence[Fingerprint],
+        captioner: Captioner | Ensemble,
         *,
         weight: float,
-        neighbors: int,
+        similar_photos: int,
         device: torch.device,
     ) -> None:
-        index.require_encoder(fingerprints)
-        self.source = list(fingerprints).index(index.encoder)
-        self.weight, self.neighbors = weight, min(neighbors, len(index.features))
-        self.center, self.features = index.center.to(device), index.features.to(device)
-        self.captions = index.captions.decode()
+        self.source = index.find_encoder(captioner)
+        self.weight, self.similar_photos = weight, min(similar_photos, len(index.features))
+        self.center, self.features = index.center.to(device), index.features.to(device).float()
+        self.captions = index.captions  # packed: as lists of strings they take many times the memory
+        self.word2id = {word: i for i, word in enumerate(index.captions.idx2word)}
         self.cider = CiderD(self.captions)
 
     def similar(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,8 +183,9 @@ class Consensus:
 
         The features' means over the regions are compared, less the mean of all photos.
         """
-        query = unit_vectors(features.float().mean(dim=1), self.center)  # (B, F)
-        cosines, indices = (query @ self.features.to(query.dtype).T).topk(self.neighbors)
+        with torch.autocast(self.features.device.type, enabled=False):  # bfloat16 is too coarse to rank them
+            query = unit_vectors(features.float().mean(dim=1), self.center)  # (B, F)
+            cosines, indices = (query @ self.features.T).topk(self.similar_photos)
         return cosines.clamp_min(0), indices
 
     def rerank(self, candidates: list[Candidates], features: Nested, length_penalty: float) -> list[Candidates]:
@@ -132,7 +199,8 @@ class Consensus:
     ) -> Candidates:
         references = [(caption, w) for i, w in zip(indices, weights, strict=True) for caption in self.captions[i]]
         shares = np.array([w for _, w in references]) / max(sum(w for _, w in references), 1e-12)
-        ciders = self.cider.pairwise([words for words, _ in candidates], [words for words, _ in references]) @ shares
+        encoded = [[self._word_id(word) for word in words] for words, _ in candidates]
+        ciders = self.cider.pairwise(encoded, [words for words, _ in references]) @ shares
         scores = [
             log_prob / (len(words) + 1) ** length_penalty + self.weight * cider
             for (words, log_prob), cider in zip(candidates, ciders, strict=True)
@@ -140,16 +208,18 @@ class Consensus:
         order = sorted(range(len(candidates)), key=lambda i: -scores[i])
         return [candidates[i] for i in order]
 
+    def _word_id(self, word: str) -> int:
+        """The id of a word in the index; one that the index lacks gets a new id."""
+        return self.word2id.setdefault(word, len(self.word2id))
 
-def make_consensus(
-    index: CaptionIndex, fingerprints: Sequence[Fingerprint], settings: Any, runtime: Runtime
-) -> Consensus:
-    """The consensus of a script's settings for the encoder of a captioner, or those of an ensemble."""
+
+def make_consensus(index: CaptionIndex, captioner: Captioner | Ensemble, settings: Any, runtime: Runtime) -> Consensus:
+    """The consensus of a script's settings for a captioner or an ensemble."""
     return Consensus(
         index,
-        fingerprints,
+        captioner,
         weight=settings.consensus_weight,
-        neighbors=settings.neighbors,
+        similar_photos=settings.similar_photos,
         device=runtime.device,
     )
 

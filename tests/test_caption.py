@@ -180,7 +180,7 @@ def test_several_photos_of_the_same_name_get_a_picture_each(command, shapes, run
         (("{photo}", "--samples", "2", "--temperature", "0"), "--temperature 0.0: must be above 0"),
         (("{photo}", "--samples", "5", "--top_p", "1.5"), "--top_p 1.5: must be above 0 and at most 1"),
         (("{photo}", "--views", "upside_down"), "--views upside_down: choose from original hflip crop"),
-        (("{photo}", "--consensus", "{photo}"), "test_00026.png is refused: it is damaged, or holds more"),
+        (("{photo}", "--consensus_index", "{photo}"), "test_00026.png is refused: it is damaged, or holds more"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(command, shapes, run_folder, tmp_path, arguments, message):

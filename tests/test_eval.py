@@ -13,6 +13,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocotools.coco import COCO
 
 import eval as eval_script
+from conftest import prepare_shapes
 from tools import index_captions
 from training.state import git_revision
 
@@ -152,7 +153,7 @@ def test_an_empty_split_is_named(command, shapes, run_folder, tmp_path):
 def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate, shapes, run_folder, tmp_path):
     best, index, out = run_folder / "best.pt", tmp_path / "index.pt", tmp_path / "out"
     assert command(index_captions, "--checkpoint", best, "--data_folder", shapes, "--output", index)[0] == 0
-    arguments = ("--output_folder", out, "--consensus", index, "--consensus_weight", 50, "--beam_sizes", 1, 4)
+    arguments = ("--output_folder", out, "--consensus_index", index, "--consensus_weight", 50, "--beam_sizes", 1, 4)
     assert evaluate("--checkpoint", best, run_folder / "last.pt", "--views", "original", "hflip", *arguments)[0] == 0
     scores = json.loads((out / f"scores_ensemble2_hflip_consensus_{shapes.name}_test.json").read_text())
     ways = [(1, 0), (1, 50), (4, 0), (4, 50)]
@@ -165,7 +166,19 @@ def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate
     assert ciders[8] != ciders[9]  # the consensus prefers other captions
     assert scores["checkpoint"] == [str(best), str(run_folder / "last.pt")]
     assert scores["decoding"]["views"] == ["original", "hflip"]
+    assert scores["decoding"]["consensus_index"] == str(index) and scores["consensus_digest"] == scores["digest"]
     assert (out / f"results_ensemble2_hflip_consensus_{shapes.name}_test.json").is_file()
+
+
+def test_an_index_of_other_data_is_refused(command, evaluate, run_folder, tmp_path):
+    other, index = prepare_shapes(tmp_path / "other", num_scenes=12), tmp_path / "index.pt"
+    assert (
+        command(index_captions, "--checkpoint", run_folder / "best.pt", "--data_folder", other, "--output", index)[0]
+        == 0
+    )
+    status, _, err = evaluate("--output_folder", tmp_path / "out", "--consensus_index", index)
+    assert status == 2 and err.count("\n") == 1 and "the index was made from other data than" in err
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_samples_take_the_place_of_beams(command, shapes, run_folder, tmp_path, monkeypatch):

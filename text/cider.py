@@ -1,9 +1,10 @@
 """CIDEr-D of captions: the reward of self-critical training, and the consensus with similar photos.
 
-The scores that eval.py reports come from pycocoevalcap. Shapes: M and K captions, T words of the longest, G n-grams.
+The scores that eval.py reports come from pycocoevalcap. Shapes: M and K captions, L words of them all, G n-grams.
 """
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,11 @@ class _Vectors(NamedTuple):
 
     def dense(self, columns: np.ndarray) -> np.ndarray:
         """The weights of some n-grams in all captions, columns (g,) -> (M, g)."""
-        places = np.full(len(self.sizes), -1)
-        places[columns] = np.arange(len(columns))
-        wanted = places[self.columns] >= 0
+        positions = np.full(len(self.sizes), -1)  # of each n-gram among the columns
+        positions[columns] = np.arange(len(columns))
+        wanted = positions[self.columns] >= 0
         weights = np.zeros((len(self.norms), len(columns)))
-        weights[self.owners[wanted], places[self.columns[wanted]]] = self.weights[wanted]
+        weights[self.owners[wanted], positions[self.columns[wanted]]] = self.weights[wanted]
         return weights
 
 
@@ -40,18 +41,26 @@ class CiderD:
 
     Args:
         captions: for each image its captions, each a sequence of words or of word ids.
+
+    Raises ValueError where no caption has a word.
     """
 
     def __init__(self, captions: Iterable[Sequence[Sequence]]) -> None:
-        self.ids: dict[Any, int] = {}  # of words, from 1 on
-        documents, words = [], []
-        for i, image_captions in enumerate(captions):
-            documents += [i] * len(image_captions)
-            words += image_captions
-        owners, hashes, _ = self._ngrams(words)
-        _, first = np.unique(hashes * np.uint64(MULTIPLIER) + np.array(documents, np.uint64)[owners], return_index=True)
+        self.ids: dict[Any, int] = {}  # of words
+        caption_counts = array("q")  # of each image
+
+        def all_captions() -> Iterator[Sequence]:
+            for image_captions in captions:
+                caption_counts.append(len(image_captions))
+                yield from image_captions
+
+        owners, hashes, _ = self._ngrams(all_captions())
+        if not len(hashes):
+            raise ValueError("no caption has a word")
+        images = np.repeat(np.arange(len(caption_counts), dtype=np.uint64), caption_counts)  # of each caption
+        _, first = np.unique(hashes * np.uint64(MULTIPLIER) + images[owners], return_index=True)
         self.hashes, self.frequencies = np.unique(hashes[first], return_counts=True)  # (G,): images that have each
-        self.log_images = np.log(documents[-1] + 1)
+        self.log_images = np.log(len(caption_counts))
 
     def __call__(self, references: Sequence[Sequence], candidates: Sequence[Sequence]) -> list[float]:
         """Scores between 0 and 10 of candidates for one image, given its references."""
@@ -86,20 +95,22 @@ class CiderD:
 
     def _idf(self, hashes: np.ndarray) -> np.ndarray:
         """log(images / images that have the n-gram), (G,); an n-gram of none counts as one of a single image."""
-        places = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
-        frequencies = np.where(self.hashes[places] == hashes, self.frequencies[places], 1)
+        positions = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
+        frequencies = np.where(self.hashes[positions] == hashes, self.frequencies[positions], 1)
         return self.log_images - np.log(frequencies)
 
-    def _ngrams(self, captions: Sequence[Sequence]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _ngrams(self, captions: Iterable[Sequence]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All n-grams of M captions: the index of the caption, the hash and n of each, (n-grams,)."""
-        lengths = np.array([len(words) for words in captions])
-        padded = np.zeros((len(captions), lengths.max(initial=0) + MAX_N), dtype=np.uint64)  # 0 after a caption's end
-        ids = [self.ids.setdefault(word, len(self.ids) + 1) for words in captions for word in words]
-        padded[np.arange(padded.shape[1]) < lengths[:, None]] = ids
-        parts, hashes = [], np.zeros_like(padded)
+        lengths, words = array("q"), array("Q")  # words: ids from 1 on, concatenated
+        for caption in captions:
+            lengths.append(len(caption))
+            words.extend([self.ids.setdefault(word, len(self.ids) + 1) for word in caption])
+        ids, owners = np.asarray(words), np.repeat(np.arange(len(lengths)), lengths)  # (L,)
+        remaining = np.cumsum(lengths)[owners] - np.arange(len(ids))  # words from each one to its caption's end
+        parts, hashes = [], np.zeros_like(ids)
         for n in range(1, MAX_N + 1):
-            hashes = hashes[:, : padded.shape[1] - n + 1] * np.uint64(MULTIPLIER) + padded[:, n - 1 :]
-            owners, starts = (padded[:, n - 1 :] > 0).nonzero()
-            parts.append((owners, hashes[owners, starts], np.full(len(owners), n)))
+            hashes = hashes[: len(ids) - n + 1] * np.uint64(MULTIPLIER) + ids[n - 1 :]
+            within = remaining[: len(hashes)] >= n  # one caption
+            parts.append((owners[: len(hashes)][within], hashes[within], np.full(within.sum(), n)))
         owners, hashes, sizes = (np.concatenate(part) for part in zip(*parts, strict=True))
         return owners, hashes, sizes

@@ -1,6 +1,7 @@
 """Index photos and captions for consensus re-ranking: python tools/index_captions.py --checkpoint best.pt
 
-eval.py and caption.py take the file as --consensus, for every model with the same encoder.
+eval.py and caption.py take the file as --consensus_index, for every model with the same encoder; eval.py takes it for
+this prepared folder alone.
 """
 
 import sys
@@ -14,8 +15,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import require_writable
 from datasets import CaptionDataset, in_order, make_batches, make_loader
-from evaluation.consensus import CaptionIndex
+from evaluation.consensus import CaptionIndex, is_index_file
 from models import Captioner, load_captioner
+from preparation.storage import read_metadata
 from training.feature_cache import build_dataset
 from utils import InputError, Runtime, choose_runtime, copy_to_device, run_script
 
@@ -50,6 +52,8 @@ def mean_features(captioner: Captioner, dataset: CaptionDataset, runtime: Runtim
 def main(settings: Settings) -> None:
     """Index the training split."""
     runtime = choose_runtime(settings.device, settings.precision)
+    if Path(settings.output).exists() and not is_index_file(settings.output):
+        raise InputError(f"{settings.output} is not an index of captions and is not replaced: give another --output")
     if Path(settings.output).exists() and not settings.overwrite:
         raise InputError(f"{settings.output} exists: give --overwrite or another --output")
     require_writable(Path(settings.output).parent)
@@ -62,7 +66,8 @@ def main(settings: Settings) -> None:
         runtime,
         features_folder=settings.features_folder,
     )
-    index = CaptionIndex.build(captioner.encoder, mean_features(captioner, dataset, runtime), dataset.references)
+    means, digest = mean_features(captioner, dataset, runtime), read_metadata(settings.data_folder)["digest"]
+    index = CaptionIndex.build(captioner.encoder, means, dataset.references, digest)
     index.save(settings.output)
     megabytes = Path(settings.output).stat().st_size / 1e6
     print(f"{settings.output}: {len(dataset)} photos, {dataset.references.num_captions()} captions, {megabytes:.1f} MB")

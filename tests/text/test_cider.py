@@ -1,7 +1,9 @@
 """CIDEr-D against pycocoevalcap's CIDEr, which is CIDEr-D."""
 
 import random
+import tracemalloc
 
+import numpy as np
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
@@ -31,3 +33,26 @@ def test_pairs_average_to_the_score_of_all_references():
     assert pairs.shape == (3, 2) and pairs[0, 1] > 0  # 4 is in both
     assert cider([[4, 5, 6], [7, 8, 4]], [[4, 5], [7, 8], []]) == pytest.approx(pairs.mean(axis=1))
     assert [cider([reference], [[4, 5]])[0] for reference in ([4, 5, 6], [7, 8, 4])] == pytest.approx(pairs[0])
+
+
+def test_one_long_caption_takes_no_memory_for_the_others():
+    captions = [[["a"]]] * 2000 + [[["b"] * 2000]]  # a matrix of them would have 4,000,000 elements
+    tracemalloc.start()
+    cider = CiderD(captions)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6
+    assert cider([["a"]], [["a"]])[0] == pytest.approx(10 / 4)  # its only n-grams are of one word
+
+
+def test_images_without_captions_count_as_images():
+    first, last = CiderD([[], [["a", "b"]], [["b", "c"]]]), CiderD([[["a", "b"]], [["b", "c"]], []])
+    assert first.log_images == last.log_images == np.log(3)
+    arguments = [["a", "b"]], [["b", "a"], ["b"], ["c"]]
+    assert first(*arguments) == last(*arguments)
+
+
+@pytest.mark.parametrize("captions", [[], [[]], [[[]], []]])
+def test_a_corpus_without_words_is_an_error(captions):
+    with pytest.raises(ValueError, match="no caption has a word"):
+        CiderD(captions)
