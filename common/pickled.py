@@ -9,9 +9,9 @@ import io
 import mmap
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ DTYPES = {
     "torch.LongStorage": torch.int64,
     "torch.ByteStorage": torch.uint8,
 }
+MAX_ARGS = 20  # of a call; torch's functions that make a tensor have seven
 
 
 class PickledObject(dict):
@@ -38,10 +39,12 @@ class PickledObject(dict):
 
     name = ""  # of the class or function, with its module
     args: tuple
-    state: Any
+    state: dict[Any, Any]
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]  # an optimizer has parameters as keys
 
     def __new__(cls, *args: Any) -> "PickledObject":
+        if len(args) > MAX_ARGS:  # each call copies its arguments
+            raise ValueError("a call with many arguments")
         made = super().__new__(cls)
         made.args, made.state = args, {}
         return made
@@ -50,6 +53,9 @@ class PickledObject(dict):
         pass  # the arguments are no items
 
     def __setstate__(self, state: Any) -> None:
+        """Keep the state. Raises ValueError where it is no dictionary: torch's modules and optimizers have one."""
+        if not isinstance(state, dict):
+            raise ValueError("a state that is not a dictionary")
         self.state = state
 
 
@@ -92,6 +98,9 @@ class PickledFile:
 class _Unpickler(pickle._Unpickler):
     """pickle's unpickler in Python, whose memory grows with the file, unlike that in C; `admitted` as `open_pickled`.
 
+    Opcodes that torch.save does not write and that could take more memory or time than the file's size explains raise
+    ValueError: byte arrays, which are allocated before they are read, and elements of sets, which are hashed.
+
     Attributes: storages, by their keys.
     """
 
@@ -99,13 +108,16 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(file)
         self.path, self.admitted = path, admitted
         self.storages: dict[str, Storage] = {}
+        self._classes: dict[str, type[PickledObject]] = {}
 
     def find_class(self, module_name: str, global_name: str) -> type[PickledObject]:
-        """A new class for a name of the file. Raises InputError for one that is not admitted."""
+        """The class that stands for a name of the file. Raises InputError for a name that is not admitted."""
         name = f"{module_name}.{global_name}"
         if not self.admitted(name):
             raise InputError(f"{self.path} is refused: it names {ascii(name)[:80]}, which has no place in it")
-        return type("Pickled", (PickledObject,), {"name": name})
+        if name not in self._classes:
+            self._classes[name] = type("Pickled", (PickledObject,), {"name": name})
+        return self._classes[name]
 
     def get_extension(self, code: int) -> None:
         """Raise an exception: a name of pickle's registry of extensions would not pass through `find_class`."""
@@ -116,10 +128,47 @@ class _Unpickler(pickle._Unpickler):
         if pid[0] == "module":
             return pid[1]  # with the file and the text of its source
         kind, key, _, length, *view = pid[1:]
-        if pid[0] != "storage" or view not in ([], [None]):
+        if pid[0] != "storage" or view not in ([], [None]) or not isinstance(key, str):
             raise ValueError("not a storage, or a part of one")
         self.storages[key] = Storage(kind.name, key, length)
         return self.storages[key]
+
+    def load_setitem(self) -> None:
+        """An item of a dictionary: its key and value are the last of the stack."""
+        require_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        """Several items of a dictionary: keys and values alternate on the stack."""
+        require_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        """A dictionary of protocol 0 with its items: as `load_setitems`."""
+        require_keys(self.stack[::2])
+        super().load_dict()
+
+    def refuse(self) -> None:
+        """Raise an exception, in place of an opcode."""
+        raise ValueError("an opcode that torch.save does not write")
+
+    dispatch: ClassVar = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.BYTEARRAY8[0]: refuse,
+        pickle.NEXT_BUFFER[0]: refuse,
+        pickle.READONLY_BUFFER[0]: refuse,
+        pickle.ADDITEMS[0]: refuse,
+        pickle.FROZENSET[0]: refuse,
+    }
+
+
+def require_keys(keys: Iterable[Any]) -> None:
+    """Raise ValueError for a key of a dictionary that is not hashed at once, as a nested tuple is not."""
+    if not all(isinstance(key, str | int | PickledObject) for key in keys):
+        raise ValueError("a key that is no string, integer or object")
 
 
 @contextlib.contextmanager
@@ -165,7 +214,9 @@ def _open_legacy(file: mmap.mmap, path: str | Path, admitted: Callable[[str], bo
     unpickler = _Unpickler(file, path, admitted)
     content = unpickler.load()
     slices = {}
-    for key in _Unpickler(file, path, admitted).load():
+    keys = _Unpickler(file, path, admitted).load()
+    require_keys(keys)
+    for key in keys:
         storage = unpickler.storages[key]
         if int.from_bytes(file.read(8), "little") != storage.length:
             raise ValueError("another length than its tensors have")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.layers import Dropout
-from modules.transformer_layers import attend, feed_forward, init_linears, sine_positions, split_heads
+from modules.transformer_layers import feed_forward, init_linears, scaled_dot_product, sine_positions, split_heads
 from utils import InputError
 
 POSITIONS = ("none", "learned", "sine")
@@ -46,7 +46,7 @@ class EncoderLayer(nn.Module):
         """regions (B, R, D) -> (B, R, D)."""
         projected = split_heads(self.query_key_value(self.attention_norm(regions)), 3, self.heads)  # (B, R, 3, n, d)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, n, R, d) each
-        attended = attend(query, key, value)[0].transpose(1, 2).flatten(-2)  # (B, R, D)
+        attended = scaled_dot_product(query, key, value)[0].transpose(1, 2).flatten(-2)  # (B, R, D)
         regions = regions + self.dropout(self.attention_proj(attended))
         return regions + self.dropout(self.ffn(self.ffn_norm(regions)))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.decoders import Decoder, DecoderOutput, lay_out, sample_words
 from modules.layers import Dropout
 from modules.step_decoder import Nested
-from modules.transformer_layers import attend, feed_forward, init_linears, sine_positions, split_heads
+from modules.transformer_layers import feed_forward, init_linears, scaled_dot_product, sine_positions, split_heads
 from utils import InputError, copy_to_device
 
 
@@ -46,10 +46,10 @@ class DecoderLayer(nn.Module):
         """All words of all captions at once: x (B, C, T, H), keys of `keys` -> x, alpha (B, n, C T, R)."""
         projected = split_heads(self._self_projections(x), 3, self.heads)  # (B, C, T, 3, n, d)
         query, key, value = projected.permute(3, 0, 1, 4, 2, 5)  # (B, C, n, T, d) each
-        attended, _ = attend(query, key, value, is_causal=True)
+        attended, _ = scaled_dot_product(query, key, value, is_causal=True)
         x = self._add(x, self.self_proj, attended.transpose(2, 3).flatten(-2))
-        query = split_heads(self._cross_query(x), 1, self.heads).squeeze(3)  # (B, C, T, n, d)
-        attended, alpha = attend(query.flatten(1, 2).transpose(1, 2), *keys, with_alpha=with_alpha)  # (B, n, C T, d)
+        query = split_heads(self._cross_query(x).flatten(1, 2), 1, self.heads).squeeze(2).transpose(1, 2)
+        attended, alpha = scaled_dot_product(query, *keys, with_alpha=with_alpha)  # (B, n, C T, d)
         x = self._add(x, self.cross_proj, attended.transpose(1, 2).reshape(x.shape))
         return self._add_ffn(x), alpha
 
@@ -62,11 +62,11 @@ class DecoderLayer(nn.Module):
         """
         projected = split_heads(self._self_projections(x), 3, self.heads).unsqueeze(-2)  # (B, C, 3, n, 1, d)
         query, *new = projected.unbind(2)  # (B, C, n, 1, d) each
-        key, value = (torch.cat([old.to(one.dtype), one], dim=3) for old, one in zip(cache, new, strict=True))
-        attended, _ = attend(query, key, value)  # (B, C, n, 1, d)
+        key, value = (torch.cat([old.to(part.dtype), part], dim=3) for old, part in zip(cache, new, strict=True))
+        attended, _ = scaled_dot_product(query, key, value)  # (B, C, n, 1, d)
         x = self._add(x, self.self_proj, attended.reshape(x.shape))
         query = split_heads(self._cross_query(x), 1, self.heads).squeeze(2).transpose(1, 2)  # (B, n, C, d)
-        attended, alpha = attend(query, *keys, with_alpha=with_alpha)
+        attended, alpha = scaled_dot_product(query, *keys, with_alpha=with_alpha)
         x = self._add(x, self.cross_proj, attended.transpose(1, 2).flatten(-2))
         return self._add_ffn(x), alpha, (key, value)
 
@@ -160,7 +160,7 @@ class TransformerDecoder(Decoder):
             alpha = alpha if layer_alpha is None else layer_alpha
             caches.append(cache)
         assert alpha is not None
-        return self.output(self.norm(x)), self._shown(alpha), tuple(caches)
+        return self.output(self.norm(x)), self._select_alpha(alpha), tuple(caches)
 
     def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0) -> DecoderOutput:
         """Teacher forcing, as `Decoder.forward`, in one pass over all words of all captions.
@@ -188,14 +188,14 @@ class TransformerDecoder(Decoder):
             x, layer_alpha = layer(x, keys[i], i == self.alpha_layer)
             alpha = alpha if layer_alpha is None else layer_alpha
         assert alpha is not None
-        return self.norm(x), self._shown(alpha).unflatten(1, inputs.shape[1:])
+        return self.norm(x), self._select_alpha(alpha).unflatten(1, inputs.shape[1:])
 
     def _embed(self, words: Tensor, positions: Tensor) -> Tensor:
         """Embed words (...), scaled as in section 3.4, and add their positions, broadcast to them -> (..., H)."""
         embedded = self.embedding_proj(self.embedding(words) * math.sqrt(self.embedding.embedding_dim))
         return self.dropout(embedded + sine_positions(positions, self.hidden_dim))
 
-    def _shown(self, alpha: Tensor) -> Tensor:
+    def _select_alpha(self, alpha: Tensor) -> Tensor:
         """The attention weights of the head chosen, or the mean: (B, n, Q, R) -> (B, Q, R)."""
         return alpha[:, self.alpha_head - 1] if self.alpha_head else alpha.mean(dim=1)
 

@@ -1,6 +1,6 @@
 """What the layers of the transformer's encoder and decoder share ("Attention Is All You Need", Vaswani et al., 2017).
 
-Shapes: n heads, d = D / n their width, Q queries, K keys, ... any leading axes.
+Shapes: n heads, d = D / n their width, Q queries, K keys, ... at least one leading axis.
 """
 
 import math
@@ -29,21 +29,31 @@ def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
     return x.unflatten(-1, (parts, heads, x.shape[-1] // (parts * heads)))
 
 
-def attend(
+def scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, with_alpha: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention (equation 1), with its weights alpha where they are asked for.
 
-    query (..., Q, d), key and value (..., K, d) -> (..., Q, d), alpha (..., Q, K). Where `is_causal`, Q = K and a query
-    sees no later key. On a CPU torch's fused attention takes seven times as long in bfloat16, for its gradient.
+    query (..., n, Q, d), key and value (..., n, K, d) -> (..., n, Q, d), alpha (..., n, Q, K). Where `is_causal`, Q = K
+    and a query sees no later key. On a CPU torch's fused attention takes seven times as long in bfloat16, for its
+    gradient.
     """
     if not (with_alpha or query.is_cpu):
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal), None
+        return fused_attention(query, key, value, is_causal=is_causal), None
     scores = (query @ key.transpose(-1, -2)).float() / math.sqrt(query.shape[-1])
     if is_causal:
         scores = scores + torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(diagonal=1)
     alpha = scores.softmax(dim=-1)
     return alpha.to(value.dtype) @ value, alpha if with_alpha else None
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
+    """`scaled_dot_product` without weights, by torch's fused kernels, which take four dimensions and no more.
+
+    query (..., n, Q, d), key and value (..., n, K, d) -> (..., n, Q, d).
+    """
+    flat = (x.flatten(0, -4) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(*flat, is_causal=is_causal).unflatten(0, query.shape[:-3])
 
 
 def sine_positions(positions: Tensor, width: int) -> Tensor:

@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
@@ -132,7 +131,7 @@ def paths_of_gpus():
         stack.enter_context(patch.object(module, "additive_scores", additive_scores))
     stack.enter_context(patch.object(modules.recurrent.RecurrentDecoder, "_embed_words", embed_words))
     for module in (modules.transformer, modules.region_encoder):
-        stack.enter_context(patch.object(module, "attend", attend))
+        stack.enter_context(patch.object(module, "scaled_dot_product", scaled_dot_product))
     return stack
 
 
@@ -141,12 +140,12 @@ def additive_scores(keys, query, weight):
     return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_() @ weight.to(keys.dtype)
 
 
-def attend(query, key, value, *, is_causal=False, with_alpha=False):
-    """`modules.transformer_layers.attend` as a GPU computes it, with the same kernel of torch on the CPU."""
+def scaled_dot_product(query, key, value, *, is_causal=False, with_alpha=False):
+    """`modules.transformer_layers.scaled_dot_product` as a GPU computes it, with a kernel that the CPU has, too."""
     if with_alpha:
-        return modules.transformer_layers.attend(query, key, value, is_causal=is_causal, with_alpha=True)
+        return modules.transformer_layers.scaled_dot_product(query, key, value, is_causal=is_causal, with_alpha=True)
     with sdpa_kernel(SDPBackend.MATH):
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal), None
+        return modules.transformer_layers.fused_attention(query, key, value, is_causal=is_causal), None
 
 
 def embed_words(decoder, words):

@@ -114,9 +114,9 @@ def is_admitted(name: str) -> bool:
 
 
 def children(module: Any) -> dict[str, Any]:
-    """The direct submodules of a module of the file; none of what is no module."""
+    """The direct submodules of a module of the file, by name; {} where `module` is not a module."""
     modules = module.state.get("_modules") if isinstance(module, PickledObject) else None
-    return modules if isinstance(modules, dict) else {}
+    return modules if isinstance(modules, dict) and all(isinstance(name, str) for name in modules) else {}
 
 
 def submodule(module: Any, path: str) -> Any:
@@ -136,7 +136,7 @@ def require_classes(module: Any, classes: Mapping[str, str], source: str) -> Non
     for path in ("", "attention"):
         for name in children(submodule(module, path)):
             if f"{path}.{name}".lstrip(".") not in classes:
-                raise InputError(f"{source} has {ascii(name)[:40]}, which the tutorial's model has not")
+                raise InputError(f"{source} has {ascii(name)[:40]}, which is not part of the tutorial's model")
 
 
 def read_parameter(file: PickledFile, module: Any, path: str, name: str) -> Tensor:
@@ -179,7 +179,7 @@ def read_encoder(file: PickledFile, encoder: Any, names: list[str]) -> dict[str,
 def read_decoder_settings(decoder: Any, source: str) -> dict[str, Any]:
     """The settings of train.py that a decoder of the file has: its sizes and dropout."""
     require_classes(decoder, DECODER_CLASSES, f"{source}: decoder")
-    dims = {name: decoder.state.get(name) for name in ("embed_dim", "attention_dim", "decoder_dim")}
+    dims = {name: decoder.state.get(name) for name in DECODER_SIZES.values()}
     dropout = submodule(decoder, "dropout").state.get("p")
     for name, value, kind in [*((name, value, int) for name, value in dims.items()), ("dropout.p", dropout, float)]:
         if not has_type(value, kind):

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import struct
+import time
 import tracemalloc
 import zipfile
 
@@ -94,6 +95,7 @@ def test_a_name_that_is_not_admitted_is_named(tmp_path):
 
 
 CODE = f"open({MARKER!r}, 'w').close()"
+
 LINEAR = b"ctorch.nn.modules.linear\nLinear\n"
 DEFAULTS = dumps("__defaults__")
 SETSTATE = dumps("__setstate__") + b"cposix\nsystem\ns"
@@ -164,6 +166,12 @@ def test_tensors_that_are_not_in_the_file_are_one_line(name, legacy, tmp_path):
     [
         pytest.param(b"\x80\x02]r\xff\xff\xff\x7f.", id="a large number of a memo"),
         pytest.param(b"\x80\x04\x8e" + struct.pack("<Q", 10**12) + b"x.", id="long bytes"),
+        pytest.param(b"\x80\x05\x96" + struct.pack("<Q", 3 * 10**9) + b"x.", id="a long byte array"),
+        pytest.param(b"\x80\x02" + 50_000 * LINEAR + b".", id="a name again and again"),
+        pytest.param(
+            b"\x80\x02" + LINEAR + b"q\x00" + b"(" + 10**5 * b"N" + b"tq\x01" + 1000 * b"h\x00h\x01R" + b".",
+            id="many arguments again and again",
+        ),
         pytest.param(b"\x80\x04\x95" + struct.pack("<Q", 10**12) + b"N.", id="a long frame"),
         pytest.param(b"\x80\x02" + 10**5 * b"(", id="deeply nested"),
     ],
@@ -179,6 +187,38 @@ def test_memory_is_in_proportion_to_the_file(pickled, legacy, tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**25
+
+
+# A tuple that holds a tuple twice, and so on, 26 deep: its hash takes seconds, and twice as long for each level more.
+NESTED = b"Nq\x000" + 26 * b"h\x00h\x00\x86q\x000" + b"h\x00"
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        pytest.param(b"}" + NESTED + b"Ns", id="an item"),
+        pytest.param(b"}(" + NESTED + b"Nu", id="items"),
+        pytest.param(b"(" + NESTED + b"Nd", id="a dictionary of protocol 0"),
+        pytest.param(b"\x8f(" + NESTED + b"\x90", id="a set"),
+        pytest.param(b"(" + NESTED + b"\x91", id="a frozen set"),
+        pytest.param(b"(X\x07\0\0\0storage" + LINEAR + NESTED + b"NNtQ", id="a storage"),
+    ],
+)
+def test_keys_are_hashed_at_once(pickled, tmp_path):
+    path = write(tmp_path / "x.pt", b"\x80\x04" + pickled + b".", legacy=False)
+    start = time.process_time()
+    with pytest.raises(InputError, match="is refused: it is damaged"), open_pickled(path, admit_torch):
+        pass
+    assert time.process_time() - start < 0.5
+
+
+def test_the_keys_of_storages_are_hashed_at_once(tmp_path):
+    path = write(tmp_path / "x.pt", b"\x80\x02N.", legacy=True)
+    path.write_bytes(path.read_bytes().removesuffix(pickle.dumps([], 2)) + b"\x80\x02](" + NESTED + b"e.")
+    start = time.process_time()
+    with pytest.raises(InputError, match="is refused: it is damaged"), open_pickled(path, admit_torch):
+        pass
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

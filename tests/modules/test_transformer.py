@@ -12,8 +12,9 @@ from conftest import step_by_step
 from datasets import collate
 from modules.beam_search import SearchSettings, beam_search
 from modules.sampling import SamplingSettings, sample
+from modules.step_decoder import expand
 from modules.transformer import TransformerDecoder
-from modules.transformer_layers import attend, sine_positions
+from modules.transformer_layers import fused_attention, scaled_dot_product, sine_positions
 from text.vocabulary import END, START
 from utils import InputError
 
@@ -226,10 +227,30 @@ def test_heads_that_do_not_divide_the_width_are_an_error():
 def test_attention_is_that_of_torch(is_causal):
     query, key, value = torch.randn(3, 2, 4, 5, 6)
     expected = functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-    attended, alpha = attend(query, key, value, is_causal=is_causal, with_alpha=True)
+    attended, alpha = scaled_dot_product(query, key, value, is_causal=is_causal, with_alpha=True)
     torch.testing.assert_close(attended, expected)
     torch.testing.assert_close(alpha @ value, expected)
-    assert attend(query, key, value, is_causal=is_causal)[1] is None
+    assert scaled_dot_product(query, key, value, is_causal=is_causal)[1] is None
+
+
+def test_the_fused_attention_has_four_dimensions_as_its_kernels_on_a_gpu_need(monkeypatch):
+    torch_attention, calls = functional.scaled_dot_product_attention, []
+
+    def record(query, key, value, *, is_causal):
+        calls.append((query.shape, key.shape, value.shape))
+        return torch_attention(query, key, value, is_causal=is_causal)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
+    query, key, value = torch.randn(3, 2, 3, 4, 5, 6)
+    expected, _ = scaled_dot_product(query, key, value, is_causal=True)
+    torch.testing.assert_close(fused_attention(query, key, value, is_causal=True), expected)
+    decoder = make_decoder().to("meta")  # whose attention is fused as on a GPU
+    regions, words = torch.empty(3, 4, 6, device="meta"), torch.empty(3, 2, 5, dtype=torch.long, device="meta")
+    keys = decoder.keys(regions)
+    assert decoder._run_layers(words, keys)[0].shape == (3, 2, 5, 8)
+    decoder.step(words[..., 0], regions, keys, expand(decoder.init_state(regions), 2))
+    assert len(calls) == 1 + 2 * (2 + 1)  # in a pass and a step: both self-attentions, and a cross-attention
+    assert all(len(shape) == 4 for shapes in calls for shape in shapes)
 
 
 @pytest.mark.parametrize("width", [8, 5])

@@ -1,5 +1,6 @@
 """Checkpoints laid out as those of sgrvinod's tutorial, converted, against a plain search with its equations."""
 
+import copyreg
 import json
 
 import pytest
@@ -129,6 +130,12 @@ def replace_module(path, module):
     return lambda content: content[path.split(".")[0]].set_submodule(path.partition(".")[2], module)
 
 
+def with_state(module, state):
+    """A module that is pickled with this state in place of its own."""
+    module.__reduce_ex__ = lambda protocol: (copyreg.__newobj__, (type(module),), state)
+    return module
+
+
 class Other(torch.nn.Linear):
     """A class of nobody."""
 
@@ -153,7 +160,7 @@ REFUSED = {
     ),
     "a layer more": (
         lambda content: content["decoder"].add_module("deep", torch.nn.Linear(16, 16)),
-        "decoder has 'deep', which the tutorial's model has not",
+        "decoder has 'deep', which is not part of the tutorial's model",
     ),
     "a wider layer": (
         replace_module("decoder.init_c", torch.nn.Linear(512, 17)),
@@ -175,6 +182,18 @@ REFUSED = {
     "a size of text": (
         lambda content: setattr(content["decoder"], "embed_dim", "5"),
         "decoder has no embed_dim of type int",
+    ),
+    "no size of the regions": (
+        lambda content: delattr(content["decoder"], "encoder_dim"),
+        "decoder has no encoder_dim of type int",
+    ),
+    "a list as state": (
+        lambda content: with_state(content["encoder"], ["_modules"]),
+        "is refused: it is damaged, or holds more than tensors and plain containers",
+    ),
+    "a number as the name of a layer": (
+        lambda content: content["decoder"]._modules.update({10**5000: torch.nn.ReLU()}),
+        "decoder: attention is missing, not models.Attention as in the tutorial",
     ),
     "a grid of text": (
         lambda content: setattr(content["encoder"], "enc_image_size", None),
