@@ -134,11 +134,17 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def has_baseline(self) -> bool:
+        """Whether `update_baseline` is to be called after each step."""
+        return False
+
     def take_expectation(self) -> None:
         """Let attention that samples regions in training take its expectation, until `train` is called again."""
 
     def update_baseline(self, loss: float) -> None:
         """Take in the mean loss per word of a step: the baseline of attention that samples regions."""
+        raise NotImplementedError
 
 
 def sample_words(logits: Tensor) -> Tensor:

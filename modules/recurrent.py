@@ -24,7 +24,6 @@ class _StepOutputs(NamedTuple):
     hidden: list[Tensor]  # (b c, H)
     context: list[Tensor]  # (b c, Z)
     alpha: list[Tensor]  # (b c, R)
-    sampled_log_probs: list[Tensor]  # (b, c), none unless hard attention samples
 
 
 class RecurrentDecoder(Decoder):
@@ -33,11 +32,6 @@ class RecurrentDecoder(Decoder):
     A subclass implements `keys`, `init_state` and the three steps of a word: `_word_gates`, `_recurrent_step` and
     `_logits`. The hidden state that predicts the word is the first tensor of its state.
     """
-
-    @property
-    def baseline(self) -> Tensor | None:
-        """The baseline () of hard attention, None without."""
-        return None
 
     def _reset_parameters(self) -> None:
         """Small embeddings, Glorot-initialized linear layers, and what the cells need.
@@ -57,12 +51,7 @@ class RecurrentDecoder(Decoder):
         raise NotImplementedError
 
     def _recurrent_step(
-        self,
-        word_gates: Tensor,
-        regions: Tensor,
-        keys: Nested,
-        state: tuple[Tensor, ...],
-        sampled_log_probs: list[Tensor] | None = None,
+        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Attention and cells at one word.
 
@@ -107,15 +96,14 @@ class RecurrentDecoder(Decoder):
         form the block `[:b, :c]`, up to a few finished ones. Only this block is computed, and only unfinished
         captions' words are predicted.
         """
-        layout = lay_out(words, lengths, regions.device)
+        return self._predict(regions, lay_out(words, lengths, regions.device), sampling_prob)
+
+    def _predict(self, regions: Tensor, layout: Layout, sampling_prob: float) -> DecoderOutput:
+        """`forward`, of captions that are laid out: regions (B, R, D)."""
         steps = self._run_recurrence(regions, layout, sampling_prob)
-        embedded, hidden, context, alpha = map(layout.select, steps[:4])  # (N, ...)
+        embedded, hidden, context, alpha = map(layout.select, steps)  # (N, ...)
         logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
-        output = DecoderOutput(logits, layout.targets, layout.unpack(alpha))
-        if not steps.sampled_log_probs:
-            return output
-        sampled_log_probs = layout.select([log_probs.flatten() for log_probs in steps.sampled_log_probs])
-        return output._replace(sampled_log_probs=layout.unpack(sampled_log_probs), baseline=self.baseline)
+        return DecoderOutput(logits, layout.targets, layout.unpack(alpha))
 
     def _run_recurrence(self, regions: Tensor, layout: Layout, sampling_prob: float) -> _StepOutputs:
         """Attention and cell at all time steps: regions (B, R, D), and the captions' layout."""
@@ -123,7 +111,7 @@ class RecurrentDecoder(Decoder):
         keys = self.keys(regions)
         state = tuple(part.expand(B, C, -1) for part in self.init_state(regions))
         words, (embedded, gates) = layout.split(layout.inputs), self._embed_inputs(layout)
-        steps = _StepOutputs(embedded, [], [], [], [])
+        steps = _StepOutputs(embedded, [], [], [])
         for t, (b, c) in enumerate(layout.active_shapes):
             if sampling_prob and t:
                 sampled = self._sample_words(embedded[t - 1], steps.hidden[-1], steps.context[-1])
@@ -134,9 +122,7 @@ class RecurrentDecoder(Decoder):
                 regions, keys = regions[:b], map_tensors(lambda x, b=b: x[:b], keys)
             if (b, c) != state[0].shape[:2]:
                 state = tuple(part[:b, :c] for part in state)  # (b, c, H)
-            context, alpha, state = self._recurrent_step(
-                gates[t].view(b, c, -1), regions, keys, state, steps.sampled_log_probs
-            )
+            context, alpha, state = self._recurrent_step(gates[t].view(b, c, -1), regions, keys, state)
             steps.hidden.append(state[0].flatten(0, 1))
             steps.context.append(context.flatten(0, 1))
             steps.alpha.append(alpha.flatten(0, 1))

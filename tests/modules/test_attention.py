@@ -65,8 +65,9 @@ def test_hard_attention_samples_one_region_in_half_of_the_steps():
     attention = HardAttention(**DIMS)
     attention.gate.weight.data.zero_()
     attention.gate.bias.data.fill_(100)  # an open gate
-    regions, hidden, sampled_log_probs = torch.randn(1, 4, 6), torch.randn(1, 1, 8).expand(1, 8000, 8), []
-    context, alpha = attention(regions, attention.keys(regions), hidden, sampled_log_probs)
+    regions, hidden = torch.randn(1, 4, 6), torch.randn(1, 1, 8).expand(1, 8000, 8)
+    with attention.record_samples() as sampled_log_probs:
+        context, alpha = attention(regions, attention.keys(regions), hidden)
     is_region = torch.isclose(context.unsqueeze(2), regions.unsqueeze(1), atol=1e-4).all(-1)  # (1, 8000, 4)
     sampled = is_region.any(-1)
     assert sampled.float().mean().item() == pytest.approx(0.5, abs=0.03)
@@ -83,7 +84,7 @@ def exact_gradients(decoder, monkeypatch, regions, caption):
         samples = iter(pair)
         probabilities = []
 
-        def mix(alpha, sampled_log_probs, samples=samples, probabilities=probabilities):
+        def mix(alpha, samples=samples, probabilities=probabilities):
             one_hot = functional.one_hot(torch.tensor(next(samples)), 3).float().view(1, 1, 3)
             probabilities.append((alpha * one_hot).sum())
             return one_hot
