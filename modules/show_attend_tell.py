@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from modules.attention import ATTENTIONS, HardAttention
 from modules.cells import CELLS, Cell
-from modules.decoders import DecoderOutput, Layout
-from modules.recurrent import RecurrentDecoder
+from modules.decoders import DecoderOutput
+from modules.recurrent import RecurrentDecoder, TimeSteps
 from modules.step_decoder import Nested
 
 
@@ -126,16 +126,16 @@ class ShowAttendTell(RecurrentDecoder):
         context, alpha = self.attention(regions, keys, state[0])
         return context, alpha, self._update_state(word_gates, context, state)
 
-    def _predict(self, regions: Tensor, layout: Layout, sampling_prob: float) -> DecoderOutput:
+    def _predict(self, regions: Tensor, time_steps: TimeSteps, sampling_prob: float) -> DecoderOutput:
         """As `RecurrentDecoder._predict`, with the samples of hard attention in training."""
         if not isinstance(self.attention, HardAttention):
-            return super()._predict(regions, layout, sampling_prob)
+            return super()._predict(regions, time_steps, sampling_prob)
         with self.attention.record_samples() as recorded:
-            output = super()._predict(regions, layout, sampling_prob)
+            output = super()._predict(regions, time_steps, sampling_prob)
         if not recorded:  # it took its expectation
             return output
-        log_probs = layout.select([each.flatten() for each in recorded])  # (N,)
-        return output._replace(sampled_log_probs=layout.unpack(log_probs), baseline=self.attention.baseline)
+        log_probs = time_steps.select([each.flatten() for each in recorded])  # (N,)
+        return output._replace(sampled_log_probs=time_steps.layout.unpack(log_probs), baseline=self.attention.baseline)
 
     def _update_state(
         self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]

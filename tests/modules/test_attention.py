@@ -122,6 +122,20 @@ def test_the_gradient_of_hard_attention_is_that_of_the_expected_loss(monkeypatch
     assert all(gradients[name].abs().max() > 0.05 for name in of_scores)
 
 
+def test_samples_are_recorded_in_the_context_alone():
+    attention = HardAttention(**DIMS)
+    regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)
+    inputs = regions, attention.keys(regions), hidden
+    with pytest.raises(KeyError), attention.record_samples() as interrupted:
+        attention(*inputs)
+        raise KeyError
+    attention(*inputs)
+    with attention.record_samples() as recorded:
+        attention(*inputs)
+        attention.eval()(*inputs)
+    assert len(interrupted) == len(recorded) == 1 and recorded[0].shape == (2, 3)
+
+
 @pytest.fixture
 def two_captions():
     """A decoder with hard attention, its outputs for captions of 3 and 1 words, their lengths and the words' losses."""
