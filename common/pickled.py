@@ -104,6 +104,9 @@ class _Unpickler(pickle._Unpickler):
     Attributes: storages, by their keys.
     """
 
+    stack: list[Any]
+    _load: ClassVar[Any] = pickle._Unpickler.dispatch  # by opcode
+
     def __init__(self, file: BinaryIO | mmap.mmap, path: str | Path, admitted: Callable[[str], bool]) -> None:
         super().__init__(file)
         self.path, self.admitted = path, admitted
@@ -136,24 +139,24 @@ class _Unpickler(pickle._Unpickler):
     def load_setitem(self) -> None:
         """An item of a dictionary: its key and value are the last of the stack."""
         require_keys(self.stack[-2:-1])
-        super().load_setitem()
+        self._load[pickle.SETITEM[0]](self)
 
     def load_setitems(self) -> None:
         """Several items of a dictionary: keys and values alternate on the stack."""
         require_keys(self.stack[::2])
-        super().load_setitems()
+        self._load[pickle.SETITEMS[0]](self)
 
     def load_dict(self) -> None:
         """A dictionary of protocol 0 with its items: as `load_setitems`."""
         require_keys(self.stack[::2])
-        super().load_dict()
+        self._load[pickle.DICT[0]](self)
 
     def refuse(self) -> None:
         """Raise an exception, in place of an opcode."""
         raise ValueError("an opcode that torch.save does not write")
 
-    dispatch: ClassVar = {
-        **pickle._Unpickler.dispatch,
+    dispatch: ClassVar[Any] = {
+        **_load,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.DICT[0]: load_dict,

@@ -34,12 +34,7 @@ class AdaptiveDecoder(ShowAttendTell):
         return super().init_state(regions)[: self.state_shape[0]]
 
     def _recurrent_step(
-        self,
-        word_gates: Tensor,
-        regions: Tensor,
-        keys: tuple[Tensor, Tensor],
-        state: tuple[Tensor, ...],
-        sampled_log_probs: list[Tensor] | None = None,
+        self, word_gates: Tensor, regions: Tensor, keys: tuple[Tensor, Tensor], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The LSTM with its sentinel (equations 9 and 10), then attention (6 to 8, 11 and 12).
 

@@ -4,7 +4,9 @@ Shapes: B images, R regions, D their width, C captions of an image, A width of t
 Z of the context. alpha (B, C, R) are the attention weights.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +28,17 @@ class Attention(nn.Module):
         self.query = nn.Linear(hidden_dim, attention_dim, bias=False)
         self.gate = nn.Linear(hidden_dim, 1)
 
-    def forward(
-        self, regions: Tensor, keys: Tensor, hidden: Tensor, sampled_log_probs: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, Z), alpha (B, C, R).
-
-        Where `mix` samples regions, it appends their log-probabilities (B, C) to sampled_log_probs.
-        """
+    def forward(self, regions: Tensor, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, Z), alpha (B, C, R)."""
         alpha = self.scores(keys, hidden).float().softmax(dim=-1)  # (B, C, R)
-        mix = self.mix(alpha, sampled_log_probs).to(regions.dtype)  # (B, C, R)
+        mix = self.mix(alpha).to(regions.dtype)  # (B, C, R)
         return self.gate(hidden).sigmoid() * (mix @ regions), alpha
 
     def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
         """Unnormalized scores: keys (B, R, A), hidden (B, C, H) -> (B, C, R)."""
         raise NotImplementedError
 
-    def mix(self, alpha: Tensor, sampled_log_probs: list[Tensor] | None) -> Tensor:
+    def mix(self, alpha: Tensor) -> Tensor:
         """The weights (B, C, R) of the regions in the context: alpha itself, so that the context is an expectation."""
         return alpha
 
@@ -81,20 +78,30 @@ class HardAttention(SoftAttention):
     def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
         super().__init__(region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim)
         self.register_buffer("baseline", torch.zeros(()))
+        self._recorded: list[Tensor] | None = None
 
-    def mix(self, alpha: Tensor, sampled_log_probs: list[Tensor] | None) -> Tensor:
-        """As `Attention.mix`: in training a one-hot sample (B, C, R), or alpha with probability SOFT_PROB.
-
-        Appends the samples' log-probabilities (B, C) to sampled_log_probs, 0 where the expectation is taken.
-        """
+    def mix(self, alpha: Tensor) -> Tensor:
+        """As `Attention.mix`: in training a one-hot sample (B, C, R), or alpha with probability SOFT_PROB."""
         if not self.training:
             return alpha
         sampled = sample_categorical(alpha.detach()).unsqueeze(-1)  # (B, C, 1)
         soft = torch.rand_like(alpha[..., :1]) < self.SOFT_PROB  # (B, C, 1)
-        if sampled_log_probs is not None:
+        if self._recorded is not None:
             log_probs = alpha.gather(-1, sampled).clamp_min(1e-20).log()
-            sampled_log_probs.append(log_probs.masked_fill(soft, 0).squeeze(-1))
+            self._recorded.append(log_probs.masked_fill(soft, 0).squeeze(-1))
         return alpha.where(soft, torch.zeros_like(alpha).scatter(-1, sampled, 1))
+
+    @contextlib.contextmanager
+    def record_samples(self) -> Iterator[list[Tensor]]:
+        """In this context the list gets the log-probabilities (B, C) of the samples of each word.
+
+        They are 0 where the expectation is taken.
+        """
+        self._recorded = recorded = []
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
 
     def update_baseline(self, loss: Tensor | float) -> None:
         """Update the baseline with the mean loss () per word of a step: moving average of decay 0.9 (section 4.1)."""
@@ -117,9 +124,7 @@ class NoAttention(nn.Module):
         """regions (B, R, D) -> keys (B, R, 0)."""
         return regions[..., :0]
 
-    def forward(
-        self, regions: Tensor, keys: Tensor, hidden: Tensor, sampled_log_probs: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, regions: Tensor, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """As `Attention.forward`, with Z = 0 and alpha = 1 / R."""
         alpha = hidden.new_full((*hidden.shape[:2], regions.shape[1]), 1 / regions.shape[1], dtype=torch.float)
         return hidden[..., :0], alpha

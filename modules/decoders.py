@@ -1,7 +1,7 @@
 """The contract of all decoders, and how teacher forcing lays out the captions of a batch.
 
 Shapes: B images, R regions, D their width, C captions of an image (beams in a search), T words of a caption, E width
-of a word embedding, V words of the vocabulary. b x c are the captions that are active at a time step.
+of a word embedding, V words of the vocabulary.
 """
 
 import math
@@ -29,26 +29,11 @@ class DecoderOutput(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a batch's words are computed: M of active captions, time step by time step, N of them predicted."""
+    """The N words of a batch that are predicted, time step by time step."""
 
     shape: tuple[int, ...]  # (T, B, C)
-    active_shapes: list[tuple[int, int]]  # T of (b, c)
-    inputs: Tensor  # (M,) word ids
     targets: Tensor  # (N,) word ids
-    rows: Tensor  # (N,) indices into M, leaving out finished captions
     positions: Tensor  # (N,) indices into T B C
-
-    def split(self, x: Tensor) -> list[Tensor]:
-        """Split (M, ...) into the time steps' T of (b c, ...)."""
-        return list(x.split([b * c for b, c in self.active_shapes]))
-
-    def select(self, outputs: list[Tensor]) -> Tensor:
-        """The time steps' T of (b c, ...) -> (N, ...), without finished captions."""
-        return torch.cat(outputs).index_select(0, self.rows)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(T, B, C, ...) -> (N, ...), without finished captions."""
-        return x.flatten(0, 2).index_select(0, self.positions)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N, ...) -> (T, B, C, ...), zero after a caption's end."""
@@ -134,11 +119,17 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def has_baseline(self) -> bool:
+        """Whether `update_baseline` is to be called after each step."""
+        return False
+
     def take_expectation(self) -> None:
         """Let attention that samples regions in training take its expectation, until `train` is called again."""
 
     def update_baseline(self, loss: float) -> None:
         """Take in the mean loss per word of a step: the baseline of attention that samples regions."""
+        raise NotImplementedError
 
 
 def sample_words(logits: Tensor) -> Tensor:
@@ -160,10 +151,6 @@ def lay_out(words: Tensor, lengths: Tensor, device: torch.device) -> Layout:
     It depends on the captions alone, so it is computed on the CPU: no shape is read from a GPU.
     """
     mask = caption_mask(lengths)  # (T, B, C)
-    active_shapes = [(int(active.any(dim=1).sum()), int(active.any(dim=0).sum())) for active in mask]
-    inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(active_shapes)])
     targets = words[:, :, 1 : len(mask) + 1].permute(2, 0, 1)[mask]
-    unfinished = torch.cat([mask[t, :b, :c].flatten() for t, (b, c) in enumerate(active_shapes)])  # (M,)
-    indices = (unfinished.nonzero().squeeze(1), mask.flatten().nonzero().squeeze(1))
-    shape = (len(mask), *lengths.shape)
-    return Layout(shape, active_shapes, *(copy_to_device(each, device) for each in (inputs, targets, *indices)))
+    positions = mask.flatten().nonzero().squeeze(1)
+    return Layout((len(mask), *lengths.shape), *(copy_to_device(each, device) for each in (targets, positions)))

@@ -12,9 +12,42 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modules.cells import Cell
-from modules.decoders import Decoder, DecoderOutput, Layout, lay_out, sample_words
+from modules.decoders import Decoder, DecoderOutput, Layout, caption_mask, lay_out, sample_words
 from modules.layers import init_linear
 from modules.step_decoder import Nested, map_tensors
+from utils import copy_to_device
+
+
+class TimeSteps(NamedTuple):
+    """Where the recurrence computes a batch's words: M of active captions, time step by time step, N of them predicted.
+
+    Captions are sorted by decreasing length within and across images, so at each time step the unfinished ones form
+    the block `[:b, :c]`, up to a few finished ones.
+    """
+
+    layout: Layout
+    active_shapes: list[tuple[int, int]]  # T of (b, c)
+    inputs: Tensor  # (M,) word ids
+    rows: Tensor  # (N,) indices into M, leaving out finished captions
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Split (M, ...) into the time steps' T of (b c, ...)."""
+        return list(x.split([b * c for b, c in self.active_shapes]))
+
+    def select(self, outputs: list[Tensor]) -> Tensor:
+        """The time steps' T of (b c, ...) -> (N, ...), without finished captions."""
+        return torch.cat(outputs).index_select(0, self.rows)
+
+
+def split_time_steps(words: Tensor, lengths: Tensor, device: torch.device) -> TimeSteps:
+    """The time steps of captions (B, C, T + 1) of these lengths (B, C), computed on the CPU as `lay_out`."""
+    mask = caption_mask(lengths)  # (T, B, C)
+    active_shapes = [(int(active.any(dim=1).sum()), int(active.any(dim=0).sum())) for active in mask]
+    inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(active_shapes)])
+    unfinished = torch.cat([mask[t, :b, :c].flatten() for t, (b, c) in enumerate(active_shapes)])  # (M,)
+    rows = unfinished.nonzero().squeeze(1)
+    layout = lay_out(words, lengths, device)
+    return TimeSteps(layout, active_shapes, *(copy_to_device(each, device) for each in (inputs, rows)))
 
 
 class _StepOutputs(NamedTuple):
@@ -24,7 +57,6 @@ class _StepOutputs(NamedTuple):
     hidden: list[Tensor]  # (b c, H)
     context: list[Tensor]  # (b c, Z)
     alpha: list[Tensor]  # (b c, R)
-    sampled_log_probs: list[Tensor]  # (b, c), none unless hard attention samples
 
 
 class RecurrentDecoder(Decoder):
@@ -33,11 +65,6 @@ class RecurrentDecoder(Decoder):
     A subclass implements `keys`, `init_state` and the three steps of a word: `_word_gates`, `_recurrent_step` and
     `_logits`. The hidden state that predicts the word is the first tensor of its state.
     """
-
-    @property
-    def baseline(self) -> Tensor | None:
-        """The baseline () of hard attention, None without."""
-        return None
 
     def _reset_parameters(self) -> None:
         """Small embeddings, Glorot-initialized linear layers, and what the cells need.
@@ -57,12 +84,7 @@ class RecurrentDecoder(Decoder):
         raise NotImplementedError
 
     def _recurrent_step(
-        self,
-        word_gates: Tensor,
-        regions: Tensor,
-        keys: Nested,
-        state: tuple[Tensor, ...],
-        sampled_log_probs: list[Tensor] | None = None,
+        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Attention and cells at one word.
 
@@ -103,52 +125,47 @@ class RecurrentDecoder(Decoder):
     def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0) -> DecoderOutput:
         """Teacher forcing, as `Decoder.forward`.
 
-        Captions are sorted by decreasing length within and across images, so at each time step the unfinished ones
-        form the block `[:b, :c]`, up to a few finished ones. Only this block is computed, and only unfinished
-        captions' words are predicted.
+        Only the active captions of each time step are computed, and only unfinished captions' words are predicted.
         """
-        layout = lay_out(words, lengths, regions.device)
-        steps = self._run_recurrence(regions, layout, sampling_prob)
-        embedded, hidden, context, alpha = map(layout.select, steps[:4])  # (N, ...)
-        logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
-        output = DecoderOutput(logits, layout.targets, layout.unpack(alpha))
-        if not steps.sampled_log_probs:
-            return output
-        sampled_log_probs = layout.select([log_probs.flatten() for log_probs in steps.sampled_log_probs])
-        return output._replace(sampled_log_probs=layout.unpack(sampled_log_probs), baseline=self.baseline)
+        return self._predict(regions, split_time_steps(words, lengths, regions.device), sampling_prob)
 
-    def _run_recurrence(self, regions: Tensor, layout: Layout, sampling_prob: float) -> _StepOutputs:
-        """Attention and cell at all time steps: regions (B, R, D), and the captions' layout."""
-        _, B, C = layout.shape
+    def _predict(self, regions: Tensor, time_steps: TimeSteps, sampling_prob: float) -> DecoderOutput:
+        """`forward`, of captions that are split into time steps: regions (B, R, D)."""
+        outputs = self._run_recurrence(regions, time_steps, sampling_prob)
+        embedded, hidden, context, alpha = map(time_steps.select, outputs)  # (N, ...)
+        logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
+        return DecoderOutput(logits, time_steps.layout.targets, time_steps.layout.unpack(alpha))
+
+    def _run_recurrence(self, regions: Tensor, time_steps: TimeSteps, sampling_prob: float) -> _StepOutputs:
+        """Attention and cell at all time steps: regions (B, R, D), and the captions' time steps."""
+        _, B, C = time_steps.layout.shape
         keys = self.keys(regions)
         state = tuple(part.expand(B, C, -1) for part in self.init_state(regions))
-        words, (embedded, gates) = layout.split(layout.inputs), self._embed_inputs(layout)
-        steps = _StepOutputs(embedded, [], [], [], [])
-        for t, (b, c) in enumerate(layout.active_shapes):
+        words, (embedded, gates) = time_steps.split(time_steps.inputs), self._embed_inputs(time_steps)
+        outputs = _StepOutputs(embedded, [], [], [])
+        for t, (b, c) in enumerate(time_steps.active_shapes):
             if sampling_prob and t:
-                sampled = self._sample_words(embedded[t - 1], steps.hidden[-1], steps.context[-1])
-                sampled = sampled.view(layout.active_shapes[t - 1])[:b, :c]
+                sampled = self._sample_words(embedded[t - 1], outputs.hidden[-1], outputs.context[-1])
+                sampled = sampled.view(time_steps.active_shapes[t - 1])[:b, :c]
                 embedded[t] = self._embed_mixed(sampled, words[t].view(b, c), sampling_prob)
                 gates[t] = self._word_gates(embedded[t])
             if b < len(regions):  # a slice of the last slice: its gradient has fewer zeros to fill in
                 regions, keys = regions[:b], map_tensors(lambda x, b=b: x[:b], keys)
             if (b, c) != state[0].shape[:2]:
                 state = tuple(part[:b, :c] for part in state)  # (b, c, H)
-            context, alpha, state = self._recurrent_step(
-                gates[t].view(b, c, -1), regions, keys, state, steps.sampled_log_probs
-            )
-            steps.hidden.append(state[0].flatten(0, 1))
-            steps.context.append(context.flatten(0, 1))
-            steps.alpha.append(alpha.flatten(0, 1))
-        return steps
+            context, alpha, state = self._recurrent_step(gates[t].view(b, c, -1), regions, keys, state)
+            outputs.hidden.append(state[0].flatten(0, 1))
+            outputs.context.append(context.flatten(0, 1))
+            outputs.alpha.append(alpha.flatten(0, 1))
+        return outputs
 
-    def _embed_inputs(self, layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
+    def _embed_inputs(self, time_steps: TimeSteps) -> tuple[list[Tensor], list[Tensor]]:
         """Embed the active captions' input words and map them to gates, in one matmul over all time steps.
 
         Returns embeddings, T of (b c, E), and gates, T of (b c, G H).
         """
-        embedded = self.dropout(self.embedding(layout.inputs))  # (M, E)
-        return layout.split(embedded), layout.split(self._word_gates(embedded))
+        embedded = self.dropout(self.embedding(time_steps.inputs))  # (M, E)
+        return time_steps.split(embedded), time_steps.split(self._word_gates(embedded))
 
     def _embed_mixed(self, sampled: Tensor, true_words: Tensor, sampling_prob: float) -> Tensor:
         """Embed each sampled word (b, c) with probability sampling_prob, the true one (b, c) otherwise -> (b c, E)."""

@@ -72,12 +72,7 @@ class SgrvinodDecoder(RecurrentDecoder):
         return self.cell.words(embedded)
 
     def _recurrent_step(
-        self,
-        word_gates: Tensor,
-        regions: Tensor,
-        keys: Tensor,
-        state: tuple[Tensor, ...],
-        sampled_log_probs: list[Tensor] | None = None,
+        self, word_gates: Tensor, regions: Tensor, keys: Tensor, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """As `RecurrentDecoder._recurrent_step`."""
         context, alpha = self.attention(regions, keys, state[0])

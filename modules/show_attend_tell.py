@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from modules.attention import ATTENTIONS, HardAttention
 from modules.cells import CELLS, Cell
-from modules.recurrent import RecurrentDecoder
+from modules.decoders import DecoderOutput
+from modules.recurrent import RecurrentDecoder, TimeSteps
 from modules.step_decoder import Nested
 
 
@@ -80,18 +81,18 @@ class ShowAttendTell(RecurrentDecoder):
         return self.attention.gate
 
     @property
-    def baseline(self) -> Tensor | None:
-        """As `RecurrentDecoder.baseline`: the attention's."""
-        return self.attention.baseline if isinstance(self.attention, HardAttention) else None
+    def has_baseline(self) -> bool:
+        """As `Decoder.has_baseline`: with hard attention."""
+        return isinstance(self.attention, HardAttention)
 
     def take_expectation(self) -> None:
         """As `Decoder.take_expectation`: hard attention takes its expectation."""
         self.attention.eval()
 
     def update_baseline(self, loss: float) -> None:
-        """As `Decoder.update_baseline`, for hard attention."""
-        if isinstance(self.attention, HardAttention):
-            self.attention.update_baseline(loss)
+        """As `Decoder.update_baseline`: hard attention's."""
+        assert isinstance(self.attention, HardAttention)
+        self.attention.update_baseline(loss)
 
     def keys(self, regions: Tensor) -> Nested:
         """The attention's projection of the regions, the same for all words: (B, R, D) -> (B, R, A)."""
@@ -115,20 +116,26 @@ class ShowAttendTell(RecurrentDecoder):
         return self.cell.words(embedded)
 
     def _recurrent_step(
-        self,
-        word_gates: Tensor,
-        regions: Tensor,
-        keys: Tensor,
-        state: tuple[Tensor, ...],
-        sampled_log_probs: list[Tensor] | None = None,
+        self, word_gates: Tensor, regions: Tensor, keys: Tensor, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Attention (equations 4 to 6 and 13), then the cell (equations 1 to 3).
 
         word_gates (B, C, G H), regions (B, R, D), keys (B, R, A), state tuple of (B, C, H)
         -> context (B, C, Z), alpha (B, C, R), state.
         """
-        context, alpha = self.attention(regions, keys, state[0], sampled_log_probs)
+        context, alpha = self.attention(regions, keys, state[0])
         return context, alpha, self._update_state(word_gates, context, state)
+
+    def _predict(self, regions: Tensor, time_steps: TimeSteps, sampling_prob: float) -> DecoderOutput:
+        """As `RecurrentDecoder._predict`, with the samples of hard attention in training."""
+        if not isinstance(self.attention, HardAttention):
+            return super()._predict(regions, time_steps, sampling_prob)
+        with self.attention.record_samples() as recorded:
+            output = super()._predict(regions, time_steps, sampling_prob)
+        if not recorded:  # it took its expectation
+            return output
+        log_probs = time_steps.select([each.flatten() for each in recorded])  # (N,)
+        return output._replace(sampled_log_probs=time_steps.layout.unpack(log_probs), baseline=self.attention.baseline)
 
     def _update_state(
         self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]

@@ -52,8 +52,9 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: boo
 
     query (..., n, Q, d), key and value (..., n, K, d) -> (..., n, Q, d).
     """
-    flat = (x.flatten(0, -4) for x in (query, key, value))
-    return functional.scaled_dot_product_attention(*flat, is_causal=is_causal).unflatten(0, query.shape[:-3])
+    leading = query.shape[:-3]
+    query, key, value = (x.flatten(0, -4) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal).unflatten(0, leading)
 
 
 def sine_positions(positions: Tensor, width: int) -> Tensor:

@@ -58,12 +58,7 @@ class UpDownDecoder(RecurrentDecoder):
         return self.attention_lstm.words(embedded)
 
     def _recurrent_step(
-        self,
-        word_gates: Tensor,
-        regions: Tensor,
-        keys: tuple[Tensor, Tensor],
-        state: tuple[Tensor, ...],
-        sampled_log_probs: list[Tensor] | None = None,
+        self, word_gates: Tensor, regions: Tensor, keys: tuple[Tensor, Tensor], state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The attention LSTM (equation 2), attention with its h1 (equations 3 to 5), the language LSTM (equation 6).
 

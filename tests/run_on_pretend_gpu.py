@@ -302,10 +302,10 @@ BUGS = [
     (
         "an index stays on the CPU",
         "soft attention",
-        (modules.recurrent, "lay_out"),
+        (modules.recurrent, "split_time_steps"),
         (
-            "(copy_to_device(each, device) for each in (inputs, targets, *indices))",
-            "(copy_to_device(each, device) for each in (inputs, targets)), *indices",
+            "(copy_to_device(each, device) for each in (inputs, rows))",
+            "(copy_to_device(inputs, device), rows)",
         ),
     ),
     (
@@ -318,7 +318,7 @@ BUGS = [
         "a number is read at each word",
         "soft attention",
         (modules.recurrent.RecurrentDecoder, "_run_recurrence"),
-        ("steps.alpha.append(", "assert alpha.max().item() <= 1; steps.alpha.append("),
+        ("outputs.alpha.append(", "assert alpha.max().item() <= 1; outputs.alpha.append("),
     ),
     (
         "the loss is read before backward",

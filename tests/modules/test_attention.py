@@ -65,8 +65,9 @@ def test_hard_attention_samples_one_region_in_half_of_the_steps():
     attention = HardAttention(**DIMS)
     attention.gate.weight.data.zero_()
     attention.gate.bias.data.fill_(100)  # an open gate
-    regions, hidden, sampled_log_probs = torch.randn(1, 4, 6), torch.randn(1, 1, 8).expand(1, 8000, 8), []
-    context, alpha = attention(regions, attention.keys(regions), hidden, sampled_log_probs)
+    regions, hidden = torch.randn(1, 4, 6), torch.randn(1, 1, 8).expand(1, 8000, 8)
+    with attention.record_samples() as sampled_log_probs:
+        context, alpha = attention(regions, attention.keys(regions), hidden)
     is_region = torch.isclose(context.unsqueeze(2), regions.unsqueeze(1), atol=1e-4).all(-1)  # (1, 8000, 4)
     sampled = is_region.any(-1)
     assert sampled.float().mean().item() == pytest.approx(0.5, abs=0.03)
@@ -83,7 +84,7 @@ def exact_gradients(decoder, monkeypatch, regions, caption):
         samples = iter(pair)
         probabilities = []
 
-        def mix(alpha, sampled_log_probs, samples=samples, probabilities=probabilities):
+        def mix(alpha, samples=samples, probabilities=probabilities):
             one_hot = functional.one_hot(torch.tensor(next(samples)), 3).float().view(1, 1, 3)
             probabilities.append((alpha * one_hot).sum())
             return one_hot
@@ -119,6 +120,20 @@ def test_the_gradient_of_hard_attention_is_that_of_the_expected_loss(monkeypatch
         name for name in gradients if name.startswith(("attention.keys", "attention.query", "attention.score"))
     ]
     assert all(gradients[name].abs().max() > 0.05 for name in of_scores)
+
+
+def test_samples_are_recorded_in_the_context_alone():
+    attention = HardAttention(**DIMS)
+    regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)
+    inputs = regions, attention.keys(regions), hidden
+    with pytest.raises(KeyError), attention.record_samples() as interrupted:
+        attention(*inputs)
+        raise KeyError
+    attention(*inputs)
+    with attention.record_samples() as recorded:
+        attention(*inputs)
+        attention.eval()(*inputs)
+    assert len(interrupted) == len(recorded) == 1 and recorded[0].shape == (2, 3)
 
 
 @pytest.fixture
