@@ -58,7 +58,7 @@ class Settings:
     # group: ensemble and consensus
     views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
     consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
-    consensus_weight: float = 3.0  # of the mean CIDEr-D with their captions, beside the log-probability
+    consensus_weight: float = 10.0  # of the mean CIDEr-D with their captions, beside the log-probability
     similar_photos: int = 50  # how many vote for the consensus
 
     # group: run
