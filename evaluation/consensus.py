@@ -126,16 +126,18 @@ def _is_index(content: Any) -> bool:
 
 def _check_content(content: dict[str, Any], path: str | Path) -> None:
     """Raise ValueError where the content of an index's file is not what `CaptionIndex.save` writes."""
+    if not content.keys() >= {"encoder", "data_digest", "words", *TENSORS}:
+        raise ValueError("a part is missing")
     for name, (dtype, ndim) in TENSORS.items():
-        tensor = content.get(name)
+        tensor = content[name]
         check_dense(tensor, name, path)  # first: others may have more elements than memory
         if (tensor.dtype, tensor.ndim, tensor.requires_grad, tensor.is_neg()) != (dtype, ndim, False, False):
             raise ValueError(f"{name} is of another kind")
-    words, encoder, center, features = (content.get(name) for name in ("words", "encoder", "center", "features"))
+    words, encoder, center, features = (content[name] for name in ("words", "encoder", "center", "features"))
     check_words(words, path)
     if not isinstance(encoder, list) or [type(part) for part in encoder] != [str, str, int, str]:
         raise ValueError("encoder is not a fingerprint")
-    if type(content.get("data_digest")) is not str:
+    if type(content["data_digest"]) is not str:
         raise ValueError("data_digest is not text")
     word_ids, caption_offsets, image_offsets = (content[name] for name in CAPTION_ARRAYS)
     for offsets, end in ((caption_offsets, len(word_ids)), (image_offsets, len(caption_offsets) - 1)):

@@ -171,14 +171,15 @@ def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate
 
 
 def test_an_index_of_other_data_is_refused(command, evaluate, run_folder, tmp_path):
-    other, index = prepare_shapes(tmp_path / "other", num_scenes=12), tmp_path / "index.pt"
-    assert (
-        command(index_captions, "--checkpoint", run_folder / "best.pt", "--data_folder", other, "--output", index)[0]
-        == 0
+    best, other, index = (
+        run_folder / "best.pt",
+        prepare_shapes(tmp_path / "other", num_scenes=12),
+        tmp_path / "index.pt",
     )
-    status, _, err = evaluate("--output_folder", tmp_path / "out", "--consensus_index", index)
+    assert command(index_captions, "--checkpoint", best, "--data_folder", other, "--output", index)[0] == 0
+    status, err = evaluate("--output_folder", tmp_path / "out", "--consensus_index", index)
     assert status == 2 and err.count("\n") == 1 and "the index was made from other data than" in err
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_samples_take_the_place_of_beams(command, shapes, run_folder, tmp_path, monkeypatch):
