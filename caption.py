@@ -101,7 +101,7 @@ def validate_graph_word(settings: Settings, captioner: Captioner | Ensemble, voc
 def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str:
     """What is printed of a photo: its captions with their log-probabilities, as text or as a line of JSON."""
     file = os.fsencode(photo).decode(errors="replace")  # a name may hold what is no Unicode
-    n_best = [(" ".join(words), log_prob) for words, log_prob in caption.n_best[: settings.n_best]]
+    n_best = [(" ".join(each.words), each.log_prob) for each in caption.n_best[: settings.n_best]]
     if not settings.json:
         (best, *others) = [f"{words} (log-probability {log_prob:.2f})" for words, log_prob in n_best]
         return "\n  ".join([f"{file}: {best}", *others])

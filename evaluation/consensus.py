@@ -7,7 +7,7 @@ encoder, N indexed photos, k similar photos.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,14 @@ TENSORS = {  # of the file, with dtype and number of dimensions
     "image_offsets": (torch.int64, 1),
 }
 Fingerprint = tuple[str, str, int, str]  # `modules.encoders.Encoder.fingerprint`
-Candidates = list[tuple[list[str], float]]  # captions as words with their log-probabilities, best first
+
+
+class Candidate(NamedTuple):
+    """A caption that a search or sampling found."""
+
+    words: list[str]
+    log_prob: float
+    score: float  # what captions are ranked by: the log-probability, normalized by the length
 
 
 @dataclass(frozen=True)
@@ -190,23 +197,18 @@ class Consensus:
             cosines, indices = (query @ self.features.T).topk(self.similar_photos)
         return cosines.clamp_min(0), indices
 
-    def rerank(self, candidates: list[Candidates], features: Nested, length_penalty: float) -> list[Candidates]:
+    def rerank(self, candidates: list[list[Candidate]], features: Nested) -> list[list[Candidate]]:
         """The candidates of B images, each image's best first: features (B, R, F), or a tuple of each encoder's."""
         cosines, indices = self.similar(features if isinstance(features, Tensor) else features[self.source])
         images = zip(candidates, cosines.square().tolist(), indices.tolist(), strict=True)
-        return [self._rerank_image(*image, length_penalty) for image in images]
+        return [self._rerank_image(*image) for image in images]
 
-    def _rerank_image(
-        self, candidates: Candidates, weights: list[float], indices: list[int], length_penalty: float
-    ) -> Candidates:
+    def _rerank_image(self, candidates: list[Candidate], weights: list[float], indices: list[int]) -> list[Candidate]:
         references = [(caption, w) for i, w in zip(indices, weights, strict=True) for caption in self.captions[i]]
         shares = np.array([w for _, w in references]) / max(sum(w for _, w in references), 1e-12)
-        encoded = [[self._word_id(word) for word in words] for words, _ in candidates]
+        encoded = [[self._word_id(word) for word in words] for words, *_ in candidates]
         ciders = self.cider.pairwise(encoded, [words for words, _ in references]) @ shares
-        scores = [
-            log_prob / (len(words) + 1) ** length_penalty + self.weight * cider
-            for (words, log_prob), cider in zip(candidates, ciders, strict=True)
-        ]
+        scores = [each.score + self.weight * cider for each, cider in zip(candidates, ciders, strict=True)]
         order = sorted(range(len(candidates)), key=lambda i: -scores[i])
         return [candidates[i] for i in order]
 

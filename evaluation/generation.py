@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation.consensus import Candidates, Consensus
+from evaluation.consensus import Candidate, Consensus
 from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble
 from models import Captioner, Encoded
@@ -27,7 +27,7 @@ from utils import Runtime, copy_to_device
 class ImageCaption:
     """The caption of one image and what it was decoded from, on the CPU."""
 
-    n_best: Candidates  # captions as words, and their log-probabilities, best first
+    n_best: list[Candidate]  # best first
     before_consensus: list[str]  # the caption that is best without consensus re-ranking
     alpha: Tensor  # (T, R) attention weights of the best; T = 0 where they were not asked for
     gates: list[float] | None  # T gates of the best (`Decoder.gate`), from 0 to 1; None where the decoder has none
@@ -37,12 +37,12 @@ class ImageCaption:
     @property
     def words(self) -> list[str]:
         """The best caption."""
-        return self.n_best[0][0]
+        return self.n_best[0].words
 
     @property
     def log_prob(self) -> float:
         """The log-probability of the best caption."""
-        return self.n_best[0][1]
+        return self.n_best[0].log_prob
 
 
 @torch.no_grad()
@@ -70,11 +70,11 @@ def caption_images(
         encoded: Encoded = captioner.encode(inputs, is_features)  # pyright: ignore[reportArgumentType]
         searched = candidates = find_candidates(captioner, vocabulary, encoded.regions, decoding)
         if consensus:
-            candidates = consensus.rerank(candidates, encoded.features, decoding.length_penalty)
+            candidates = consensus.rerank(candidates, encoded.features)
         regions = first_tensor(encoded.regions)
         alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
         if with_attention:
-            best = encode_words([image[0][0] for image in candidates], vocabulary)
+            best = encode_words([image[0].words for image in candidates], vocabulary)
             alpha, gates = caption_attention(captioner.decoder, encoded.regions, copy_to_device(best, regions.device))
     # All moves to the CPU are of the whole batch: each waits for the device.
     alpha = alpha.float().cpu()
@@ -84,7 +84,7 @@ def caption_images(
     return [
         ImageCaption(
             n_best=candidates[b],
-            before_consensus=searched[b][0][0],
+            before_consensus=searched[b][0].words,
             alpha=alpha[b],
             gates=None if gates is None else gates[b],
             neighbors=None if neighbors is None else neighbors[b],
@@ -96,19 +96,20 @@ def caption_images(
 
 def find_candidates(
     captioner: Captioner | Ensemble, vocabulary: Vocabulary, regions: Nested, decoding: DecodingSettings
-) -> list[Candidates]:
+) -> list[list[Candidate]]:
     """The candidates of B images by beam search or sampling, each image's best first, without repetitions.
 
     regions (B, R, D), or a tuple of them for an ensemble.
     """
-    captions, log_probs, _ = decoding.find(captioner.decoder, regions, vocabulary)
     found = []
-    for image_captions, image_log_probs in zip(captions.tolist(), log_probs.tolist(), strict=True):
-        words = [vocabulary.decode(caption) for caption in image_captions]
-        pairs = [pair for pair in zip(words, image_log_probs, strict=True) if pair[1] != -math.inf]
-        unique: dict[str, tuple[list[str], float]] = {}
-        for pair in pairs:
-            unique.setdefault(" ".join(pair[0]), pair)
+    for captions, *numbers in zip(
+        *map(Tensor.tolist, decoding.find(captioner.decoder, regions, vocabulary)), strict=True
+    ):
+        unique: dict[str, Candidate] = {}
+        for caption, log_prob, score in zip(captions, *numbers, strict=True):
+            words = vocabulary.decode(caption)
+            if log_prob != -math.inf:
+                unique.setdefault(" ".join(words), Candidate(words, log_prob, score))
         found.append(list(unique.values()))
     return found
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.consensus import TENSORS, CaptionIndex, Consensus
+from evaluation.consensus import TENSORS, Candidate, CaptionIndex, Consensus
 from modules.encoders import Encoder
 from preparation.storage import PackedCaptions
 from text.cider import CiderD
@@ -21,7 +21,11 @@ CAPTIONS = [
     [["two", "girls", "play"], ["girls", "play", "ball"]],
 ]
 MEANS = torch.tensor([[1.0, 0, 0.2], [0.9, 0.3, 0], [-1, 0.5, 0], [0, -1, 0.5]])
-CANDIDATES = [(["a", "man", "runs"], -2.0), (["a", "dog", "jumps"], -2.5), (["girls"], -2.6)]
+CANDIDATES = [
+    Candidate(["a", "man", "runs"], -2.0, -1.0),
+    Candidate(["a", "dog", "jumps"], -2.5, -1.25),
+    Candidate(["girls"], -2.6, -2.6 / 2**0.5),
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +45,25 @@ def consensus(index, weight, similar_photos, captioner=None):
     return Consensus(index, captioner, weight=weight, similar_photos=similar_photos, device=torch.device("cpu"))
 
 
-def by_formula(query, weight, similar_photos, length_penalty):
+def by_formula(query, weight, similar_photos):
     """The scores of CANDIDATES, with plain loops."""
     center = MEANS.mean(dim=0)
     cosines = [max(0.0, float(torch.cosine_similarity(query - center, mean - center, dim=0))) for mean in MEANS]
     nearest = sorted(range(len(MEANS)), key=lambda i: -cosines[i])[:similar_photos]
     cider, scores = CiderD(CAPTIONS), []
-    for words, log_prob in CANDIDATES:
+    for words, _, score in CANDIDATES:
         total = sum(cosines[i] ** 2 * cider(CAPTIONS[i], [words])[0] for i in nearest)
         consensus = total / sum(cosines[i] ** 2 for i in nearest)
-        scores.append(log_prob / (len(words) + 1) ** length_penalty + weight * consensus)
+        scores.append(score + weight * consensus)
     return scores
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 2.0])
 def test_candidates_are_ranked_by_the_formula(index, weight):
     regions = torch.tensor([[[0.5, 0.4, 0], [1.5, 0, 0.2]], [[-1.0, 0.4, 0], [-1.0, 0.4, 0]]])  # (B, R, F)
-    found = consensus(index, weight, 3).rerank([CANDIDATES] * 2, regions, 0.5)
+    found = consensus(index, weight, 3).rerank([CANDIDATES] * 2, regions)
     for b, ranked in enumerate(found):
-        scores = by_formula(regions[b].mean(dim=0), weight, 3, 0.5)
+        scores = by_formula(regions[b].mean(dim=0), weight, 3)
         assert ranked == [CANDIDATES[i] for i in np.argsort([-score for score in scores])]
     if weight == 2:
         assert [ranked[0] for ranked in found] == [CANDIDATES[1], CANDIDATES[0]]  # a dog is no man
@@ -67,7 +71,7 @@ def test_candidates_are_ranked_by_the_formula(index, weight):
 
 def test_photos_of_no_similarity_change_nothing(index):
     center = MEANS.mean(dim=0).view(1, 1, -1)  # cosines of a zero vector
-    assert consensus(index, 9.0, 2).rerank([CANDIDATES], center, 0.5) == [CANDIDATES]
+    assert consensus(index, 9.0, 2).rerank([CANDIDATES], center) == [CANDIDATES]
 
 
 def test_words_that_the_index_lacks_differ_from_each_other(index):
@@ -193,7 +197,7 @@ def test_changed_elements_leave_an_index_or_are_one_line(index, tmp_path):
             assert re.search(DAMAGED, str(error))
             continue
         loads += 1
-        for ranked in consensus(loaded, 1.0, 3).rerank([CANDIDATES] * 2, regions, 0.5):
+        for ranked in consensus(loaded, 1.0, 3).rerank([CANDIDATES] * 2, regions):
             assert sorted(ranked) == sorted(CANDIDATES)
     assert 30 < loads < 270
 
@@ -209,7 +213,7 @@ def test_an_index_of_another_encoder_is_refused(index):
         consensus(index, 1.0, 2, captioner_of(other))
     found = consensus(index, 2.0, 3, captioner_of(index.encoder, 3, other))
     features = (torch.zeros(1, 2, 5), torch.tensor([[[0.5, 0.4, 0], [1.5, 0, 0.2]]]))  # of the two encoders
-    assert found.rerank([CANDIDATES], features, 0.5) == consensus(index, 2.0, 3).rerank([CANDIDATES], features[1], 0.5)
+    assert found.rerank([CANDIDATES], features) == consensus(index, 2.0, 3).rerank([CANDIDATES], features[1])
 
 
 def test_features_of_another_width_than_the_encoders_are_refused(index):

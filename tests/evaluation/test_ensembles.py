@@ -71,7 +71,7 @@ def test_an_ensemble_of_one_model_captions_as_the_model(images):
     expected = caption_images(captioner, VOCABULARY, images, DECODING, CPU)
     found = caption_images(ensemble_of([captioner] * 2), VOCABULARY, images, DECODING, CPU)
     for one, other in zip(found, expected, strict=True):
-        assert [words for words, _ in one.n_best] == [words for words, _ in other.n_best]
+        assert [each.words for each in one.n_best] == [each.words for each in other.n_best]
         torch.testing.assert_close(one.alpha, other.alpha)
         assert one.gates == pytest.approx(other.gates)
 
@@ -83,7 +83,7 @@ def test_log_probabilities_are_those_of_the_mean(images, shuffled):
     other = Vocabulary([VOCABULARY.idx2word[i] for i in order])
     ensemble = ensemble_of(captioners, [VOCABULARY, other])
     for image in caption_images(ensemble, VOCABULARY, images[:1], DECODING, CPU):
-        for words, log_prob in image.n_best:
+        for words, log_prob, _ in image.n_best:
             previous, total, states = ["<start>", *words], torch.zeros(()), [None, None]
             for t in range(min(len(words) + 1, DECODING.max_length)):
                 probabilities = []

@@ -33,8 +33,8 @@ def test_n_best_is_what_beam_search_finds(shapes, run_folder):
     found = caption_images(captioner, vocabulary, images, decoding, runtime, with_attention=False)
     captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(images), SearchSettings(4, 6))
     for b, image in enumerate(found):
-        assert [words for words, _ in image.n_best] == [vocabulary.decode(caption) for caption in captions[b]]
-        assert [log_prob for _, log_prob in image.n_best] == log_probs[b].tolist()
+        assert [each.words for each in image.n_best] == [vocabulary.decode(caption) for caption in captions[b]]
+        assert [each.log_prob for each in image.n_best] == log_probs[b].tolist()
         assert image.words == image.n_best[0][0] and image.alpha.shape == (0, 16) and image.gates is None
     (alone,) = caption_images(captioner, vocabulary, images[:1], decoding, runtime)
     assert alone.words == found[0].words and len(alone.alpha) == len(alone.gates) >= len(alone.words)
