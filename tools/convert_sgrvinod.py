@@ -127,7 +127,7 @@ def submodule(module: Any, path: str) -> Any:
 
 
 def require_classes(module: Any, classes: Mapping[str, str], source: str) -> None:
-    """Check that a module has the submodules of these paths and classes, and no others; InputError where it does not."""
+    """Raise InputError where a module does not have the submodules of these paths and classes, and no others."""
     for path, name in classes.items():
         found = submodule(module, path)
         found_name = found.name if isinstance(found, PickledObject) else "missing"
@@ -196,8 +196,7 @@ def read_decoder_settings(decoder: Any, source: str) -> dict[str, Any]:
 def read_decoder(file: PickledFile, decoder: Any, word_ids: list[int]) -> dict[str, Tensor]:
     """The weights of `modules.sgrvinod.SgrvinodDecoder`, read from the decoder of the file.
 
-    word_ids are the tutorial's ids of the words, in the order of the new vocabulary. Where the tutorial adds two biases,
-    the result has their sum.
+    word_ids are the tutorial's ids of the words, in the new vocabulary's order. Two biases that add up become one.
     """
     sizes = {letter: decoder.state.get(name) for letter, name in DECODER_SIZES.items()}
     if sizes["V"] != len(word_ids):
