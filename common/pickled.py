@@ -76,9 +76,9 @@ class PickledFile:
         self._storages: dict[str, Tensor] = {}
 
     def tensor(self, pickled: Any) -> Tensor:
-        """A tensor or parameter of `content`; InputError where it is none, or its numbers are not one after another.
+        """Read a tensor or parameter of `content`; InputError where it is not a tensor, or not contiguous.
 
-        Tensors of one storage share its memory, so that all together need as much as the file has.
+        Tensors of one storage share its memory, so all tensors together take no more than the file's size.
         """
         with reraise_as_refused(self.path):
             while pickled.name == "torch._utils._rebuild_parameter":
@@ -91,12 +91,12 @@ class PickledFile:
                 self._storages[storage.key] = torch.frombuffer(numbers, dtype=DTYPES[storage.kind])
             tensor = self._storages[storage.key].as_strided(shape, stride, offset)
             if not tensor.is_contiguous():  # one number can stand for a terabyte
-                raise ValueError("not one number after another")
+                raise ValueError("not contiguous")
             return tensor
 
 
 class _Unpickler(pickle._Unpickler):
-    """pickle's unpickler in Python, whose memory grows with the file, unlike that in C; `admitted` as `open_pickled`.
+    """pickle's unpickler in Python; `admitted` as in `open_pickled`. That in C can allocate more than the file's size.
 
     Opcodes that torch.save does not write and that could take more memory or time than the file's size explains raise
     ValueError: byte arrays, which are allocated before they are read, and elements of sets, which are hashed.
@@ -176,7 +176,7 @@ def require_keys(keys: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def open_pickled(path: str | Path, admitted: Callable[[str], bool]) -> Iterator[PickledFile]:
-    """Open what torch.save wrote, whatever it holds and whenever it was written; nothing of it is executed.
+    """Open a file of any version of torch.save. Nothing in it is executed.
 
     Args:
         path: the file, which must stay as it is in the block.

@@ -22,7 +22,7 @@ from text.vocabulary import SPECIAL_TOKENS
 from training.state import git_revision
 from utils import InputError, first_line, has_type, run_script
 
-# What a file of the tutorial may name, and the beginnings of torch's own names: modules, optimizer, tensors.
+# Names of classes and functions that a checkpoint of the tutorial has, and the prefixes of torch's own.
 NAMES = {
     "models.Encoder",
     "models.Attention",
@@ -42,7 +42,7 @@ NAMES = {
     "torch.ByteStorage",
 }
 PREFIXES = ("torch.nn.modules.", "torch.nn.backends.", "torch.optim.")
-# The modules of the tutorial's decoder. Any other is another decoder.
+# The modules of the tutorial's decoder and encoder, by path.
 DECODER_CLASSES = {
     "": "models.DecoderWithAttention",
     "attention": "models.Attention",
@@ -109,7 +109,7 @@ class Settings:
 
 
 def is_admitted(name: str) -> bool:
-    """Whether a checkpoint of the tutorial may name this class or function; none is looked up."""
+    """Whether a checkpoint of the tutorial may name this class or function. It is not imported."""
     return name in NAMES or name.startswith(PREFIXES)
 
 
@@ -120,14 +120,14 @@ def children(module: Any) -> dict[str, Any]:
 
 
 def submodule(module: Any, path: str) -> Any:
-    """The part of a module with this path, "" for the module itself; None where there is none."""
+    """The submodule with this path, or the module itself for ""; None where it does not exist."""
     for name in path.split(".") if path else ():
         module = children(module).get(name)
     return module
 
 
 def require_classes(module: Any, classes: Mapping[str, str], source: str) -> None:
-    """Raise InputError where the parts of a module, by their paths, are not of these classes, or there are more."""
+    """Raise InputError where a module does not have the submodules of these paths and classes, and no others."""
     for path, name in classes.items():
         found = submodule(module, path)
         found_name = found.name if isinstance(found, PickledObject) else "missing"
@@ -140,17 +140,17 @@ def require_classes(module: Any, classes: Mapping[str, str], source: str) -> Non
 
 
 def read_parameter(file: PickledFile, module: Any, path: str, name: str) -> Tensor:
-    """The parameter or buffer of a path, read; `name` says of which part of the checkpoint in an error."""
+    """Read the parameter or buffer with this path; `name` is that of the module in an error message."""
     owner, _, last = path.rpartition(".")
     state = getattr(submodule(module, owner), "state", {})
     for kind in ("_parameters", "_buffers"):
         if isinstance(state.get(kind), dict) and state[kind].get(last) is not None:
             return file.tensor(state[kind][last])
-    raise InputError(f"{file.path}: {name} has no {path}, which the tutorial's model has")
+    raise InputError(f"{file.path}: {name} has no {path}, which is part of the tutorial's model")
 
 
 def read_encoder_settings(encoder: Any, source: str) -> dict[str, Any]:
-    """The settings of train.py that an encoder of the file has: `encoder` and `grid_size`."""
+    """The settings `encoder` and `grid_size` of train.py, read from the encoder of the file."""
     require_classes(encoder, ENCODER_CLASSES, f"{source}: encoder")
     layers = [children(submodule(encoder, f"resnet.{part}")) for part in ("4", "5", "6", "7")]
     blocks = tuple(len(layer) for layer in layers)
@@ -164,7 +164,7 @@ def read_encoder_settings(encoder: Any, source: str) -> dict[str, Any]:
 
 
 def read_encoder(file: PickledFile, encoder: Any, names: list[str]) -> dict[str, Tensor]:
-    """The weights of a captioner's encoder, whose names are given, from an encoder of the file."""
+    """The weights of a captioner's encoder with these names, read from the encoder of the file."""
     weights = {}
     for name in names:
         _, _, part, *rest = name.split(".")  # encoder.network.layer1.0.conv1.weight
@@ -177,7 +177,7 @@ def read_encoder(file: PickledFile, encoder: Any, names: list[str]) -> dict[str,
 
 
 def read_decoder_settings(decoder: Any, source: str) -> dict[str, Any]:
-    """The settings of train.py that a decoder of the file has: its sizes and dropout."""
+    """The settings of train.py for the decoder, read from the decoder of the file: its sizes and dropout."""
     require_classes(decoder, DECODER_CLASSES, f"{source}: decoder")
     dims = {name: decoder.state.get(name) for name in DECODER_SIZES.values()}
     dropout = submodule(decoder, "dropout").state.get("p")
@@ -194,9 +194,9 @@ def read_decoder_settings(decoder: Any, source: str) -> dict[str, Any]:
 
 
 def read_decoder(file: PickledFile, decoder: Any, word_ids: list[int]) -> dict[str, Tensor]:
-    """The weights of `modules.sgrvinod.SgrvinodDecoder`, from a decoder of the file.
+    """The weights of `modules.sgrvinod.SgrvinodDecoder`, read from the decoder of the file.
 
-    word_ids are the tutorial's ids of the words in their order here. Biases that are added to each other become one.
+    word_ids are the tutorial's ids of the words, in the new vocabulary's order. Two biases that add up become one.
     """
     sizes = {letter: decoder.state.get(name) for letter, name in DECODER_SIZES.items()}
     if sizes["V"] != len(word_ids):
@@ -232,7 +232,7 @@ def read_decoder(file: PickledFile, decoder: Any, word_ids: list[int]) -> dict[s
 
 
 def read_words(path: str) -> dict[str, int]:
-    """The tutorial's ids of the words, the special tokens first as here; InputError where it is no word map."""
+    """The ids of a word map by word, the special tokens first; InputError where the file is not a word map."""
     word_map = read_json(path)
     if not isinstance(word_map, dict) or not all(type(word_id) is int for word_id in word_map.values()):
         raise InputError(f"{path} is no word map: not a JSON object of words and their ids")

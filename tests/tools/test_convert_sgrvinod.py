@@ -168,7 +168,7 @@ REFUSED = {
     ),
     "no bias": (
         replace_module("decoder.init_h", torch.nn.Linear(512, 16, bias=False)),
-        "decoder has no init_h.bias, which the tutorial's model has",
+        "decoder has no init_h.bias, which is part of the tutorial's model",
     ),
     "another network": (
         replace_module("encoder.resnet.7", torch.nn.Sequential(torch.nn.Linear(1, 1))),
