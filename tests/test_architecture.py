@@ -22,7 +22,7 @@ ALLOWED = {
     "eval": BOTTOM | {"preparation", "datasets", "modules", "models", "training", "evaluation"},
     "train": BOTTOM | {"eval", "datasets", "modules", "models", "training", "evaluation"},
     "caption": BOTTOM | {"preparation", "modules", "models", "evaluation"},
-    "tools": BOTTOM | {"datasets", "modules", "models", "training", "evaluation", "train"},
+    "tools": BOTTOM | {"preparation", "datasets", "modules", "models", "training", "evaluation", "train"},
 }
 FILES = sorted(path for name in ALLOWED for path in [*ROOT.glob(f"{name}.py"), *(ROOT / name).glob("*.py")])
 
