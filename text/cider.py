@@ -54,12 +54,16 @@ class CiderD:
                 caption_counts.append(len(image_captions))
                 yield from image_captions
 
-        owners, hashes, _ = self._ngrams(all_captions())
-        if not len(hashes):
+        ids, lengths = self._encode(all_captions())
+        if not len(ids):
             raise ValueError("no caption has a word")
         images = np.repeat(np.arange(len(caption_counts), dtype=np.uint64), caption_counts)  # of each caption
-        _, first = np.unique(hashes * np.uint64(MULTIPLIER) + images[owners], return_index=True)
-        self.hashes, self.frequencies = np.unique(hashes[first], return_counts=True)  # (G,): images that have each
+        found = []  # each n-gram once for each image
+        for owners, hashes in _ngrams(ids, lengths):
+            _, first = np.unique(hashes * np.uint64(MULTIPLIER) + images[owners], return_index=True)
+            found.append(hashes[first])
+        # Both (G,): the n-grams, and how many images have each.
+        self.hashes, self.frequencies = np.unique(np.concatenate(found), return_counts=True)
         self.log_images = np.log(len(caption_counts))
 
     def __call__(self, references: Sequence[Sequence], candidates: Sequence[Sequence]) -> list[float]:
@@ -84,7 +88,9 @@ class CiderD:
 
     def _tfidf(self, captions: Sequence[Sequence]) -> "_Vectors":
         """The TF-IDF weights of the n-grams of captions."""
-        owners, hashes, sizes = self._ngrams(captions)
+        parts = list(_ngrams(*self._encode(captions)))
+        owners, hashes = (np.concatenate(part) for part in zip(*parts, strict=True))
+        sizes = np.repeat(np.arange(1, MAX_N + 1), [len(part) for part, _ in parts])
         distinct, first, columns = np.unique(hashes, return_index=True, return_inverse=True)
         G, sizes = len(distinct), sizes[first]
         elements, counts = np.unique(owners * G + columns, return_counts=True)
@@ -99,18 +105,21 @@ class CiderD:
         frequencies = np.where(self.hashes[positions] == hashes, self.frequencies[positions], 1)
         return self.log_images - np.log(frequencies)
 
-    def _ngrams(self, captions: Iterable[Sequence]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All n-grams of M captions: the index of the caption, the hash and n of each, (n-grams,)."""
-        lengths, words = array("q"), array("Q")  # words: ids from 1 on, concatenated
-        for caption in captions:
-            lengths.append(len(caption))
-            words.extend([self.ids.setdefault(word, len(self.ids) + 1) for word in caption])
-        ids, owners = np.asarray(words), np.repeat(np.arange(len(lengths)), lengths)  # (L,)
-        remaining = np.cumsum(lengths)[owners] - np.arange(len(ids))  # words from each one to its caption's end
-        parts, hashes = [], np.zeros_like(ids)
-        for n in range(1, MAX_N + 1):
-            hashes = hashes[: len(ids) - n + 1] * np.uint64(MULTIPLIER) + ids[n - 1 :]
-            within = remaining[: len(hashes)] >= n  # one caption
-            parts.append((owners[: len(hashes)][within], hashes[within], np.full(within.sum(), n)))
-        owners, hashes, sizes = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return owners, hashes, sizes
+    def _encode(self, captions: Iterable[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+        """The words of M captions as ids from 1 on, concatenated (L,), and the captions' lengths (M,)."""
+        ids, lengths = array("Q"), array("q")
+        for words in captions:
+            ids.extend([self.ids.setdefault(word, len(self.ids) + 1) for word in words])
+            lengths.append(len(words))
+        return np.asarray(ids), np.asarray(lengths)
+
+
+def _ngrams(ids: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For n from 1 to MAX_N the n-grams of captions as `CiderD._encode` gives them: the caption and hash of each."""
+    owners = np.repeat(np.arange(len(lengths)), lengths)  # (L,)
+    remaining = np.cumsum(lengths)[owners] - np.arange(len(ids))  # words from each one to its caption's end
+    hashes = np.zeros_like(ids)
+    for n in range(1, MAX_N + 1):
+        hashes = hashes[: len(ids) - n + 1] * np.uint64(MULTIPLIER) + ids[n - 1 :]
+        within = remaining[: len(hashes)] >= n  # no n-gram crosses a caption's end
+        yield owners[: len(hashes)][within], hashes[within]
