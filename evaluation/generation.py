@@ -101,12 +101,11 @@ def find_candidates(
 
     regions (B, R, D), or a tuple of them for an ensemble.
     """
+    captions, *numbers = decoding.find(captioner.decoder, regions, vocabulary)
     found = []
-    for captions, *numbers in zip(
-        *map(Tensor.tolist, decoding.find(captioner.decoder, regions, vocabulary)), strict=True
-    ):
+    for image_captions, image_numbers in zip(captions.tolist(), torch.stack(numbers, dim=2).tolist(), strict=True):
         unique: dict[str, Candidate] = {}
-        for caption, log_prob, score in zip(captions, *numbers, strict=True):
+        for caption, (log_prob, score) in zip(image_captions, image_numbers, strict=True):
             words = vocabulary.decode(caption)
             if log_prob != -math.inf:
                 unique.setdefault(" ".join(words), Candidate(words, log_prob, score))
