@@ -58,8 +58,8 @@ class Settings:
     # group: ensemble and consensus
     views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
     consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
-    consensus_weight: float = 10.0  # of the mean CIDEr-D with their captions, beside the log-probability
-    similar_photos: int = 50  # how many vote for the consensus
+    consensus_weight: float = 10.0  # weight of the mean CIDEr-D (0 to 10) against the captions of similar photos
+    similar_photos: int = 50  # similar photos whose captions count for the consensus
 
     # group: run
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster

@@ -69,7 +69,7 @@ class Settings:
     graph_knn: int = 4  # most similar regions that each is connected to, besides those around it
     graph_heads: int = 4  # attention heads of a graph layer
     encoder_layers: int = 0  # transformer encoder layers between the regions, before the decoder; 0: none
-    encoder_positions: Literal[tuple(POSITIONS)] = "sine"  # pyright: ignore[reportInvalidTypeForm]  # of their regions
+    encoder_positions: Literal[tuple(POSITIONS)] = "sine"  # pyright: ignore[reportInvalidTypeForm]  # position codes
     decoder: Literal[tuple(DECODERS)] = "recurrent"  # pyright: ignore[reportInvalidTypeForm]  # kind of decoder
     cell: Literal[tuple(CELLS)] = "lstm"  # pyright: ignore[reportInvalidTypeForm]  # recurrent cell
     attention: Literal[tuple(ATTENTIONS)] = "soft"  # pyright: ignore[reportInvalidTypeForm]  # none: no attention
@@ -79,8 +79,8 @@ class Settings:
     attention_dim: int = 512  # units of the attention
     hidden_dim: int = 512  # units of the recurrent cell, or width of the transformer decoder
     decoder_layers: int = 2  # layers of the transformer decoder
-    heads: int = 8  # attention heads of transformer layers
-    ffn_dim: int = 1024  # units of the feed-forward network of transformer layers
+    heads: int = 8  # attention heads of transformer layers, in decoder and encoder
+    ffn_dim: int = 1024  # units of the feed-forward network of transformer layers, likewise
     pretrained_embeddings: str = ""  # text file of word vectors (GloVe, word2vec) to initialize the words from
     freeze_embeddings: bool = False  # keep all word embeddings as initialized, those without a vector too
     dropout: float = 0.5  # on words, regions and the output layer
@@ -93,7 +93,7 @@ class Settings:
     hflip: bool = False  # flip half of the images horizontally, "left" and "right" exchanged in their captions
     learning_rate: float = 1e-3  # learning rate of the decoder (Adam)
     encoder_learning_rate: float = 1e-4  # learning rate of the encoder, where it is trained
-    warmup_ratio: float = -1.0  # share of all steps over which both learning rates rise to these; -1: the decoder's own
+    warmup_ratio: float = -1.0  # share of the steps in which learning rates rise from 0; -1: the decoder's own
     lr_schedule: Literal["cosine", "step"] = "cosine"  # then they fall to 0 along a cosine, or by a factor an epoch
     learning_rate_decay: float = 0.8  # factor per epoch of --lr_schedule step
     grad_clip: float = 5.0  # maximum norm of the gradient; 0: not clipped
