@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints import EmptyWeights, check_weights, check_words, shown
+from common.checkpoints import EmptyWeights, check_weights, check_words, name_impossible_sizes, shown
 from common.files import safe_load
 from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
@@ -28,7 +28,7 @@ from modules.step_decoder import Nested
 from modules.transformer import TransformerDecoder
 from modules.up_down import UpDownDecoder
 from text.vocabulary import Vocabulary
-from utils import InputError, first_line, has_type, require_at_least, require_below_one
+from utils import InputError, has_type, require_at_least, require_below_one
 
 DECODERS = {
     "recurrent": ShowAttendTell,
@@ -242,12 +242,9 @@ def captioner_from_checkpoint(
     """
     weights, settings = checkpoint["model"], checkpoint["model_settings"] | (changes or {})
     data_settings = [checkpoint[name] for name in ("image_size", "resize", "fine_tune_encoder")]
-    try:
+    with name_impossible_sizes(path), EmptyWeights():
         vocabulary = Vocabulary(checkpoint["words"])
-        with EmptyWeights():
-            captioner = build_captioner(len(vocabulary), *data_settings, load_weights=False, **settings)
-    except (InputError, RuntimeError, ValueError, TypeError) as error:  # torch has all of these for impossible sizes
-        raise InputError(f"{path}: {first_line(error)[:200]}") from None
+        captioner = build_captioner(len(vocabulary), *data_settings, load_weights=False, **settings)
     expected = captioner.state_dict()
     for name in [*expected, *weights]:
         if name not in expected or name not in weights:

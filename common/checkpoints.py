@@ -1,6 +1,7 @@
 """What files of others may hold: words and tensors that are no trap, and modules built without memory."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from utils import InputError
+from utils import InputError, first_line
 
 
 class EmptyWeights(TorchFunctionMode):
@@ -25,6 +26,15 @@ class EmptyWeights(TorchFunctionMode):
         if func in (torch.empty, torch.zeros, torch.ones):
             kwargs = kwargs | {"device": "meta"}
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def name_impossible_sizes(path: str | Path) -> Iterator[None]:
+    """Any error of building a module with the sizes of a file becomes an InputError that names the file."""
+    try:
+        yield
+    except (InputError, RuntimeError, ValueError, TypeError) as error:  # torch has all of these for impossible sizes
+        raise InputError(f"{path}: {first_line(error)[:200]}") from None
 
 
 def check_words(words: Any, path: str | Path) -> None:

@@ -72,9 +72,13 @@ class LSTMCell(Cell):
 
     def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """As `Cell.forward`, with G = 4: input gate, forget gate, candidate, output gate; state: hidden, cell."""
-        hidden, cell = state
-        gates = self.input_gates(word_gates, context) + self.hidden(hidden)
-        input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
+        gates = self.input_gates(word_gates, context) + self.hidden(state[0])
+        return self._update(*gates.chunk(4, dim=-1), cell=state[1])
+
+    def _update(
+        self, input_gate: Tensor, forget_gate: Tensor, candidate: Tensor, output_gate: Tensor, *, cell: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The next hidden and cell state from the gates before their nonlinearity and the cell state, (..., H) each."""
         cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
         return output_gate.sigmoid() * cell.tanh(), cell
 
@@ -90,11 +94,10 @@ class SentinelLSTMCell(LSTMCell):
         The gate is g = sigmoid(W_x x_t + W_h h_{t-1}) (equation 9), the sentinel g * tanh(m_t) (equation 10), m_t the
         next cell state.
         """
-        hidden, cell = state
-        gates = self.input_gates(word_gates, context) + self.hidden(hidden)
-        input_gate, forget_gate, candidate, output_gate, sentinel_gate = gates.chunk(5, dim=-1)
-        cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
-        return output_gate.sigmoid() * cell.tanh(), cell, sentinel_gate.sigmoid() * cell.tanh()
+        gates = self.input_gates(word_gates, context) + self.hidden(state[0])
+        *lstm_gates, sentinel_gate = gates.chunk(5, dim=-1)
+        hidden, cell = self._update(*lstm_gates, cell=state[1])
+        return hidden, cell, sentinel_gate.sigmoid() * cell.tanh()
 
 
 CELLS = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell}

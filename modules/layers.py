@@ -17,6 +17,13 @@ def init_linear(layer: nn.Linear) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def init_linears(module: nn.Module) -> None:
+    """`init_linear` for all linear layers of a module that have weights."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.numel():
+            init_linear(layer)
+
+
 def sample_categorical(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Sample a category index from probabilities (..., V), which need not sum to one -> (...).
 

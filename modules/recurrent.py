@@ -8,12 +8,12 @@ vocabulary. b x c are the captions that are active at a time step.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from modules.cells import Cell
 from modules.decoders import Decoder, DecoderOutput, Layout, caption_mask, lay_out, sample_words
-from modules.layers import init_linear
+from modules.layers import init_linears
 from modules.step_decoder import Nested, map_tensors
 from utils import copy_to_device
 
@@ -72,9 +72,7 @@ class RecurrentDecoder(Decoder):
         With torch's default linear layers the attention starts, and long stays, close to uniform.
         """
         self.reset_embeddings()
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.numel():
-                init_linear(layer)
+        init_linears(self)
         for layer in self.modules():
             if isinstance(layer, Cell):
                 layer.reset_parameters()

@@ -6,8 +6,8 @@ Shapes: B images, R regions, D their width, n heads, d = D / n their width.
 import torch
 from torch import Tensor, nn
 
-from modules.layers import Dropout
-from modules.transformer_layers import feed_forward, init_linears, scaled_dot_product, sine_positions, split_heads
+from modules.layers import Dropout, init_linears
+from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
 from utils import InputError
 
 POSITIONS = ("none", "learned", "sine")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from modules.decoders import Decoder, DecoderOutput, lay_out, sample_words
-from modules.layers import Dropout
+from modules.layers import Dropout, init_linears
 from modules.step_decoder import Nested
-from modules.transformer_layers import feed_forward, init_linears, scaled_dot_product, sine_positions, split_heads
+from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
 from utils import InputError, copy_to_device
 
 
@@ -126,7 +126,7 @@ class TransformerDecoder(Decoder):
         self.output = nn.Linear(hidden_dim, vocab_size)
         self.choose_alpha()
         self.reset_embeddings()
-        init_linears(self)
+        init_linears(self)  # as in torch.nn.Transformer
 
     def choose_alpha(self, layer: int = 0, head: int = 0) -> None:
         """Choose the attention weights that are returned: layer and head from 1; 0: the last layer, the heads' mean.

@@ -9,19 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modules.layers import init_linear
-
 
 def feed_forward(width: int, ffn_dim: int) -> nn.Sequential:
     """The feed-forward network of a layer (section 3.3), with the ReLU of the paper: on a CPU GELU takes longer."""
     return nn.Sequential(nn.Linear(width, ffn_dim), nn.ReLU(inplace=True), nn.Linear(ffn_dim, width))
-
-
-def init_linears(module: nn.Module) -> None:
-    """Glorot-initialize the linear layers, as `torch.nn.Transformer` does."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            init_linear(layer)
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:

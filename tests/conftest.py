@@ -1,5 +1,6 @@
 """What the tests share: a small data set of shapes, a small trained run, and scripts run as their users run them."""
 
+import itertools
 import sys
 from dataclasses import asdict, replace
 
@@ -11,6 +12,7 @@ import modules.beam_search
 import modules.sampling
 import train
 import utils
+from datasets import collate
 from models import DECODERS, Captioner, build_captioner, decoder_settings, model_settings
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, START
@@ -47,6 +49,29 @@ def step_by_step(decoder, regions, caption):
         alphas.append(alpha[0, 0])
         previous = word
     return log_prob, torch.stack(alphas)
+
+
+def check_teacher_forcing(decoder, batch):
+    """Assert that teacher forcing computes what `step` does word by word; returns its targets."""
+    logits, targets, alpha, *_ = decoder(batch.inputs, batch.words, batch.lengths)
+    expected = 0.0
+    for b, c in itertools.product(*map(range, batch.lengths.shape)):
+        length = int(batch.lengths[b, c])
+        if length:
+            caption = batch.words[b, c, 1 : length + 1].tolist()
+            log_prob, expected_alpha = step_by_step(decoder, batch.inputs[b : b + 1], caption)
+            expected += log_prob
+            torch.testing.assert_close(alpha[:length, b, c], expected_alpha)
+        assert alpha[length:, b, c].abs().sum() == 0
+    log_probs = logits.log_softmax(1).gather(1, targets.unsqueeze(1))
+    assert log_probs.sum().item() == pytest.approx(expected, rel=1e-5)
+    return targets
+
+
+def random_batch(captions, seed=0):
+    """A Batch of random regions (B, 4, 6) with the captions given for each image."""
+    generator = torch.Generator().manual_seed(seed)
+    return collate([(i, torch.rand(4, 6, generator=generator), each) for i, each in enumerate(captions)])
 
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

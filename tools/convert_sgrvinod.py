@@ -14,13 +14,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from common.checkpoints import EmptyWeights
+from common.checkpoints import EmptyWeights, name_impossible_sizes
 from common.files import read_json, save_torch
 from common.pickled import PickledFile, PickledObject, open_pickled
 from models import CHECKPOINT_FORMAT, build_captioner, captioner_from_checkpoint, model_settings
 from text.vocabulary import SPECIAL_TOKENS
 from training.state import git_revision
-from utils import InputError, first_line, has_type, run_script
+from utils import InputError, has_type, run_script
 
 # Names of classes and functions that a checkpoint of the tutorial has, and the prefixes of torch's own.
 NAMES = {
@@ -260,11 +260,8 @@ def convert(file: PickledFile, word_map: dict[str, int]) -> dict[str, Any]:
         **read_decoder_settings(decoder, source),
     )
     options = model_settings(asdict(settings))
-    try:
-        with EmptyWeights():
-            captioner = build_captioner(len(word_map), IMAGE_SIZE, "squash", load_weights=False, **options)
-    except (InputError, RuntimeError, ValueError, TypeError) as error:  # torch has all of these for impossible sizes
-        raise InputError(f"{source}: {first_line(error)[:200]}") from None
+    with name_impossible_sizes(source), EmptyWeights():
+        captioner = build_captioner(len(word_map), IMAGE_SIZE, "squash", load_weights=False, **options)
     names = [name for name in captioner.state_dict() if name.startswith("encoder.")]
     return {
         "format": CHECKPOINT_FORMAT,

@@ -43,7 +43,7 @@ def mean_features(captioner: Captioner, dataset: CaptionDataset, runtime: Runtim
     for batch in tqdm(make_loader(dataset, batches), desc="features", unit="batch"):
         inputs = copy_to_device(batch.inputs, runtime.device)
         with runtime.autocast():
-            features = inputs if batch.is_features else captioner.encoder(inputs)
+            features = captioner.features(inputs, batch.is_features)
         order = sorted(range(len(batch.indices)), key=lambda i: batch.indices[i])
         means.append(features.float().mean(dim=1)[order])
     return torch.cat(means).cpu()

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from conftest import SOFT_LSTM, make_tiny_decoder, step_by_step
-from datasets import collate
+from conftest import SOFT_LSTM, check_teacher_forcing, make_tiny_decoder, random_batch
 from modules.adaptive import AdaptiveDecoder
 from modules.layers import Dropout
 from modules.show_attend_tell import ShowAttendTell
@@ -34,12 +33,6 @@ def tiny_decoder(request):
     return make_tiny_decoder(decoder_class, **settings)
 
 
-def random_batch(captions, seed=0):
-    """A Batch of random regions (B, 4, 6) with the captions given for each image."""
-    generator = torch.Generator().manual_seed(seed)
-    return collate([(i, torch.rand(4, 6, generator=generator), each) for i, each in enumerate(captions)])
-
-
 CAPTIONS = [
     [[START, 4, 5, 6, 4, END], [START, 6, END]],
     [[START, 5, END], [START, 4, 4, END], [START, 5, 5, 5, END]],
@@ -48,19 +41,7 @@ CAPTIONS = [
 
 
 def test_teacher_forcing_equals_stepping_word_by_word(tiny_decoder):
-    batch = random_batch(CAPTIONS)
-    logits, targets, alpha, *_ = tiny_decoder(batch.inputs, batch.words, batch.lengths)
-    log_prob = logits.log_softmax(1).gather(1, targets.unsqueeze(1)).sum().item()
-    expected = 0.0
-    for b, c in itertools.product(range(3), range(3)):
-        length = int(batch.lengths[b, c])
-        if length:
-            caption = batch.words[b, c, 1 : length + 1].tolist()
-            caption_log_prob, expected_alpha = step_by_step(tiny_decoder, batch.inputs[b : b + 1], caption)
-            expected += caption_log_prob
-            torch.testing.assert_close(alpha[:length, b, c], expected_alpha)
-        assert alpha[length:, b, c].abs().sum() == 0
-    assert log_prob == pytest.approx(expected, rel=1e-5)
+    targets = check_teacher_forcing(tiny_decoder, random_batch(CAPTIONS))
     assert len(targets) == sum(len(caption) - 1 for captions in CAPTIONS for caption in captions)
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from conftest import step_by_step
-from datasets import collate
+from conftest import check_teacher_forcing, random_batch, step_by_step
 from modules.beam_search import SearchSettings, beam_search
 from modules.sampling import SamplingSettings, sample
 from modules.step_decoder import expand
@@ -43,8 +42,7 @@ def decoder():
 @pytest.fixture
 def batch():
     """Random regions (B, 4, 6) with CAPTIONS."""
-    generator = torch.Generator().manual_seed(0)
-    return collate([(i, torch.rand(4, 6, generator=generator), each) for i, each in enumerate(CAPTIONS)])
+    return random_batch(CAPTIONS)
 
 
 def copy_to_torch(layer, torch_layer):
@@ -109,18 +107,7 @@ def test_alpha_is_that_of_torch_attention():
 
 
 def test_teacher_forcing_equals_stepping_word_by_word(decoder, batch):
-    logits, targets, alpha, *_ = decoder(batch.inputs, batch.words, batch.lengths)
-    expected = 0.0
-    for b, c in itertools.product(range(3), range(3)):
-        length = int(batch.lengths[b, c])
-        if length:
-            caption = batch.words[b, c, 1 : length + 1].tolist()
-            log_prob, expected_alpha = step_by_step(decoder, batch.inputs[b : b + 1], caption)
-            expected += log_prob
-            torch.testing.assert_close(alpha[:length, b, c], expected_alpha)
-        assert alpha[length:, b, c].abs().sum() == 0
-    log_probs = logits.log_softmax(1).gather(1, targets.unsqueeze(1))
-    assert log_probs.sum().item() == pytest.approx(expected, rel=1e-5)
+    check_teacher_forcing(decoder, batch)
 
 
 def test_every_parameter_gets_the_gradient_of_stepping_word_by_word(decoder, batch):
