@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import rank, world_size
 from preparation.storage import read_captions
-from text.vocabulary import FLIPPED_WORDS, PAD, UNK, Vocabulary
+from text.vocabulary import PAD, Vocabulary
 
 Item = tuple[int, bool]  # the index of an image in its split, and whether it is flipped horizontally
 
@@ -75,10 +75,7 @@ class CaptionDataset(Dataset):
         self.has_boxes = all("objects" in entry for entry in self.entries) and any(
             entry["objects"] for entry in self.entries
         )
-        word2idx = vocabulary.word2idx
-        self.flipped_ids = {
-            word2idx[word]: word2idx.get(opposite, UNK) for word, opposite in FLIPPED_WORDS.items() if word in word2idx
-        }
+        self.flipped_ids = vocabulary.flipped_ids
         self.feature_paths: list[Path] = []  # of the images and, where wanted, of the flipped images
         self.memory: Tensor | None = None
         self._opened: tuple[int | None, Any] = (None, None)  # process id, arrays

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modules.decoders import Decoder
 from modules.step_decoder import Nested
-from text.vocabulary import FLIPPED_WORDS, Vocabulary
+from text.vocabulary import Vocabulary
 from utils import InputError
 
 
@@ -88,8 +88,7 @@ def map_words(vocabulary: Vocabulary, member: Vocabulary, flipped: bool = False)
             f"an ensemble needs models with the same words: {len(different)} are known to only one of two models, such "
             f"as {min(different)!r}; train them on the same prepared folder"
         )
-    words = vocabulary.idx2word
-    if flipped and all(word in member.word2idx for word in FLIPPED_WORDS):
-        words = [FLIPPED_WORDS.get(word, word) for word in words]
-    ids = [member.word2idx[word] for word in words]
+    ids = [member.word2idx[word] for word in vocabulary.idx2word]
+    if flipped:
+        ids = [member.flipped_ids.get(word_id, word_id) for word_id in ids]
     return None if ids == list(range(len(ids))) else torch.tensor(ids)

@@ -43,7 +43,14 @@ def test_accumulating_gives_the_same_step(shapes):
         torch.testing.assert_close(one, gradients[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("others", [{}, {"cell": "gru", "attention": "none", "graph_layers": 1}])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"cell": "gru", "attention": "none", "graph_layers": 1},
+        {"decoder": "transformer", "encoder_layers": 1, "encoder_positions": "learned"},
+    ],
+)
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(shapes, tmp_path, others):
     """The same batches on two processes of torchrun: the same losses, scores and features."""

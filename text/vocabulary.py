@@ -23,6 +23,12 @@ class Vocabulary:
             raise InputError(f"a word map starts with {' '.join(SPECIAL_TOKENS)}, not with {' '.join(words[:4])}")
         self.idx2word = list(words)
         self.word2idx = {word: index for index, word in enumerate(self.idx2word)}
+        # What word ids become in the caption of a flipped image; a word without its opposite becomes <unk>.
+        self.flipped_ids = {
+            self.word2idx[word]: self.word_id(opposite)
+            for word, opposite in FLIPPED_WORDS.items()
+            if word in self.word2idx
+        }
 
     def __len__(self) -> int:
         return len(self.idx2word)

@@ -149,7 +149,14 @@ def test_words_are_mapped_only_where_they_must_be():
     vocabulary = Vocabulary(WORDS)
     assert map_words(vocabulary, vocabulary) is None
     one_side = Vocabulary([*SPECIAL_TOKENS, "left", "dog"])
-    assert map_words(one_side, one_side, flipped=True) is None  # there is no right to exchange
+    assert map_words(one_side, one_side, flipped=True).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        3,
+        5,
+    ]  # as in training on flipped images
     other = Vocabulary([*SPECIAL_TOKENS, "right", "left", "dog"])
     assert map_words(vocabulary, other).tolist() == [0, 1, 2, 3, 5, 6, 4]
     assert map_words(vocabulary, other, flipped=True).tolist() == [0, 1, 2, 3, 4, 6, 5]
