@@ -1,0 +1,112 @@
+"""Bugs of GPU code to try on the pretend device: what the CPU forgives and a GPU does not, or waits for."""
+
+import inspect
+import textwrap
+
+import modules.attention
+import modules.decoders
+import modules.graph
+import modules.recurrent
+import training.losses
+import training.optim
+import training.steps
+from training.state import TrainState
+
+# Description, settings of `run_on_pretend_gpu.STEPS`, and the bug:
+# where a function is looked up, its name, and two texts of its source.
+BUGS = [
+    (
+        "the graph's grid stays on the CPU",
+        "graph",
+        (modules.graph, "build_graph"),
+        ("copy_to_device(grid_neighbors(round(R**0.5)), features.device)", "grid_neighbors(round(R**0.5))"),
+    ),
+    (
+        "a mask stays on the CPU",
+        "hard attention",
+        (training.losses, "hard_attention_loss"),
+        ("copy_to_device(caption_mask(lengths), word_losses.device)", "caption_mask(lengths)"),
+    ),
+    (
+        "features stay on the CPU",
+        "soft attention",
+        (training.steps, "forward"),
+        ("copy_to_device(batch.inputs, runtime.device)", "batch.inputs"),
+    ),
+    (
+        "an index stays on the CPU",
+        "soft attention",
+        (modules.recurrent, "split_time_steps"),
+        (
+            "(copy_to_device(each, device) for each in (inputs, rows))",
+            "(copy_to_device(inputs, device), rows)",
+        ),
+    ),
+    (
+        "a new tensor has no device",
+        "no attention",
+        (modules.attention.NoAttention, "forward"),
+        ("hidden.new_full(", "torch.full("),
+    ),
+    (
+        "a number is read at each word",
+        "soft attention",
+        (modules.recurrent.RecurrentDecoder, "_run_recurrence"),
+        ("outputs.alpha.append(", "assert alpha.max().item() <= 1; outputs.alpha.append("),
+    ),
+    (
+        "the loss is read before backward",
+        "two micro-batches",
+        (training.steps, "optimize"),
+        ("losses.append(loss.detach())", "losses.append(torch.full((), loss.item(), device=loss.device))"),
+    ),
+    (
+        "captions are selected with a mask",
+        "doubly stochastic",
+        (training.steps, "captioning_loss"),
+        ("lengths.flatten().nonzero().squeeze(1)", "lengths.flatten() > 0"),
+    ),
+    (
+        "a list is an index",
+        "scheduled sampling",
+        (modules.recurrent, "sample_words"),
+        ("logits[..., word_id]", "logits[..., [word_id]]"),
+    ),
+    (
+        "a copy is not asynchronous",
+        "soft attention",
+        (training.steps, "copy_to_device"),
+        ("non_blocking=True", "non_blocking=False"),
+    ),
+    (
+        "a copy is not from page-locked memory",
+        "two micro-batches",
+        (modules.decoders, "copy_to_device"),
+        (".contiguous().pin_memory()", ".contiguous()"),
+    ),
+    (
+        "the moving average is resumed on the CPU",
+        "soft attention",
+        (training.optim.ModelEMA, "load_state_dict"),
+        ("average.data.copy_(state[name])", "self.averages[name] = state[name]"),
+    ),
+    (
+        "Adam's state is resumed on the CPU",
+        "soft attention",
+        (TrainState, "restore"),
+        (
+            'self.optimizer.load_state_dict(checkpoint["optimizer"])',
+            'self.optimizer.state.update(zip(self.optimizer.param_groups[0]["params"], '
+            'checkpoint["optimizer"]["state"].values()))',
+        ),
+    ),
+]
+
+
+def edit(function, old, new):
+    """A function with a text of its source replaced by another."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{function.__qualname__} has no single {old!r}: bring the seeded bug up to date"
+    namespace = dict(inspect.unwrap(function).__globals__)
+    exec(compile(source.replace(old, new), inspect.getfile(function), "exec"), namespace)
+    return namespace[function.__name__]
