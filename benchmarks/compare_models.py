@@ -2,8 +2,8 @@
 
 Each model is one set of settings of train.py, trained from the same seeds for the same epochs on frozen features, and
 scored on the validation images by eval.py. Finished runs are not repeated and interrupted ones are resumed, so several
-calls can share the work: each with some --variants, then one with all of them for the table. That last call times the
-training steps, one model after another; keep the machine otherwise idle then.
+calls can share the work: each with some --variants, then one with all of them for the table. That last call times
+training steps and beam search, one model after another; keep the machine otherwise idle then.
 """
 
 import json
@@ -22,6 +22,8 @@ import eval as eval_script
 import train
 from common.files import atomic_write, read_json, write_json
 from datasets import make_batches, make_loader, shuffled_indices
+from evaluation.decoding import DecodingSettings
+from evaluation.scoring import caption_dataset
 from models import load_captioner, load_checkpoint
 from preparation.storage import read_metadata
 from training.feature_cache import build_dataset
@@ -40,6 +42,7 @@ VARIANTS = {
     "soft-gru": {"cell": "gru"},
     "adaptive-lstm": {"attention": "adaptive"},
     "up_down": {"decoder": "up_down"},
+    "sgrvinod": {"decoder": "sgrvinod"},
     "show-and-tell": {"attention": "none", "image_first": True},
     "soft-lstm-graph1": {"graph_layers": 1},
     "soft-lstm-graph2": {"graph_layers": 2},
@@ -119,10 +122,20 @@ def train_and_score(name: str, seed: int, settings: Settings) -> dict[str, Any]:
 
 
 def size_and_speed(settings: train.Settings, steps: int = 20) -> dict[str, Any]:
-    """A trained model's number of parameters without the encoder's, and captions/s of its training steps."""
+    """A trained model's number of parameters without the encoder's, captions/s of training and photos/s of search.
+
+    Training steps are of cached features; each beam size decodes the validation images.
+    """
     runtime = choose_runtime(settings.device, settings.precision)
     captioner, vocabulary = load_captioner(Path(settings.run_folder) / "best.pt", runtime.device)
-    training = build_dataset(settings.data_folder, "train", vocabulary, captioner, runtime)
+    training, validation = (
+        build_dataset(settings.data_folder, split, vocabulary, captioner, runtime) for split in ("train", "val")
+    )
+    searches = []
+    for beam_size in BEAM_SIZES:
+        start = time.perf_counter()
+        caption_dataset(captioner, vocabulary, [validation], DecodingSettings(beam_size=beam_size), runtime)
+        searches.append(len(validation) / (time.perf_counter() - start))
     optimizer = make_optimizer(captioner, settings)
     captioner.train()
     items = shuffled_indices(len(training), settings.seed, epoch=0)[: (steps + 1) * settings.batch_size]
@@ -134,7 +147,11 @@ def size_and_speed(settings: train.Settings, steps: int = 20) -> dict[str, Any]:
             torch.cuda.synchronize()
         speeds.append(batch.counts()[1] / (time.perf_counter() - start))
     parameters = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
-    return {"parameters": parameters, "captions_per_second": statistics.median(speeds[1:] or speeds)}
+    return {
+        "parameters": parameters,
+        "captions_per_second": statistics.median(speeds[1:] or speeds),
+        "photos_per_second": searches,
+    }
 
 
 def mean_and_deviation(values: list[float | None], digits: int) -> str:
@@ -148,14 +165,15 @@ def mean_and_deviation(values: list[float | None], digits: int) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table, one line per model and beam size, averaged over the seeds."""
-    titles = ["model", "seeds", "parameters", "captions/s", "beam", *SCORES.values()]
+    titles = ["model", "seeds", "parameters", "captions/s", "beam", "photos/s", *SCORES.values()]
     lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
     for name in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == name]
         speed = f"{statistics.median(run['captions_per_second'] for run in runs):.0f}"
         for i, beam_size in enumerate(BEAM_SIZES):
             scores = [mean_and_deviation([run["scores"][i][score] for run in runs], 4) for score in SCORES]
-            columns = [name, len(runs), f"{runs[0]['parameters'] / 1e6:.2f} M", speed, beam_size, *scores]
+            search = f"{statistics.median(run['photos_per_second'][i] for run in runs):.0f}"
+            columns = [name, len(runs), f"{runs[0]['parameters'] / 1e6:.2f} M", speed, beam_size, search, *scores]
             lines.append("| " + " | ".join(map(str, columns)) + " |")
     return "\n".join(lines)
 

@@ -45,6 +45,7 @@ def test_models_are_compared_and_finished_runs_are_not_repeated(command, shapes,
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [(row["variant"], row["seed"]) for row in rows] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
     assert rows[0]["parameters"] > rows[2]["parameters"] > 1000
+    assert all(speed > 0 for row in rows for speed in (row["captions_per_second"], *row["photos_per_second"]))
     assert [scores["beam_size"] for scores in rows[0]["scores"]] == [1, 5]
     for unfinished in (False, True):
         if unfinished:
