@@ -12,6 +12,7 @@ from preparation.caption_formats import FORMATS, random_split, read_records
 from preparation.folder_formats import tutorial_words
 from preparation.installation import installed_folder, lock_folder, owned_files
 from preparation.json_formats import read_karpathy
+from preparation.objects import add_objects
 from preparation.preview import plot_preview
 from preparation.records import ImageRecord
 from preparation.shapes import draw_shapes
@@ -29,6 +30,7 @@ class Settings:
     captions: tuple[str, ...] = ()  # a file of any of the formats, several of COCO's, or a folder
     images: str = ""  # the folder of the photos; none where --captions is a folder
     format: Literal[FORMATS] = "auto"  # pyright: ignore[reportInvalidTypeForm]  # of the captions; auto detects it
+    objects: str = ""  # objects in the photos: a detector's results, or annotations (instances_train2014.json), of COCO
     output_folder: str = ""  # the folder to write; empty: data/<dataset>
     preview: str = ""  # a prepared folder: plot some of its photos and its words as PNG into it, and stop
 
@@ -63,8 +65,10 @@ def validate_settings(settings: Settings) -> None:
         raise InputError(f"--dataset {settings.dataset!r} is not a name: --output_folder takes a path")
     if settings.dataset != "shapes":
         validate_paths(settings)
-    elif settings.captions or settings.images:
-        raise InputError("--dataset shapes reads no files: name the data set of --captions and --images")
+    elif settings.captions or settings.images or settings.objects:
+        raise InputError(
+            "--dataset shapes reads no files: name the data set of --captions and --images, or of --objects"
+        )
 
 
 def validate_paths(settings: Settings) -> None:
@@ -144,6 +148,8 @@ def main(settings: Settings) -> None:
     output = Path(settings.output_folder or f"data/{settings.dataset}")
     require_writable(output)
     records, words = ([], None) if settings.dataset == "shapes" else read_dataset(settings)
+    if settings.objects:
+        records = add_objects(records, Path(settings.objects))
     if words is None:
         settings = choose_min_word_freq(settings, records)
     with lock_folder(output):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,6 +52,16 @@ def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
         raise InputError(f"{path}: {describe_other_file(Path(path))}") from None
     except Image.DecompressionBombError:  # Pillow's own limit is for JPEGs, which are decoded at a smaller size
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels, make it smaller") from None
+    except Exception as error:  # a damaged file raises almost anything
+        raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
+
+
+def photo_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a photo in pixels, upright, from its header. Raises InputError where it cannot be read."""
+    try:
+        with Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN]) as photo:
+            is_turned = photo.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (photo.height, photo.width) if is_turned else photo.size
     except Exception as error:  # a damaged file raises almost anything
         raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
 

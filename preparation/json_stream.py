@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,39 +12,31 @@ from common.files import read_json
 WINDOW = 2**20  # characters of a file that are read at once
 
 
-def iter_json_list(path: Path, name: str) -> Iterator[Any]:
-    """Yield the elements of the list that a JSON object has under a key, `name`.
+def iter_json_list(path: Path, name: str = "") -> Iterator[Any]:
+    """Yield the elements of the list that a JSON file is, or that its object has under a key, `name`.
 
-    Raises InputError where the file is missing or turns out to be no JSON, TypeError where it is no object or has no
-    list there, and KeyError where it has nothing there.
+    Raises InputError where the file is missing or turns out to be no JSON, TypeError where it has no list there, and
+    KeyError where it has nothing there.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            found = False
             stream = _Stream(file)
-            stream.take("{")
-            symbol = stream.take("}") if stream.peek() == "}" else ","
-            while symbol == ",":
-                key, _ = stream.value(":")
-                if not isinstance(key, str):
-                    raise ValueError
-                if stream.peek() == "[":
-                    for element in stream.elements():
-                        if key == name:
-                            yield element
-                    symbol = stream.take(",}")
-                else:
-                    _, symbol = stream.value(",}")
-                    if key == name:
-                        raise TypeError
-                found |= key == name
+            if not name and stream.peek() not in ("[", ""):
+                raise TypeError
+            found = yield from stream.list_of(name) if name else stream.elements()
             if stream.peek():
                 raise ValueError
     except (FileNotFoundError, ValueError, RecursionError):
         read_json(path)  # raises an error that says what is wrong and where
         raise TypeError from None
-    if not found:
+    if name and not found:
         raise KeyError(name)
+
+
+def is_json_list(path: Path) -> bool:
+    """Whether a JSON file is a list, by its first character."""
+    with open(path, encoding="utf-8-sig") as file:
+        return _Stream(file).peek() == "["
 
 
 class _Stream:
@@ -99,3 +91,27 @@ class _Stream:
         while symbol == ",":
             element, symbol = self.value(",]")
             yield element
+
+    def list_of(self, name: str) -> Generator[Any, None, bool]:
+        """Consume an object; yields the elements of the list under a key, and returns whether it has the key.
+
+        Raises TypeError where something else is there.
+        """
+        found = False
+        self.take("{")
+        symbol = self.take("}") if self.peek() == "}" else ","
+        while symbol == ",":
+            key, _ = self.value(":")
+            if not isinstance(key, str):
+                raise ValueError
+            if self.peek() == "[":
+                for element in self.elements():
+                    if key == name:
+                        yield element
+                symbol = self.take(",}")
+            else:
+                _, symbol = self.value(",}")
+                if key == name:
+                    raise TypeError
+            found |= key == name
+        return found

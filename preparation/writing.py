@@ -223,7 +223,7 @@ def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
     Shapes are made from settings alone.
     """
     source = asdict(settings)
-    for name in ("output_folder", "overwrite", "preview", "captions", "format"):
+    for name in ("output_folder", "overwrite", "preview", "captions", "format", "objects"):
         source.pop(name)
     if settings.dataset != "shapes":
         images = Path(settings.images or next(iter(settings.captions), "")).resolve()

@@ -34,7 +34,9 @@ real_words WeightAverage settings_from draw_captions finish_epoch pointing_score
 word_vectors freeze_word_vectors embedding_size attention_size graph_neighbours gradient_clip weight_average warm_up
 fine_tune_from skip_bad max_words
 """
-BRITISH = re.compile(r"\w*(?:colour|neighbour|grey|licence|normalis|optimis|initialis|favour|centre)\w*", re.IGNORECASE)
+BRITISH = re.compile(
+    r"\w*(?:colour|neighbour|grey(?!hound)|licence|normalis|optimis|initialis|favour|centre)\w*", re.IGNORECASE
+)
 
 
 def read(name):

@@ -44,3 +44,16 @@ def test_an_object_may_be_named_by_one_word():
     assert pointing_accuracy([entry], [["a", "dog"]], [alpha]) == 1  # either dog counts
     assert pointing_accuracy([entry], [["red", "dog"]], [alpha]) == 0  # the red one is elsewhere
     assert pointing_accuracy([entry], [["dog"]], [alpha]) == 1
+
+
+def test_nouns_name_detected_objects_of_their_category():
+    objects = [
+        {"words": ["person"], "box": [0, 0, 0.5, 0.5], "score": 0.9},
+        {"words": ["sports", "ball"], "box": [0.5, 0, 1, 0.5], "score": 0.3},
+        {"words": ["dog"], "box": [0, 0, 1, 1], "score": 0.2},  # too uncertain
+    ]
+    entries = [{"objects": objects}, {"objects": []}]
+    alpha = torch.eye(4)[[0, 0, 1, 1]]
+    captions = [["two", "men", "women", "ball"], ["a", "man", "a", "football"]]  # the detector may have missed them
+    assert pointing_accuracy(entries, captions, [alpha] * 2) == pytest.approx(2 / 3)
+    assert pointing_accuracy(entries, [["dog"], []], [alpha] * 2) == 0  # nothing to point at
