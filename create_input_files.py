@@ -83,6 +83,8 @@ def validate_paths(settings: Settings) -> None:
         )
     if settings.images and has_folder:
         raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")
+    if settings.objects and not Path(settings.objects).is_file():
+        raise InputError(f"--objects {settings.objects}: no such file{did_you_mean(settings.objects)}")
     if settings.images and not Path(settings.images).is_dir():
         raise InputError(f"--images {settings.images}: no such folder{did_you_mean(settings.images)}")
 

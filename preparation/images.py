@@ -57,10 +57,14 @@ def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
 
 
 def photo_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of a photo in pixels, upright, from its header. Raises InputError where it cannot be read."""
+    """Width and height of a photo in pixels, upright as `open_photo` reads it. Raises InputError where it is damaged.
+
+    The pixels are not decoded, but those of PNGs, whose orientation may come last.
+    """
+    Image.init()
     try:
         with Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN]) as photo:
-            is_turned = photo.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            is_turned = photo.format != "TIFF" and photo.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return (photo.height, photo.width) if is_turned else photo.size
     except Exception as error:  # a damaged file raises almost anything
         raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None

@@ -38,7 +38,8 @@ def _karpathy_record(image: Any, index: int, path: Path, images: Path) -> ImageR
     split = parse_split(image["split"], path, name)
     packed = pack_captions([caption for caption in captions if caption["words"]])
     objects = validate_objects(image["objects"], f"{path}: {name}") if "objects" in image else None
-    return ImageRecord(images / name, name, image_id, split, packed, objects)
+    has_own_id = "cocoid" in image or "imgid" in image
+    return ImageRecord(images / name, name, image_id, split, packed, objects, has_own_id=has_own_id)
 
 
 def require_words(value: Any) -> list[str]:
@@ -87,7 +88,7 @@ def read_coco_file(path: Path, images: Path, split: str) -> list[ImageRecord]:
         for image in iter_json_list(path, "images"):
             image_id, name = require_type(image["id"], (int, str)), prefix + require_type(image["file_name"], str)
             packed = pack_sentences(captions.pop(image_id, []))
-            records.append(ImageRecord(images / name, name, image_id, split, packed))
+            records.append(ImageRecord(images / name, name, image_id, split, packed, has_own_id=True))
     except KeyError as error:
         raise InputError(f"{path}: no key {error} after {name or 'its start'}, is this COCO's JSON?") from None
     except (TypeError, AttributeError):

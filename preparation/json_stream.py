@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,31 +12,29 @@ from common.files import read_json
 WINDOW = 2**20  # characters of a file that are read at once
 
 
-def iter_json_list(path: Path, name: str = "") -> Iterator[Any]:
-    """Yield the elements of the list that a JSON file is, or that its object has under a key, `name`.
+def iter_json_list(path: Path, name: str) -> Iterator[Any]:
+    """Yield the elements of the list that a JSON object has under a key, `name`; raises as `iter_json_lists`."""
+    return (element for _, element in iter_json_lists(path, [name]))
 
-    Raises InputError where the file is missing or turns out to be no JSON, TypeError where it has no list there, and
-    KeyError where it has nothing there.
+
+def iter_json_lists(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (key, element) for the elements of the lists that a JSON object has under some keys, in the file's order.
+
+    Without names the file is a list itself, and the keys are "". Raises InputError where the file is missing or turns
+    out to be no JSON, TypeError where something else is where a list should be, and KeyError where a key is missing.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
             stream = _Stream(file)
-            if not name and stream.peek() not in ("[", ""):
-                raise TypeError
-            found = yield from stream.list_of(name) if name else stream.elements()
+            found = yield from stream.lists(names) if names else stream.list()
             if stream.peek():
                 raise ValueError
     except (FileNotFoundError, ValueError, RecursionError):
         read_json(path)  # raises an error that says what is wrong and where
         raise TypeError from None
-    if name and not found:
-        raise KeyError(name)
-
-
-def is_json_list(path: Path) -> bool:
-    """Whether a JSON file is a list, by its first character."""
-    with open(path, encoding="utf-8-sig") as file:
-        return _Stream(file).peek() == "["
+    for name in names:
+        if name not in found:
+            raise KeyError(name)
 
 
 class _Stream:
@@ -92,12 +90,18 @@ class _Stream:
             element, symbol = self.value(",]")
             yield element
 
-    def list_of(self, name: str) -> Generator[Any, None, bool]:
-        """Consume an object; yields the elements of the list under a key, and returns whether it has the key.
+    def list(self) -> Iterator[tuple[str, Any]]:
+        """Consume a list; yields "" with each of its elements. Raises TypeError where something else is there."""
+        if self.peek() != "[":
+            raise TypeError
+        return (("", element) for element in self.elements())
 
-        Raises TypeError where something else is there.
+    def lists(self, names: Sequence[str]) -> Generator[tuple[str, Any], None, set[str]]:
+        """Consume an object; yields (key, element) of the lists under some keys, and returns the keys that it has.
+
+        Raises TypeError where something else than a list is under one of them.
         """
-        found = False
+        found = set()
         self.take("{")
         symbol = self.take("}") if self.peek() == "}" else ","
         while symbol == ",":
@@ -106,12 +110,12 @@ class _Stream:
                 raise ValueError
             if self.peek() == "[":
                 for element in self.elements():
-                    if key == name:
-                        yield element
+                    if key in names:
+                        yield key, element
                 symbol = self.take(",}")
             else:
                 _, symbol = self.value(",}")
-                if key == name:
+                if key in names:
                     raise TypeError
-            found |= key == name
+            found.add(key)
         return found

@@ -1,98 +1,127 @@
 """Objects in photos, from a detector's results or from COCO's annotations, given to image records.
 
-A record's objects have "words", which name them, and a "box" [left, top, right, bottom] in fractions of the photo's
-sides; those of a detector have its "score" as well.
+A record's objects have "words", which name them, a "box" [left, top, right, bottom] in fractions of the photo's sides,
+and the "score" of the detector; that of annotations is 1.
 """
 
+import codecs
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights
 from tqdm import tqdm
 
 from preparation.images import photo_size
-from preparation.json_stream import is_json_list, iter_json_list
+from preparation.json_stream import iter_json_lists
 from preparation.records import ImageRecord, require_type
 from preparation.storage import open_images
+from text.nouns import COCO_CATEGORIES
 from text.tokenizer import tokenize
 from utils import InputError
 
-
-class PixelObject(NamedTuple):
-    """An object of a photo, its box in pixels."""
-
-    image: int | str  # id or file name of the photo
-    words: list[str]  # its category
-    box: list[float]  # left, top, right, bottom
-    score: float | None  # of a detector
+MAX_OBJECTS = 100  # of a photo, those of the highest scores: what region features have at most (Anderson et al., 2018)
 
 
-class ObjectFile(NamedTuple):
-    """The objects of a file, by ids or by file names of photos, and the photos' sizes (width, height) where known."""
+class DetectedObject(NamedTuple):
+    """An object of a photo, as a file has it."""
 
-    objects: dict[int | str, list[PixelObject]]
-    sizes: dict[int | str, tuple[int, int]]
+    photo: str  # what names the photo: a file name, or its id
+    category: int | str  # a name, or an id of `ObjectFile.categories`
+    box: list[float]  # left, top, width, height in pixels
+    score: float
 
 
-def read_objects(path: Path) -> ObjectFile:
-    """Read COCO's detection results or its annotations (instances_train2014.json), recognized by their content.
+class ObjectFile:
+    """A file of objects, recognized by its content: a detector's results or annotations, as COCO has them.
 
     Results are a list of {"image_id", or "image" or "file_name", "bbox": [left, top, width, height] in pixels,
-    "category" or COCO's "category_id", "score"}. Annotations of crowds are left out. Raises InputError where the file
-    is missing or has another form.
+    "category" or COCO's "category_id", "score"}. Annotations (instances_train2014.json) have photos, categories and
+    objects in lists of their own; those of crowds are left out. `categories` and the `sizes` (width, height) of photos
+    are complete when all objects are read.
     """
-    if not path.is_file():
-        raise InputError(f"--objects {path}: no such file")
-    is_results = is_json_list(path)
-    sizes, count = {}, 0
-    objects: dict[int | str, list[PixelObject]] = {}
-    try:
-        if is_results:
-            names = dict(enumerate(FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]))
-            found = (_result(item, names) for item in iter_json_list(path))
-        else:
-            names = {
-                require_type(item["id"], int): require_type(item["name"], str)
-                for item in iter_json_list(path, "categories")
-            }
-            for image in iter_json_list(path, "images"):
-                size = (require_type(image["width"], int), require_type(image["height"], int))
-                sizes[require_type(image["id"], (int, str))] = size
-            found = _annotations(path, names)
-        for item in found:
-            objects.setdefault(item.image, []).append(item)
-            count += 1
-    except KeyError as error:
-        raise InputError(f"--objects {path}: no key {error} after {count} objects, are these COCO's?") from None
-    except (TypeError, AttributeError, IndexError):
-        raise InputError(f"--objects {path}: another form after {count} objects, are these COCO's?") from None
-    if not objects:
-        raise InputError(f"--objects {path}: holds no objects")
-    return ObjectFile(objects, sizes)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.categories: dict[int, str] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.names: dict[str, str] = {}  # of photos, by their ids
+
+    def __iter__(self) -> Iterator[DetectedObject]:
+        """Yield the objects; InputError where the file is missing or has another form."""
+        with open(self.path, "rb") as file:
+            is_results = file.read(2**10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        count = 0
+        try:
+            if is_results:
+                ids = enumerate(COCO_CATEGORIES.split(", "), start=1)
+                self.categories = {number: name for number, name in ids if name}
+            for key, item in iter_json_lists(self.path, () if is_results else ("images", "annotations", "categories")):
+                if key == "images":
+                    self._read_photo(item)
+                elif key == "categories":
+                    self.categories[require_type(item["id"], int)] = _name(item["name"])
+                elif not item.get("iscrowd"):
+                    yield _detected_object(item, has_score=is_results)
+                    count += 1
+        except KeyError as error:
+            raise InputError(
+                f"--objects {self.path}: no key {error} after {count} objects, are these COCO's?"
+            ) from None
+        except (TypeError, AttributeError, OverflowError):
+            raise InputError(f"--objects {self.path}: another form after {count} objects, are these COCO's?") from None
+
+    def _read_photo(self, item: dict[str, Any]) -> None:
+        """Take in what annotations say of a photo."""
+        key = _photo_key(item["id"])
+        if "width" in item and "height" in item:
+            width, height = item["width"], item["height"]
+            if min(require_type(width, int), require_type(height, int)) < 1:
+                raise TypeError
+            self.sizes[key] = (width, height)
+        if "file_name" in item:
+            self.names[key] = _name(item["file_name"])
+
+    def category(self, category: int | str) -> list[str]:
+        """The words of a category. Raises InputError for an id without a name."""
+        name = category if isinstance(category, str) else self.categories.get(category)
+        if name is None:
+            known = f"{min(self.categories)} to {max(self.categories)}" if self.categories else "not in the file"
+            raise InputError(
+                f"--objects {self.path}: unknown category_id {category}, those of COCO are {known} with gaps: give "
+                f'names instead, as "category"'
+            )
+        return tokenize(name) or [name]
 
 
-def _result(item: dict[str, Any], names: dict[int, str]) -> PixelObject:
-    """One result of a detector; KeyError or TypeError where it has another form."""
-    image = next((item[key] for key in ("image", "file_name") if key in item), None)
-    image = require_type(item["image_id"] if image is None else image, (int, str))
-    name = require_type(item["category"], str) if "category" in item else names[item["category_id"]]
-    return PixelObject(image, _words(name), _edges(item["bbox"]), _number(item["score"]))
+def _detected_object(item: dict[str, Any], has_score: bool) -> DetectedObject:
+    """One object of a file; KeyError or TypeError where it has another form."""
+    photo = next((item[key] for key in ("image", "file_name") if item.get(key) is not None), None)
+    if photo is None:
+        photo = item["image_id"]
+    category = _name(item["category"]) if item.get("category") is not None else require_type(item["category_id"], int)
+    box = [_number(number) for number in require_type(item["bbox"], list)]
+    if len(box) != 4:
+        raise TypeError
+    return DetectedObject(_photo_key(photo), category, box, _number(item["score"]) if has_score else 1.0)
 
 
-def _annotations(path: Path, names: dict[int, str]) -> Iterator[PixelObject]:
-    """COCO's annotations, but those of crowds; KeyError or TypeError where one has another form."""
-    for item in iter_json_list(path, "annotations"):
-        if not item.get("iscrowd"):
-            image = require_type(item["image_id"], (int, str))
-            yield PixelObject(image, _words(names[item["category_id"]]), _edges(item["bbox"]), None)
+def _photo_key(value: Any) -> str:
+    """A file name, or an id as text: 7, 7.0 and "7" are the same."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or value == "":
+        raise TypeError
+    return str(require_type(value, (int, str)))
 
 
-def _words(category: str) -> list[str]:
-    return tokenize(category) or [category]
+def _name(value: Any) -> str:
+    if not require_type(value, str).strip():
+        raise TypeError
+    return value
 
 
 def _number(value: Any) -> float:
@@ -101,36 +130,72 @@ def _number(value: Any) -> float:
     return value
 
 
-def _edges(box: Any) -> list[float]:
-    """left, top, right, bottom of a box of left, top, width, height."""
-    if len(require_type(box, list)) != 4:
-        raise TypeError
-    left, top, width, height = map(_number, box)
-    return [left, top, left + width, top + height]
+class PhotoIndex:
+    """Finds the record that a file of objects names: by its whole name, its last part, that without suffix, or its id.
+
+    A last part that several photos share finds none; neither does an id that is only counted.
+    """
+
+    def __init__(self, records: Sequence[ImageRecord]) -> None:
+        self.indices: dict[str, int] = {}
+        names = [PurePosixPath(record.name.replace("\\", "/")) for record in records]
+        for spell in (str, lambda name: name.name, lambda name: name.stem):
+            spelled = [spell(name) for name in names]
+            counts = Counter(spelled)
+            for i, name in enumerate(spelled):
+                if counts[name] == 1:
+                    self.indices.setdefault(name, i)
+        for i, record in enumerate(records):
+            if record.has_own_id:
+                self.indices.setdefault(str(record.image_id), i)
+
+    def find(self, name: str) -> int | None:
+        """The index of the record; None without one."""
+        last = PurePosixPath(name.replace("\\", "/")).name
+        return next((self.indices[key] for key in (name, last) if key in self.indices), None)
 
 
 def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]:
     """The records with the objects of a file, by descending score, clipped to their photos; prints how many.
 
-    Photos are found by their names, with or without folders, or by their ids. Raises InputError where the file has
-    no object of any of them, and as `read_objects`.
+    Raises InputError where records have objects already, where the file has none of any of their photos, and as
+    `ObjectFile`.
     """
-    found, added, counts = read_objects(path), [], Counter()
-    for record in tqdm(records, desc="objects", unit="photo"):
-        kept = objects = []
-        names = (record.name, Path(record.name).name, record.image_id)
-        for name in [name for name in names if name in found.objects][:1]:
-            size = found.sizes.get(name) or _size(record)
-            objects = [_in_fractions(item, size) for item in found.objects[name]]
-            kept = sorted((item for item in objects if item), key=lambda item: -item.get("score", 0.0))
-        counts.update(objects=len(kept), outside=len(objects) - len(kept), photos=bool(kept))
-        added.append(replace(record, objects=kept))
-    if not counts["objects"]:
+    if any(record.objects for record in records):
+        raise InputError(f"--objects {path}: the captions file has objects of its own, leave --objects out")
+    file, index, categories, counts = ObjectFile(path), PhotoIndex(records), {}, Counter()
+    by_photo: dict[str, array] = {}  # six numbers of each object: of Python's own, millions would take gigabytes
+    for item in tqdm(file, desc=f"objects of {path.name}", unit="object"):
+        number = categories.setdefault(item.category, len(categories))
+        by_photo.setdefault(item.photo, array("d")).extend([number, item.score, *item.box])
+    words = [file.category(category) for category in categories]
+    photos: dict[int, list[str]] = {}  # by the record's index
+    for photo, numbers in by_photo.items():
+        i = index.find(file.names.get(photo, photo))
+        if i is None:
+            counts["of other photos"] += len(numbers) // 6
+        else:
+            photos.setdefault(i, []).append(photo)
+    if not photos:
         raise InputError(f"--objects {path}: has no object of the {len(records)} photos, such as {records[0].name}")
+    added = []
+    for i, record in enumerate(tqdm(records, desc="boxes", unit="photo")):
+        placed = []
+        for photo in photos.get(i, []):
+            numbers = by_photo.pop(photo)
+            if size := file.sizes.get(photo) or _size(record):
+                placed += [_in_fractions(numbers[k : k + 6], words, size) for k in range(0, len(numbers), 6)]
+        inside = sorted((item for item in placed if item), key=lambda item: -item["score"])
+        kept = inside[:MAX_OBJECTS]
+        counts["outside of their photo"] += len(placed) - len(inside)
+        counts[f"beyond the best {MAX_OBJECTS} of a photo"] += len(inside) - len(kept)
+        counts["objects"] += len(kept)
+        counts["photos"] += bool(kept)
+        added.append(replace(record, objects=kept))
     without = len(records) - counts["photos"]
-    print(f"{counts['objects']} objects in {counts['photos']} photos, {without} photos have none")
-    if counts["outside"]:
-        print(f"{counts['outside']} objects lie outside of their photo and are left out")
+    print(f"{counts.pop('objects')} objects in {counts.pop('photos')} photos, {without} photos have none")
+    if left_out := [f"{count} {reason}" for reason, count in counts.items() if count]:
+        print(f"objects left out: {', '.join(left_out)}")
     return added
 
 
@@ -145,12 +210,11 @@ def _size(record: ImageRecord) -> tuple[int, int] | None:
         return None
 
 
-def _in_fractions(item: PixelObject, size: tuple[int, int] | None) -> dict[str, Any] | None:
-    """A record's object; None where it lies outside of a photo of this size, or the size is not known."""
-    if size is None:
-        return None
-    box = [round(min(1.0, max(0.0, edge / size[i % 2])), 4) for i, edge in enumerate(item.box)]
+def _in_fractions(numbers: array, words: list[list[str]], size: tuple[int, int]) -> dict[str, Any] | None:
+    """A record's object from its category, score and box in pixels; None where it lies outside of the photo."""
+    category, score, left, top, width, height = numbers
+    edges = (left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])
+    box = [round(min(1.0, max(0.0, edge)), 4) for edge in edges]
     if box[0] >= box[2] or box[1] >= box[3]:
         return None
-    score = {} if item.score is None else {"score": item.score}
-    return {"words": item.words, "box": box, **score}
+    return {"words": words[int(category)], "box": box, "score": score}

@@ -27,6 +27,7 @@ class ImageRecord:
     packed_captions: bytes  # of `pack_captions`
     objects: list[dict[str, Any]] | None = None  # [{"words": [...], "box": [left, top, right, bottom]}] where known
     row: int = -1  # index in an HDF5 file of images; -1: `path` is a photo
+    has_own_id: bool = False  # whether image_id is from the captions file; else images are counted
 
     @property
     def captions(self) -> list[dict[str, Any]]:

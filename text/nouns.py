@@ -1,57 +1,79 @@
-"""Nouns of captions for the objects that detectors find: the categories of COCO.
+"""Nouns of captions for the objects that detectors find: the categories of COCO."""
 
-A category is named by the last of its words, and by these nouns; all of them may be plural.
-"""
-
+# By their ids, from 1; those that COCO does not use are empty.
+COCO_CATEGORIES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, , "
+    "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, , "
+    "backpack, umbrella, , , handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, "
+    "baseball glove, skateboard, surfboard, tennis racket, bottle, , wine glass, cup, fork, knife, spoon, bowl, "
+    "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, "
+    "bed, , dining table, , , toilet, , tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, "
+    "toaster, sink, refrigerator, , book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+)
+# Where other nouns than the last word of the category name it, or none does: in captions "orange" is a color.
 NOUNS = {
     "person": (
-        "man woman boy girl child kid baby toddler guy lady gentleman player rider skier skateboarder snowboarder "
-        "surfer biker cyclist bicyclist motorcyclist climber hiker runner racer swimmer dancer athlete teenager adult"
+        "person man woman boy girl child kid baby toddler guy lady gentleman player rider skier skateboarder "
+        "snowboarder surfer biker cyclist bicyclist motorcyclist climber hiker runner racer swimmer dancer athlete "
+        "teenager adult"
     ),
-    "dog": "puppy greyhound",
-    "cat": "kitten",
-    "horse": "pony",
-    "cow": "bull calf",
-    "sheep": "lamb",
-    "bird": "duck goose seagull pigeon",
-    "bicycle": "bike",
-    "motorcycle": "motorbike bike",
-    "car": "suv taxi",
-    "truck": "pickup",
-    "boat": "kayak canoe raft sailboat",
-    "sports ball": "football basketball soccerball volleyball",
-    "cell phone": "cellphone",
-    "couch": "sofa",
-    "tv": "television",
-    "handbag": "bag purse",
-    "suitcase": "bag",
-    "backpack": "bag",
-    "surfboard": "board",
-    "snowboard": "board",
+    "bicycle": "bicycle bike",
+    "car": "car suv taxi",
+    "motorcycle": "motorcycle motorbike bike",
+    "airplane": "airplane plane jet",
+    "truck": "truck pickup",
+    "boat": "boat kayak canoe raft sailboat",
+    "traffic light": "",
+    "bird": "bird duck goose seagull pigeon",
+    "cat": "cat kitten",
+    "dog": "dog puppy greyhound",
+    "horse": "horse pony",
+    "sheep": "sheep lamb",
+    "cow": "cow bull calf",
+    "backpack": "backpack bag",
+    "handbag": "handbag bag purse",
+    "suitcase": "suitcase bag",
+    "skis": "ski",
+    "snowboard": "snowboard board",
+    "sports ball": "ball football basketball volleyball",
+    "skateboard": "skateboard board",
+    "surfboard": "surfboard board",
+    "wine glass": "wineglass",
+    "orange": "",
+    "hot dog": "hotdog",
+    "couch": "couch sofa",
+    "tv": "tv television",
+    "remote": "",
+    "cell phone": "phone cellphone",
+    "teddy bear": "teddy",
 }
 IRREGULAR_PLURALS = {
     "man": "men",
     "woman": "women",
-    "child": "children",
-    "baby": "babies",
-    "lady": "ladies",
     "gentleman": "gentlemen",
-    "puppy": "puppies",
-    "pony": "ponies",
-    "calf": "calves",
-    "goose": "geese",
+    "child": "children",
     "person": "people",
+    "goose": "geese",
+    "mouse": "mice",
     "sheep": "sheep",
-    "bus": "buses",
-    "bench": "benches",
-    "couch": "couches",
-    "skis": "ski",
+    "scissors": "scissors",
+    "calf": "calves",
     "knife": "knives",
-    "sandwich": "sandwiches",
 }
 
 
 def nouns_of(words: list[str]) -> set[str]:
-    """The nouns that name an object of these words, singular and plural: its last word, and those of its category."""
-    nouns = {words[-1], *NOUNS.get(" ".join(words), "").split()}
-    return nouns | {IRREGULAR_PLURALS.get(noun, f"{noun}s") for noun in nouns}
+    """The nouns that name an object of these words, singular and plural: those of its category, or its last word."""
+    singular = NOUNS.get(" ".join(words), words[-1]).split()
+    return {*singular, *map(plural, singular)}
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun."""
+    if noun in IRREGULAR_PLURALS:
+        return IRREGULAR_PLURALS[noun]
+    if noun.endswith(("s", "sh", "ch", "x")):
+        return f"{noun}es"
+    if noun.endswith("y") and noun[-2:-1] not in ("", *"aeiou"):
+        return f"{noun[:-1]}ies"
+    return f"{noun}s"

@@ -1,29 +1,46 @@
 """Objects of photos: COCO's results and annotations, given to records as fractions of their photos."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
+import h5py
+import numpy as np
 import pytest
 from PIL import Image
 
 import create_input_files
-from preparation.objects import add_objects, read_objects
+from preparation.images import open_photo, photo_size
+from preparation.objects import MAX_OBJECTS, add_objects
 from preparation.records import ImageRecord, pack_sentences
 from utils import InputError
 
 DOG = {"image": "a.jpg", "bbox": [10, 20, 30, 10], "category": "dog", "score": 0.5}
+COCO = {
+    "images": [{"id": 3, "width": 200, "height": 100}, {"id": 5, "file_name": "val/b.jpg"}],
+    "categories": [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}],
+    "annotations": [
+        {"image_id": 3, "category_id": 18, "bbox": [20, 10, 100, 50], "iscrowd": 0},
+        {"image_id": 3, "category_id": 1, "bbox": [0, 0, 200, 100], "iscrowd": 1},
+        {"image_id": 5, "category_id": 1, "bbox": [8, 4, 8, 4]},
+    ],
+}
 
 
 @pytest.fixture
 def records(tmp_path):
-    """Photos a.jpg of 100x50 pixels, turned upright 50x100, and folder/b.jpg of 80x40 with id 7."""
+    """Photos a.jpg of 100x50 pixels, turned upright 50x100, and folder/b.jpg of 80x40; their ids are 3 and 7."""
     (tmp_path / "folder").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (100, 50)).save(tmp_path / "a.jpg", exif=turned)
     Image.new("RGB", (80, 40)).save(tmp_path / "folder" / "b.jpg")
-    names = {"a.jpg": 3, "folder/b.jpg": 7}
-    captions = pack_sentences(["a dog"])
-    return [ImageRecord(tmp_path / name, name, image_id, "train", captions) for name, image_id in names.items()]
+    names, captions = {"a.jpg": 3, "folder/b.jpg": 7}, pack_sentences(["a dog"])
+    return [
+        ImageRecord(tmp_path / name, name, image_id, "train", captions, has_own_id=True)
+        for name, image_id in names.items()
+    ]
 
 
 @pytest.fixture
@@ -39,19 +56,34 @@ def write(tmp_path):
 
 
 def test_results_are_found_by_name_or_id(records, write, capsys):
-    other = {"image_id": 7, "bbox": [0, 0, 80, 20], "category_id": 1, "score": 0.25}
-    ball = {"file_name": "b.jpg", "bbox": [8, 4, 8.0, 4], "category": "sports ball", "score": 1}
-    found = add_objects(records, write([DOG, other, DOG | {"score": 0.75, "category_id": 1}]))
+    other = {"image_id": 7.0, "bbox": [0, 0, 80, 20], "category_id": 1, "category": None, "score": 0.25}
+    ball = {"image_id": "b", "bbox": [8, 4, 8.0, 4], "category": "sports ball", "score": 1}
+    unknown = DOG | {"image": "other.jpg"}
+    found = add_objects(records, write([DOG, other, DOG | {"score": 0.75, "category_id": 1}, ball, unknown]))
     assert [record.objects for record in found] == [
         [
             {"words": ["dog"], "box": [0.2, 0.2, 0.8, 0.3], "score": score} for score in (0.75, 0.5)
         ],  # the photo is turned
-        [{"words": ["person"], "box": [0, 0, 1, 0.5], "score": 0.25}],
+        [
+            {"words": ["sports", "ball"], "box": [0.1, 0.1, 0.2, 0.2], "score": 1},
+            {"words": ["person"], "box": [0, 0, 1, 0.5], "score": 0.25},
+        ],
     ]
-    assert capsys.readouterr().out == "3 objects in 2 photos, 0 photos have none\n"
-    found = add_objects(records, write([ball]))
-    assert found[0].objects == []
-    assert found[1].objects == [{"words": ["sports", "ball"], "box": [0.1, 0.1, 0.2, 0.2], "score": 1}]
+    assert capsys.readouterr().out == (
+        "4 objects in 2 photos, 0 photos have none\nobjects left out: 1 of other photos\n"
+    )
+    for name in ("a.jpg", "train2014/a.jpg", "a", "3"):
+        first, second = add_objects(records, write([DOG | {"image": name}]))
+        assert len(first.objects) == 1 and second.objects == []
+
+
+def test_neither_counted_ids_nor_shared_names_find_a_photo(records, write):
+    counted = [replace(record, has_own_id=False) for record in records]
+    with pytest.raises(InputError, match="has no object of the 2 photos"):
+        add_objects(counted, write([{"image_id": 3, "bbox": [0, 0, 9, 9], "category_id": 1, "score": 1}]))
+    same = [replace(record, name=f"{i}/a.jpg") for i, record in enumerate(records)]
+    found = add_objects(same, write([DOG, DOG | {"image": "1/a.jpg"}]))
+    assert [len(record.objects) for record in found] == [0, 1]
 
 
 def test_boxes_are_clipped_and_those_outside_left_out(records, write, capsys):
@@ -59,59 +91,110 @@ def test_boxes_are_clipped_and_those_outside_left_out(records, write, capsys):
     found = add_objects(records, write([DOG | {"bbox": box} for box in boxes]))
     assert [item["box"] for item in found[0].objects] == [[0, 0, 0.2, 0.2], [0.8, 0.9, 1, 1]]
     assert capsys.readouterr().out == (
-        "2 objects in 1 photos, 1 photos have none\n2 objects lie outside of their photo and are left out\n"
+        "2 objects in 1 photos, 1 photos have none\nobjects left out: 2 outside of their photo\n"
     )
 
 
-def test_annotations_have_true_boxes_and_sizes_of_their_own(records, write):
-    content = {
-        "images": [{"id": 3, "width": 200, "height": 100, "file_name": "a.jpg"}],
-        "categories": [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}],
-        "annotations": [
-            {"image_id": 3, "category_id": 18, "bbox": [20, 10, 100, 50], "iscrowd": 0},
-            {"image_id": 3, "category_id": 1, "bbox": [0, 0, 200, 100], "iscrowd": 1},
-        ],
-    }
-    found = add_objects(records, write(content))
-    assert [record.objects for record in found] == [[{"words": ["dog"], "box": [0.1, 0.1, 0.6, 0.6]}], []]
+def test_the_best_objects_of_a_photo_are_kept(records, write, capsys):
+    found = add_objects(records, write([DOG | {"score": i / 200} for i in range(MAX_OBJECTS + 3)]))
+    assert [item["score"] for item in found[0].objects] == [i / 200 for i in range(MAX_OBJECTS + 2, 2, -1)]
+    assert "objects left out: 3 beyond the best 100 of a photo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", [("images", "annotations", "categories"), ("annotations", "categories", "images")])
+def test_annotations_name_their_photos_sizes_and_categories(records, write, order):
+    found = add_objects(records, write({name: COCO[name] for name in order}))
+    assert [record.objects for record in found] == [
+        [{"words": ["dog"], "box": [0.1, 0.1, 0.6, 0.6], "score": 1}],  # the size is that of the file
+        [{"words": ["person"], "box": [0.1, 0.1, 0.2, 0.2], "score": 1}],
+    ]
+
+
+def test_images_of_an_hdf5_file_have_objects(tmp_path, records, write):
+    with h5py.File(tmp_path / "images.hdf5", "w") as file:
+        file["images"] = np.zeros((2, 3, 20, 40), np.uint8)
+    row = replace(records[0], path=tmp_path / "images.hdf5", row=1)
+    box = DOG | {"bbox": [10, 5, 10, 10]}
+    assert add_objects([row], write([box]))[0].objects[0]["box"] == [0.25, 0.25, 0.5, 0.75]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "holds no objects"),
-        ([DOG, {"image": "a.jpg"}], "no key 'category_id' after 1 objects, are these COCO's?"),
+        ([], "has no object of the 2 photos, such as a.jpg"),
         ([DOG | {"image": "other.jpg"}], "has no object of the 2 photos, such as a.jpg"),
-        ([DOG | {"bbox": [1, 2, 3]}], "another form after 0 objects"),
+        ([DOG, {"image": "a.jpg"}], "no key 'category_id' after 1 objects, are these COCO's?"),
+        ([{"bbox": [1, 2, 3, 4]}], "no key 'image_id' after 0 objects, are these COCO's?"),
+        ([DOG | {"bbox": [1, 2, 3]}], "another form after 0 objects, are these COCO's?"),
         ([DOG | {"bbox": [1, 2, 3, float("nan")]}], "another form after 0 objects"),
+        ([DOG | {"bbox": [1, 2, 3, 10**400]}], "another form after 0 objects"),
         ([DOG | {"score": "high"}], "another form after 0 objects"),
-        ([{"image_id": 3, "bbox": [0, 0, 1, 1], "category_id": 99, "score": 1}], "no key 99"),
-        ({"annotations": []}, "no key 'categories'"),
-        ({"categories": 1}, "another form after 0 objects"),
+        ([DOG | {"category": " "}], "another form after 0 objects"),
+        ([DOG | {"image": ""}], "another form after 0 objects"),
+        (
+            [{"image_id": 3, "bbox": [0, 0, 1, 1], "category_id": 12, "score": 1}],
+            "unknown category_id 12, those of COCO",
+        ),
+        ([{"image_id": 3, "bbox": [0, 0, 1, 1], "category_id": 0, "score": 1}], "unknown category_id 0"),
+        ({"annotations": []}, "no key 'images'"),
+        (COCO | {"categories": 1}, "another form after 0 objects"),
+        (COCO | {"images": [{"id": 3, "width": 0, "height": 5}]}, "another form after 0 objects"),
         (["dog"], "another form after 0 objects"),
+        ("dog", "another form after 0 objects"),
     ],
 )
 def test_other_files_are_refused_in_one_line(records, write, content, message):
-    with pytest.raises(InputError, match=r"^--objects .*objects\.json") as error:
+    with pytest.raises(InputError) as error:
         add_objects(records, write(content))
-    assert message in str(error.value)
+    assert str(error.value).startswith("--objects ") and message in str(error.value)
 
 
-def test_a_missing_file_and_shapes_with_objects_are_refused(tmp_path, command):
-    with pytest.raises(InputError, match="no such file"):
-        read_objects(tmp_path / "none.json")
+def test_files_that_are_no_json_are_refused(records, tmp_path):
+    for content in (b"", b"\x80\x04\x95", '["\u00e9"]'.encode("utf-16"), b'[{"image": 1'):
+        (tmp_path / "objects.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"objects\.json"):
+            add_objects(records, tmp_path / "objects.json")
+
+
+def test_captions_with_objects_of_their_own_take_no_others(records, write):
+    own = [replace(records[0], objects=[{"words": ["cat"], "box": [0, 0, 1, 1]}]), records[1]]
+    with pytest.raises(InputError, match="has objects of its own, leave --objects out"):
+        add_objects(own, write([DOG]))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 8, 9])
+def test_the_size_of_a_photo_is_that_of_its_upright_pixels(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 20)).save(tmp_path / f"photo.{suffix}", exif=exif)
+    assert photo_size(tmp_path / f"photo.{suffix}") == open_photo(tmp_path / f"photo.{suffix}").size
+
+
+def test_wrong_settings_are_named_before_all_work(tmp_path, command):
     status, _, err = command(create_input_files, "--objects", "none.json")
     assert status == 2 and "--dataset shapes reads no files" in err
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,a dog\n")
+    (tmp_path / "objects.json").touch()
+    files = ("--captions", tmp_path / "captions.csv", "--images", tmp_path, "--objects", tmp_path / "object.json")
+    status, _, err = command(create_input_files, "--dataset", "mine", *files)
+    assert status == 2 and f"object.json: no such file, did you mean {tmp_path / 'objects.json'}?" in err
 
 
 def test_a_prepared_folder_holds_the_objects(tmp_path, records, write, command):
     (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,a dog,train\nfolder/b.jpg,a cat,val\n")
     arguments = ["--dataset", "mine", "--captions", tmp_path / "captions.csv", "--images", tmp_path, "--image_size", 32]
-    arguments += ["--resize", "pad", "--output_folder", tmp_path / "data"]
-    status, out, err = command(create_input_files, *arguments, "--objects", write([DOG]))
-    assert status == 0 and "1 objects in 1 photos" in out, err
+    arguments += ["--resize", "pad", "--output_folder", tmp_path / "data", "--objects", write([DOG])]
+    script = [
+        sys.executable,
+        create_input_files.__file__,
+        *map(str, arguments),
+    ]  # a process that has opened no photo yet
+    result = subprocess.run(script, capture_output=True, text=True)
+    assert result.returncode == 0 and "1 objects in 1 photos" in result.stdout, result.stderr
     entry = json.loads((tmp_path / "data" / "train_captions.json").read_text())[0]
     assert entry["objects"] == [{"words": ["dog"], "box": [0.35, 0.2, 0.65, 0.3], "score": 0.5}]
     assert json.loads((tmp_path / "data" / "val_captions.json").read_text())[0]["objects"] == []
-    status, _, err = command(create_input_files, *arguments, "--objects", write([DOG | {"score": 0.6}]))
+    write([DOG | {"score": 0.6}])
+    status, _, err = command(create_input_files, *arguments)
     assert status == 2 and "was made with other settings" in err
