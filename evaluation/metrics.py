@@ -29,6 +29,8 @@ TITLES = {
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
     "pointing": "pointing",
+    "correctness": "correctness",
+    "entropy": "entropy",
     "images_per_second": "images/s",
 }
 FORMATS = {  # all others have four digits

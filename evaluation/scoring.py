@@ -14,7 +14,7 @@ from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble
 from evaluation.generation import ImageCaption, caption_images
 from evaluation.metrics import compute_metrics
-from evaluation.pointing import pointing_accuracy
+from evaluation.pointing import attention_metrics
 from models import Captioner
 from text.vocabulary import Vocabulary
 from utils import Runtime
@@ -72,7 +72,7 @@ def evaluate(
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """Caption a split, as `caption_dataset` does, and score the captions.
 
-    Returns a row of scores, with pointing accuracy where the split has boxes and the decoder has attention, and the
+    Returns a row of scores, with `attention_metrics` where the split has boxes and the decoder has attention, and the
     captions as lists of words. With a `consensus`, a row of the captions without it comes first.
     """
     start = time.perf_counter()
@@ -89,5 +89,5 @@ def evaluate(
     row |= compute_metrics(references, captions, meteor)
     row["images_per_second"] = len(images) / seconds
     if datasets[0].has_boxes and captioner.decoder.has_attention:
-        row["pointing"] = pointing_accuracy(datasets[0].entries, captions, [image.alpha for image in images])
+        row |= attention_metrics(datasets[0].entries, captions, [image.alpha for image in images])
     return [*rows, row], captions

@@ -1,9 +1,16 @@
-"""Pointing accuracy on scenes with known boxes."""
+"""Where the attention is, on scenes with known boxes."""
+
+import math
 
 import pytest
 import torch
 
-from evaluation.pointing import pointing_accuracy
+from evaluation.pointing import attention_metrics
+
+
+def pointing_accuracy(entries, captions, alphas):
+    return attention_metrics(entries, captions, alphas)["pointing"]
+
 
 ENTRY = {
     "objects": [
@@ -57,3 +64,17 @@ def test_nouns_name_detected_objects_of_their_category():
     captions = [["two", "men", "women", "ball"], ["a", "man", "a", "football"]]  # the detector may have missed them
     assert pointing_accuracy(entries, captions, [alpha] * 2) == pytest.approx(2 / 3)
     assert pointing_accuracy(entries, [["dog"], []], [alpha] * 2) == 0  # nothing to point at
+
+
+def test_correctness_is_the_weight_inside_the_boxes_and_entropy_that_of_the_weights():
+    entry = {"objects": [{"words": ["dog"], "box": [0, 0, 0.5, 0.5]}, {"words": ["dog"], "box": [0, 0, 1, 0.4]}]}
+    alpha = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25] * 4, [0, 0, 1, 0], [1, 0, 0, 0]])
+    metrics = attention_metrics([entry], [["dog", "dogs", "dog", "cat"]], [alpha])
+    assert metrics == pytest.approx(
+        {
+            "pointing": 1 / 3,  # the first maximum of uniform weights is inside
+            "correctness": (0.3 + 0.5 + 0) / 3,  # two boxes of the upper row: a region counts once
+            "entropy": (-sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4)) + math.log(4)) / 3,
+        }
+    )
+    assert attention_metrics([entry], [["cat"]], [alpha]) == {"pointing": 0, "correctness": 0, "entropy": 0}
