@@ -1,4 +1,4 @@
-"""Pictures of a prepared folder, to check it before training: photos with captions, caption lengths, frequencies."""
+"""Pictures of a prepared folder, to check it before training: photos with captions and boxes, lengths, frequencies."""
 
 import textwrap
 from pathlib import Path
@@ -8,11 +8,13 @@ import h5py
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from common.files import require_writable, save_figure
 from preparation.storage import SPLITS, PackedCaptions, read_captions, read_metadata
 
 COLUMNS, ROWS = 6, 4
+MAX_BOXES = 8  # drawn into a photo, of the highest scores: more would hide it
 
 
 def plot_preview(data_folder: str | Path) -> list[Path]:
@@ -24,10 +26,10 @@ def plot_preview(data_folder: str | Path) -> list[Path]:
     metadata = read_metadata(folder)
     require_writable(folder)
     filled = [split for split in SPLITS if metadata["splits"][split]["images"]]
-    captions = {split: read_captions(folder, split, metadata)[1] for split in filled}
+    contents = {split: read_captions(folder, split, metadata) for split in filled}
     figures = {
-        folder / "contact_sheet.png": plot_photos(folder, filled[0], captions[filled[0]]),
-        folder / "words.png": plot_words(captions),
+        folder / "contact_sheet.png": plot_photos(folder, filled[0], *contents[filled[0]]),
+        folder / "words.png": plot_words({split: captions for split, (_, captions) in contents.items()}),
     }
     missing_glyphs = [save_figure(figure, path) for path, figure in figures.items()]
     if any(missing_glyphs):
@@ -35,8 +37,8 @@ def plot_preview(data_folder: str | Path) -> list[Path]:
     return list(figures)
 
 
-def plot_photos(folder: Path, split: str, captions: PackedCaptions) -> Figure:
-    """A figure of images evenly spaced over a split, each with its first two captions."""
+def plot_photos(folder: Path, split: str, entries: list[dict[str, Any]], captions: PackedCaptions) -> Figure:
+    """A figure of images evenly spaced over a split, each with its first two captions and the boxes of its objects."""
     count = min(COLUMNS * ROWS, len(captions))
     indices = [i * len(captions) // count for i in range(count)]
     rows = -(-count // COLUMNS)
@@ -46,12 +48,25 @@ def plot_photos(folder: Path, split: str, captions: PackedCaptions) -> Figure:
         images: Any = file["images"]
         for tile, index in zip(tiles, indices, strict=False):
             tile.imshow(images[index].transpose(1, 2, 0))
+            _plot_boxes(tile, entries[index].get("objects", [])[:MAX_BOXES], images.shape[-1])
             texts = [" ".join(captions.idx2word[word_id] for word_id in caption) for caption in captions[index][:2]]
             wrapped = ["\n".join(textwrap.wrap(text, 34, max_lines=3, placeholder=" ...")) for text in texts]
             tile.set_xlabel("\n\n".join(wrapped), fontsize=8, parse_math=False)
     for tile in tiles:
         tile.set(xticks=[], yticks=[], frame_on=False)
     return figure
+
+
+def _plot_boxes(tile: Axes, objects: list[dict[str, Any]], size: int) -> None:
+    """Draw the boxes of objects, each with its words, into an image of this size."""
+    for i, item in enumerate(objects):
+        left, top, right, bottom = (edge * size - 0.5 for edge in item["box"])
+        color = f"C{i}"
+        tile.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.2))
+        label = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
+        tile.text(
+            left, top, " ".join(item["words"]), color="white", fontsize=5, va="top", bbox=label, parse_math=False
+        ).set_clip_on(True)
 
 
 def plot_words(captions: dict[str, PackedCaptions]) -> Figure:

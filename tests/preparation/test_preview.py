@@ -1,9 +1,12 @@
 """The preview of a prepared folder."""
 
 import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
 import create_input_files
+from preparation import preview
 
 
 def test_preview_plots_photos_and_words(command, shapes):
@@ -19,3 +22,21 @@ def test_a_missing_folder_is_named(command):
     status, _, err = command(create_input_files, "--preview", "nowhere")
     assert status == 2
     assert err.endswith("no data folder nowhere: run create_input_files.py --output_folder nowhere first\n")
+
+
+def test_boxes_lie_where_the_objects_are(shapes, monkeypatch):
+    figures = []
+    monkeypatch.setattr(preview, "save_figure", lambda figure, path: figures.append(figure))
+    preview.plot_preview(shapes)
+    figure: Figure = figures[0]
+    figure.set_dpi(100)
+    tile = figure.axes[0]
+    patch, text = tile.patches[0], tile.texts[0]
+    entry = preview.read_captions(shapes, "train")[0][0]["objects"][0]
+    left, top, right, bottom = (32 * edge - 0.5 for edge in entry["box"])
+    assert np.allclose(patch.get_bbox().extents, (left, top, right, bottom)) and text.get_text() == " ".join(
+        entry["words"]
+    )
+    color = np.array(to_rgb(entry["words"][1]))
+    x, y = round((left + right) / 2), round((top + bottom) / 2)
+    assert np.abs(tile.images[0].get_array()[y, x] / 255 - color).max() < 0.4  # the shape lies in its box
