@@ -25,6 +25,7 @@ from text.cider import CiderD
 from utils import InputError, Runtime
 
 INDEX_FORMAT = 1
+SIMILARITY_POWER = 4  # in the weights of similar photos' captions; 2 scored lower on Flickr8k's validation photos
 CAPTION_ARRAYS = ("word_ids", "caption_offsets", "image_offsets")
 TENSORS = {  # of the file, with dtype and number of dimensions
     "center": (torch.float32, 1),
@@ -165,7 +166,7 @@ class Consensus:
         index: photos with captions.
         captioner: whose captions are re-ranked; of an ensemble, one encoder is the index's.
         weight: of the mean CIDEr-D (0 to 10) beside the length-normalized log-probability.
-        similar_photos: how many vote, k; each counts by its squared similarity.
+        similar_photos: how many vote, k; each counts by its similarity to the power of `SIMILARITY_POWER`.
         device: where the similarities are computed.
 
     Raises InputError where the index was made with another encoder.
@@ -200,7 +201,7 @@ class Consensus:
     def rerank(self, candidates: list[list[Candidate]], features: Nested) -> list[list[Candidate]]:
         """The candidates of B images, each image's best first: features (B, R, F), or a tuple of each encoder's."""
         cosines, indices = self.similar(features if isinstance(features, Tensor) else features[self.source])
-        images = zip(candidates, cosines.square().tolist(), indices.tolist(), strict=True)
+        images = zip(candidates, cosines.pow(SIMILARITY_POWER).tolist(), indices.tolist(), strict=True)
         return [self._rerank_image(*image) for image in images]
 
     def _rerank_image(self, candidates: list[Candidate], weights: list[float], indices: list[int]) -> list[Candidate]:

@@ -52,21 +52,21 @@ def by_formula(query, weight, similar_photos):
     nearest = sorted(range(len(MEANS)), key=lambda i: -cosines[i])[:similar_photos]
     cider, scores = CiderD(CAPTIONS), []
     for words, _, score in CANDIDATES:
-        total = sum(cosines[i] ** 2 * cider(CAPTIONS[i], [words])[0] for i in nearest)
-        consensus = total / sum(cosines[i] ** 2 for i in nearest)
+        total = sum(cosines[i] ** 4 * cider(CAPTIONS[i], [words])[0] for i in nearest)
+        consensus = total / sum(cosines[i] ** 4 for i in nearest)
         scores.append(score + weight * consensus)
     return scores
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 2.0])
 def test_candidates_are_ranked_by_the_formula(index, weight):
-    regions = torch.tensor([[[0.5, 0.4, 0], [1.5, 0, 0.2]], [[-1.0, 0.4, 0], [-1.0, 0.4, 0]]])  # (B, R, F)
-    found = consensus(index, weight, 3).rerank([CANDIDATES] * 2, regions)
+    regions = torch.tensor([[[0.5, 0.4, 0], [1.5, 0, 0.2]], [[-1.0, 0.4, 0], [-1.0, 0.4, 0]], [[0, 1.9, -0.2]] * 2])
+    found = consensus(index, weight, 3).rerank([CANDIDATES] * 3, regions)
     for b, ranked in enumerate(found):
         scores = by_formula(regions[b].mean(dim=0), weight, 3)
         assert ranked == [CANDIDATES[i] for i in np.argsort([-score for score in scores])]
     if weight == 2:
-        assert [ranked[0] for ranked in found] == [CANDIDATES[1], CANDIDATES[0]]  # a dog is no man
+        assert [ranked[0] for ranked in found[:2]] == [CANDIDATES[1], CANDIDATES[0]]  # a dog is no man
 
 
 def test_photos_of_no_similarity_change_nothing(index):
