@@ -27,9 +27,8 @@ def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
     Raises InputError where the photo is missing, damaged, too large or of another format.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is another
-    Image.init()
     try:
-        with Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN]) as photo:
+        with _open_file(path) as photo:
             if min_side:
                 photo.draft(None, (min_side, min_side))
             if photo.width * photo.height > MAX_PIXELS:
@@ -56,14 +55,19 @@ def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
         raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
 
 
+def _open_file(path: str | Path) -> Image.Image:
+    """Open a photo of PHOTO_FORMATS without decoding it; raises what Pillow does."""
+    Image.init()  # or no format is registered yet
+    return Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN])
+
+
 def photo_size(path: str | Path) -> tuple[int, int]:
     """Width and height of a photo in pixels, upright as `open_photo` reads it. Raises InputError where it is damaged.
 
     The pixels are not decoded, but those of PNGs, whose orientation may come last.
     """
-    Image.init()
     try:
-        with Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN]) as photo:
+        with _open_file(path) as photo:
             is_turned = photo.format != "TIFF" and photo.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return (photo.height, photo.width) if is_turned else photo.size
     except Exception as error:  # a damaged file raises almost anything

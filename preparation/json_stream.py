@@ -26,7 +26,7 @@ def iter_json_lists(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Any
     try:
         with open(path, encoding="utf-8-sig") as file:
             stream = _Stream(file)
-            found = yield from stream.lists(names) if names else stream.list()
+            found = yield from stream.lists(names) if names else (("", element) for element in stream.elements())
             if stream.peek():
                 raise ValueError
     except (FileNotFoundError, ValueError, RecursionError):
@@ -89,12 +89,6 @@ class _Stream:
         while symbol == ",":
             element, symbol = self.value(",]")
             yield element
-
-    def list(self) -> Iterator[tuple[str, Any]]:
-        """Consume a list; yields "" with each of its elements. Raises TypeError where something else is there."""
-        if self.peek() != "[":
-            raise TypeError
-        return (("", element) for element in self.elements())
 
     def lists(self, names: Sequence[str]) -> Generator[tuple[str, Any], None, set[str]]:
         """Consume an object; yields (key, element) of the lists under some keys, and returns the keys that it has.
