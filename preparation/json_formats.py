@@ -48,7 +48,7 @@ def require_words(value: Any) -> list[str]:
 
 
 def validate_objects(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return a list of objects with words and box unchanged; TypeError or KeyError for anything else.
+    """Return a list of objects with words, box and perhaps score unchanged; TypeError or KeyError for anything else.
 
     Raises InputError, which names where they are, for boxes in pixels; a detector's may overshoot the photo a little.
     """
@@ -56,6 +56,7 @@ def validate_objects(value: Any, where: str) -> list[dict[str, Any]]:
         box = item["box"]
         if not require_words(item["words"]) or len(box) != 4:
             raise TypeError
+        require_type(item.get("score", 1.0), (int, float))
         if not all(-1 <= require_type(edge, (int, float)) <= 2 for edge in box):
             raise InputError(f"{where}: a box is left, top, right, bottom in fractions of the photo's sides, not {box}")
     return value

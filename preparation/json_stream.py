@@ -26,7 +26,11 @@ def iter_json_lists(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Any
     try:
         with open(path, encoding="utf-8-sig") as file:
             stream = _Stream(file)
-            found = yield from stream.lists(names) if names else (("", element) for element in stream.elements())
+            found: set[str] = set()
+            if names:
+                found = yield from stream.lists(names)
+            else:
+                yield from (("", element) for element in stream.elements())
             if stream.peek():
                 raise ValueError
     except (FileNotFoundError, ValueError, RecursionError):

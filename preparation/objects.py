@@ -131,23 +131,20 @@ def _number(value: Any) -> float:
 
 
 class PhotoIndex:
-    """Finds the record that a file of objects names: by its whole name, its last part, that without suffix, or its id.
+    """Finds the record that a file of objects names: by its whole name, its last part, its id, or the name's stem.
 
-    A last part that several photos share finds none; neither does an id that is only counted.
+    A last part or stem that several photos share finds none; neither does an id that is only counted.
     """
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:
         self.indices: dict[str, int] = {}
         names = [PurePosixPath(record.name.replace("\\", "/")) for record in records]
-        for spell in (str, lambda name: name.name, lambda name: name.stem):
-            spelled = [spell(name) for name in names]
-            counts = Counter(spelled)
-            for i, name in enumerate(spelled):
-                if counts[name] == 1:
-                    self.indices.setdefault(name, i)
-        for i, record in enumerate(records):
-            if record.has_own_id:
-                self.indices.setdefault(str(record.image_id), i)
+        ids = [str(record.image_id) if record.has_own_id else "" for record in records]
+        for keys in ([*map(str, names)], [name.name for name in names], ids, [name.stem for name in names]):
+            counts = Counter(keys)
+            for i, key in enumerate(keys):
+                if key and counts[key] == 1:
+                    self.indices.setdefault(key, i)
 
     def find(self, name: str) -> int | None:
         """The index of the record; None without one."""

@@ -25,7 +25,7 @@ class ImageRecord:
     image_id: int | str
     split: str  # empty where the captions have no splits
     packed_captions: bytes  # of `pack_captions`
-    objects: list[dict[str, Any]] | None = None  # [{"words": [...], "box": [left, top, right, bottom]}] where known
+    objects: list[dict[str, Any]] | None = None  # [{"words", "box": [left, top, right, bottom], "score"?}] where known
     row: int = -1  # index in an HDF5 file of images; -1: `path` is a photo
     has_own_id: bool = False  # whether image_id is from the captions file; else images are counted
 

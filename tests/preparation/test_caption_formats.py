@@ -290,6 +290,11 @@ def test_few_images_are_split_too(count, sizes):
         ('{"images": [{"filename": "\\ud800", "split": "val", "sentences": []}]}', "surrogates not allowed"),
         ('{"images": [{"filename": "a.jpg", "split": "val", "sentences": [], "objects": [3]}]}', "another form"),
         (
+            '{"images": [{"filename": "a.jpg", "split": "val", "sentences": [], '
+            '"objects": [{"words": ["dog"], "box": [0, 0, 1, 1], "score": "high"}]}]}',
+            "another form",
+        ),
+        (
             '{"images": [], "annotations": [{"image_id": 1, "caption": "a"}, {"image_id": "x", "caption": ""}]}',
             "2 images have captions only, such as image_id 1",
         ),

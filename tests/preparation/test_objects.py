@@ -77,6 +77,14 @@ def test_results_are_found_by_name_or_id(records, write, capsys):
         assert len(first.objects) == 1 and second.objects == []
 
 
+def test_ids_come_before_names_that_look_like_them(records, write):
+    swapped = [
+        replace(record, name=f"{other.image_id}.jpg") for record, other in zip(records, records[::-1], strict=True)
+    ]
+    first, second = add_objects(swapped, write([DOG | {"image": None, "image_id": swapped[0].image_id}]))
+    assert len(first.objects) == 1 and second.objects == []
+
+
 def test_neither_counted_ids_nor_shared_names_find_a_photo(records, write):
     counted = [replace(record, has_own_id=False) for record in records]
     with pytest.raises(InputError, match="has no object of the 2 photos"):
