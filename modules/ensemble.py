@@ -40,6 +40,11 @@ class EnsembleDecoder:
         """As `modules.decoders.Decoder.choose_alpha`, of the first member."""
         self.members[0].choose_alpha(layer, head)
 
+    def split(self, regions: tuple[Tensor, ...]) -> list[tuple["EnsembleDecoder", tuple[Tensor, ...]]]:
+        """Each member as an ensemble of one, with its regions: regions, a tuple of (B, R, D)."""
+        parts = zip(self.members, self.word_maps, regions, strict=True)
+        return [(EnsembleDecoder([member], [word_map]), (r,)) for member, word_map, r in parts]
+
     def keys(self, regions: tuple[Tensor, ...]) -> Nested:
         """The members' keys: regions, a tuple of (B, R, D) -> tuple of tensors (B, ...)."""
         return tuple(member.keys(r) for member, r in zip(self.members, regions, strict=True))
