@@ -1,23 +1,25 @@
 """Caption photos and plot the attention at each word: python caption.py photo.jpg --checkpoint best.pt"""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import require_writable
+from common.files import did_you_mean, require_writable
 from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.generation import ImageCaption, caption_images
-from evaluation.photos import collect_photos, load_photos
-from evaluation.pictures import open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
+from evaluation.photos import collect_photos, find_objects, load_photos, pad_boxes
+from evaluation.pictures import Regions, open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
 from models import Captioner
 from modules.graph import edge_attribution
 from text.vocabulary import Vocabulary
@@ -31,6 +33,7 @@ class Settings:
     # group: paths
     photos: tuple[str, ...]  # image files, folders of them, or - for names on standard input
     checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
+    objects: str = ""  # objects in the photos, a detector's results as COCO has them, for models that look at objects
     output_folder: str = "captions"  # folder of the pictures, each named after its photo
 
     # group: beam search
@@ -110,13 +113,39 @@ def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str
     return json.dumps({"file": file} | rows[0] | ({"n_best": rows} if settings.n_best > 1 else {}))
 
 
+def objects_of_photos(
+    settings: Settings, captioner: Captioner | Ensemble, photos: Sequence[str]
+) -> list[list[dict[str, Any]]]:
+    """The objects of each photo, none where the model looks at none. Raises InputError where --objects does not fit."""
+    if captioner.uses_objects and not settings.objects:
+        raise InputError(
+            f"{' '.join(settings.checkpoint)} looks at objects: give those that a detector found in the photos as "
+            f"--objects FILE"
+        )
+    if settings.objects and not captioner.uses_objects:
+        raise InputError(f"--objects {settings.objects}: the model looks at a grid only, leave it out")
+    if not settings.objects:
+        return [[] for _ in photos]
+    if not os.path.isfile(settings.objects):
+        raise InputError(f"--objects {settings.objects}: no such file{did_you_mean(settings.objects)}")
+    with contextlib.redirect_stdout(sys.stderr):  # JSON has standard output to itself
+        return find_objects(photos, settings.objects, captioner.image_size, captioner.resize)
+
+
 def plot_pictures(
-    photo: str, caption: ImageCaption, captioner: Captioner | Ensemble, graph_word: str
+    photo: str,
+    caption: ImageCaption,
+    captioner: Captioner | Ensemble,
+    graph_word: str,
+    objects: Sequence[dict[str, Any]],
 ) -> dict[str, Figure]:
-    """The pictures of a photo by their kind: attention and, where the caption has the graph word, edges."""
+    """The pictures of a photo with its objects by their kind: attention and, where it has the graph word, edges."""
     picture_photo = open_for_picture(photo, captioner.resize)
     words = caption.words if captioner.decoder.has_attention else []
-    figures = {"attention": plot_attention(picture_photo, words, caption.alpha.numpy(), caption.gates)}
+    regions = None
+    if captioner.region_source.uses_objects:
+        regions = Regions(caption.boxes.numpy(), [" ".join(item["words"]) for item in objects])
+    figures = {"attention": plot_attention(picture_photo, words, caption.alpha.numpy(), caption.gates, regions)}
     if graph_word in caption.words and caption.neighbors is not None:
         alpha = caption.alpha[caption.words.index(graph_word)]
         edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
@@ -142,6 +171,7 @@ def main(settings: Settings) -> None:
     captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:
         validate_graph_word(settings, captioner, vocabulary)
+    objects = objects_of_photos(settings, captioner, photos)
     kinds = ["attention", "edges"] if settings.graph_word else ["attention"]
     paths = picture_paths(photos, settings.output_folder, kinds if settings.pictures else [])
     notes = sys.stderr if settings.json else sys.stdout
@@ -149,12 +179,14 @@ def main(settings: Settings) -> None:
     missing_glyphs: set[str] = set()
     progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
     for indices, images in load_photos(photos, decoding.batch_size, captioner.image_size, captioner.resize, broken):
-        captions = caption_images(
-            captioner, vocabulary, images, decoding, runtime, with_attention=settings.pictures, consensus=consensus
-        )
+        boxes = pad_boxes([objects[i] for i in indices])
+        options = {"boxes": boxes, "with_attention": settings.pictures, "consensus": consensus}
+        captions = caption_images(captioner, vocabulary, images, decoding, runtime, **options)
         for i, caption in zip(indices, captions, strict=True):
             tqdm.write(format_caption(photos[i], caption, settings))
-            figures = plot_pictures(photos[i], caption, captioner, settings.graph_word) if settings.pictures else {}
+            figures = {}
+            if settings.pictures:
+                figures = plot_pictures(photos[i], caption, captioner, settings.graph_word, objects[i])
             for kind, figure in figures.items():
                 missing_glyphs |= save_picture(figure, paths[i][kind])
                 tqdm.write(f"  {paths[i][kind]}", file=notes)

@@ -3,11 +3,10 @@
 import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from common.files import require_writable
+from common.files import did_you_mean, require_writable
 from preparation.caption_formats import FORMATS, random_split, read_records
 from preparation.folder_formats import tutorial_words
 from preparation.installation import installed_folder, lock_folder, owned_files
@@ -87,13 +86,6 @@ def validate_paths(settings: Settings) -> None:
         raise InputError(f"--objects {settings.objects}: no such file{did_you_mean(settings.objects)}")
     if settings.images and not Path(settings.images).is_dir():
         raise InputError(f"--images {settings.images}: no such folder{did_you_mean(settings.images)}")
-
-
-def did_you_mean(path: str) -> str:
-    """The end of a message about a path that does not exist: a path with a similar name, if there is one."""
-    missing = next((part for part in (Path(path), *Path(path).parents) if part.parent.is_dir()), Path(path))
-    similar = get_close_matches(missing.name, [found.name for found in missing.parent.iterdir()], 1)
-    return f", did you mean {missing.with_name(similar[0])}?" if similar else ""
 
 
 def choose_min_word_freq(settings: Settings, records: list[ImageRecord]) -> Settings:

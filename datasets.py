@@ -6,19 +6,31 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import rank, world_size
+from modules.objects import flip_boxes
 from preparation.storage import read_captions
 from text.vocabulary import PAD, Vocabulary
+from utils import InputError
 
 Item = tuple[int, bool]  # the index of an image in its split, and whether it is flipped horizontally
+
+
+class Example(NamedTuple):
+    """An image of a split with its captions."""
+
+    index: int  # in its split
+    input: Tensor  # image (3, S, S) uint8 or features (R, F) float16
+    captions: list[list[int]]  # word ids from <start> to <end>
+    boxes: Tensor | None = None  # (N, 4) of its objects in fractions of the sides; None: not asked for
 
 
 @dataclass
@@ -34,10 +46,13 @@ class Batch:
     lengths: Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0 where there is no caption
     indices: list[int]  # of the images in their split
     is_features: bool = False
+    # (B, N, 4) of the objects, padded with boxes without area, as `modules.objects` has them; None: not asked for
+    boxes: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """Copy the inputs to page-locked memory, from which a GPU copies asynchronously; the loader calls it."""
-        return replace(self, inputs=self.inputs.pin_memory())
+        boxes = None if self.boxes is None else self.boxes.pin_memory()
+        return replace(self, inputs=self.inputs.pin_memory(), boxes=boxes)
 
     def counts(self) -> tuple[int, int]:
         """The number of words to predict and of captions."""
@@ -51,19 +66,21 @@ class Batch:
     def micro_batches(self, count: int) -> list["Batch"]:
         """Split the batch into `count` batches of about equal work; fewer where there are fewer images."""
         count = min(count, len(self.indices))
-        shares = [slice(i, None, count) for i in range(count)]
-        return [
-            Batch(self.inputs[s], self.words[s], self.lengths[s], self.indices[s], self.is_features) for s in shares
-        ]
+        return [self._select(slice(i, None, count)) for i in range(count)]
+
+    def _select(self, images: slice) -> "Batch":
+        boxes = None if self.boxes is None else self.boxes[images]
+        parts = (self.inputs[images], self.words[images], self.lengths[images], self.indices[images])
+        return Batch(*parts, self.is_features, boxes)
 
 
 class CaptionDataset(Dataset):
-    """One split: item (i, flipped) is (i, input, captions), captions being lists of word ids.
+    """One split: item (i, flipped) is the `Example` of image i.
 
-    A flipped item is image i mirrored horizontally, with left and right exchanged in its captions. The input is the
-    image (3, S, S) uint8, or its features (R, F) float16 after `use_features`. Files are opened at the first item, by
-    each process for itself: an open HDF5 handle must not cross a fork or a pickle. `metadata` is the folder's where it
-    is read already (`preparation.storage.read_metadata`).
+    A flipped item is the image mirrored horizontally, with left and right exchanged in its captions. The input is the
+    image, or its features after `use_features`; boxes are there after `use_objects`. Files are opened at the first
+    item, by each process for itself: an open HDF5 handle must not cross a fork or a pickle. `metadata` is the folder's
+    where it is read already (`preparation.storage.read_metadata`).
     """
 
     def __init__(
@@ -77,13 +94,14 @@ class CaptionDataset(Dataset):
         )
         self.flipped_ids = vocabulary.flipped_ids
         self.feature_paths: list[Path] = []  # of the images and, where wanted, of the flipped images
+        self.boxes: list[Tensor] = []
         self.memory: Tensor | None = None
         self._opened: tuple[int | None, Any] = (None, None)  # process id, arrays
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, item: Item) -> tuple[int, Tensor, list[list[int]]]:
+    def __getitem__(self, item: Item) -> Example:
         index, flipped = item
         captions = self.captions[index]
         if flipped:
@@ -92,7 +110,10 @@ class CaptionDataset(Dataset):
             array = self._arrays()[flipped][index]
         else:
             array = self._arrays()[index][..., :: -1 if flipped else 1]
-        return index, torch.from_numpy(np.array(array)), captions
+        boxes = self.boxes[index] if self.boxes else None
+        if boxes is not None and flipped:
+            boxes = flip_boxes(boxes)
+        return Example(index, torch.from_numpy(np.array(array)), captions, boxes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": (None, None)}
@@ -100,6 +121,15 @@ class CaptionDataset(Dataset):
     def use_features(self, paths: list[Path]) -> None:
         """Yield the cached features of these files from now on: of the images and, where given, the flipped images."""
         self.feature_paths, self._opened = paths, (None, None)
+
+    def use_objects(self) -> None:
+        """Yield the boxes of the images' objects from now on. Raises InputError where the split has none."""
+        if not self.has_boxes:
+            raise InputError(
+                f"{self.images_path.parent} has no objects, which this model looks at: run create_input_files.py again "
+                f"with --objects"
+            )
+        self.boxes = [torch.tensor([item["box"] for item in entry["objects"]]).view(-1, 4) for entry in self.entries]
 
     def load_into_memory(self) -> None:
         """Read all images into memory, once for all workers."""
@@ -115,19 +145,20 @@ class CaptionDataset(Dataset):
         return self._opened[1]
 
 
-def collate(items: Sequence[tuple[int, Tensor, list[list[int]]]], is_features: bool = False) -> Batch:
-    """Make a `Batch` of dataset items, sorted by the lengths of their captions."""
-    items = [(index, image, sorted(captions, key=len, reverse=True)) for index, image, captions in items]
-    items.sort(key=lambda item: len(item[2][0]), reverse=True)
-    indices, inputs, captions = zip(*items, strict=True)
+def collate(examples: Sequence[Example], is_features: bool = False) -> Batch:
+    """Make a `Batch` of examples, sorted by the lengths of their captions."""
+    examples = [each._replace(captions=sorted(each.captions, key=len, reverse=True)) for each in examples]
+    examples.sort(key=lambda each: len(each.captions[0]), reverse=True)
+    indices, inputs, captions, boxes = zip(*examples, strict=True)
     max_length = len(captions[0][0])
-    words = torch.full((len(items), max(map(len, captions)), max_length), PAD)
+    words = torch.full((len(examples), max(map(len, captions)), max_length), PAD)
     lengths = torch.zeros(words.shape[:2], dtype=torch.long)
     for b, image_captions in enumerate(captions):
         for c, caption in enumerate(image_captions):
             words[b, c, : len(caption)] = torch.tensor(caption)
             lengths[b, c] = len(caption) - 1
-    return Batch(torch.stack(inputs), words, lengths, list(indices), is_features)
+    padded = None if boxes[0] is None else pad_sequence(list(boxes), batch_first=True)
+    return Batch(torch.stack(inputs), words, lengths, list(indices), is_features, padded)
 
 
 def ignore_sigint(_: int) -> None:

@@ -158,6 +158,8 @@ def evaluate_model(
         )
         for source in captioner.sources
     ]
+    if captioner.uses_objects:  # maybe not the first of an ensemble's sources
+        datasets[0].use_objects()
     rows, captions = [], []
     for decoding in decoding_of_rows(settings):
         torch.manual_seed(decoding.seed)

@@ -21,6 +21,7 @@ from modules.decoders import Decoder, DecoderOutput
 from modules.encoders import Encoder
 from modules.graph import RegionGraph
 from modules.layers import Dropout, init_linear
+from modules.objects import BOX_FEATURES, REGIONS, RegionSource
 from modules.region_encoder import POSITIONS, RegionEncoder
 from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
@@ -36,7 +37,7 @@ DECODERS = {
     "transformer": TransformerDecoder,
     "sgrvinod": SgrvinodDecoder,
 }
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 6
 # What inference needs.
 CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
 # A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
@@ -44,16 +45,18 @@ MAX_IMAGE_SIZE, MAX_LAYERS = 4096, 100
 
 
 class Encoded(NamedTuple):
-    """What an encoder made of B images; of an ensemble, regions and features are tuples of tensors."""
+    """What an encoder made of B images; of an ensemble, regions, masks and features are tuples of tensors."""
 
     regions: Nested  # (B, R, D) for the decoder
-    features: Nested  # (B, R, F)
+    mask: Nested  # (B, R), False where an image has no region; None: all have R
+    boxes: Tensor  # (B, R, 4) of the regions, as `modules.objects.RegionSource` returns them
+    features: Nested  # (B, R, F) of the grid
     neighbors: Tensor | None  # (B, R, N) of the graph, as `RegionGraph.forward` returns them
     edge_weights: list[Tensor]  # (B, R, N) of each graph layer
 
 
 class Captioner(nn.Module):
-    """An encoder and a decoder, between them a dense layer, graph layers and encoder layers on the regions.
+    """An encoder and a decoder, between them the choice of regions, a dense layer, graph layers and encoder layers.
 
     `image_size` is the side in pixels of the images that it was trained on, `resize` how they were made square
     (`preparation.images.to_square`), `fine_tune_encoder` whether training changes the encoder, whose features are
@@ -63,6 +66,7 @@ class Captioner(nn.Module):
     def __init__(
         self,
         encoder: Encoder,
+        region_source: RegionSource,
         region_layer: nn.Module,
         graph: RegionGraph,
         region_encoder: RegionEncoder,
@@ -73,8 +77,8 @@ class Captioner(nn.Module):
         fine_tune_encoder: bool,
     ) -> None:
         super().__init__()
-        self.encoder, self.region_layer, self.graph, self.decoder = encoder, region_layer, graph, decoder
-        self.region_encoder = region_encoder
+        self.encoder, self.region_source, self.region_layer = encoder, region_source, region_layer
+        self.graph, self.region_encoder, self.decoder = graph, region_encoder, decoder
         self.image_size, self.resize, self.fine_tune_encoder = image_size, resize, fine_tune_encoder
 
     @property
@@ -87,28 +91,44 @@ class Captioner(nn.Module):
         """The encoder's fingerprint; see `evaluation.ensemble.Ensemble`."""
         return [self.encoder.fingerprint()]
 
-    def encode(self, inputs: Tensor, is_features: bool = False) -> "Encoded":
-        """What the decoder sees of images (B, 3, h, w) uint8 or, where `is_features`, of cached features (B, R, F)."""
-        return self.encode_features(self.features(inputs, is_features))
+    @property
+    def uses_objects(self) -> bool:
+        """Whether it needs the boxes of the objects in the images."""
+        return self.region_source.uses_objects
+
+    def encode(self, inputs: Tensor, is_features: bool = False, boxes: Tensor | None = None) -> "Encoded":
+        """What the decoder sees of images (B, 3, h, w) uint8 or, where `is_features`, of cached features (B, R, F).
+
+        A captioner that `uses_objects` needs their boxes (B, N, 4), as `modules.objects.RegionSource`.
+        """
+        return self.encode_features(self.features(inputs, is_features), boxes)
 
     def features(self, inputs: Tensor, is_features: bool = False) -> Tensor:
         """The encoder's features (B, R, F) of inputs as `encode` takes them."""
         return inputs.float() if is_features else self.encoder(inputs)
 
-    def encode_features(self, features: Tensor) -> "Encoded":
+    def encode_features(self, features: Tensor, boxes: Tensor | None = None) -> "Encoded":
         """As `encode`, of the encoder's features (B, R, F)."""
-        regions, neighbors, edge_weights = self.graph(self.region_layer(features), features)
-        return Encoded(self.region_encoder(regions), features, neighbors, edge_weights)
+        regions, region_boxes, mask = self.region_source(features, boxes)
+        regions, neighbors, edge_weights = self.graph(self.region_layer(regions), regions)
+        return Encoded(self.region_encoder(regions, mask), mask, region_boxes, features, neighbors, edge_weights)
 
     def encode_images(self, inputs: Tensor, is_features: bool = False) -> Tensor:
-        """The regions (B, R, D) of `encode` alone."""
+        """The regions (B, R, D) of `encode` alone, for a captioner of a grid."""
         return self.encode(inputs, is_features).regions
 
     def forward(
-        self, inputs: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, is_features: bool = False
+        self,
+        inputs: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        sampling_prob: float = 0.0,
+        is_features: bool = False,
+        boxes: Tensor | None = None,
     ) -> DecoderOutput:
-        """Teacher forcing, as `Decoder.forward`."""
-        return self.decoder(self.encode_images(inputs, is_features), words, lengths, sampling_prob)
+        """Teacher forcing, as `Decoder.forward`, on inputs as `encode` takes them."""
+        encoded = self.encode(inputs, is_features, boxes)
+        return self.decoder(encoded.regions, words, lengths, sampling_prob, encoded.mask)
 
 
 def build_captioner(
@@ -122,6 +142,8 @@ def build_captioner(
     encoder_layer: str,
     encoder_weights: str,
     grid_size: int,
+    regions: Literal[tuple(REGIONS)],  # pyright: ignore[reportInvalidTypeForm]
+    box_features: bool,
     region_dim: int,
     graph_layers: int,
     graph_knn: int,
@@ -160,19 +182,20 @@ def build_captioner(
         image_size=image_size,
     )
     network.pretrained = bool(encoder_weights)
+    feature_dim = network.feature_dim + BOX_FEATURES * box_features
     region_layer: nn.Module = nn.Identity()
     if region_dim:
-        linear = nn.Linear(network.feature_dim, region_dim)
+        linear = nn.Linear(feature_dim, region_dim)
         region_layer = nn.Sequential(linear, nn.ReLU(), Dropout(dropout))
         init_linear(linear)
     else:
-        region_dim = network.feature_dim
+        region_dim = feature_dim
     if graph_layers and region_dim % graph_heads:
         raise InputError(f"--graph_heads {graph_heads}: does not divide the {region_dim} features of a region")
     graph = RegionGraph(region_dim=region_dim, layers=graph_layers, knn=graph_knn, heads=graph_heads, dropout=dropout)
     region_encoder = RegionEncoder(
         region_dim=region_dim,
-        num_regions=network.num_regions,
+        num_cells=0 if regions == "objects" else network.num_regions,
         layers=encoder_layers,
         positions=encoder_positions,
         heads=heads,
@@ -184,6 +207,7 @@ def build_captioner(
     decoder_class = AdaptiveDecoder if is_adaptive else DECODERS[decoder]
     return Captioner(
         network,
+        RegionSource(regions, box_features=box_features),
         region_layer,
         graph,
         region_encoder,
@@ -205,6 +229,8 @@ def _check_sizes(sizes: SimpleNamespace) -> None:
     for name in ("graph_layers", "encoder_layers", "layers", "decoder_layers"):
         if getattr(sizes, name) > MAX_LAYERS:
             raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
+    if sizes.graph_layers and sizes.regions != "grid":
+        raise InputError(f"--graph_layers {sizes.graph_layers}: needs --regions grid")
     if sizes.grid_size > sizes.image_size:
         raise InputError(f"--grid_size {sizes.grid_size}: finer than the images, which have {sizes.image_size} pixels")
     if sizes.decoder == "recurrent" and sizes.attention == "adaptive" and sizes.cell != "lstm":

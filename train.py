@@ -19,6 +19,7 @@ from evaluation.scoring import evaluate
 from models import DECODERS
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
+from modules.objects import REGIONS
 from modules.region_encoder import POSITIONS
 from text.cider import CiderD
 from training.checks import print_warnings, validate_settings
@@ -64,6 +65,8 @@ class Settings:
     grid_size: int = 0  # pool the features to a grid of this side (the paper: 14); 0 keeps the network's
 
     # group: decoder
+    regions: Literal[tuple(REGIONS)] = "grid"  # pyright: ignore[reportInvalidTypeForm]  # cells, objects in the images
+    box_features: bool = False  # append the box of a region to its features
     region_dim: int = 512  # units of a dense layer on the features; 0: none, the decoder sees them as they are
     graph_layers: int = 0  # graph attention layers between the regions, before the decoder; 0: none
     graph_knn: int = 4  # most similar regions that each is connected to, besides those around it

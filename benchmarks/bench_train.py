@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from datasets import Batch, collate
+from datasets import Batch, Example, collate
 from models import Captioner, build_captioner, model_settings
 from modules.attention import SoftAttention
 from modules.show_attend_tell import ShowAttendTell
@@ -266,8 +266,8 @@ def main(settings: Settings) -> None:
     start = time.perf_counter()
     features = extract_features(captioner, images, device)
     images_per_second = len(images) / (time.perf_counter() - start)
-    cached = collate([(i, features[i], captions[i]) for i in range(len(images))], is_features=True)
-    uncached = collate([(i, images[i], captions[i]) for i in range(len(images))])
+    cached = collate([Example(i, features[i], captions[i]) for i in range(len(images))], is_features=True)
+    uncached = collate([Example(i, images[i], captions[i]) for i in range(len(images))])
     rows = caption_rows(uncached, device)
     check_agreement(captioner, cached, rows, frozen, device)
 

@@ -11,6 +11,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -217,3 +218,10 @@ def read_jsonl(path: str | Path) -> list[dict]:
         for line in file:
             rows.append(json.loads(line))
     return rows
+
+
+def did_you_mean(path: str) -> str:
+    """The end of a message about a path that does not exist: a path with a similar name, if there is one."""
+    missing = next((part for part in (Path(path), *Path(path).parents) if part.parent.is_dir()), Path(path))
+    similar = get_close_matches(missing.name, [found.name for found in missing.parent.iterdir()], 1)
+    return f", did you mean {missing.with_name(similar[0])}?" if similar else ""

@@ -22,7 +22,7 @@ from modules.step_decoder import Nested, StepDecoder, reorder
 from text.vocabulary import END, Vocabulary
 from utils import InputError, require_at_least
 
-Search = tuple[StepDecoder, Nested]  # a decoder and its regions
+Search = tuple[StepDecoder, Nested, Nested]  # a decoder, its regions and their mask
 
 
 @dataclass(frozen=True)
@@ -103,35 +103,36 @@ class DecodingSettings:
         )
 
     def find(
-        self, decoder: Decoder | EnsembleDecoder, regions: Nested, vocabulary: Vocabulary
+        self, decoder: Decoder | EnsembleDecoder, regions: Nested, mask: Nested, vocabulary: Vocabulary
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Search or sample captions: regions (B, R, D), or a tuple of them for an ensemble.
+        """Search or sample captions: regions (B, R, D), mask (B, R) or None, or tuples of them for an ensemble.
 
         Returns word ids (B, C, T), log-probabilities (B, C) and what the captions are ranked by (B, C), best first.
         Log-probabilities are -inf where there is no caption; several may be the same caption.
         """
         constraints = self.constraints(vocabulary)
         search_settings = self._search_settings(constraints)
-        searches: list[Search] = [(decoder, regions)]
+        searches: list[Search] = [(decoder, regions, mask)]
         if self.pool and isinstance(decoder, EnsembleDecoder):
-            searches += decoder.split(regions)
+            masks = mask or [None] * len(regions)
+            searches += [(each, (r,), (m,)) for each, r, m in zip(decoder.split(), regions, masks, strict=True)]
         elif not self.samples:
-            captions, log_probs = beam_search(decoder, regions, search_settings)
+            captions, log_probs = beam_search(decoder, regions, search_settings, mask)
             return captions, log_probs, length_normalized(captions, log_probs, search_settings)
         captions, found = self._candidates(searches, constraints)
-        log_probs = force_decode(decoder, regions, captions)[0].masked_fill(~found, -math.inf)
+        log_probs = force_decode(decoder, regions, captions, mask)[0].masked_fill(~found, -math.inf)
         scores, order = length_normalized(captions, log_probs, search_settings).sort(dim=1, descending=True)
         return reorder(captions, order), log_probs.gather(1, order), scores
 
     def _candidates(self, searches: Sequence[Search], constraints: Constraints) -> tuple[Tensor, Tensor]:
         """Search or sample in several ways: word ids (B, C, T) and whether there is such a caption (B, C)."""
         captions, found = [], []
-        for decoder, regions in searches:
+        for decoder, regions, mask in searches:
             if self.samples:
-                captions.append(sample(decoder, regions, self._sampling_settings(constraints)))
+                captions.append(sample(decoder, regions, self._sampling_settings(constraints), mask=mask))
                 found.append(captions[-1].new_ones(captions[-1].shape[:2], dtype=torch.bool))
             else:
-                searched, log_probs = beam_search(decoder, regions, self._search_settings(constraints))
+                searched, log_probs = beam_search(decoder, regions, self._search_settings(constraints), mask)
                 captions.append(searched)
                 found.append(log_probs > -math.inf)
         longest = max(each.shape[-1] for each in captions)

@@ -3,8 +3,9 @@
 Shapes: B images, R regions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +13,21 @@ from torch.nn import functional
 
 from models import Captioner, Encoded, load_captioner
 from modules.ensemble import EnsembleDecoder, map_words
+from modules.objects import flip_boxes
 from text.vocabulary import Vocabulary
 from utils import InputError
 
 
-def original(images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) uint8 as they are."""
-    return images
+class View(NamedTuple):
+    """What a view makes of images (B, 3, S, S) uint8, and of boxes (B, N, 4) in them, in fractions of their sides."""
+
+    images: Callable[[Tensor], Tensor]
+    boxes: Callable[[Tensor], Tensor]
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """Images, or boxes, as they are."""
+    return x
 
 
 def hflip(images: Tensor) -> Tensor:
@@ -35,7 +44,16 @@ def center_crop(images: Tensor) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-VIEWS = {"original": original, "hflip": hflip, "crop": center_crop}
+def crop_boxes(boxes: Tensor) -> Tensor:
+    """Where boxes (B, N, 4) are in `center_crop`, up to a pixel; those outside lose their area."""
+    return ((boxes - 1 / 16) * 8 / 7).clamp(0, 1)
+
+
+VIEWS = {
+    "original": View(unchanged, unchanged),
+    "hflip": View(hflip, flip_boxes),
+    "crop": View(center_crop, crop_boxes),
+}
 
 
 class Ensemble:
@@ -57,7 +75,8 @@ class Ensemble:
     ) -> None:
         self.views = ["original", *(view for view in views if view != "original")]
         first_name, (first, vocabulary) = next(iter(models.items()))
-        self.image_size, self.resize, self.graph = first.image_size, first.resize, first.graph
+        self.image_size, self.resize = first.image_size, first.resize
+        self.region_source, self.graph = first.region_source, first.graph
         for name, (captioner, _) in models.items():
             if (captioner.image_size, captioner.resize) != (self.image_size, self.resize):
                 raise InputError(
@@ -80,23 +99,40 @@ class Ensemble:
                 word_maps.append(None if word_map is None else word_map.to(first.encoder.mean.device))
         self.decoder = EnsembleDecoder([captioner.decoder for captioner, _, _ in self._members], word_maps)
 
-    def encode(self, inputs: Tensor | Sequence[Tensor], is_features: bool | Sequence[bool] = False) -> Encoded:
-        """As `Captioner.encode`, with tuples of the members' regions and of the sources' features.
+    @property
+    def uses_objects(self) -> bool:
+        """Whether a captioner needs the boxes of the objects in the images."""
+        return any(captioner.uses_objects for captioner, _, _ in self._members)
+
+    def encode(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        is_features: bool | Sequence[bool] = False,
+        boxes: Tensor | None = None,
+    ) -> Encoded:
+        """As `Captioner.encode`, with tuples of the members' regions and masks and of the sources' features.
 
         Args:
             inputs: images (B, 3, h, w) uint8 or, for each source, its images or features (B, R, F).
             is_features: of each source, where `inputs` are several. Features are of the view "original" alone.
+            boxes: of objects in the images (B, N, 4).
         """
         if isinstance(inputs, Tensor):
             inputs = [inputs] * len(self.sources)
         flags = [is_features] * len(inputs) if isinstance(is_features, bool) else is_features
         assert not any(flags) or self.views == ["original"], "other views need images"
+        views = [VIEWS[name] for name in self.views]
         features = [
-            [source.features(view(x), flag) for source, x, flag in zip(self.sources, inputs, flags, strict=True)]
-            for view in map(VIEWS.__getitem__, self.views)
+            [source.features(view.images(x), flag) for source, x, flag in zip(self.sources, inputs, flags, strict=True)]
+            for view in views
         ]
-        encoded = [captioner.encode_features(features[view][source]) for captioner, source, view in self._members]
-        return encoded[0]._replace(regions=tuple(each.regions for each in encoded), features=features[0])
+        boxes_of_views = [None if boxes is None else view.boxes(boxes) for view in views]
+        encoded = [
+            captioner.encode_features(features[view][source], boxes_of_views[view])
+            for captioner, source, view in self._members
+        ]
+        regions, masks = (tuple(getattr(each, name) for each in encoded) for name in ("regions", "mask"))
+        return encoded[0]._replace(regions=regions, mask=masks, features=features[0])
 
     def eval(self) -> "Ensemble":
         """As `nn.Module.eval`; the captioners are in eval mode."""

@@ -18,6 +18,7 @@ from models import Captioner, Encoded
 from modules.decoders import Decoder
 from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
+from modules.objects import has_area
 from modules.step_decoder import Nested, first_tensor, map_tensors
 from text.vocabulary import END, Vocabulary
 from utils import Runtime, copy_to_device
@@ -30,6 +31,7 @@ class ImageCaption:
     n_best: list[Candidate]  # best first
     before_consensus: list[str]  # the caption that is best without consensus re-ranking
     alpha: Tensor  # (T, R) attention weights of the best; T = 0 where they were not asked for
+    boxes: Tensor  # (R, 4) of the regions, in fractions of the sides: left, top, right, bottom
     gates: list[float] | None  # T gates of the best (`Decoder.gate`), from 0 to 1; None where the decoder has none
     neighbors: Tensor | None  # (R, N) of the graph; None without graph layers
     edge_weights: list[Tensor]  # (R, N) of each graph layer
@@ -54,6 +56,7 @@ def caption_images(
     runtime: Runtime,
     *,
     is_features: bool | Sequence[bool] = False,
+    boxes: Tensor | None = None,
     with_attention: bool = True,
     consensus: Consensus | None = None,
 ) -> list[ImageCaption]:
@@ -62,22 +65,25 @@ def caption_images(
     Args:
         inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F); of an ensemble also a
             tuple of them, as `Ensemble.encode` takes it.
+        boxes: of objects in the images (B, N, 4), for a captioner that `uses_objects`.
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
         consensus: re-ranks the candidates of each image.
     """
-    inputs = map_tensors(lambda x: copy_to_device(x, runtime.device), inputs)
+    inputs, boxes = map_tensors(lambda x: copy_to_device(x, runtime.device), (inputs, boxes))
     with runtime.autocast():
-        encoded: Encoded = captioner.encode(inputs, is_features)  # pyright: ignore[reportArgumentType]
-        searched = candidates = find_candidates(captioner, vocabulary, encoded.regions, decoding)
+        encoded: Encoded = captioner.encode(inputs, is_features, boxes)  # pyright: ignore[reportArgumentType]
+        searched = candidates = find_candidates(captioner, vocabulary, encoded, decoding)
         if consensus:
             candidates = consensus.rerank(candidates, encoded.features)
         regions = first_tensor(encoded.regions)
         alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
         if with_attention:
             best = encode_words([image[0].words for image in candidates], vocabulary)
-            alpha, gates = caption_attention(captioner.decoder, encoded.regions, copy_to_device(best, regions.device))
+            best = copy_to_device(best, regions.device)
+            alpha, gates = caption_attention(captioner.decoder, encoded.regions, best, encoded.mask)
     # All moves to the CPU are of the whole batch: each waits for the device.
-    alpha = alpha.float().cpu()
+    alpha, region_boxes = alpha.float().cpu(), encoded.boxes.cpu()
+    is_region = has_area(region_boxes)  # (B, R)
     gates = None if gates is None else gates.tolist()
     neighbors = None if encoded.neighbors is None else encoded.neighbors.cpu()
     edge_weights = [weights.float().cpu() for weights in encoded.edge_weights]
@@ -85,7 +91,8 @@ def caption_images(
         ImageCaption(
             n_best=candidates[b],
             before_consensus=searched[b][0].words,
-            alpha=alpha[b],
+            alpha=alpha[b][:, is_region[b]],
+            boxes=region_boxes[b][is_region[b]],
             gates=None if gates is None else gates[b],
             neighbors=None if neighbors is None else neighbors[b],
             edge_weights=[weights[b] for weights in edge_weights],
@@ -95,13 +102,10 @@ def caption_images(
 
 
 def find_candidates(
-    captioner: Captioner | Ensemble, vocabulary: Vocabulary, regions: Nested, decoding: DecodingSettings
+    captioner: Captioner | Ensemble, vocabulary: Vocabulary, encoded: Encoded, decoding: DecodingSettings
 ) -> list[list[Candidate]]:
-    """The candidates of B images by beam search or sampling, each image's best first, without repetitions.
-
-    regions (B, R, D), or a tuple of them for an ensemble.
-    """
-    captions, *numbers = decoding.find(captioner.decoder, regions, vocabulary)
+    """The candidates of B images by beam search or sampling, each image's best first, without repetitions."""
+    captions, *numbers = decoding.find(captioner.decoder, encoded.regions, encoded.mask, vocabulary)
     found = []
     for image_captions, image_numbers in zip(captions.tolist(), torch.stack(numbers, dim=2).tolist(), strict=True):
         unique: dict[str, Candidate] = {}
@@ -121,7 +125,7 @@ def encode_words(captions: list[list[str]], vocabulary: Vocabulary) -> Tensor:
 
 
 def caption_attention(
-    decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor
+    decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor, mask: Nested = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention weights (B, T, R) and gates (B, T), from 0 to 1, of captions (B, T); None for decoders without.
 
@@ -130,11 +134,11 @@ def caption_attention(
     if isinstance(decoder, EnsembleDecoder):
         word_map = decoder.word_maps[0]
         captions = captions if word_map is None else word_map[captions]
-        decoder, regions = decoder.members[0], regions[0]
+        decoder, regions, mask = decoder.members[0], regions[0], mask[0] if mask else None
     gates: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         if decoder.gate is not None:
             hook = decoder.gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid()))
             stack.callback(hook.remove)
-        alpha = force_decode(decoder, regions, captions.unsqueeze(1))[1].squeeze(1)
+        alpha = force_decode(decoder, regions, captions.unsqueeze(1), mask)[1].squeeze(1)
     return alpha, torch.cat(gates, dim=1).squeeze(-1) if gates else None

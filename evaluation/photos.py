@@ -4,14 +4,18 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from evaluation.pictures import is_our_picture
 from preparation.folder_formats import PHOTO_SUFFIXES
-from preparation.images import load_image
+from preparation.images import load_image, photo_size, place_objects
+from preparation.objects import add_objects
+from preparation.records import ImageRecord
 from utils import InputError
 
 
@@ -48,6 +52,26 @@ def photos_of_folder(folder: str) -> list[str]:
     if not photos:
         raise InputError(f"{folder} has no photos ({' '.join(PHOTO_SUFFIXES)})")
     return photos
+
+
+def find_objects(photos: Sequence[str], path: str | Path, image_size: int, resize: str) -> list[list[dict[str, Any]]]:
+    """The objects of each photo in a file of them (`preparation.objects.ObjectFile`), in the image of `load_photos`.
+
+    Each has "words" and a "box" in fractions of the sides. Raises InputError as `preparation.objects.add_objects`.
+    """
+    records = [ImageRecord(Path(photo), photo, i, "", b"[]") for i, photo in enumerate(photos)]
+    found = []
+    for record in add_objects(records, Path(path)):
+        objects = record.objects or []
+        if objects:  # so that its photo can be read
+            objects = place_objects(objects, photo_size(record.path), image_size, resize)
+        found.append(objects)
+    return found
+
+
+def pad_boxes(objects: Sequence[list[dict[str, Any]]]) -> Tensor:
+    """The boxes of B images' objects, padded with boxes without area: (B, N, 4)."""
+    return pad_sequence([torch.tensor([item["box"] for item in each]).view(-1, 4) for each in objects], True)
 
 
 def load_photos(

@@ -1,6 +1,7 @@
 """Pictures of a caption: the attention at each word, and the edges of the graph that mattered for a word.
 
-Shapes: T words of a caption, R regions of a square grid. Figures are laid out in inches of 100 pixels.
+Shapes: T words of a caption, R regions, a square grid where they are not described. Figures are laid out in inches of
+100 pixels.
 """
 
 import itertools
@@ -8,10 +9,12 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from common.files import save_figure
@@ -23,6 +26,7 @@ PHOTO_SIDE = 400  # pixels of a photo's longer side in a picture
 MAX_ASPECT = 2.5  # of a photo's sides in a picture, a longer one is squeezed: the model sees a square anyway
 MAX_WIDTH, MAX_HEIGHT = 11.5, 16.0  # inches of a picture
 TILE_WIDTH, TITLE_HEIGHT, GAP = 2.3, 0.42, 0.03  # inches; the width at most, smaller where tiles are many
+MAX_FRAMES, FRAME_COLOR = 3, "orange"  # of the objects in a tile
 FULL_BRIGHTNESS = 4.0  # attention, in multiples of the uniform weight 1 / R, from which a tile is fully bright
 
 
@@ -43,20 +47,33 @@ def open_for_picture(path: str | Path, resize_mode: str) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------- attention
 
 
+class Regions(NamedTuple):
+    """What the attention looks at: cells of a grid, then the whole photo and objects in it, or only one of these."""
+
+    boxes: np.ndarray  # (R, 4) left, top, right and bottom in fractions of the sides
+    names: Sequence[str]  # of the objects, which are the last regions
+
+
 def plot_attention(
-    photo: Image.Image, words: Sequence[str], alpha: np.ndarray, gates: Sequence[float] | None = None
+    photo: Image.Image,
+    words: Sequence[str],
+    alpha: np.ndarray,
+    gates: Sequence[float] | None = None,
+    regions: Regions | None = None,
 ) -> Figure:
     """Plot the photo and, for each word, a tile of the photo that is bright where the attention is high.
 
     All tiles share one scale, relative to the uniform weight 1 / R, so uniform attention is dim everywhere. Titles
     name a word's largest weight and its gate, the weight of the image: beta of soft attention (Xu et al., 2015,
-    section 4.2.1), 1 - beta of adaptive attention (Lu et al., 2017).
+    section 4.2.1), 1 - beta of adaptive attention (Lu et al., 2017). Objects with more than the uniform weight are
+    framed and named.
 
     Args:
         photo: as `open_for_picture` returns it.
         words: T words; without any, the figure is just the photo.
         alpha: (T, R) attention weights; further rows are ignored.
         gates: of each word, None for a decoder without a gate; further ones are ignored.
+        regions: None for a grid of R cells.
     """
     aspect, title_height = photo.height / photo.width, TITLE_HEIGHT if words else 0
     columns, width = _tile_columns(len(words) + 1, aspect)
@@ -65,7 +82,7 @@ def plot_attention(
     for t, word in enumerate(words):
         titles.append((word, f"max {alpha[t].max():.3f}" + ("" if gates is None else f", gate {gates[t]:.2f}")))
     pixels = np.asarray(photo.resize((round(100 * width), max(1, round(100 * width * aspect)))))
-    tiles = [pixels, *(pixels * _brightness(alpha[: len(words)], *pixels.shape[:2])).astype(np.uint8)]
+    tiles = [pixels, *(pixels * _brightness(alpha[: len(words)], pixels.shape[:2], regions)).astype(np.uint8)]
     figure = Figure(figsize=(width * columns, row_height * rows))
     axes = figure.add_axes((0, 0, 1, 1))  # one for all tiles, an axes each would take longer than the rest
     axes.axis("off")
@@ -73,6 +90,8 @@ def plot_attention(
         left, top = width * (i % columns), row_height * (i // columns)
         right, bottom = left + width - GAP, top + row_height - GAP
         axes.imshow(tile, extent=(left + GAP, right, bottom, top + title_height + GAP))
+        if regions and i:
+            _frame_objects(axes, alpha[i - 1], regions, (left + GAP, top + title_height + GAP, right, bottom))
         style: dict[str, Any] = {"ha": "center", "parse_math": False}  # a caption may hold $ and _
         size = min(11, 110 * width / max(1, len(word)))  # points
         axes.text(left + width / 2, top + 0.22, word, fontsize=size, **style)
@@ -90,12 +109,44 @@ def _tile_columns(num_tiles: int, aspect: float) -> tuple[int, float]:
     return columns, width
 
 
-def _brightness(alpha: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Attention weights (T, R) as brightness (T, height, width, 1) from 0.2 to 1, smoothed by half a region."""
-    side = math.isqrt(alpha.shape[1])
-    relative = alpha.reshape(-1, side, side) * alpha.shape[1]
-    smooth = _smoothing(height, side) @ relative @ _smoothing(width, side).T  # (T, height, width)
-    return 0.2 + 0.8 * np.clip(smooth / FULL_BRIGHTNESS, 0, 1)[..., None]
+def _brightness(alpha: np.ndarray, size: tuple[int, ...], regions: Regions | None) -> np.ndarray:
+    """Attention weights (T, R) as brightness (T, *size, 1) from 0.2 to 1, size being (height, width).
+
+    That of cells is smoothed by half a cell; an object is as bright as its weight, and so is the whole photo.
+    """
+    (height, width), relative = size, alpha * alpha.shape[1]
+    boxes = regions.boxes[len(regions.boxes) - len(regions.names) - 1 :] if regions else np.zeros((0, 4))
+    side = math.isqrt(alpha.shape[1] - len(boxes))
+    light = np.zeros((len(alpha), height, width))
+    if side:
+        cells = relative[:, : side * side].reshape(-1, side, side)
+        light = _smoothing(height, side) @ cells @ _smoothing(width, side).T  # (T, height, width)
+    for box, weights in zip(boxes, relative[:, side * side :].T, strict=True):
+        left, top, right, bottom = np.round(box * (width, height, width, height)).astype(int)
+        part = light[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+        np.maximum(part, weights[:, None, None], out=part)
+    return 0.2 + 0.8 * np.clip(light / FULL_BRIGHTNESS, 0, 1)[..., None]
+
+
+def _frame_objects(axes: Axes, alpha: np.ndarray, regions: Regions, tile: tuple[float, float, float, float]) -> None:
+    """Frame the objects of more than the uniform weight at a word, the most of them MAX_FRAMES, each with its name.
+
+    alpha (R,); tile: left, top, right and bottom of the photo in the figure, in inches.
+    """
+    first = len(alpha) - len(regions.names)
+    objects = alpha[first:]
+    left, top, right, bottom = tile
+    for i in sorted(range(len(objects)), key=lambda i: -objects[i])[:MAX_FRAMES]:
+        if objects[i] <= 1 / len(alpha):
+            break
+        x = left + regions.boxes[first + i, 0::2] * (right - left)
+        y = top + regions.boxes[first + i, 1::2] * (bottom - top)
+        strength = min(1.0, objects[i] * len(alpha) / FULL_BRIGHTNESS)
+        frame = Rectangle((x[0], y[0]), x[1] - x[0], y[1] - y[0], fill=False, linewidth=0.5 + 1.5 * strength)
+        frame.set(edgecolor=FRAME_COLOR, alpha=0.4 + 0.6 * strength)
+        axes.add_patch(frame)
+        text = {"fontsize": 6, "color": FRAME_COLOR, "va": "top", "clip_on": True, "parse_math": False}
+        axes.text(x[0] + 0.03, y[0] + 0.02, regions.names[i], **text)
 
 
 def _smoothing(pixels: int, regions: int) -> np.ndarray:

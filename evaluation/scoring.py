@@ -50,12 +50,20 @@ def caption_dataset(
                 decoding,
                 runtime,
                 is_features=are_features[0] if single else are_features,
+                boxes=parts[0].boxes,
                 with_attention=datasets[0].has_boxes,
                 consensus=consensus,
             )
             for index, image in zip(parts[0].indices, decoded, strict=True):
                 # A pickled view holds the whole batch.
-                results.append((index, replace(image, alpha=image.alpha.clone(), neighbors=None, edge_weights=[])))
+                results.append(
+                    (
+                        index,
+                        replace(
+                            image, alpha=image.alpha.clone(), boxes=image.boxes.clone(), neighbors=None, edge_weights=[]
+                        ),
+                    )
+                )
             progress.update(len(decoded) * world_size())
     return [image for _, image in sorted(all_gather(results), key=lambda result: result[0])]
 
@@ -89,5 +97,7 @@ def evaluate(
     row |= compute_metrics(references, captions, meteor)
     row["images_per_second"] = len(images) / seconds
     if datasets[0].has_boxes and captioner.decoder.has_attention:
-        row |= attention_metrics(datasets[0].entries, captions, [image.alpha for image in images])
+        row |= attention_metrics(
+            datasets[0].entries, captions, [image.alpha for image in images], [image.boxes for image in images]
+        )
     return [*rows, row], captions

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from modules.attention import AdaptiveAttention
 from modules.cells import SentinelLSTMCell
+from modules.layers import masked_mean
 from modules.show_attend_tell import ShowAttendTell
+from modules.step_decoder import Nested
 
 
 class AdaptiveDecoder(ShowAttendTell):
@@ -25,25 +27,28 @@ class AdaptiveDecoder(ShowAttendTell):
 
     attention: AdaptiveAttention
 
-    def keys(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the words share: (B, R, D) -> the attention's keys (B, R, A), the mean region's gates (B, 1, G H)."""
-        return self.attention.keys(regions), self.cell.context(regions.mean(dim=1, keepdim=True))
+    def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
+        """What the words share: (B, R, D), mask (B, R)
+        -> the attention's keys (B, R, A), the mean region's gates (B, 1, G H), the mask.
+        """
+        return self.attention.keys(regions), self.cell.context(masked_mean(regions, mask)), mask
 
-    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """As `ShowAttendTell.init_state`, without the sentinel that image_first gives."""
-        return super().init_state(regions)[: self.state_shape[0]]
+        return super().init_state(regions, mask)[: self.state_shape[0]]
 
     def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: tuple[Tensor, Tensor], state: tuple[Tensor, ...]
+        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The LSTM with its sentinel (equations 9 and 10), then attention (6 to 8, 11 and 12).
 
         word_gates (B, C, G H), regions (B, R, D), keys as `keys` returns them, state tuple of (B, C, H)
         -> context (B, C, D), alpha (B, C, R), state.
         """
-        region_keys, mean_gates = keys
+        region_keys, mean_gates, mask = keys
         next_state = self._update_state(word_gates + mean_gates, None, state)
-        context, alpha = self.attention(regions, region_keys, hidden=next_state[0], sentinel=next_state[-1])
+        hidden, sentinel = next_state[0], next_state[-1]
+        context, alpha = self.attention(regions, region_keys, hidden, sentinel, mask)
         return context, alpha, next_state[:-1]
 
     def _update_state(

@@ -1,7 +1,7 @@
 """Attention over the regions of an image, computed before each word.
 
 Shapes: B images, R regions, D their width, C captions of an image, A width of the attention, H of the hidden state,
-Z of the context. alpha (B, C, R) are the attention weights.
+Z of the context. alpha (B, C, R) are the attention weights, exactly 0 where a mask (B, R) says that there is no region.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from modules.layers import additive_scores, sample_categorical
+from modules.layers import additive_scores, mask_scores, sample_categorical
 
 
 class Attention(nn.Module):
@@ -28,9 +28,11 @@ class Attention(nn.Module):
         self.query = nn.Linear(hidden_dim, attention_dim, bias=False)
         self.gate = nn.Linear(hidden_dim, 1)
 
-    def forward(self, regions: Tensor, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """regions (B, R, D), keys (B, R, A), hidden (B, C, H) -> context (B, C, Z), alpha (B, C, R)."""
-        alpha = self.scores(keys, hidden).float().softmax(dim=-1)  # (B, C, R)
+    def forward(
+        self, regions: Tensor, keys: Tensor, hidden: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """regions (B, R, D), keys (B, R, A), hidden (B, C, H), mask (B, R) -> context (B, C, Z), alpha (B, C, R)."""
+        alpha = mask_scores(self.scores(keys, hidden), mask).softmax(dim=-1)  # (B, C, R)
         mix = self.mix(alpha).to(regions.dtype)  # (B, C, R)
         return self.gate(hidden).sigmoid() * (mix @ regions), alpha
 
@@ -124,10 +126,12 @@ class NoAttention(nn.Module):
         """regions (B, R, D) -> keys (B, R, 0)."""
         return regions[..., :0]
 
-    def forward(self, regions: Tensor, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Attention.forward`, with Z = 0 and alpha = 1 / R."""
-        alpha = hidden.new_full((*hidden.shape[:2], regions.shape[1]), 1 / regions.shape[1], dtype=torch.float)
-        return hidden[..., :0], alpha
+    def forward(
+        self, regions: Tensor, keys: Tensor, hidden: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Attention.forward`, with Z = 0 and all weights alike."""
+        scores = hidden.new_zeros((*hidden.shape[:2], regions.shape[1]))
+        return hidden[..., :0], mask_scores(scores, mask).softmax(dim=-1)
 
 
 class AdaptiveAttention(nn.Module):
@@ -147,15 +151,17 @@ class AdaptiveAttention(nn.Module):
         self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a bias
         self.gate = nn.Identity()  # it is given the logit of 1 - beta: see `modules.decoders.Decoder.gate`
 
-    def forward(self, regions: Tensor, keys: Tensor, hidden: Tensor, sentinel: Tensor) -> tuple[Tensor, Tensor]:
-        """regions (B, R, D), keys (B, R, A), hidden and sentinel (B, C, H) -> context (B, C, D), alpha (B, C, R).
+    def forward(
+        self, regions: Tensor, keys: Tensor, hidden: Tensor, sentinel: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Attention.forward`, with the sentinel (B, C, H) -> context (B, C, D), alpha (B, C, R).
 
         alpha is the softmax over the regions alone (equation 7). beta, the sentinel's weight in the softmax over the
         regions and the sentinel (equation 12), needs no second one: 1 - beta = sigmoid(log sum exp(z) - z_sentinel).
         """
         query = self.query(hidden)  # (B, C, A)
         sentinel = self.sentinel_proj(sentinel).relu()  # (B, C, D)
-        scores = additive_scores(keys, query, self.score.weight[0]).float()  # (B, C, R), z
+        scores = mask_scores(additive_scores(keys, query, self.score.weight[0]), mask)  # (B, C, R), z
         sentinel_score = self.score((self.sentinel_key(sentinel) + query).tanh()).float()  # (B, C, 1)
         beta = 1 - self.gate(scores.logsumexp(dim=-1, keepdim=True) - sentinel_score).sigmoid()  # (B, C, 1)
         alpha = scores.softmax(dim=-1)

@@ -38,7 +38,9 @@ class SearchSettings:
 
 
 @torch.no_grad()  # not inference_mode, in which autocast would cast the weights anew at each word
-def beam_search(decoder: StepDecoder, regions: Nested, settings: SearchSettings) -> tuple[Tensor, Tensor]:
+def beam_search(
+    decoder: StepDecoder, regions: Nested, settings: SearchSettings, mask: Nested = None
+) -> tuple[Tensor, Tensor]:
     """Beam search for all images at once.
 
     A finished caption stays in its beam and is only extended by <end> at no cost. So no list of finished captions is
@@ -47,6 +49,7 @@ def beam_search(decoder: StepDecoder, regions: Nested, settings: SearchSettings)
     Args:
         decoder: in eval mode.
         regions: (B, R, D), or a tuple of them for an ensemble.
+        mask: (B, R), False where an image has no region, or a tuple of them for an ensemble; None: all have R.
 
     Returns:
         Word ids (B, K, T), best caption first, <end> repeated after its end; <pad>, <start>, <unk> and the empty
@@ -59,7 +62,7 @@ def beam_search(decoder: StepDecoder, regions: Nested, settings: SearchSettings)
     images = torch.arange(B, device=device)  # those still searched
     captions = torch.full((B, settings.num_beam_groups, 1), START, device=device)  # (B, C, t); C is K after a few words
     log_probs = torch.zeros((B, settings.num_beam_groups), device=device)
-    keys, state = decoder.keys(regions), expand(decoder.init_state(regions), settings.num_beam_groups)
+    keys, state = decoder.keys(regions, mask), expand(decoder.init_state(regions, mask), settings.num_beam_groups)
     for t in range(1, settings.max_length + 1):
         logits, _, state = decoder.step(captions[..., -1], regions, keys, state)  # (B, C, V)
         beam_indices, next_words, log_probs = _extend(logits, captions, log_probs, settings)

@@ -1,7 +1,7 @@
 """The contract of all decoders, and how teacher forcing lays out the captions of a batch.
 
 Shapes: B images, R regions, D their width, C captions of an image (beams in a search), T words of a caption, E width
-of a word embedding, V words of the vocabulary.
+of a word embedding, V words of the vocabulary. A mask (B, R) is False where an image has no region; None: all have R.
 """
 
 import math
@@ -89,12 +89,12 @@ class Decoder(nn.Module):
             if value:
                 raise InputError(f"--alpha_{name} {value}: only a transformer decoder has several to choose from")
 
-    def keys(self, regions: Tensor) -> Nested:
-        """What does not depend on the words, once per image: (B, R, D) -> tensors (B, ...)."""
+    def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
+        """What does not depend on the words, once per image: (B, R, D), mask (B, R) -> tensors (B, ...)."""
         raise NotImplementedError
 
-    def init_state(self, regions: Tensor) -> tuple[Nested, ...]:
-        """The state before the first word: (B, R, D) -> tensors (B, 1, ...)."""
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Nested, ...]:
+        """The state before the first word: (B, R, D), mask (B, R) -> tensors (B, 1, ...)."""
         raise NotImplementedError
 
     def step(
@@ -107,7 +107,14 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0) -> DecoderOutput:
+    def forward(
+        self,
+        regions: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        sampling_prob: float = 0.0,
+        mask: Tensor | None = None,
+    ) -> DecoderOutput:
         """Teacher forcing: predict each word from the true words before it.
 
         Args:
@@ -116,6 +123,7 @@ class Decoder(nn.Module):
             lengths: (B, C) on the CPU, words to predict.
             sampling_prob: probability that an input word is sampled from the model instead of the true one (scheduled
                 sampling, Bengio et al., 2015).
+            mask: (B, R), False where an image has no region; None: all have R.
         """
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 Shapes: B images, R regions, D their width, C captions of an image, V words of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from utils import InputError
 class EnsembleDecoder:
     """A `StepDecoder` that predicts the mean of its members' probabilities.
 
-    Regions, keys and state are tuples with an entry per member; the members may differ in all of their sizes. Captions
-    have the word ids of the ensemble. alpha is that of the first member. The same decoder may be several
+    Regions, masks, keys and state are tuples with an entry per member; the members may differ in all of their sizes.
+    Captions have the word ids of the ensemble. alpha is that of the first member. The same decoder may be several
     members, with regions of several views of a photo.
 
     Args:
@@ -40,18 +40,23 @@ class EnsembleDecoder:
         """As `modules.decoders.Decoder.choose_alpha`, of the first member."""
         self.members[0].choose_alpha(layer, head)
 
-    def split(self, regions: tuple[Tensor, ...]) -> list[tuple["EnsembleDecoder", tuple[Tensor, ...]]]:
-        """Each member as an ensemble of one, with its regions: regions, a tuple of (B, R, D)."""
-        parts = zip(self.members, self.word_maps, regions, strict=True)
-        return [(EnsembleDecoder([member], [word_map]), (r,)) for member, word_map, r in parts]
+    def split(self) -> list["EnsembleDecoder"]:
+        """Each member as an ensemble of one."""
+        return [
+            EnsembleDecoder([each], [word_map]) for each, word_map in zip(self.members, self.word_maps, strict=True)
+        ]
 
-    def keys(self, regions: tuple[Tensor, ...]) -> Nested:
-        """The members' keys: regions, a tuple of (B, R, D) -> tuple of tensors (B, ...)."""
-        return tuple(member.keys(r) for member, r in zip(self.members, regions, strict=True))
+    def keys(self, regions: tuple[Tensor, ...], mask: Nested = None) -> Nested:
+        """The members' keys: regions, a tuple of (B, R, D), masks of (B, R) -> tuple of tensors (B, ...)."""
+        return tuple(member.keys(r, m) for member, r, m in self._zip(regions, mask))
 
-    def init_state(self, regions: tuple[Tensor, ...]) -> tuple[Nested, ...]:
-        """The members' states before the first word: regions, a tuple of (B, R, D) -> tuple of tensors (B, 1, ...)."""
-        return tuple(member.init_state(r) for member, r in zip(self.members, regions, strict=True))
+    def init_state(self, regions: tuple[Tensor, ...], mask: Nested = None) -> tuple[Nested, ...]:
+        """The members' states before the first word: as `keys` -> tuple of tensors (B, 1, ...)."""
+        return tuple(member.init_state(r, m) for member, r, m in self._zip(regions, mask))
+
+    def _zip(self, regions: tuple[Tensor, ...], mask: Nested) -> Iterator[tuple[Decoder, Tensor, Tensor | None]]:
+        """Each member with its regions and mask."""
+        return zip(self.members, regions, mask or [None] * len(self.members), strict=True)
 
     def step(
         self, words: Tensor, regions: tuple[Tensor, ...], keys: Nested, state: tuple[Nested, ...]

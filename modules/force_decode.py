@@ -11,7 +11,7 @@ from text.vocabulary import END, START
 
 
 @torch.no_grad()
-def force_decode(decoder: StepDecoder, regions: Nested, captions: Tensor) -> tuple[Tensor, Tensor]:
+def force_decode(decoder: StepDecoder, regions: Nested, captions: Tensor, mask: Nested = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities and attention weights of given captions.
 
     The captions may be those of another decoder with the same word ids.
@@ -20,12 +20,13 @@ def force_decode(decoder: StepDecoder, regions: Nested, captions: Tensor) -> tup
         decoder: in eval mode.
         regions: (B, R, D), or a tuple of them for an ensemble.
         captions: (B, C, T) word ids as `beam_search` and `sample` return them, without <start>.
+        mask: as in `modules.beam_search.beam_search`.
 
     Returns:
         Log-probabilities (B, C) and alpha (B, C, T, R), zero after a caption's <end>.
     """
     B, C, _ = captions.shape
-    keys, state = decoder.keys(regions), expand(decoder.init_state(regions), C)
+    keys, state = decoder.keys(regions, mask), expand(decoder.init_state(regions, mask), C)
     words = torch.full((B, C), START, device=captions.device)
     log_probs = torch.zeros((B, C), device=first_tensor(regions).device)
     unfinished = torch.ones_like(log_probs)

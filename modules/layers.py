@@ -1,8 +1,9 @@
-"""Layers shared by the encoder side and the decoder: initialization, sampling, additive scores, dropout.
+"""Layers shared by the encoder side and the decoder: initialization, sampling, scores, masks, dropout.
 
 Shapes: B images, R regions, C captions of an image, A width of the attention, V categories.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,20 @@ def sample_categorical(probabilities: Tensor, generator: torch.Generator | None 
     uniform = torch.empty_like(cumulative[..., -1:]).uniform_(generator=generator)
     threshold = uniform * cumulative[..., -1:]  # below the last, as a uniform number is below 1
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+
+
+def mask_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores (B, C, R) of attention in float32, -inf where a mask (B, R) is False: their softmax is exactly 0 there."""
+    scores = scores.float()
+    return scores if mask is None else scores.masked_fill(~mask.unsqueeze(1), -math.inf)
+
+
+def masked_mean(regions: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of the regions (B, R, D) that there are by a mask (B, R): (B, 1, D)."""
+    if mask is None:
+        return regions.mean(dim=1, keepdim=True)
+    shares = mask / mask.sum(dim=1, keepdim=True)
+    return shares.unsqueeze(1).to(regions.dtype) @ regions
 
 
 def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:

@@ -120,25 +120,36 @@ class RecurrentDecoder(Decoder):
         embedded = self.embedding(distinct)
         return functional.embedding(indices, embedded), functional.embedding(indices, self._word_gates(embedded))
 
-    def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0) -> DecoderOutput:
+    def forward(
+        self,
+        regions: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        sampling_prob: float = 0.0,
+        mask: Tensor | None = None,
+    ) -> DecoderOutput:
         """Teacher forcing, as `Decoder.forward`.
 
         Only the active captions of each time step are computed, and only unfinished captions' words are predicted.
         """
-        return self._predict(regions, split_time_steps(words, lengths, regions.device), sampling_prob)
+        return self._predict(regions, mask, split_time_steps(words, lengths, regions.device), sampling_prob)
 
-    def _predict(self, regions: Tensor, time_steps: TimeSteps, sampling_prob: float) -> DecoderOutput:
-        """`forward`, of captions that are split into time steps: regions (B, R, D)."""
-        outputs = self._run_recurrence(regions, time_steps, sampling_prob)
+    def _predict(
+        self, regions: Tensor, mask: Tensor | None, time_steps: TimeSteps, sampling_prob: float
+    ) -> DecoderOutput:
+        """`forward`, of captions that are split into time steps: regions (B, R, D), mask (B, R)."""
+        outputs = self._run_recurrence(regions, mask, time_steps, sampling_prob)
         embedded, hidden, context, alpha = map(time_steps.select, outputs)  # (N, ...)
         logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
         return DecoderOutput(logits, time_steps.layout.targets, time_steps.layout.unpack(alpha))
 
-    def _run_recurrence(self, regions: Tensor, time_steps: TimeSteps, sampling_prob: float) -> _StepOutputs:
-        """Attention and cell at all time steps: regions (B, R, D), and the captions' time steps."""
+    def _run_recurrence(
+        self, regions: Tensor, mask: Tensor | None, time_steps: TimeSteps, sampling_prob: float
+    ) -> _StepOutputs:
+        """Attention and cell at all time steps: regions (B, R, D), mask (B, R), and the captions' time steps."""
         _, B, C = time_steps.layout.shape
-        keys = self.keys(regions)
-        state = tuple(part.expand(B, C, -1) for part in self.init_state(regions))
+        keys = self.keys(regions, mask)
+        state = tuple(part.expand(B, C, -1) for part in self.init_state(regions, mask))
         words, (embedded, gates) = time_steps.split(time_steps.inputs), self._embed_inputs(time_steps)
         outputs = _StepOutputs(embedded, [], [], [])
         for t, (b, c) in enumerate(time_steps.active_shapes):

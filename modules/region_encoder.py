@@ -5,6 +5,7 @@ Shapes: B images, R regions, D their width, n heads, d = D / n their width.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from modules.layers import Dropout, init_linears
 from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
@@ -42,11 +43,11 @@ class EncoderLayer(nn.Module):
         self.ffn = feed_forward(width, ffn_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, regions: Tensor) -> Tensor:
-        """regions (B, R, D) -> (B, R, D)."""
+    def forward(self, regions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """regions (B, R, D), mask (B, 1, 1, R) -> (B, R, D)."""
         projected = split_heads(self.query_key_value(self.attention_norm(regions)), 3, self.heads)  # (B, R, 3, n, d)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, n, R, d) each
-        attended = scaled_dot_product(query, key, value)[0].transpose(1, 2).flatten(-2)  # (B, R, D)
+        attended = scaled_dot_product(query, key, value, mask)[0].transpose(1, 2).flatten(-2)  # (B, R, D)
         regions = regions + self.dropout(self.attention_proj(attended))
         return regions + self.dropout(self.ffn(self.ffn_norm(regions)))
 
@@ -56,9 +57,9 @@ class RegionEncoder(nn.Module):
 
     Args:
         region_dim: D, a multiple of heads and, for sine positions, of 4.
-        num_regions: R, for learned positions.
+        num_cells: how many regions, the first ones, are cells of a grid and have positions.
         layers: number of layers.
-        positions: one of POSITIONS; sine is for a square grid.
+        positions: of the cells, one of POSITIONS; sine is for a square grid.
         heads, ffn_dim: of each layer.
         dropout: on the output of each sublayer.
 
@@ -69,7 +70,7 @@ class RegionEncoder(nn.Module):
         self,
         *,
         region_dim: int,
-        num_regions: int,
+        num_cells: int,
         layers: int,
         positions: str,
         heads: int,
@@ -79,30 +80,34 @@ class RegionEncoder(nn.Module):
         super().__init__()
         if layers and region_dim % heads:
             raise InputError(f"--heads {heads}: does not divide the {region_dim} features of a region")
-        if layers and positions == "sine" and (region_dim % 4 or round(num_regions**0.5) ** 2 != num_regions):
+        if layers and positions == "sine" and (region_dim % 4 or round(num_cells**0.5) ** 2 != num_cells):
             raise InputError(
-                f"--encoder_positions sine: is for a square grid and a multiple of 4 features, not for {num_regions} "
+                f"--encoder_positions sine: is for a square grid and a multiple of 4 features, not for {num_cells} "
                 f"regions of {region_dim}: give learned or none"
             )
         self.layers = nn.ModuleList(
             EncoderLayer(width=region_dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout) for _ in range(layers)
         )
-        self.positions, self.learned_positions = positions, None
+        self.num_cells = num_cells
+        self.positions, self.learned_positions = positions if num_cells else "none", None
         if layers:
             self.norm = nn.LayerNorm(region_dim)
             init_linears(self)
-            if positions == "learned":
-                self.learned_positions = nn.Parameter(torch.empty(num_regions, region_dim))
+            if self.positions == "learned":
+                self.learned_positions = nn.Parameter(torch.empty(num_cells, region_dim))
                 nn.init.normal_(self.learned_positions, std=INIT_STD)
 
-    def forward(self, regions: Tensor) -> Tensor:
-        """regions (B, R, D) -> (B, R, D)."""
+    def forward(self, regions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """regions (B, R, D), mask (B, R), False where there is none -> (B, R, D)."""
         if not self.layers:
             return regions
-        if self.learned_positions is not None:
-            regions = regions + self.learned_positions
-        elif self.positions == "sine":
-            regions = regions + grid_positions(round(regions.shape[1] ** 0.5), regions.shape[2], regions.device)
+        if self.positions != "none":
+            codes = self.learned_positions
+            if codes is None:
+                codes = grid_positions(round(self.num_cells**0.5), regions.shape[2], regions.device)
+            regions = regions + functional.pad(codes, (0, 0, 0, regions.shape[1] - self.num_cells))
+        if mask is not None:
+            mask = mask.view(len(mask), 1, 1, -1)
         for layer in self.layers:
-            regions = layer(regions)
+            regions = layer(regions, mask)
         return self.norm(regions)

@@ -37,7 +37,11 @@ class SamplingSettings:
 
 @torch.no_grad()
 def sample(
-    decoder: StepDecoder, regions: Nested, settings: SamplingSettings, generator: torch.Generator | None = None
+    decoder: StepDecoder,
+    regions: Nested,
+    settings: SamplingSettings,
+    generator: torch.Generator | None = None,
+    mask: Nested = None,
 ) -> Tensor:
     """Sample captions of all images at once.
 
@@ -47,6 +51,7 @@ def sample(
         decoder: in eval mode.
         regions: (B, R, D), or a tuple of them for an ensemble.
         generator: on the device of the regions; the same seed and batch give the same captions. None: torch's own.
+        mask: as in `modules.beam_search.beam_search`.
 
     Returns:
         Word ids (B, C, T), <end> repeated after a caption's end; <pad>, <start> and <unk> are excluded.
@@ -55,7 +60,7 @@ def sample(
     images = torch.arange(len(first_tensor(regions)), device=device)  # those still decoded
     captions = torch.full((len(images), C, settings.max_length), END, device=device)
     words = torch.full((len(images), C), START, device=device)
-    keys, state = decoder.keys(regions), expand(decoder.init_state(regions), C)
+    keys, state = decoder.keys(regions, mask), expand(decoder.init_state(regions, mask), C)
     for t in range(1, settings.max_length + 1):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
         probabilities = _truncated_probabilities(logits.float(), captions[images, :, : t - 1], settings)

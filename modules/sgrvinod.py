@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from modules.attention import Attention
 from modules.cells import LSTMCell
-from modules.layers import Dropout
+from modules.layers import Dropout, masked_mean
 from modules.recurrent import RecurrentDecoder
+from modules.step_decoder import Nested
 
 
 class SgrvinodAttention(Attention):
@@ -58,13 +59,13 @@ class SgrvinodDecoder(RecurrentDecoder):
         self.output = nn.Linear(hidden_dim, vocab_size)
         self._reset_parameters()
 
-    def keys(self, regions: Tensor) -> Tensor:
-        """The attention's projection of the regions, the same for all words: (B, R, D) -> (B, R, A)."""
-        return self.attention.keys(regions)
+    def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
+        """What the words share: (B, R, D), mask (B, R) -> the attention's projection (B, R, A) and the mask."""
+        return self.attention.keys(regions), mask
 
-    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
-        """Linear maps of the mean region: (B, R, D) -> hidden and cell (B, 1, H)."""
-        mean = regions.mean(dim=1, keepdim=True)  # (B, 1, D)
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Linear maps of the mean region: (B, R, D), mask (B, R) -> hidden and cell (B, 1, H)."""
+        mean = masked_mean(regions, mask)  # (B, 1, D)
         return self.init_hidden(mean), self.init_cell(mean)
 
     def _word_gates(self, embedded: Tensor) -> Tensor:
@@ -72,10 +73,11 @@ class SgrvinodDecoder(RecurrentDecoder):
         return self.cell.words(embedded)
 
     def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: Tensor, state: tuple[Tensor, ...]
+        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """As `RecurrentDecoder._recurrent_step`."""
-        context, alpha = self.attention(regions, keys, state[0])
+        region_keys, mask = keys
+        context, alpha = self.attention(regions, region_keys, state[0], mask)
         return context, alpha, self.cell(word_gates, context, state)
 
     def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:

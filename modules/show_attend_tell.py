@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modules.attention import ATTENTIONS, HardAttention
 from modules.cells import CELLS, Cell
 from modules.decoders import DecoderOutput
+from modules.layers import masked_mean
 from modules.recurrent import RecurrentDecoder, TimeSteps
 from modules.step_decoder import Nested
 
@@ -94,17 +95,17 @@ class ShowAttendTell(RecurrentDecoder):
         assert isinstance(self.attention, HardAttention)
         self.attention.update_baseline(loss)
 
-    def keys(self, regions: Tensor) -> Nested:
-        """The attention's projection of the regions, the same for all words: (B, R, D) -> (B, R, A)."""
-        return self.attention.keys(regions)
+    def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
+        """What the words share: (B, R, D), mask (B, R) -> the attention's projection (B, R, A) and the mask."""
+        return self.attention.keys(regions), mask
 
-    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
-        """The state before the first word, from the mean region: (B, R, D) -> tuple of (B, 1, H).
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The state before the first word, from the mean region: (B, R, D), mask (B, R) -> tuple of (B, 1, H).
 
         Predicted by linear layers with tanh (section 3.1.2) or, with image_first, the state of zeros after one time
         step, whose input word is the image and which has no context.
         """
-        mean = regions.mean(dim=1, keepdim=True)  # (B, 1, D)
+        mean = masked_mean(regions, mask)  # (B, 1, D)
         if self.image_proj is None:
             return tuple(layer(mean).tanh() for layer in self.init_hidden)
         num_states, hidden_dim = self.state_shape
@@ -116,22 +117,25 @@ class ShowAttendTell(RecurrentDecoder):
         return self.cell.words(embedded)
 
     def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: Tensor, state: tuple[Tensor, ...]
+        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Attention (equations 4 to 6 and 13), then the cell (equations 1 to 3).
 
-        word_gates (B, C, G H), regions (B, R, D), keys (B, R, A), state tuple of (B, C, H)
+        word_gates (B, C, G H), regions (B, R, D), keys as `keys` returns them, state tuple of (B, C, H)
         -> context (B, C, Z), alpha (B, C, R), state.
         """
-        context, alpha = self.attention(regions, keys, state[0])
+        region_keys, mask = keys
+        context, alpha = self.attention(regions, region_keys, state[0], mask)
         return context, alpha, self._update_state(word_gates, context, state)
 
-    def _predict(self, regions: Tensor, time_steps: TimeSteps, sampling_prob: float) -> DecoderOutput:
+    def _predict(
+        self, regions: Tensor, mask: Tensor | None, time_steps: TimeSteps, sampling_prob: float
+    ) -> DecoderOutput:
         """As `RecurrentDecoder._predict`, with the samples of hard attention in training."""
         if not isinstance(self.attention, HardAttention):
-            return super()._predict(regions, time_steps, sampling_prob)
+            return super()._predict(regions, mask, time_steps, sampling_prob)
         with self.attention.record_samples() as recorded:
-            output = super()._predict(regions, time_steps, sampling_prob)
+            output = super()._predict(regions, mask, time_steps, sampling_prob)
         if not recorded:  # it took its expectation
             return output
         log_probs = time_steps.select([each.flatten() for each in recorded])  # (N,)

@@ -1,7 +1,7 @@
 """What decoding needs of a decoder, and what it does to a decoder's state.
 
 Shapes: B images, R regions, D their width, C captions of an image, K beams, V words of the vocabulary. `Nested` stands
-for a tensor, or tensors nested in tuples, whose rows are images.
+for a tensor, or tensors nested in tuples, whose rows are images; None stands for a tensor that there is not.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Nested = Any  # a Tensor or a tuple of Nested
+Nested = Any  # a Tensor, None or a tuple of Nested
 
 CHECK_EVERY = 4  # words after which decoding on a GPU asks which images have ended
 
@@ -18,15 +18,16 @@ CHECK_EVERY = 4  # words after which decoding on a GPU asks which images have en
 class StepDecoder(Protocol):
     """What decoding needs of a decoder; see `modules.decoders.Decoder`.
 
-    Regions are a tensor (B, R, D) or, of an ensemble, a tuple of them. State tensors have any number of dimensions.
+    Regions are a tensor (B, R, D), with a mask (B, R) where their number varies, or, of an ensemble, tuples of them.
+    State tensors have any number of dimensions.
     """
 
-    def keys(self, regions: Nested) -> Nested:
-        """What does not depend on the words, once per image: regions (B, R, D) -> tensors (B, ...)."""
+    def keys(self, regions: Nested, mask: Nested = None) -> Nested:
+        """What does not depend on the words, once per image: regions (B, R, D), mask (B, R) -> tensors (B, ...)."""
         ...
 
-    def init_state(self, regions: Nested) -> tuple[Nested, ...]:
-        """The state before the first word: regions (B, R, D) -> tensors (B, 1, ...)."""
+    def init_state(self, regions: Nested, mask: Nested = None) -> tuple[Nested, ...]:
+        """The state before the first word: regions (B, R, D), mask (B, R) -> tensors (B, 1, ...)."""
         ...
 
     def step(
@@ -38,6 +39,8 @@ class StepDecoder(Protocol):
 
 def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
     """Apply a function to every tensor."""
+    if nested is None:
+        return None
     if isinstance(nested, Tensor):
         return function(nested)
     return tuple(map_tensors(function, part) for part in nested)

@@ -37,12 +37,14 @@ class DecoderLayer(nn.Module):
         self.ffn = feed_forward(hidden_dim, ffn_dim)
         self.dropout = Dropout(dropout)
 
-    def keys(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the regions, the same for all words: (B, R, D) -> (B, n, R, d) each."""
+    def keys(self, regions: Tensor, mask: Tensor | None) -> Nested:
+        """What the words share: (B, R, D), mask (B, R)
+        -> keys and values of the regions, (B, n, R, d) each, and the mask (B, 1, 1, R).
+        """
         key, value = split_heads(self.cross_key_value(regions), 2, self.heads).permute(2, 0, 3, 1, 4)
-        return key, value
+        return key, value, None if mask is None else mask.view(len(mask), 1, 1, -1)
 
-    def forward(self, x: Tensor, keys: tuple[Tensor, Tensor], with_alpha: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, keys: Nested, with_alpha: bool) -> tuple[Tensor, Tensor | None]:
         """All words of all captions at once: x (B, C, T, H), keys of `keys` -> x, alpha (B, n, C T, R)."""
         projected = split_heads(self._self_projections(x), 3, self.heads)  # (B, C, T, 3, n, d)
         query, key, value = projected.permute(3, 0, 1, 4, 2, 5)  # (B, C, n, T, d) each
@@ -54,7 +56,7 @@ class DecoderLayer(nn.Module):
         return self._add_ffn(x), alpha
 
     def step(
-        self, x: Tensor, keys: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], with_alpha: bool
+        self, x: Tensor, keys: Nested, cache: tuple[Tensor, Tensor], with_alpha: bool
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         """The next word of each caption, with the keys and values of the t words before it as a cache.
 
@@ -139,11 +141,11 @@ class TransformerDecoder(Decoder):
                 raise InputError(f"--alpha_{name} {value}: the decoder has {count}: give 1 to {count}, or 0")
         self.alpha_layer, self.alpha_head = (layer or layers) - 1, head
 
-    def keys(self, regions: Tensor) -> Nested:
-        """Keys and values of each layer's attention to the regions: (B, R, D) -> per layer (B, n, R, d) twice."""
-        return tuple(layer.keys(regions) for layer in self.layers if isinstance(layer, DecoderLayer))
+    def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
+        """What the words share: (B, R, D), mask (B, R) -> of each layer what `DecoderLayer.keys` returns."""
+        return tuple(layer.keys(regions, mask) for layer in self.layers if isinstance(layer, DecoderLayer))
 
-    def init_state(self, regions: Tensor) -> tuple[Nested, ...]:
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Nested, ...]:
         """The cache of no words: (B, R, D) -> per layer keys and values (B, 1, n, 0, d)."""
         empty = regions.new_empty(len(regions), 1, self.heads, 0, self.hidden_dim // self.heads)
         return tuple((empty, empty) for _ in self.layers)
@@ -162,7 +164,14 @@ class TransformerDecoder(Decoder):
         assert alpha is not None
         return self.output(self.norm(x)), self._select_alpha(alpha), tuple(caches)
 
-    def forward(self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0) -> DecoderOutput:
+    def forward(
+        self,
+        regions: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        sampling_prob: float = 0.0,
+        mask: Tensor | None = None,
+    ) -> DecoderOutput:
         """Teacher forcing, as `Decoder.forward`, in one pass over all words of all captions.
 
         Scheduled sampling takes a pass before it, whose samples replace input words ("Scheduled Sampling for
@@ -170,7 +179,7 @@ class TransformerDecoder(Decoder):
         """
         layout = lay_out(words, lengths, regions.device)
         T, B, C = layout.shape
-        inputs, keys = copy_to_device(words[..., :T], regions.device), self.keys(regions)
+        inputs, keys = copy_to_device(words[..., :T], regions.device), self.keys(regions, mask)
         if sampling_prob:
             inputs = self._mix_sampled(inputs, keys, sampling_prob)
         hidden, alpha = self._run_layers(inputs, keys)

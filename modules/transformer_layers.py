@@ -21,31 +21,43 @@ def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
 
 
 def scaled_dot_product(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, with_alpha: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    with_alpha: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention (equation 1), with its weights alpha where they are asked for.
 
-    query (..., n, Q, d), key and value (..., n, K, d) -> (..., n, Q, d), alpha (..., n, Q, K). Where `is_causal`, Q = K
-    and a query sees no later key. On a CPU torch's fused attention takes seven times as long in bfloat16, for its
-    gradient.
+    query (..., n, Q, d), key and value (..., n, K, d) -> (..., n, Q, d), alpha (..., n, Q, K). A mask (..., 1, 1, K) is
+    False for keys that no query sees. Where `is_causal`, Q = K and a query sees no later key. On a CPU torch's fused
+    attention takes seven times as long in bfloat16, for its gradient.
     """
     if not (with_alpha or query.is_cpu):
-        return fused_attention(query, key, value, is_causal=is_causal), None
+        return fused_attention(query, key, value, mask, is_causal=is_causal), None
     scores = (query @ key.transpose(-1, -2)).float() / math.sqrt(query.shape[-1])
     if is_causal:
         scores = scores + torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(diagonal=1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     alpha = scores.softmax(dim=-1)
     return alpha.to(value.dtype) @ value, alpha if with_alpha else None
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool = False
+) -> Tensor:
     """`scaled_dot_product` without weights, by torch's fused kernels, which take four dimensions and no more.
 
-    query (..., n, Q, d), key and value (..., n, K, d) -> (..., n, Q, d).
+    query (..., n, Q, d), key and value (..., n, K, d), mask (..., 1, 1, K) -> (..., n, Q, d).
     """
     leading = query.shape[:-3]
     query, key, value = (x.flatten(0, -4) for x in (query, key, value))
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal).unflatten(0, leading)
+    mask = None if mask is None else mask.flatten(0, -4)
+    attended = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
+    return attended.unflatten(0, leading)
 
 
 def sine_positions(positions: Tensor, width: int) -> Tensor:

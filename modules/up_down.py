@@ -7,8 +7,9 @@ of the attention, H of the hidden states, V words of the vocabulary.
 from torch import Tensor, nn
 
 from modules.cells import LSTMCell
-from modules.layers import additive_scores
+from modules.layers import additive_scores, mask_scores, masked_mean
 from modules.recurrent import RecurrentDecoder
+from modules.step_decoder import Nested
 
 
 class UpDownDecoder(RecurrentDecoder):
@@ -45,11 +46,13 @@ class UpDownDecoder(RecurrentDecoder):
         self.output = nn.Linear(hidden_dim, vocab_size)
         self._reset_parameters()
 
-    def keys(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the words share: (B, R, D) -> the attention's keys (B, R, A), the mean region's gates (B, 1, 4 H)."""
-        return self.region_proj(regions), self.mean_region(regions.mean(dim=1, keepdim=True))
+    def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
+        """What the words share: (B, R, D), mask (B, R)
+        -> the attention's keys (B, R, A), the mean region's gates (B, 1, 4 H), the mask.
+        """
+        return self.region_proj(regions), self.mean_region(masked_mean(regions, mask)), mask
 
-    def init_state(self, regions: Tensor) -> tuple[Tensor, ...]:
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Zeros: (B, R, D) -> 4 tensors (B, 1, H)."""
         return (regions.new_zeros(len(regions), 1, self.hidden_dim),) * 4
 
@@ -58,7 +61,7 @@ class UpDownDecoder(RecurrentDecoder):
         return self.attention_lstm.words(embedded)
 
     def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: tuple[Tensor, Tensor], state: tuple[Tensor, ...]
+        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The attention LSTM (equation 2), attention with its h1 (equations 3 to 5), the language LSTM (equation 6).
 
@@ -66,10 +69,10 @@ class UpDownDecoder(RecurrentDecoder):
         -> attended region (B, C, D), alpha (B, C, R), state.
         """
         h2, c2, h1, c1 = state
-        region_keys, mean_gates = keys
+        region_keys, mean_gates, mask = keys
         h1, c1 = self.attention_lstm(word_gates + mean_gates, h2, (h1, c1))
         scores = additive_scores(region_keys, self.query(h1), self.score.weight[0])  # (B, C, R)
-        alpha = scores.float().softmax(dim=-1)
+        alpha = mask_scores(scores, mask).softmax(dim=-1)
         attended = alpha.to(regions.dtype) @ regions  # (B, C, D)
         h2, c2 = self.language_lstm(self.language_lstm.words(attended), h1, (h2, c2))
         return attended, alpha, (h2, c2, h1, c1)

@@ -1,5 +1,6 @@
 """What the tests share: a small data set of shapes, a small trained run, and scripts run as their users run them."""
 
+import inspect
 import itertools
 import sys
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ import modules.beam_search
 import modules.sampling
 import train
 import utils
-from datasets import collate
+from datasets import Example, collate
 from models import DECODERS, Captioner, build_captioner, decoder_settings, model_settings
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, START
@@ -71,7 +72,7 @@ def check_teacher_forcing(decoder, batch):
 def random_batch(captions, seed=0):
     """A Batch of random regions (B, 4, 6) with the captions given for each image."""
     generator = torch.Generator().manual_seed(seed)
-    return collate([(i, torch.rand(4, 6, generator=generator), each) for i, each in enumerate(captions)])
+    return collate([Example(i, torch.rand(4, 6, generator=generator), each) for i, each in enumerate(captions)])
 
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -139,7 +140,9 @@ SOFT_LSTM = {"cell": "lstm", "attention": "soft", "image_first": False, "layers"
 def make_tiny_decoder(decoder_class, **settings):
     """A random decoder of 7 words, 4 of them special tokens, for regions of width 6."""
     torch.manual_seed(5)
-    sizes = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
+    sizes = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "hidden_dim": 8}
+    if "attention_dim" in inspect.signature(decoder_class).parameters:
+        sizes["attention_dim"] = 4
     decoder = decoder_class(**sizes, dropout=0.5, **settings).eval()
     for parameter in decoder.parameters():
         parameter.data *= 4  # far from uniform, so that rankings are clear

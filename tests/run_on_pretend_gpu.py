@@ -178,7 +178,7 @@ class Steps:
         items = [self.dataset[index, False] for index in range(6)]
         if not settings.fine_tune_encoder:
             size = self.state.captioner.encoder.num_regions, self.state.captioner.encoder.feature_dim
-            items = [(index, torch.rand(size).half(), captions) for index, _, captions in items]
+            items = [item._replace(input=torch.rand(size).half()) for item in items]
         self.batch = collate(items, is_features=not settings.fine_tune_encoder)
 
     def take(self, reward=None):

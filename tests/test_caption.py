@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import caption
+import eval as eval_script
 import train
 from conftest import SMALL
 from models import load_captioner
@@ -51,6 +52,75 @@ def test_a_photo_gets_a_sentence_and_a_picture(command, shapes, run_folder, tmp_
     assert float(log_probability) == pytest.approx(log_probs[0, 0].item(), abs=0.01)
     with Image.open(picture_of(photo_of(shapes), tmp_path / "out")) as picture:
         assert picture.width > 300 and np.asarray(picture.convert("L")).std() > 5
+
+
+@pytest.fixture(scope="module")
+def objects_run(shapes, tmp_path_factory):
+    """A run that looks at the cells of a grid and at objects."""
+    folder = tmp_path_factory.mktemp("runs") / "both"
+    train.main(
+        replace(SMALL, data_folder=str(shapes), run_folder=str(folder), regions="both", box_features=True, epochs=1)
+    )
+    return folder
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_a_model_of_objects_captions_a_photo_with_its_objects(command, shapes, objects_run, tmp_path, resize):
+    photo = photo_of(shapes)
+    checkpoint = torch.load(objects_run / "best.pt", weights_only=True) | {"resize": resize}
+    torch.save(checkpoint, tmp_path / "best.pt")
+    rows = [
+        {"image_id": photo.name, "category": "red circle", "bbox": [8, 4, 16, 24], "score": 0.9},
+        {"image_id": "of another photo", "category": "star", "bbox": [8, 4, 16, 24], "score": 0.9},
+    ]
+    (tmp_path / "objects.json").write_text(json.dumps(rows))
+    wide = tmp_path / photo.name
+    Image.open(photo).resize((64, 32)).save(wide)
+    arguments = (
+        "--checkpoint",
+        tmp_path / "best.pt",
+        "--output_folder",
+        tmp_path,
+        "--max_length",
+        4,
+        "--json",
+        "--precision",
+        "fp32",
+    )
+    status, out, err = command(caption, wide, *arguments, "--objects", tmp_path / "objects.json")
+    assert status == 0 and "1 objects in 1 photos" in err
+    captioner, vocabulary = load_captioner(tmp_path / "best.pt", "cpu")
+    image = torch.from_numpy(load_image(wide, 32, resize)).unsqueeze(0)
+    left, right = (0, 8 / 32) if resize == "crop" else (8 / 64, 24 / 64)
+    with torch.inference_mode():
+        encoded = captioner.encode(image, boxes=torch.tensor([[[left, 4 / 32, right, 28 / 32]]]))
+        captions, log_probs = beam_search(captioner.decoder, encoded.regions, SearchSettings(5, 4), encoded.mask)
+    row = json.loads(out)
+    assert row["caption"].split() == vocabulary.decode(captions[0, 0])
+    assert row["log_prob"] == pytest.approx(log_probs[0, 0].item(), abs=1e-3)
+    with Image.open(picture_of(photo, tmp_path)) as picture:
+        assert picture.width > 300
+
+
+def test_objects_and_model_must_fit(command, shapes, run_folder, objects_run, tmp_path):
+    photo, objects = photo_of(shapes), tmp_path / "objects.json"
+    objects.write_text("[]")
+    for run, arguments, message in (
+        (objects_run, (), "looks at objects: give those that a detector found in the photos as --objects FILE"),
+        (run_folder, ("--objects", objects), f"--objects {objects}: the model looks at a grid only, leave it out"),
+        (objects_run, ("--objects", tmp_path / "object.json"), f"object.json: no such file, did you mean {objects}?"),
+        (objects_run, ("--objects", objects), "has no object of the 1 photos, such as"),
+    ):
+        status, _, err = command(caption, photo, "--checkpoint", run / "best.pt", *arguments)
+        assert status == 2 and message in err
+
+
+def test_a_model_of_objects_is_scored_with_their_boxes(command, shapes, run_folder, objects_run, tmp_path):
+    checkpoints = (objects_run / "best.pt", run_folder / "last.pt")
+    arguments = ("--data_folder", shapes, "--beam_sizes", 2, "--output_folder", tmp_path)
+    assert command(eval_script, "--checkpoint", *reversed(checkpoints), *arguments)[0] == 0
+    scores = json.loads((tmp_path / f"scores_ensemble2_{shapes.name}_test.json").read_text())["scores"]
+    assert len(scores) == 3 and all({"pointing", "correctness"} <= row.keys() for row in scores)
 
 
 def test_decoding_is_as_the_flags_say(command, shapes, run_folder, tmp_path):

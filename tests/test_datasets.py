@@ -1,5 +1,8 @@
 """Batches, their order and the workers that load them."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,10 @@ from PIL import Image
 
 import create_input_files
 import datasets
-from datasets import CaptionDataset, collate, make_loader
+from datasets import CaptionDataset, Example, collate, make_loader
 from preparation.images import load_image
 from text.vocabulary import END, PAD, START, Vocabulary
+from utils import InputError
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
@@ -29,18 +33,50 @@ def test_the_image_of_training_is_the_image_of_captioning(tmp_path, resize):
             resize=resize,
         )
     )
-    _, image, _ = CaptionDataset(tmp_path / "data", "val", Vocabulary.load(tmp_path / "data"))[0, False]
+    image = CaptionDataset(tmp_path / "data", "val", Vocabulary.load(tmp_path / "data"))[0, False].input
     assert image.float().std() > 5
     assert np.array_equal(image.numpy(), load_image(tmp_path / "photo.jpg", 32, resize))
 
 
 def test_batches_are_sorted_both_ways_and_padded():
     captions = [[[START, 4, END]], [[START, 5, END], [START, 5, 5, 5, END]]]
-    batch = collate([(i, torch.full((2, 2), i), one) for i, one in enumerate(captions)])
+    batch = collate([Example(i, torch.full((2, 2), i), one) for i, one in enumerate(captions)])
     assert batch.indices == [1, 0] and batch.inputs[:, 0, 0].tolist() == [1, 0]
     assert batch.lengths.tolist() == [[4, 2], [2, 0]]
     assert batch.words[0].tolist() == [[START, 5, 5, 5, END], [START, 5, END, PAD, PAD]]
     assert batch.words[1].tolist() == [[START, 4, END, PAD, PAD], [PAD] * 5]
+
+
+def test_boxes_come_with_their_images(shapes):
+    dataset = CaptionDataset(shapes, "train", Vocabulary.load(shapes))
+    assert collate([dataset[0, False]]).boxes is None
+    dataset.use_objects()
+    boxes = {i: [item["box"] for item in entry["objects"]] for i, entry in enumerate(dataset.entries)}
+    (batch,) = make_loader(dataset, [[(i, i % 2 == 0) for i in range(len(dataset))]])
+    assert set(map(len, boxes.values())) == {1, 2} and batch.boxes.shape == (len(dataset), 2, 4)
+    for part in [batch, *batch.micro_batches(3)]:
+        for index, found in zip(part.indices, part.boxes, strict=True):
+            expected = torch.tensor(boxes[index])
+            if index % 2 == 0:
+                expected[:, [0, 2]] = 1 - expected[:, [2, 0]]
+            torch.testing.assert_close(found[: len(expected)], expected)
+            assert (found[len(expected) :] == 0).all()
+
+
+def test_a_split_without_objects_is_an_error(shapes, tmp_path):
+    shutil.copytree(shapes, tmp_path / "data")
+    path = tmp_path / "data" / "train_captions.json"
+    path.write_text(
+        "[\n"
+        + ",\n".join(
+            json.dumps({name: value for name, value in json.loads(line.rstrip(",")).items() if name != "objects"})
+            for line in path.read_text().splitlines()[1:-1]
+        )
+        + "\n]\n"
+    )
+    dataset = CaptionDataset(tmp_path / "data", "train", Vocabulary.load(shapes))
+    with pytest.raises(InputError, match="data has no objects, which this model looks at: run"):
+        dataset.use_objects()
 
 
 @pytest.mark.parametrize(("start_method", "in_memory"), [("fork", False), ("forkserver", False), ("spawn", True)])

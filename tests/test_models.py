@@ -8,11 +8,12 @@ from torchvision.ops import StochasticDepth
 
 import train
 from conftest import CPU, SMALL, build
-from datasets import collate
+from datasets import Example, collate
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
 from modules.beam_search import SearchSettings, beam_search
 from modules.encoders import GRID_LAYERS
 from modules.force_decode import force_decode
+from modules.objects import has_area
 from text.cider import CiderD
 from text.vocabulary import PAD, SPECIAL_TOKENS
 from training.losses import captioning_loss
@@ -62,6 +63,14 @@ VARIANTS |= {
     "layers2-gru": {"cell": "gru", "layers": 2},
     "layers3-none-rnn": {"cell": "rnn", "attention": "none", "layers": 3},
     "sgrvinod": {"decoder": "sgrvinod"},
+    "objects": {"regions": "objects"},
+    "objects-up_down-boxes": {"regions": "objects", "decoder": "up_down", "box_features": True},
+    "objects-adaptive": {"regions": "objects", "attention": "adaptive"},
+    "both-boxes-region_dim0": {"regions": "both", "box_features": True, "region_dim": 0},
+    "both-hard": {"regions": "both", "attention": "hard"},
+    "both-transformer-2+2-sine": {"regions": "both", "decoder": "transformer", "encoder_layers": 2},
+    "objects-transformer-2+2": {"regions": "objects", "decoder": "transformer", "encoder_layers": 2},
+    "boxes-grid": {"box_features": True},
 }
 WORDS = [*SPECIAL_TOKENS, "a", "b", "c"]
 CAPTIONS = [[[1, 4, 5, 6, 2], [1, 4, 2]], [[1, 5, 5, 4, 6, 4, 2]], [[1, 6, 2]], [[1, 6, 4, 4, 5, 2]]]
@@ -71,8 +80,14 @@ def test_every_family_has_an_encoder_here():
     assert {family for family in GRID_LAYERS if not any(name.startswith(family) for name in ENCODERS)} == set()
 
 
-def search(captioner, regions):
-    return beam_search(captioner.decoder, regions, SearchSettings(3, 8))[0][:, 0]
+# Of three images; the fourth has none.
+BOXES = torch.tensor(
+    [[[0, 0, 0.4, 0.5], [0.3, 0.2, 1, 0.9]], [[0.5, 0.5, 0.9, 1], [0] * 4], [[0, 0.1, 1, 0.2], [0] * 4]]
+)
+
+
+def search(captioner, encoded):
+    return beam_search(captioner.decoder, encoded.regions, SearchSettings(3, 8), encoded.mask)[0][:, 0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -88,15 +103,17 @@ def test_every_model(variant, tmp_path):
             module.p = 0.0  # or a block may get no gradient by chance
     images = torch.randint(0, 256, (4, 3, 4, 4), dtype=torch.uint8).repeat_interleave(size // 4, 2)
     images = images.repeat_interleave(size // 4, 3)
-    batch = collate([(i, images[i], one) for i, one in enumerate(CAPTIONS)])
-    images = batch.inputs
+    boxes = torch.cat([BOXES, torch.zeros(1, 2, 4)]) if captioner.uses_objects else [None] * 4
+    batch = collate([Example(i, images[i], one, boxes[i]) for i, one in enumerate(CAPTIONS)])
+    images, boxes = batch.inputs, batch.boxes
 
     # Shapes, weights that sum to one, and a gradient for each parameter that is trained.
     optimizer = make_optimizer(captioner, settings)
-    outputs = captioner(images, batch.words, batch.lengths)
+    outputs = captioner(images, batch.words, batch.lengths, boxes=boxes)
     T, R = int(batch.lengths.max()), captioner.encoder.num_regions
+    R = {"grid": R, "objects": 3, "both": R + 3}[settings.regions]
     assert outputs.logits.shape == (int(batch.lengths.sum()), len(WORDS))
-    assert outputs.alpha.shape == (T, 4, 2, R) and captioner.encode_images(images).shape[:2] == (4, R)
+    assert outputs.alpha.shape == (T, 4, 2, R) and captioner.encode(images, boxes=boxes).regions.shape[:2] == (4, R)
     real = torch.arange(T).view(-1, 1, 1) < batch.lengths
     torch.testing.assert_close(outputs.alpha.sum(-1), real.float())
     loss, _ = captioning_loss(outputs, batch.lengths, settings, *batch.counts())
@@ -120,13 +137,15 @@ def test_every_model(variant, tmp_path):
     # Padding does not matter, and a batch is searched as its images are one by one.
     captioner.eval()
     with torch.no_grad():
-        logits = captioner(features, batch.words, batch.lengths, is_features=True).logits
+        logits = captioner(features, batch.words, batch.lengths, is_features=True, boxes=boxes).logits
         other = batch.words.where(batch.words != PAD, 6)
-        assert torch.equal(logits, captioner(features, other, batch.lengths, is_features=True).logits)
-        regions = captioner.encode_images(features, is_features=True)
-    together = search(captioner, regions)
+        assert torch.equal(logits, captioner(features, other, batch.lengths, is_features=True, boxes=boxes).logits)
+        together = search(captioner, captioner.encode(features, True, boxes))
     for b in range(4):
-        alone = search(captioner, regions[b : b + 1])
+        own = None
+        if boxes is not None:  # without the padding
+            own = boxes[b : b + 1, has_area(boxes[b])]
+        alone = search(captioner, captioner.encode(features[b : b + 1], True, own))
         assert together[b].tolist()[: alone.shape[1]] == alone[0].tolist()
 
     # A checkpoint gives the same captions of the photos.
@@ -143,11 +162,12 @@ def test_every_model(variant, tmp_path):
     loaded, vocabulary = load_captioner(tmp_path / "best.pt", "cpu")
     assert vocabulary.idx2word == WORDS
     with torch.no_grad():
-        regions, regions_of_loaded = captioner.encode_images(images), loaded.encode_images(images)
-    torch.testing.assert_close(regions_of_loaded, regions)
-    captions = search(captioner, regions)
-    assert torch.equal(search(loaded, regions_of_loaded), captions)
-    log_probs = [force_decode(c.decoder, regions, captions.unsqueeze(1))[0] for c in (loaded, captioner)]
+        encoded, encoded_by_loaded = captioner.encode(images, boxes=boxes), loaded.encode(images, boxes=boxes)
+    torch.testing.assert_close(encoded_by_loaded.regions, encoded.regions)
+    captions = search(captioner, encoded)
+    assert torch.equal(search(loaded, encoded_by_loaded), captions)
+    forced = captions.unsqueeze(1)
+    log_probs = [force_decode(c.decoder, encoded.regions, forced, encoded.mask)[0] for c in (loaded, captioner)]
     torch.testing.assert_close(*log_probs)
 
     # Scheduled sampling and self-critical training take their steps.

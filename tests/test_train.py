@@ -17,7 +17,7 @@ import create_input_files
 import train
 from common.files import read_jsonl
 from conftest import CPU, SMALL, build, flags, step_by_step, weights
-from datasets import collate
+from datasets import Example, collate
 from models import build_captioner, load_captioner
 from modules.encoders import Encoder
 from modules.show_attend_tell import ShowAttendTell
@@ -30,7 +30,7 @@ def test_accumulating_gives_the_same_step(shapes):
     settings = replace(SMALL, dropout=0.0, encoder_weights="", fine_tune_encoder=False)
     torch.manual_seed(0)
     captions = [[[1, *range(4, 4 + n), 2] for n in lengths] for lengths in ((3, 1), (2, 2), (5,), (1, 1, 2))]
-    batch = collate([(i, torch.rand(16, 64).half(), one) for i, one in enumerate(captions)], is_features=True)
+    batch = collate([Example(i, torch.rand(16, 64).half(), one) for i, one in enumerate(captions)], is_features=True)
     gradients = []
     for parts in (1, 3, 9):
         torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_training_overfits_four_images():
     torch.manual_seed(0)
     captions = [[[1, *words, 2]] for words in ([4, 5, 6], [5, 5, 4, 6, 4], [6], [4, 4, 4, 4])]
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    batch = collate([(i, images[i], captions[i]) for i in range(4)])
+    batch = collate([Example(i, images[i], captions[i]) for i in range(4)])
     settings = replace(SMALL, dropout=0.0, doubly_stochastic=0.0, label_smoothing=0.0)
     captioner = build(settings, 7).train()
     optimizer = make_optimizer(captioner, settings)

@@ -49,7 +49,8 @@ def build_dataset(
             written, in the user's cache.
         cached: False yields images, whatever the encoder, as several views of a photo need them.
 
-    Raises InputError where the folder's images are not of the captioner's size, or features cannot be cached.
+    Raises InputError where the folder's images are not of the captioner's size, where it has no objects and the
+    captioner needs them, or where features cannot be cached.
     """
     metadata = read_metadata(data_folder)
     if (metadata["image_size"], metadata["resize"]) != (captioner.image_size, captioner.resize):
@@ -59,6 +60,8 @@ def build_dataset(
             f"--image_size {captioner.image_size} --resize {captioner.resize}"
         )
     dataset = CaptionDataset(data_folder, split, vocabulary, metadata)
+    if captioner.uses_objects:
+        dataset.use_objects()
     if cached and not captioner.fine_tune_encoder:
         encoder = captioner.encoder
         names = cache_names(dataset, encoder, runtime, hflip)

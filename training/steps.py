@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.distributed import all_reduce_sum, world_size
-from datasets import Batch, collate
+from datasets import Batch, Example, collate
 from models import Captioner
 from modules.decoders import DecoderOutput
 from modules.sampling import SamplingSettings, sample
+from modules.step_decoder import map_tensors
 from text.cider import CiderD
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
@@ -81,9 +82,15 @@ def scst_step(
 
 def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling_prob: float = 0.0) -> DecoderOutput:
     """Teacher forcing on a batch whose inputs are copied to the device: a `DecoderOutput`."""
-    inputs = copy_to_device(batch.inputs, runtime.device)
+    inputs, boxes = inputs_on_device(batch, runtime)
     with runtime.autocast():
-        return network(inputs, batch.words, batch.lengths, sampling_prob, batch.is_features)
+        return network(inputs, batch.words, batch.lengths, sampling_prob, batch.is_features, boxes)
+
+
+def inputs_on_device(batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor | None]:
+    """The inputs of a batch and its boxes, copied to the device."""
+    inputs, boxes = map_tensors(lambda x: copy_to_device(x, runtime.device), (batch.inputs, batch.boxes))
+    return inputs, boxes
 
 
 def optimize(
@@ -143,10 +150,13 @@ def sample_captions(
     """
     sampling = SamplingSettings(max(2, batch.words.shape[1]), max_length, TEMPERATURE)
     with torch.no_grad(), runtime.autocast():
-        regions = captioner.encode_images(copy_to_device(batch.inputs, runtime.device), batch.is_features)
-        sampled = sample(captioner.decoder, regions, sampling).tolist()
+        inputs, boxes = inputs_on_device(batch, runtime)
+        encoded = captioner.encode(inputs, batch.is_features, boxes)
+        sampled = sample(captioner.decoder, encoded.regions, sampling, mask=encoded.mask).tolist()
     captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
-    new_batch = collate(list(zip(batch.indices, batch.inputs, captions, strict=True)), batch.is_features)
+    boxes = [None] * len(captions) if batch.boxes is None else batch.boxes
+    examples = map(Example, batch.indices, batch.inputs, captions, boxes)
+    new_batch = collate(list(examples), batch.is_features)
     references = dict(zip(batch.indices, batch.captions(), strict=True))
     pairs = zip(new_batch.indices, new_batch.captions(), strict=True)
     return new_batch, torch.tensor([reward(references[index], candidates) for index, candidates in pairs])

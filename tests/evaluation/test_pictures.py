@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from evaluation.pictures import (
+    Regions,
     is_our_picture,
     open_for_picture,
     picture_paths,
@@ -14,6 +15,7 @@ from evaluation.pictures import (
     plot_edges,
     save_picture,
 )
+from modules.objects import grid_boxes
 from utils import InputError
 
 WHITE = Image.new("RGB", (80, 40), "white")
@@ -122,3 +124,25 @@ def test_arrows_point_from_source_to_target():
     arrows = figure.axes[0].texts
     assert [(arrow.xyann, arrow.xy) for arrow in arrows] == [((20, 10), (60, 30)), ((60, 10), (60, 30))]
     assert arrows[0].arrow_patch.get_linewidth() == 2 * arrows[1].arrow_patch.get_linewidth()
+
+
+def test_objects_are_bright_framed_and_named():
+    boxes = np.array([[0, 0, 1, 1], [0.5, 0, 1, 0.5], [0, 0.5, 0.25, 1]])  # the whole photo, two objects
+    regions = Regions(boxes, ["dog", "ball"])
+    alpha = np.array([[0, 1, 0], [0, 0.5, 0.5], [1, 0, 0]])
+    figure = plot_attention(WHITE, ["one", "two", "all"], alpha, None, regions)
+    one, two, whole = tiles_of(figure)
+    assert one[0, -1] == pytest.approx(0.8, abs=0.01) and one[0, 0] == one[-1, -1] == one[-1, 0] == pytest.approx(0.2)
+    assert two[0, -1] == two[-1, 0] == pytest.approx(0.5, abs=0.01) and two[-1, -1] == pytest.approx(0.2)
+    assert (whole == whole[0, 0]).all() and whole[0, 0] == pytest.approx(
+        0.8, abs=0.01
+    )  # three times the uniform weight
+    names = [text.get_text() for text in figure.axes[0].texts if text.get_text() in regions.names]
+    assert sorted(names) == ["ball", "dog", "dog"] and len(figure.axes[0].patches) == 3
+
+
+def test_an_object_is_drawn_over_the_cells():
+    boxes = np.concatenate([grid_boxes(2).numpy(), [[0, 0, 1, 1], [0, 0, 0.5, 0.5]]])
+    alpha = np.array([[0, 0, 0, 0.5, 0, 0.5]])
+    (tile,) = tiles_of(plot_attention(WHITE, ["dog"], alpha, None, Regions(boxes, ["dog"])))
+    assert tile[0, 0] > 0.75 and tile[-1, -1] > 0.6 and tile[0, -1] < 0.3

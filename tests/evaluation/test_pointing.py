@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from evaluation.pointing import attention_metrics
+from modules.objects import grid_boxes
+
+CELLS = grid_boxes(2)
 
 
 def pointing_accuracy(entries, captions, alphas):
-    return attention_metrics(entries, captions, alphas)["pointing"]
+    return attention_metrics(entries, captions, alphas, [CELLS] * len(entries))["pointing"]
 
 
 ENTRY = {
@@ -69,7 +72,7 @@ def test_nouns_name_detected_objects_of_their_category():
 def test_correctness_is_the_weight_inside_the_boxes_and_entropy_that_of_the_weights():
     entry = {"objects": [{"words": ["dog"], "box": [0, 0, 0.5, 0.5]}, {"words": ["dog"], "box": [0, 0, 1, 0.4]}]}
     alpha = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25] * 4, [0, 0, 1, 0], [1, 0, 0, 0]])
-    metrics = attention_metrics([entry], [["dog", "dogs", "dog", "cat"]], [alpha])
+    metrics = attention_metrics([entry], [["dog", "dogs", "dog", "cat"]], [alpha], [CELLS])
     assert metrics == pytest.approx(
         {
             "pointing": 1 / 3,  # the first maximum of uniform weights is inside
@@ -77,4 +80,22 @@ def test_correctness_is_the_weight_inside_the_boxes_and_entropy_that_of_the_weig
             "entropy": (-sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4)) + math.log(4)) / 3,
         }
     )
-    assert attention_metrics([entry], [["cat"]], [alpha]) == {"pointing": 0, "correctness": 0, "entropy": 0}
+    assert attention_metrics([entry], [["cat"]], [alpha], [CELLS]) == {"pointing": 0, "correctness": 0, "entropy": 0}
+
+
+def test_a_region_is_inside_where_half_of_its_area_is():
+    boxes = [[0, 0, 0.5, 1], [0.4, 0, 0.75, 1]]  # together the left three quarters
+    entry = {"objects": [{"words": ["dog"], "box": box} for box in boxes]}
+    regions = torch.tensor(
+        [
+            [0, 0, 1, 1],  # the whole image: three quarters
+            [0.5, 0, 1, 1],  # half
+            [0.5, 0.3, 1, 0.3005],  # thinner than what is measured, half
+            [0.55, 0, 1, 1],  # less than half
+            [0.8, 0.2, 0.9, 0.3],  # nothing
+            [0.1, 0.2, 0.11, 0.21],  # all
+        ]
+    )
+    for region, inside in enumerate((1, 1, 1, 0, 0, 1)):
+        alpha = torch.eye(6)[[region]]
+        assert attention_metrics([entry], [["dog"]], [alpha], [regions])["pointing"] == inside

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from datasets import collate
+from datasets import Example, collate
 from modules.attention import ATTENTIONS, HardAttention
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, START
@@ -109,7 +109,7 @@ def test_the_gradient_of_hard_attention_is_that_of_the_expected_loss(monkeypatch
     regions, caption, count = torch.randn(1, 3, 6), [START, 4, END], 20_000
     gradients = exact_gradients(decoder, monkeypatch, regions, caption)
     decoder.zero_grad()
-    batch = collate([(0, regions[0], [caption] * count)])
+    batch = collate([Example(0, regions[0], [caption] * count)])
     outputs = decoder(regions, batch.words, batch.lengths)
     losses = functional.cross_entropy(outputs.logits, outputs.targets, reduction="none")
     reinforce = hard_attention_loss(outputs, batch.lengths, losses.detach(), reward_weight=1.0, entropy_weight=0.0)
@@ -141,7 +141,7 @@ def two_captions():
     """A decoder with hard attention, its outputs for captions of 3 and 1 words, their lengths and the words' losses."""
     torch.manual_seed(0)
     decoder = hard_decoder()
-    batch = collate([(0, torch.randn(3, 6), [[START, 4, 5, END], [START, END]])])
+    batch = collate([Example(0, torch.randn(3, 6), [[START, 4, 5, END], [START, END]])])
     losses = torch.tensor([1.0, 2.0, 3.0, 5.0])  # step by step: 1, 3 and 5 of the first caption, 2 of the second
     return decoder, decoder(batch.inputs, batch.words, batch.lengths), batch.lengths, losses
 

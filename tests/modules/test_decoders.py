@@ -8,8 +8,13 @@ from torch.nn import functional
 
 from conftest import SOFT_LSTM, check_teacher_forcing, make_tiny_decoder, random_batch
 from modules.adaptive import AdaptiveDecoder
+from modules.beam_search import SearchSettings, beam_search
+from modules.force_decode import force_decode
 from modules.layers import Dropout
+from modules.sampling import SamplingSettings, sample
+from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
+from modules.transformer import TransformerDecoder
 from modules.up_down import UpDownDecoder
 from text.vocabulary import END, START
 
@@ -53,6 +58,54 @@ def test_padding_never_leaks_into_the_outputs(tiny_decoder):
     with_garbage = tiny_decoder(batch.inputs, garbage, batch.lengths)
     for before, after in zip(outputs[:3], with_garbage[:3], strict=True):
         assert torch.equal(before, after)
+
+
+MASKED = DECODERS | {
+    "none": (ShowAttendTell, SOFT_LSTM | {"attention": "none"}),
+    "dot": (ShowAttendTell, SOFT_LSTM | {"attention": "dot"}),
+    "hard": (ShowAttendTell, SOFT_LSTM | {"attention": "hard"}),
+    "sgrvinod": (SgrvinodDecoder, {}),
+    "transformer": (TransformerDecoder, {"heads": 2, "ffn_dim": 12, "decoder_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", MASKED)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_masked_region_does_not_exist(kind, training):
+    """With two regions more, masked and full of garbage, everything is as without them, gradients included."""
+    decoder_class, settings = MASKED[kind]
+    decoder = make_tiny_decoder(decoder_class, **settings).train(training)
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    decoder.take_expectation()  # of hard attention, whose samples are random
+    batch = random_batch(CAPTIONS)
+    mask = torch.tensor([[True] * 4 + [False] * 2]).expand(3, -1)
+    longer = torch.cat([batch.inputs, torch.full((3, 2, 6), 1e3)], dim=1).requires_grad_()
+    results = []
+    for regions, m in ((batch.inputs.clone().requires_grad_(), None), (longer, mask)):
+        logits, targets, alpha, *_ = decoder(regions, batch.words, batch.lengths, mask=m)
+        (functional.cross_entropy(logits, targets) + alpha.square().sum()).backward()
+        decoder.zero_grad()
+        results.append((logits, alpha, regions.grad))
+    (logits, alpha, gradient), (masked_logits, masked_alpha, masked_gradient) = results
+    torch.testing.assert_close(masked_logits, logits)
+    torch.testing.assert_close(masked_alpha[..., :4], alpha)
+    assert (masked_alpha[..., 4:] == 0).all() and (masked_gradient[:, 4:] == 0).all()
+    torch.testing.assert_close(masked_gradient[:, :4], gradient)
+    if not training:
+        search, sampling = SearchSettings(3, 8), SamplingSettings(3, 8)
+        searched, found = (beam_search(decoder, r, search, m) for r, m in ((batch.inputs, None), (longer, mask)))
+        assert torch.equal(found[0], searched[0])
+        torch.testing.assert_close(found[1], searched[1])
+        samples = [
+            sample(decoder, r, sampling, torch.Generator().manual_seed(1), m)
+            for r, m in ((batch.inputs, None), (longer, mask))
+        ]
+        assert torch.equal(*samples)
+        forced = force_decode(decoder, longer, found[0], mask)
+        torch.testing.assert_close(forced[0], found[1])
+        assert (forced[1][..., 4:] == 0).all()
 
 
 def test_an_image_has_the_same_predictions_alone_and_in_a_batch(tiny_decoder):

@@ -9,7 +9,7 @@ from torch import nn
 from modules.region_encoder import EncoderLayer, RegionEncoder, grid_positions
 from utils import InputError
 
-SIZES = {"region_dim": 8, "num_regions": 9, "layers": 2, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
+SIZES = {"region_dim": 8, "num_cells": 9, "layers": 2, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
 
 
 def make_encoder(**changes):
@@ -84,7 +84,7 @@ def test_every_parameter_gets_a_gradient(positions):
     [
         ({"heads": 3}, "--heads 3: does not divide the 8 features"),
         ({"positions": "sine", "region_dim": 6}, "--encoder_positions sine: .* 9 regions of 6: give learned or none"),
-        ({"positions": "sine", "num_regions": 8}, "--encoder_positions sine: .* 8 regions of 8"),
+        ({"positions": "sine", "num_cells": 8}, "--encoder_positions sine: .* 8 regions of 8"),
     ],
 )
 def test_what_does_not_fit_the_regions_is_an_error(changes, message):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from conftest import step_by_step
-from datasets import collate
+from datasets import Example, collate
 from modules.sgrvinod import SgrvinodDecoder
 from text.vocabulary import END, START
 
@@ -51,7 +51,7 @@ CAPTIONS = [[[START, 4, 5, 6, 4, END], [START, 6, END]], [[START, 5, 4, END]]]
 
 def test_teacher_forcing_and_steps_follow_the_equations(decoder):
     regions = torch.randn(2, 3, 6)
-    batch = collate([(i, regions[i], captions) for i, captions in enumerate(CAPTIONS)])
+    batch = collate([Example(i, regions[i], captions) for i, captions in enumerate(CAPTIONS)])
     with torch.no_grad():
         output = decoder(batch.inputs, batch.words, batch.lengths)
         log_probs = output.logits.log_softmax(1).gather(1, output.targets.unsqueeze(1)).sum()

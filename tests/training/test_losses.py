@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import train
 from conftest import SMALL, build
-from datasets import collate
+from datasets import Example, collate
 from models import DECODERS
 from modules.decoders import DecoderOutput
 from modules.sampling import SamplingSettings, sample
@@ -20,7 +20,7 @@ from training.optim import ModelEMA, learning_rate_factor
 def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
     captions = [[[1, 4, 5, 2], [1, 6, 2]], [[1, 5, 5, 5, 2]]]  # the second image has one caption only
     regions = torch.rand(2, 4, 6)
-    batch = collate([(i, regions[i], captions[i]) for i in range(2)])
+    batch = collate([Example(i, regions[i], captions[i]) for i in range(2)])
     outputs = tiny_decoder(batch.inputs, batch.words, batch.lengths)
     settings = replace(SMALL, doubly_stochastic=0.7, label_smoothing=0.0)
     loss, cross_entropy = captioning_loss(outputs, batch.lengths, settings, *batch.counts())
@@ -82,7 +82,7 @@ def test_the_self_critical_gradient_is_that_of_the_expected_reward(tiny_decoder)
     worth = {caption: float(5 * caption.count(5) - 9 * caption.count(4)) for caption in captions}
 
     def forced(captions):
-        batch = collate([(0, regions[0], [[START, *caption] for caption in captions])])
+        batch = collate([Example(0, regions[0], [[START, *caption] for caption in captions])])
         return batch, tiny_decoder(batch.inputs, batch.words, batch.lengths)
 
     loss = 0.0

@@ -1,0 +1,93 @@
+"""The regions of an image: the cells of the encoder's grid, the objects in it, or both.
+
+Shapes: B images, S x S cells of the grid, F features of a cell, N boxes of an image, R regions. A box is (left, top,
+right, bottom) in fractions of the image's sides; one without area stands for none, where images have different numbers.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import roi_align
+
+REGIONS = ("grid", "objects", "both")
+BOX_FEATURES = 5
+
+
+class RegionSource(nn.Module):
+    """Makes the regions of an image from the grid of its encoder and the boxes of its objects.
+
+    "grid": the cells. "objects": the whole image, then its objects, each the mean of the grid in its box, as
+    the regions of "Bottom-Up and Top-Down Attention" (Anderson et al., 2018). "both": the cells, then those.
+
+    Args:
+        regions: one of REGIONS.
+        box_features: append `box_features` to the features of each region.
+    """
+
+    def __init__(self, regions: str, *, box_features: bool) -> None:
+        super().__init__()
+        self.regions, self.box_features = regions, box_features
+
+    @property
+    def uses_objects(self) -> bool:
+        """Whether it needs the boxes of objects."""
+        return self.regions != "grid"
+
+    def forward(self, grid: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features, boxes and mask of the regions.
+
+        grid (B, S * S, F) in row-major order, boxes of objects (B, N, 4), where they are used
+        -> (B, R, F), with box features F + 5, boxes (B, R, 4), mask (B, R), which is None where all images have R.
+        """
+        side = round(grid.shape[1] ** 0.5)
+        features, region_boxes, mask = grid, grid_boxes(side).to(grid.device).expand(len(grid), -1, -1), None
+        if self.uses_objects:
+            assert boxes is not None, "a model of objects needs their boxes"
+            whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4)
+            boxes = torch.cat([whole, boxes], dim=1)
+            mask = has_area(boxes)
+            pooled = pooling_weights(boxes, side).to(grid.dtype) @ grid
+            if self.regions == "both":
+                pooled, boxes = torch.cat([grid, pooled], dim=1), torch.cat([region_boxes, boxes], dim=1)
+                mask = torch.cat([mask.new_ones(grid.shape[:2]), mask], dim=1)
+            features, region_boxes = pooled, boxes
+        if self.box_features:
+            features = torch.cat([features, box_features(region_boxes).to(features.dtype)], dim=-1)
+        return features, region_boxes, mask
+
+
+def has_area(boxes: Tensor) -> Tensor:
+    """Which boxes there are: (..., 4) -> (...)."""
+    return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+
+
+def grid_boxes(side: int) -> Tensor:
+    """The boxes of the cells of a grid in row-major order: (side * side, 4)."""
+    edges = torch.arange(side) / side
+    top, left = torch.meshgrid(edges, edges, indexing="ij")
+    return torch.stack([left, top, left + 1 / side, top + 1 / side], dim=-1).flatten(0, 1)
+
+
+def pooling_weights(boxes: Tensor, side: int) -> Tensor:
+    """The share of each cell in the mean over each box: boxes (B, N, 4) -> (B, N, side * side), zero without a box.
+
+    They are those of RoIAlign ("Mask R-CNN", He et al., 2017, section 3) with one bin. As it is linear in the grid, one
+    product with these weights pools all features.
+    """
+    cells = torch.eye(side * side, device=boxes.device).view(1, side * side, side, side)
+    with torch.autocast(boxes.device.type, enabled=False):
+        rois = functional.pad(boxes.float().flatten(0, 1) * side, (1, 0))  # all of image 0, the cells
+        weights = roi_align(cells, rois, output_size=1, aligned=True).view(*boxes.shape[:2], -1)
+    return weights * has_area(boxes).unsqueeze(-1)
+
+
+def box_features(boxes: Tensor) -> Tensor:
+    """Where a box is and how large: (..., 4) -> its edges and its area as a share of the image's, (..., 5)."""
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    return torch.cat([boxes, (width * height).unsqueeze(-1)], dim=-1)
+
+
+def flip_boxes(boxes: Tensor) -> Tensor:
+    """The boxes (..., 4) in the mirror image; those that stand for none stay so."""
+    left, top, right, bottom = boxes.unbind(dim=-1)
+    return torch.stack([1 - right, top, 1 - left, bottom], dim=-1)
