@@ -22,6 +22,7 @@ from evaluation.photos import collect_photos, find_objects, load_photos, pad_box
 from evaluation.pictures import Regions, open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
 from models import Captioner
 from modules.graph import edge_attribution
+from modules.relations import spatial_relations
 from text.vocabulary import Vocabulary
 from utils import InputError, choose_runtime, require_at_least, run_script
 
@@ -142,14 +143,19 @@ def plot_pictures(
     """The pictures of a photo with its objects by their kind: attention and, where it has the graph word, edges."""
     picture_photo = open_for_picture(photo, captioner.resize)
     words = caption.words if captioner.decoder.has_attention else []
-    regions = None
-    if captioner.region_source.uses_objects:
-        regions = Regions(caption.boxes.numpy(), [" ".join(item["words"]) for item in objects])
-    figures = {"attention": plot_attention(picture_photo, words, caption.alpha.numpy(), caption.gates, regions)}
+    uses_objects = captioner.region_source.uses_objects
+    regions = Regions(caption.boxes.numpy(), [" ".join(item["words"]) for item in objects] if uses_objects else [])
+    alpha = caption.alpha.numpy()
+    figures = {
+        "attention": plot_attention(picture_photo, words, alpha, caption.gates, regions if uses_objects else None)
+    }
     if graph_word in caption.words and caption.neighbors is not None:
         alpha = caption.alpha[caption.words.index(graph_word)]
         edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
-        figures["edges"] = plot_edges(picture_photo, graph_word, alpha.numpy(), edges)
+        relations = None
+        if captioner.graph.edges == "spatial":
+            relations = spatial_relations(caption.boxes.unsqueeze(0))[0].numpy()
+        figures["edges"] = plot_edges(picture_photo, graph_word, alpha.numpy(), edges, regions, relations)
     return figures
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import rank, world_size
-from modules.objects import flip_boxes
+from preparation.images import flip_boxes
 from preparation.storage import read_captions
 from text.vocabulary import PAD, Vocabulary
 from utils import InputError

@@ -19,7 +19,7 @@ from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.decoders import Decoder, DecoderOutput
 from modules.encoders import Encoder
-from modules.graph import RegionGraph
+from modules.graph import GRAPH_EDGES, GRAPH_LAYERS, RegionGraph
 from modules.layers import Dropout, init_linear
 from modules.objects import BOX_FEATURES, REGIONS, RegionSource
 from modules.region_encoder import POSITIONS, RegionEncoder
@@ -110,8 +110,9 @@ class Captioner(nn.Module):
     def encode_features(self, features: Tensor, boxes: Tensor | None = None) -> "Encoded":
         """As `encode`, of the encoder's features (B, R, F)."""
         regions, region_boxes, mask = self.region_source(features, boxes)
-        regions, neighbors, edge_weights = self.graph(self.region_layer(regions), regions)
-        return Encoded(self.region_encoder(regions, mask), mask, region_boxes, features, neighbors, edge_weights)
+        regions, neighbors, edge_weights = self.graph(self.region_layer(regions), regions, region_boxes)
+        regions = self.region_encoder(regions, region_boxes, mask)
+        return Encoded(regions, mask, region_boxes, features, neighbors, edge_weights)
 
     def encode_images(self, inputs: Tensor, is_features: bool = False) -> Tensor:
         """The regions (B, R, D) of `encode` alone, for a captioner of a grid."""
@@ -146,9 +147,12 @@ def build_captioner(
     box_features: bool,
     region_dim: int,
     graph_layers: int,
+    graph_layer: Literal[tuple(GRAPH_LAYERS)],  # pyright: ignore[reportInvalidTypeForm]
+    graph_edges: Literal[tuple(GRAPH_EDGES)],  # pyright: ignore[reportInvalidTypeForm]
     graph_knn: int,
     graph_heads: int,
     encoder_layers: int,
+    geometry: bool,
     encoder_positions: Literal[tuple(POSITIONS)],  # pyright: ignore[reportInvalidTypeForm]
     decoder: Literal[tuple(DECODERS)],  # pyright: ignore[reportInvalidTypeForm]
     cell: Literal[tuple(CELLS)],  # pyright: ignore[reportInvalidTypeForm]
@@ -192,7 +196,15 @@ def build_captioner(
         region_dim = feature_dim
     if graph_layers and region_dim % graph_heads:
         raise InputError(f"--graph_heads {graph_heads}: does not divide the {region_dim} features of a region")
-    graph = RegionGraph(region_dim=region_dim, layers=graph_layers, knn=graph_knn, heads=graph_heads, dropout=dropout)
+    graph = RegionGraph(
+        region_dim=region_dim,
+        layers=graph_layers,
+        layer=graph_layer,
+        edges=graph_edges,
+        knn=graph_knn,
+        heads=graph_heads,
+        dropout=dropout,
+    )
     region_encoder = RegionEncoder(
         region_dim=region_dim,
         num_cells=0 if regions == "objects" else network.num_regions,
@@ -200,6 +212,7 @@ def build_captioner(
         positions=encoder_positions,
         heads=heads,
         ffn_dim=ffn_dim,
+        geometry=geometry,
         dropout=dropout,
     )
     sizes.region_dim = region_dim
@@ -229,8 +242,8 @@ def _check_sizes(sizes: SimpleNamespace) -> None:
     for name in ("graph_layers", "encoder_layers", "layers", "decoder_layers"):
         if getattr(sizes, name) > MAX_LAYERS:
             raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
-    if sizes.graph_layers and sizes.regions != "grid":
-        raise InputError(f"--graph_layers {sizes.graph_layers}: needs --regions grid")
+    if sizes.graph_layers and sizes.graph_edges == "grid" and sizes.regions != "grid":
+        raise InputError("--graph_edges grid: is for --regions grid, give similar, spatial or all")
     if sizes.grid_size > sizes.image_size:
         raise InputError(f"--grid_size {sizes.grid_size}: finer than the images, which have {sizes.image_size} pixels")
     if sizes.decoder == "recurrent" and sizes.attention == "adaptive" and sizes.cell != "lstm":

@@ -19,6 +19,7 @@ from evaluation.scoring import evaluate
 from models import DECODERS
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
+from modules.graph import GRAPH_EDGES, GRAPH_LAYERS
 from modules.objects import REGIONS
 from modules.region_encoder import POSITIONS
 from text.cider import CiderD
@@ -68,10 +69,13 @@ class Settings:
     regions: Literal[tuple(REGIONS)] = "grid"  # pyright: ignore[reportInvalidTypeForm]  # cells, objects in the images
     box_features: bool = False  # append the box of a region to its features
     region_dim: int = 512  # units of a dense layer on the features; 0: none, the decoder sees them as they are
-    graph_layers: int = 0  # graph attention layers between the regions, before the decoder; 0: none
-    graph_knn: int = 4  # most similar regions that each is connected to, besides those around it
+    graph_layers: int = 0  # graph layers between the regions, before the decoder; 0: none
+    graph_layer: Literal[tuple(GRAPH_LAYERS)] = "gat"  # pyright: ignore[reportInvalidTypeForm]  # attention, gated conv.
+    graph_edges: Literal[tuple(GRAPH_EDGES)] = "grid"  # pyright: ignore[reportInvalidTypeForm]  # between which regions
+    graph_knn: int = 4  # most similar regions that each is connected to by --graph_edges grid and similar
     graph_heads: int = 4  # attention heads of a graph layer
     encoder_layers: int = 0  # transformer encoder layers between the regions, before the decoder; 0: none
+    geometry: bool = False  # the attention of encoder layers depends on how the boxes of the regions lie to each other
     encoder_positions: Literal[tuple(POSITIONS)] = "sine"  # pyright: ignore[reportInvalidTypeForm]  # position codes
     decoder: Literal[tuple(DECODERS)] = "recurrent"  # pyright: ignore[reportInvalidTypeForm]  # kind of decoder
     cell: Literal[tuple(CELLS)] = "lstm"  # pyright: ignore[reportInvalidTypeForm]  # recurrent cell

@@ -3,9 +3,8 @@
 Shapes: B images, R regions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +12,9 @@ from torch.nn import functional
 
 from models import Captioner, Encoded, load_captioner
 from modules.ensemble import EnsembleDecoder, map_words
-from modules.objects import flip_boxes
+from preparation.images import flip_boxes
 from text.vocabulary import Vocabulary
 from utils import InputError
-
-
-class View(NamedTuple):
-    """What a view makes of images (B, 3, S, S) uint8, and of boxes (B, N, 4) in them, in fractions of their sides."""
-
-    images: Callable[[Tensor], Tensor]
-    boxes: Callable[[Tensor], Tensor]
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -49,11 +41,8 @@ def crop_boxes(boxes: Tensor) -> Tensor:
     return ((boxes - 1 / 16) * 8 / 7).clamp(0, 1)
 
 
-VIEWS = {
-    "original": View(unchanged, unchanged),
-    "hflip": View(hflip, flip_boxes),
-    "crop": View(center_crop, crop_boxes),
-}
+VIEWS = {"original": unchanged, "hflip": hflip, "crop": center_crop}  # of images
+BOX_VIEWS = {"original": unchanged, "hflip": flip_boxes, "crop": crop_boxes}
 
 
 class Ensemble:
@@ -121,12 +110,11 @@ class Ensemble:
             inputs = [inputs] * len(self.sources)
         flags = [is_features] * len(inputs) if isinstance(is_features, bool) else is_features
         assert not any(flags) or self.views == ["original"], "other views need images"
-        views = [VIEWS[name] for name in self.views]
         features = [
-            [source.features(view.images(x), flag) for source, x, flag in zip(self.sources, inputs, flags, strict=True)]
-            for view in views
+            [source.features(VIEWS[view](x), flag) for source, x, flag in zip(self.sources, inputs, flags, strict=True)]
+            for view in self.views
         ]
-        boxes_of_views = [None if boxes is None else view.boxes(boxes) for view in views]
+        boxes_of_views = [None if boxes is None else BOX_VIEWS[view](boxes) for view in self.views]
         encoded = [
             captioner.encode_features(features[view][source], boxes_of_views[view])
             for captioner, source, view in self._members

@@ -94,8 +94,8 @@ def caption_images(
             alpha=alpha[b][:, is_region[b]],
             boxes=region_boxes[b][is_region[b]],
             gates=None if gates is None else gates[b],
-            neighbors=None if neighbors is None else neighbors[b],
-            edge_weights=[weights[b] for weights in edge_weights],
+            neighbors=None if neighbors is None else neighbors[b][is_region[b]],
+            edge_weights=[weights[b][is_region[b]] for weights in edge_weights],
         )
         for b in range(len(candidates))
     ]

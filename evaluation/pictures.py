@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from common.files import save_figure
+from modules.relations import RELATIONS
 from preparation.images import open_photo, to_square
 from utils import InputError
 
@@ -27,6 +28,7 @@ MAX_ASPECT = 2.5  # of a photo's sides in a picture, a longer one is squeezed: t
 MAX_WIDTH, MAX_HEIGHT = 11.5, 16.0  # inches of a picture
 TILE_WIDTH, TITLE_HEIGHT, GAP = 2.3, 0.42, 0.03  # inches; the width at most, smaller where tiles are many
 MAX_FRAMES, FRAME_COLOR = 3, "orange"  # of the objects in a tile
+MAX_EDGES, MAX_NAMED_EDGES = 30, 8  # in a picture
 FULL_BRIGHTNESS = 4.0  # attention, in multiples of the uniform weight 1 / R, from which a tile is fully bright
 
 
@@ -135,18 +137,21 @@ def _frame_objects(axes: Axes, alpha: np.ndarray, regions: Regions, tile: tuple[
     """
     first = len(alpha) - len(regions.names)
     objects = alpha[first:]
-    left, top, right, bottom = tile
     for i in sorted(range(len(objects)), key=lambda i: -objects[i])[:MAX_FRAMES]:
         if objects[i] <= 1 / len(alpha):
             break
-        x = left + regions.boxes[first + i, 0::2] * (right - left)
-        y = top + regions.boxes[first + i, 1::2] * (bottom - top)
         strength = min(1.0, objects[i] * len(alpha) / FULL_BRIGHTNESS)
-        frame = Rectangle((x[0], y[0]), x[1] - x[0], y[1] - y[0], fill=False, linewidth=0.5 + 1.5 * strength)
-        frame.set(edgecolor=FRAME_COLOR, alpha=0.4 + 0.6 * strength)
-        axes.add_patch(frame)
-        text = {"fontsize": 6, "color": FRAME_COLOR, "va": "top", "clip_on": True, "parse_math": False}
-        axes.text(x[0] + 0.03, y[0] + 0.02, regions.names[i], **text)
+        _frame(axes, regions.boxes[first + i], regions.names[i], tile, strength)
+
+
+def _frame(axes: Axes, box: np.ndarray, name: str, tile: tuple[float, float, float, float], strength: float) -> None:
+    """Frame and name an object in a photo that is drawn at `tile`: left, top, right and bottom."""
+    left, top, right, bottom = tile
+    x, y = left + box[0::2] * (right - left), top + box[1::2] * (bottom - top)
+    frame = Rectangle((x[0], y[0]), x[1] - x[0], y[1] - y[0], fill=False, linewidth=0.5 + 1.5 * strength)
+    frame.set(edgecolor=FRAME_COLOR, alpha=0.4 + 0.6 * strength)
+    axes.add_patch(frame)
+    axes.text(x[0], y[0], f" {name}", fontsize=6, color=FRAME_COLOR, va="top", clip_on=True, parse_math=False)
 
 
 def _smoothing(pixels: int, regions: int) -> np.ndarray:
@@ -160,7 +165,12 @@ def _smoothing(pixels: int, regions: int) -> np.ndarray:
 
 
 def plot_edges(
-    photo: Image.Image, word: str, alpha: np.ndarray, edges: dict[tuple[int, int], float], max_edges: int = 30
+    photo: Image.Image,
+    word: str,
+    alpha: np.ndarray,
+    edges: dict[tuple[int, int], float],
+    regions: Regions,
+    relations: np.ndarray | None = None,
 ) -> Figure:
     """Plot the photo with the edges that mattered for a word: circles show the attention, arrows the edges.
 
@@ -168,26 +178,29 @@ def plot_edges(
         photo: as `open_for_picture` returns it.
         alpha: (R,) attention weights at the word.
         edges: shares of (source, target) edges, largest first, as `modules.graph.edge_attribution` returns them.
-        max_edges: edges to draw.
+        regions: of the graph.
+        relations: (R, R) indices into `modules.relations.RELATIONS`, whose names are written beside the edges.
     """
-    side = math.isqrt(len(alpha))
-
-    def center(region: int) -> tuple[float, float]:
-        row, column = divmod(region, side)
-        return (column + 0.5) / side * photo.width, (row + 0.5) / side * photo.height
+    centers = (regions.boxes[:, :2] + regions.boxes[:, 2:]) / 2 * (photo.width, photo.height)
 
     figure = Figure(figsize=(6, 6 * photo.height / photo.width + 0.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(np.asarray(photo) / 255 * 0.6)
     axes.axis("off")
     axes.set_title(word, parse_math=False)
-    x, y = zip(*map(center, range(len(alpha))), strict=True)
-    axes.scatter(x, y, s=400 * alpha / alpha.max(), color="white", alpha=0.6)
-    largest = list(edges.items())[:max_edges]
+    axes.scatter(*centers.T, s=400 * alpha / alpha.max(), color="white", alpha=0.6)
+    largest = list(edges.items())[: MAX_EDGES if relations is None else MAX_NAMED_EDGES]
+    first, whole = len(alpha) - len(regions.names), (0.0, 0.0, photo.width, photo.height)
+    for i, name in enumerate(regions.names, start=first):
+        if any(i in edge for edge, _ in largest):
+            _frame(axes, regions.boxes[i], name, whole, strength=min(1.0, alpha[i] / alpha.max()))
     for (source, target), share in largest:
         strength = share / largest[0][1]
         arrow = {"arrowstyle": "->", "color": "orange", "linewidth": 3 * strength, "alpha": 0.3 + 0.7 * strength}
-        axes.annotate("", center(target), center(source), arrowprops=arrow)
+        axes.annotate("", centers[target], centers[source], arrowprops=arrow)
+        if relations is not None:
+            x, y = (centers[source] + centers[target]) / 2
+            axes.text(x, y, RELATIONS[relations[source, target]], color="white", fontsize=8, ha="center")
     return figure
 
 

@@ -1,15 +1,28 @@
-"""Graph attention over the regions of an image: edges to grid neighbors and to the regions with similar features.
+"""Graph layers over the regions of an image, on edges to grid neighbors, similar regions, or related or all regions.
 
 Shapes: B images, R regions, D their width in the decoder, F in the encoder, N neighbors of a region, itself included,
 G heads.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modules.layers import Dropout, init_linear
+from modules.objects import has_area
+from modules.relations import NO_RELATION, RELATIONS, reverse_relations, spatial_relations
 from utils import copy_to_device
+
+GRAPH_EDGES = ("grid", "similar", "spatial", "all")
+
+
+class Edges(NamedTuple):
+    """The neighbors of each region of each image."""
+
+    neighbors: Tensor  # (B, R, N) indices of regions, -1 where there is none
+    relations: Tensor | None  # (B, R, N) to them, indices into `modules.relations.RELATIONS`; None: not labeled
 
 
 def grid_neighbors(side: int) -> Tensor:
@@ -22,57 +35,139 @@ def grid_neighbors(side: int) -> Tensor:
     return (rows * side + columns).where(inside, -1)
 
 
-def build_graph(features: Tensor, knn: int) -> Tensor:
-    """The graph of each image: grid neighbors and, of the other regions, the `knn` with the most similar features.
+def build_edges(kind: str, features: Tensor, boxes: Tensor, knn: int) -> Edges:
+    """The graph of each image.
 
-    features (B, R, F) of a square grid -> neighbors (B, R, N), N = 9 + knn, -1 where there is none. Similarity is the
-    cosine of the features. No neighbor of a region is listed twice.
+    Each region is a neighbor of its own. "grid": those around a cell, and `knn` others with the most similar features.
+    "similar": the latter alone. "spatial": the regions to which it has a spatial relation, with the relation. "all":
+    all regions.
+
+    Args:
+        kind: one of GRAPH_EDGES; "grid" is for the cells of a square grid.
+        features: (B, R, F), compared by their cosines.
+        boxes: (B, R, 4); those without area are no regions, and neighbors of none but themselves.
+    """
+    if kind == "grid":
+        return Edges(similar_neighbors(features, has_area(boxes), knn, on_grid=True), None)
+    if kind == "similar":
+        return Edges(similar_neighbors(features, has_area(boxes), knn, on_grid=False), None)
+    R = boxes.shape[1]
+    itself, exists = torch.eye(R, dtype=torch.bool, device=boxes.device), has_area(boxes)
+    relations = spatial_relations(boxes) if kind == "spatial" else None
+    is_edge = exists.unsqueeze(1) & exists.unsqueeze(2) if relations is None else relations != NO_RELATION
+    return Edges(torch.arange(R, device=boxes.device).where(is_edge | itself, -1), relations)
+
+
+def similar_neighbors(features: Tensor, exists: Tensor, knn: int, on_grid: bool) -> Tensor:
+    """Each region itself or, `on_grid`, the cells around it; of the others the `knn` with the most similar features.
+
+    features (B, R, F), exists (B, R) -> neighbors (B, R, N), -1 where there is none; none is listed twice.
     """
     B, R, _ = features.shape
-    on_grid = copy_to_device(grid_neighbors(round(R**0.5)), features.device)
+    first = grid_neighbors(round(R**0.5)) if on_grid else torch.arange(R).unsqueeze(1)  # (R, 9) or (R, 1)
+    first = copy_to_device(first, features.device)
     knn = min(knn, R - 1)
     if not knn:
-        return on_grid.expand(B, -1, -1)
+        return first.expand(B, -1, -1)
     with torch.autocast(features.device.type, enabled=False):  # bfloat16 is too coarse to rank the similarities
         directions = functional.normalize(features.detach().float(), dim=-1)
         similarity = directions @ directions.transpose(1, 2)  # (B, R, R)
-    # Exclude the grid neighbors; an additional column takes the index -1.
-    is_neighbor = torch.zeros(R, R + 1, dtype=torch.bool, device=features.device).scatter(1, on_grid % (R + 1), True)
-    similarity = similarity.masked_fill(is_neighbor[:, :R], -2)  # below any cosine
-    nearest = similarity.topk(knn)
-    similar = nearest.indices.masked_fill(nearest.values < -1.5, -1)  # a small grid may have fewer than knn others
-    return torch.cat([on_grid.expand(B, -1, -1), similar], dim=-1)
+    # Exclude the first neighbors; an additional column takes the index -1.
+    is_neighbor = torch.zeros(R, R + 1, dtype=torch.bool, device=features.device).scatter(1, first % (R + 1), True)
+    similarity = similarity.masked_fill(is_neighbor[:, :R] | ~(exists.unsqueeze(1) & exists.unsqueeze(2)), -2)
+    nearest = similarity.topk(knn)  # -2 is below any cosine
+    similar = nearest.indices.masked_fill(nearest.values < -1.5, -1)  # there may be fewer than knn others
+    return torch.cat([first.expand(B, -1, -1), similar], dim=-1)
+
+
+def gather_neighbors(x: Tensor, neighbors: Tensor) -> Tensor:
+    """What each region's neighbors have: x (B, R, ...), neighbors (B, R, N) -> (B, R, N, ...), region 0's for -1."""
+    B, R, _ = neighbors.shape
+    rows = neighbors.clamp_min(0) + R * torch.arange(B, device=neighbors.device).view(-1, 1, 1)
+    # embedding() gathers rows like indexing, with a faster backward pass.
+    return functional.embedding(rows, x.flatten(0, 1))
 
 
 class GraphLayer(nn.Module):
     """Multi-head graph attention with a residual connection and layer normalization.
 
-    Source: GATv2, "How Attentive are Graph Attention Networks?" (Brody et al., 2022), equations 3, 4 and 7.
+    Source: GATv2, "How Attentive are Graph Attention Networks?" (Brody et al., 2022), equations 3, 4 and 7. The
+    embedding of an edge's relation, where edges have some, is added to what the neighbor sends, in score and message.
     """
 
-    def __init__(self, *, region_dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, *, region_dim: int, heads: int, relations: bool, dropout: float) -> None:
         super().__init__()
         self.target_proj = nn.Linear(region_dim, region_dim)
         self.source_proj = nn.Linear(region_dim, region_dim)
         self.score = nn.Parameter(torch.empty(heads, region_dim // heads))
+        self.relation = nn.Embedding(len(RELATIONS), region_dim) if relations else None
         self.norm = nn.LayerNorm(region_dim)
         self.dropout = Dropout(dropout)
         init_linear(self.target_proj)
         init_linear(self.source_proj)
         nn.init.xavier_uniform_(self.score)
+        if self.relation is not None:
+            nn.init.xavier_uniform_(self.relation.weight)
 
-    def forward(self, regions: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
-        """regions (B, R, D), neighbors (B, R, N) -> regions (B, R, D), edge weights (B, R, N, G)."""
-        B, R, _ = neighbors.shape
-        rows = neighbors.clamp_min(0) + R * torch.arange(B, device=neighbors.device).view(-1, 1, 1)
-        # embedding() gathers rows like indexing, with a faster backward pass.
-        source = functional.embedding(rows, self.source_proj(regions).flatten(0, 1))  # (B, R, N, D)
+    def forward(self, regions: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:
+        """regions (B, R, D) -> regions (B, R, D), edge weights (B, R, N), averaged over the heads."""
+        neighbors, relations = edges
+        source = gather_neighbors(self.source_proj(regions), neighbors)  # (B, R, N, D)
+        if self.relation is not None and relations is not None:
+            source = source + self.relation(relations).to(source.dtype)
         source = source.unflatten(-1, self.score.shape)  # (B, R, N, G, D / G)
         target = self.target_proj(regions).unflatten(-1, self.score.shape).unsqueeze(2)  # (B, R, 1, G, D / G)
         scores = (functional.leaky_relu(target + source, 0.2) * self.score).sum(dim=-1)  # (B, R, N, G)
         weights = scores.float().masked_fill(neighbors.unsqueeze(-1) < 0, float("-inf")).softmax(dim=2)
         message = (weights.to(source.dtype).unsqueeze(-1) * source).sum(dim=2).flatten(-2)  # (B, R, D)
-        return self.norm(regions + self.dropout(message)), weights
+        return self.norm(regions + self.dropout(message)), weights.mean(dim=-1)
+
+
+class GatedGraphLayer(nn.Module):
+    """A gated graph convolution with a residual connection.
+
+    Source: GCN-LSTM (Yao et al., 2018), equations 3 and 4. An edge has two directions, and its matrix and gate depend
+    on them; biases depend on the relation of the sender to the receiver, too:
+
+        v_i' = v_i + ReLU(sum over j and directions d of sigmoid(u_d . v_j + c_r) (W_d v_j + b_r)),
+
+    with d "self" for j = i.
+    """
+
+    DIRECTIONS = 3  # itself, from the region to the neighbor, from the neighbor to the region
+
+    def __init__(self, *, region_dim: int, heads: int, relations: bool, dropout: float) -> None:
+        super().__init__()
+        self.message = nn.Linear(region_dim, self.DIRECTIONS * region_dim, bias=False)
+        self.gate = nn.Linear(region_dim, self.DIRECTIONS, bias=False)
+        labels = len(RELATIONS) if relations else 1  # NO_RELATION is that of a region to itself, or of all edges
+        self.message_bias = nn.Embedding(labels, region_dim)
+        self.gate_bias = nn.Embedding(labels, 1)
+        self.dropout = Dropout(dropout)
+        init_linear(self.message)
+        init_linear(self.gate)
+        nn.init.zeros_(self.message_bias.weight)
+        nn.init.zeros_(self.gate_bias.weight)
+
+    def forward(self, regions: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:
+        """regions (B, R, D) -> regions (B, R, D), edge weights (B, R, N): the shares of the edges in the gates."""
+        neighbors, relations = edges
+        R, D = regions.shape[1:]
+        if relations is None:
+            relations = torch.zeros_like(neighbors)
+        itself = neighbors == torch.arange(R, device=neighbors.device).unsqueeze(1)  # (B, R, N)
+        sent = gather_neighbors(self.message(regions), neighbors).unflatten(-1, (self.DIRECTIONS, D))
+        gates = gather_neighbors(self.gate(regions), neighbors)  # (B, R, N, 3)
+        labels = torch.stack([relations, relations, reverse_relations(relations)], dim=-1)  # (B, R, N, 3)
+        is_sent = torch.stack([itself, ~itself, ~itself], dim=-1) & (neighbors >= 0).unsqueeze(-1)
+        gates = (gates + self.gate_bias(labels).squeeze(-1)).sigmoid() * is_sent
+        sent = sent + self.message_bias(labels).to(sent.dtype)  # (B, R, N, 3, D)
+        message = (gates.to(sent.dtype).unsqueeze(-1) * sent).sum(dim=(2, 3))  # (B, R, D)
+        shares = gates.float().sum(dim=-1)  # (B, R, N)
+        return regions + self.dropout(message.relu()), shares / shares.sum(dim=-1, keepdim=True).clamp_min(1e-9)
+
+
+GRAPH_LAYERS = {"gat": GraphLayer, "gcn": GatedGraphLayer}
 
 
 class RegionGraph(nn.Module):
@@ -81,32 +176,35 @@ class RegionGraph(nn.Module):
     Args:
         region_dim: D, a multiple of heads.
         layers: number of graph layers.
-        knn: neighbors of a region by similarity, besides those on the grid.
-        heads: G.
+        layer: one of GRAPH_LAYERS.
+        edges: one of GRAPH_EDGES.
+        knn: neighbors of a region by similarity, where the edges have some.
+        heads: G, of graph attention.
         dropout: on the message of each layer.
     """
 
-    def __init__(self, *, region_dim: int, layers: int, knn: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, *, region_dim: int, layers: int, layer: str, edges: str, knn: int, heads: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            GraphLayer(region_dim=region_dim, heads=heads, dropout=dropout) for _ in range(layers)
-        )
-        self.knn = knn
+        sizes = {"region_dim": region_dim, "heads": heads, "dropout": dropout}
+        self.layers = nn.ModuleList(GRAPH_LAYERS[layer](**sizes, relations=edges == "spatial") for _ in range(layers))
+        self.edges, self.knn = edges, knn
 
-    def forward(self, regions: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def forward(self, regions: Tensor, features: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Update the regions by message passing.
 
-        regions (B, R, D), features (B, R, F) of the encoder, which define the graph -> regions (B, R, D), neighbors
-        (B, R, N), None without layers, and for each layer the edge weights (B, R, N), averaged over the heads.
+        regions (B, R, D), features (B, R, F) and boxes (B, R, 4), which define the graph -> regions (B, R, D),
+        neighbors (B, R, N), None without layers, and for each layer the edge weights (B, R, N).
         """
         if not self.layers:
             return regions, None, []
-        neighbors = build_graph(features, self.knn)
+        edges = build_edges(self.edges, features, boxes, self.knn)
         edge_weights = []
         for layer in self.layers:
-            regions, weights = layer(regions, neighbors)
-            edge_weights.append(weights.mean(dim=-1))
-        return regions, neighbors, edge_weights
+            regions, weights = layer(regions, edges)
+            edge_weights.append(weights)
+        return regions, edges.neighbors, edge_weights
 
 
 def edge_attribution(alpha: Tensor, neighbors: Tensor, edge_weights: list[Tensor]) -> dict[tuple[int, int], float]:

@@ -85,9 +85,3 @@ def box_features(boxes: Tensor) -> Tensor:
     """Where a box is and how large: (..., 4) -> its edges and its area as a share of the image's, (..., 5)."""
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     return torch.cat([boxes, (width * height).unsqueeze(-1)], dim=-1)
-
-
-def flip_boxes(boxes: Tensor) -> Tensor:
-    """The boxes (..., 4) in the mirror image; those that stand for none stay so."""
-    left, top, right, bottom = boxes.unbind(dim=-1)
-    return torch.stack([1 - right, top, 1 - left, bottom], dim=-1)

@@ -3,15 +3,19 @@
 Shapes: B images, R regions, D their width, n heads, d = D / n their width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modules.layers import Dropout, init_linears
+from modules.relations import GEOMETRY_FEATURES, pairwise_geometry
 from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
 from utils import InputError
 
 POSITIONS = ("none", "learned", "sine")
+SMALLEST_WEIGHT = 1e-6  # of geometry, so that its logarithm is finite
 INIT_STD = 0.02  # of learned positions, as in ViT (Dosovitskiy et al., 2021)
 
 
@@ -31,20 +35,25 @@ class EncoderLayer(nn.Module):
 
     Source: Vaswani et al., 2017, section 3.1, with the normalization first ("On Layer Normalization in the Transformer
     Architecture", Xiong et al., 2020): such layers train without a long warmup. Dropout is on the output of each
-    sublayer (Vaswani et al., section 5.4).
+    sublayer (Vaswani et al., section 5.4). With `geometry` the weights also depend on how the regions lie to each other
+    ("Image Captioning: Transforming Objects into Words", Herdade et al., 2019, equations 6 to 8).
     """
 
-    def __init__(self, *, width: int, heads: int, ffn_dim: int, dropout: float) -> None:
+    def __init__(self, *, width: int, heads: int, ffn_dim: int, geometry: bool, dropout: float) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attention_proj = nn.Linear(width, width)
         self.ffn = feed_forward(width, ffn_dim)
+        self.geometry = nn.Linear(GEOMETRY_FEATURES, heads) if geometry else None
         self.dropout = Dropout(dropout)
 
-    def forward(self, regions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """regions (B, R, D), mask (B, 1, 1, R) -> (B, R, D)."""
+    def forward(self, regions: Tensor, mask: Tensor | None = None, geometry: Tensor | None = None) -> Tensor:
+        """regions (B, R, D), mask (B, 1, 1, R), geometry (B, R, R, GEOMETRY_FEATURES) -> (B, R, D)."""
+        if self.geometry is not None and geometry is not None:
+            bias = self.geometry(geometry).relu().float().clamp_min(SMALLEST_WEIGHT).log().permute(0, 3, 1, 2)
+            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)  # (B, n, R, R)
         projected = split_heads(self.query_key_value(self.attention_norm(regions)), 3, self.heads)  # (B, R, 3, n, d)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, n, R, d) each
         attended = scaled_dot_product(query, key, value, mask)[0].transpose(1, 2).flatten(-2)  # (B, R, D)
@@ -61,6 +70,7 @@ class RegionEncoder(nn.Module):
         layers: number of layers.
         positions: of the cells, one of POSITIONS; sine is for a square grid.
         heads, ffn_dim: of each layer.
+        geometry: whether attention weights depend on the boxes of the regions.
         dropout: on the output of each sublayer.
 
     Raises InputError for heads or positions that do not fit the regions.
@@ -75,6 +85,7 @@ class RegionEncoder(nn.Module):
         positions: str,
         heads: int,
         ffn_dim: int,
+        geometry: bool,
         dropout: float,
     ) -> None:
         super().__init__()
@@ -86,8 +97,10 @@ class RegionEncoder(nn.Module):
                 f"regions of {region_dim}: give learned or none"
             )
         self.layers = nn.ModuleList(
-            EncoderLayer(width=region_dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout) for _ in range(layers)
+            EncoderLayer(width=region_dim, heads=heads, ffn_dim=ffn_dim, geometry=geometry, dropout=dropout)
+            for _ in range(layers)
         )
+        self.geometry = geometry
         self.num_cells = num_cells
         self.positions, self.learned_positions = positions if num_cells else "none", None
         if layers:
@@ -97,8 +110,8 @@ class RegionEncoder(nn.Module):
                 self.learned_positions = nn.Parameter(torch.empty(num_cells, region_dim))
                 nn.init.normal_(self.learned_positions, std=INIT_STD)
 
-    def forward(self, regions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """regions (B, R, D), mask (B, R), False where there is none -> (B, R, D)."""
+    def forward(self, regions: Tensor, boxes: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """regions (B, R, D), boxes (B, R, 4) for geometry, mask (B, R), False where there is none -> (B, R, D)."""
         if not self.layers:
             return regions
         if self.positions != "none":
@@ -108,6 +121,7 @@ class RegionEncoder(nn.Module):
             regions = regions + functional.pad(codes, (0, 0, 0, regions.shape[1] - self.num_cells))
         if mask is not None:
             mask = mask.view(len(mask), 1, 1, -1)
+        geometry = pairwise_geometry(boxes) if self.geometry and boxes is not None else None
         for layer in self.layers:
-            regions = layer(regions, mask)
+            regions = layer(regions, mask, geometry)
         return self.norm(regions)

@@ -31,9 +31,10 @@ def scaled_dot_product(
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention (equation 1), with its weights alpha where they are asked for.
 
-    query (..., n, Q, d), key and value (..., n, K, d) -> (..., n, Q, d), alpha (..., n, Q, K). A mask (..., 1, 1, K) is
-    False for keys that no query sees. Where `is_causal`, Q = K and a query sees no later key. On a CPU torch's fused
-    attention takes seven times as long in bfloat16, for its gradient.
+    query (..., n, Q, d), key and value (..., n, K, d) -> (..., n, Q, d), alpha (..., n, Q, K). A boolean mask
+    (..., 1, 1, K) is False for keys that no query sees, another one (..., n, Q, K) is added to the scores. Where
+    `is_causal`, Q = K and a query sees no later key. On a CPU torch's fused attention takes seven times as long in
+    bfloat16, for its gradient.
     """
     if not (with_alpha or query.is_cpu):
         return fused_attention(query, key, value, mask, is_causal=is_causal), None
@@ -41,7 +42,7 @@ def scaled_dot_product(
     if is_causal:
         scores = scores + torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(diagonal=1)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     alpha = scores.softmax(dim=-1)
     return alpha.to(value.dtype) @ value, alpha if with_alpha else None
 

@@ -135,6 +135,12 @@ def place_objects(objects: list[dict[str, Any]], size: tuple[int, int], side: in
     return placed
 
 
+def flip_boxes(boxes: Tensor) -> Tensor:
+    """The boxes (..., 4) in the mirror image; those that stand for none stay so."""
+    left, top, right, bottom = boxes.unbind(dim=-1)
+    return torch.stack([1 - right, top, 1 - left, bottom], dim=-1)
+
+
 def load_image(path: str | Path, size: int, resize: str = "squash") -> np.ndarray:
     """A photo as the square image (3, size, size) uint8 that training and captioning both see.
 

@@ -71,6 +71,12 @@ VARIANTS |= {
     "both-transformer-2+2-sine": {"regions": "both", "decoder": "transformer", "encoder_layers": 2},
     "objects-transformer-2+2": {"regions": "objects", "decoder": "transformer", "encoder_layers": 2},
     "boxes-grid": {"box_features": True},
+    "objects-spatial-gat": {"regions": "objects", "graph_layers": 2, "graph_edges": "spatial"},
+    "objects-spatial-gcn": {"regions": "objects", "graph_layers": 1, "graph_edges": "spatial", "graph_layer": "gcn"},
+    "both-all-gcn": {"regions": "both", "graph_layers": 1, "graph_edges": "all", "graph_layer": "gcn"},
+    "both-similar-gat": {"regions": "both", "graph_layers": 1, "graph_edges": "similar"},
+    "grid-gcn": {"graph_layers": 1, "graph_layer": "gcn"},
+    "objects-geometry": {"regions": "objects", "encoder_layers": 2, "geometry": True},
 }
 WORDS = [*SPECIAL_TOKENS, "a", "b", "c"]
 CAPTIONS = [[[1, 4, 5, 6, 2], [1, 4, 2]], [[1, 5, 5, 4, 6, 4, 2]], [[1, 6, 2]], [[1, 6, 4, 4, 5, 2]]]

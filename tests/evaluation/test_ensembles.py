@@ -13,7 +13,8 @@ from evaluation.generation import caption_attention, caption_images, encode_word
 from modules.beam_search import SearchSettings, beam_search
 from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
-from modules.objects import flip_boxes, grid_boxes
+from modules.objects import grid_boxes
+from preparation.images import flip_boxes
 from text.vocabulary import Vocabulary
 from utils import InputError
 
@@ -160,7 +161,7 @@ def test_views_are_encoded_one_by_one(images):
     ensemble = ensemble_of(captioners, views=["crop", "original", "hflip"])
     regions = ensemble.encode(images).regions
     expected = [
-        captioner.encode_images(VIEWS[view].images(images))
+        captioner.encode_images(VIEWS[view](images))
         for view in ("original", "crop", "hflip")
         for captioner in captioners
     ]
@@ -183,9 +184,7 @@ def test_a_view_moves_the_boxes_with_the_pixels(images):
     flipped = captioners[1].encode(images.flip(-1), boxes=flip_boxes(boxes))
     torch.testing.assert_close(encoded.regions[3], flipped.regions)
     assert encoded.mask[3].all() and encoded.mask[5].tolist() == [[True, True, False]] * 3
-    cropped = captioners[1].encode(
-        VIEWS["crop"].images(images), boxes=torch.tensor([[[3 / 14, 0, 1 / 2, 11 / 14]]] * 3)
-    )
+    cropped = captioners[1].encode(VIEWS["crop"](images), boxes=torch.tensor([[[3 / 14, 0, 1 / 2, 11 / 14]]] * 3))
     torch.testing.assert_close(encoded.regions[5][:, :2], cropped.regions)
     found = caption_images(ensemble, VOCABULARY, images, replace(DECODING, pool=True), CPU, boxes=boxes)
     assert all(image.alpha.shape[1] == 16 and torch.equal(image.boxes, grid_boxes(4)) for image in found)
@@ -198,7 +197,7 @@ def test_a_view_moves_the_boxes_with_the_pixels(images):
 def test_a_crop_is_the_middle():
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     image[..., 2:30, 2:30] = 200  # a sixteenth of the side on each side is cut off
-    assert (VIEWS["crop"].images(image) == 200).all() and VIEWS["crop"].images(image).shape == image.shape
+    assert (VIEWS["crop"](image) == 200).all() and VIEWS["crop"](image).shape == image.shape
 
 
 def test_what_does_not_go_together_is_named(run_folder):

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evaluation.pictures import (
@@ -16,9 +17,14 @@ from evaluation.pictures import (
     save_picture,
 )
 from modules.objects import grid_boxes
+from modules.relations import spatial_relations
 from utils import InputError
 
 WHITE = Image.new("RGB", (80, 40), "white")
+
+
+def cells(side):
+    return Regions(grid_boxes(side).numpy(), [])
 
 
 def tiles_of(figure):
@@ -65,7 +71,7 @@ def test_both_sides_of_a_picture_are_bounded(tmp_path, size):
     for words in (0, 8, 60):
         width, height = plot_attention(photo, ["word"] * words, np.full((words, 49), 1 / 49)).get_size_inches()
         assert width <= 11.51 and height <= 16
-    width, height = plot_edges(photo, "word", np.full(49, 1 / 49), {}).get_size_inches()
+    width, height = plot_edges(photo, "word", np.full(49, 1 / 49), {}, cells(7)).get_size_inches()
     assert max(width, height) <= 16
 
 
@@ -84,7 +90,7 @@ def test_thirty_words_stay_readable(tmp_path):
 def test_words_that_are_not_valid_mathtext_are_drawn(tmp_path):
     for word in ("$5_$", "$\\frac$", "a_b^c"):
         save_picture(plot_attention(WHITE, [word], np.full((1, 4), 0.25)), tmp_path / "a.png")
-        save_picture(plot_edges(WHITE, word, np.full(4, 0.25), {}), tmp_path / "b.png")
+        save_picture(plot_edges(WHITE, word, np.full(4, 0.25), {}, cells(2)), tmp_path / "b.png")
 
 
 def test_missing_glyphs_are_returned_and_other_warnings_are_not_swallowed(tmp_path, monkeypatch):
@@ -120,10 +126,19 @@ def test_photos_of_the_same_name_get_pictures_of_their_own(tmp_path):
 
 def test_arrows_point_from_source_to_target():
     edges = {(0, 3): 0.5, (1, 3): 0.25}
-    figure = plot_edges(Image.new("RGB", (80, 40)), "dog", np.array([0.1, 0.1, 0.1, 0.7]), edges)
+    figure = plot_edges(Image.new("RGB", (80, 40)), "dog", np.array([0.1, 0.1, 0.1, 0.7]), edges, cells(2))
     arrows = figure.axes[0].texts
     assert [(arrow.xyann, arrow.xy) for arrow in arrows] == [((20, 10), (60, 30)), ((60, 10), (60, 30))]
     assert arrows[0].arrow_patch.get_linewidth() == 2 * arrows[1].arrow_patch.get_linewidth()
+
+
+def test_edges_between_objects_have_the_names_of_their_relations():
+    boxes = np.array([[0, 0, 1, 1], [0.1, 0.1, 0.3, 0.3], [0.6, 0.1, 0.8, 0.3]])
+    relations = spatial_relations(torch.tensor(boxes).unsqueeze(0))[0].numpy()
+    regions, edges = Regions(boxes, ["dog", "ball"]), {(1, 2): 0.5, (0, 2): 0.25}
+    figure = plot_edges(WHITE, "ball", np.array([0.2, 0.2, 0.6]), edges, regions, relations)
+    texts = [text.get_text().strip() for text in figure.axes[0].texts]
+    assert sorted(filter(None, texts)) == ["around", "ball", "dog", "left of"] and len(figure.axes[0].patches) == 2
 
 
 def test_objects_are_bright_framed_and_named():
@@ -134,10 +149,9 @@ def test_objects_are_bright_framed_and_named():
     one, two, whole = tiles_of(figure)
     assert one[0, -1] == pytest.approx(0.8, abs=0.01) and one[0, 0] == one[-1, -1] == one[-1, 0] == pytest.approx(0.2)
     assert two[0, -1] == two[-1, 0] == pytest.approx(0.5, abs=0.01) and two[-1, -1] == pytest.approx(0.2)
-    assert (whole == whole[0, 0]).all() and whole[0, 0] == pytest.approx(
-        0.8, abs=0.01
-    )  # three times the uniform weight
-    names = [text.get_text() for text in figure.axes[0].texts if text.get_text() in regions.names]
+    assert (whole == whole[0, 0]).all()
+    assert whole[0, 0] == pytest.approx(0.8, abs=0.01)  # three times the uniform weight
+    names = [name for text in figure.axes[0].texts if (name := text.get_text().strip()) in regions.names]
     assert sorted(names) == ["ball", "dog", "dog"] and len(figure.axes[0].patches) == 3
 
 

@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from modules.graph import GraphLayer, RegionGraph, build_graph, edge_attribution, grid_neighbors
+from modules.graph import (
+    GRAPH_LAYERS,
+    Edges,
+    GatedGraphLayer,
+    GraphLayer,
+    RegionGraph,
+    build_edges,
+    edge_attribution,
+    grid_neighbors,
+)
+from modules.objects import grid_boxes
+from modules.relations import reverse_relations
 
 CHAIN = [(1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)]  # features of three regions
 CHAIN_NEIGHBORS = torch.tensor([[[0, 1, -1], [0, 1, 2], [1, 2, -1]]])
@@ -13,7 +24,7 @@ CHAIN_NEIGHBORS = torch.tensor([[[0, 1, -1], [0, 1, 2], [1, 2, -1]]])
 
 def chain_layer():
     """A graph layer with one head and round weights for regions of width 2."""
-    layer = GraphLayer(region_dim=2, heads=1, dropout=0.0)
+    layer = GraphLayer(region_dim=2, heads=1, relations=False, dropout=0.0)
     layer.source_proj.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     layer.target_proj.weight.data = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     layer.score.data = torch.tensor([[1.0, -1.0]])
@@ -37,41 +48,107 @@ def chain_by_hand():
 
 
 def test_a_layer_equals_a_computation_by_hand_on_three_nodes():
-    regions, _ = chain_layer()(torch.tensor([CHAIN]), CHAIN_NEIGHBORS)
+    regions, _ = chain_layer()(torch.tensor([CHAIN]), Edges(CHAIN_NEIGHBORS, None))
     torch.testing.assert_close(regions, chain_by_hand()[0])
 
 
 def test_edge_weights_equal_a_computation_by_hand_on_three_nodes():
-    _, edge_weights = chain_layer()(torch.tensor([CHAIN]), CHAIN_NEIGHBORS)
+    _, edge_weights = chain_layer()(torch.tensor([CHAIN]), Edges(CHAIN_NEIGHBORS, None))
     for target, expected in enumerate(chain_by_hand()[1]):
-        assert edge_weights[0, target, : len(expected), 0].tolist() == pytest.approx(expected)
-    assert edge_weights[0, 0, 2, 0] == edge_weights[0, 2, 2, 0] == 0
+        assert edge_weights[0, target, : len(expected)].tolist() == pytest.approx(expected)
+    assert edge_weights[0, 0, 2] == edge_weights[0, 2, 2] == 0
 
 
+def some_boxes(B, R, seed=0):
+    """Random boxes (B, R, 4)."""
+    corners = torch.rand(B, R, 2, 2, generator=torch.Generator().manual_seed(seed)).sort(dim=2).values
+    return corners.flatten(2)
+
+
+def make_graph(**changes):
+    """A random graph of two layers for regions of width 8."""
+    torch.manual_seed(0)
+    settings = {"region_dim": 8, "layers": 2, "layer": "gat", "edges": "grid", "knn": 3, "heads": 2, "dropout": 0.0}
+    graph = RegionGraph(**settings | changes)
+    for parameter in graph.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return graph
+
+
+@pytest.mark.parametrize("layer", GRAPH_LAYERS)
+@pytest.mark.parametrize("edges", ["similar", "spatial", "all"])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_a_permutation_of_the_regions_permutes_the_output(heads):
-    torch.manual_seed(0)
-    layer, regions = GraphLayer(region_dim=8, heads=heads, dropout=0.0), torch.randn(2, 9, 8)
-    neighbors = build_graph(regions, 2)
+def test_a_permutation_of_the_regions_permutes_the_output(layer, edges, heads):
+    graph, regions, boxes = make_graph(layer=layer, edges=edges, heads=heads), torch.randn(2, 9, 8), some_boxes(2, 9)
     order = torch.randperm(9)
-    new_index = torch.cat([order.argsort(), torch.tensor([-1])])  # the last entry maps -1 to -1
-    permuted, _ = layer(regions[:, order], new_index[neighbors[:, order]])
-    torch.testing.assert_close(permuted, layer(regions, neighbors)[0][:, order])
+    permuted = graph(regions[:, order], regions[:, order], boxes[:, order])[0]
+    torch.testing.assert_close(permuted, graph(regions, regions, boxes)[0][:, order])
 
 
-def test_images_of_a_batch_are_independent():
-    torch.manual_seed(0)
-    graph = RegionGraph(region_dim=8, layers=2, knn=3, heads=2, dropout=0.0)
-    features = torch.randn(3, 16, 8)
-    together = graph(features, features)[0]
+@pytest.mark.parametrize("layer", GRAPH_LAYERS)
+@pytest.mark.parametrize("edges", ["grid", "similar", "spatial", "all"])
+def test_images_of_a_batch_are_independent_and_padding_does_not_matter(layer, edges):
+    graph, features = make_graph(layer=layer, edges=edges), torch.randn(3, 16, 8)
+    boxes = grid_boxes(4).expand(3, -1, -1) if edges == "grid" else some_boxes(3, 16)
+    together = graph(features, features, boxes)[0]
     for b in range(3):
-        torch.testing.assert_close(graph(features[b : b + 1], features[b : b + 1])[0], together[b : b + 1])
+        one, box = features[b : b + 1], boxes[b : b + 1]
+        torch.testing.assert_close(graph(one, one, box)[0], together[b : b + 1])
+        if edges != "grid":
+            longer, padded = (
+                torch.cat([one, torch.randn(1, 2, 8)], dim=1),
+                torch.cat([box, torch.zeros(1, 2, 4)], dim=1),
+            )
+            torch.testing.assert_close(graph(longer, longer, padded)[0][:, :16], together[b : b + 1])
 
 
 def test_zero_layers_are_the_identity():
     regions = torch.randn(2, 9, 8)
-    graph = RegionGraph(region_dim=8, layers=0, knn=4, heads=4, dropout=0.5)
-    assert graph(regions, regions)[0] is regions and not list(graph.parameters())
+    graph = make_graph(layers=0)
+    assert graph(regions, regions, grid_boxes(3).expand(2, -1, -1))[0] is regions and not list(graph.parameters())
+
+
+@pytest.mark.parametrize("relations", [False, True])
+def test_a_gated_layer_equals_its_equation(relations):
+    layer = make_graph(layer="gcn", edges="spatial" if relations else "all").layers[0]
+    assert isinstance(layer, GatedGraphLayer)
+    regions, boxes = torch.randn(1, 5, 8), some_boxes(1, 5, seed=3)
+    edges = build_edges("spatial" if relations else "all", regions, boxes, 0)
+    output, shares = layer(regions, edges)
+    itself, out, into = layer.message.weight.view(3, 8, 8)
+    gate_itself, gate_out, gate_into = layer.gate.weight
+    for i in range(5):
+        message, gates = torch.zeros(8), torch.zeros(5)
+        for j in range(5):
+            if edges.neighbors[0, i, j] < 0:
+                continue
+            label = int(edges.relations[0, i, j]) if relations else 0
+            back = int(reverse_relations(torch.tensor(label)))
+            parts = [(itself, gate_itself, 0)] if i == j else [(out, gate_out, label), (into, gate_into, back)]
+            for matrix, direction, r in parts:
+                gate = torch.sigmoid(direction @ regions[0, j] + layer.gate_bias.weight[r, 0])
+                message += gate * (matrix @ regions[0, j] + layer.message_bias.weight[r])
+                gates[j] += gate
+        torch.testing.assert_close(output[0, i], regions[0, i] + message.clamp_min(0))
+        torch.testing.assert_close(shares[0, i], gates / gates.sum())
+    if relations:
+        assert (edges.neighbors[0] >= 0).sum() > 10 and len(edges.relations.unique()) > 4
+
+
+def test_relations_change_score_and_message_of_attention():
+    layer = make_graph(edges="spatial").layers[0]
+    regions, boxes = torch.randn(1, 5, 8), some_boxes(1, 5, seed=3)
+    edges = build_edges("spatial", regions, boxes, 0)
+    source, target = layer.source_proj(regions)[0], layer.target_proj(regions)[0]
+    i = 2
+    present = edges.neighbors[0, i] >= 0
+    sent = source[present] + layer.relation.weight[edges.relations[0, i, present]]
+    scores = torch.nn.functional.leaky_relu(target[i] + sent, 0.2).view(-1, 2, 4).mul(layer.score).sum(-1)
+    weights = scores.softmax(0)  # (N, G)
+    expected = layer.norm(regions[0, i] + (weights.unsqueeze(-1) * sent.view(-1, 2, 4)).sum(0).flatten())
+    output, edge_weights = layer(regions, edges)
+    torch.testing.assert_close(output[0, i], expected)
+    torch.testing.assert_close(edge_weights[0, i, present], weights.mean(1))
 
 
 def test_grid_neighbors_surround_a_region():
@@ -83,7 +160,7 @@ def test_grid_neighbors_surround_a_region():
 def test_the_graph_adds_the_most_similar_regions_and_repeats_none(side, knn):
     torch.manual_seed(0)
     features = torch.randn(2, side * side, 6)
-    graph = build_graph(features, knn)
+    graph = build_edges("grid", features, grid_boxes(side).expand(2, -1, -1), knn).neighbors
     cosine = torch.nn.functional.cosine_similarity(features.unsqueeze(1), features.unsqueeze(2), dim=-1)
     on_grid = grid_neighbors(side).tolist()
     for b in range(2):
@@ -96,10 +173,11 @@ def test_the_graph_adds_the_most_similar_regions_and_repeats_none(side, knn):
 
 
 def test_the_graph_is_the_same_in_mixed_precision():
+    boxes = grid_boxes(7).expand(2, -1, -1)
     features = torch.rand(2, 49, 256)  # as similar as features behind a ReLU are
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = build_graph(features, 4)
-    assert torch.equal(mixed, build_graph(features, 4))
+        mixed = build_edges("grid", features, boxes, 4).neighbors
+    assert torch.equal(mixed, build_edges("grid", features, boxes, 4).neighbors)
 
 
 def test_edge_attribution_propagates_alpha_back_through_the_layers():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modules.objects import RegionSource, box_features, flip_boxes, grid_boxes, has_area, pooling_weights
+from modules.objects import RegionSource, box_features, grid_boxes, has_area, pooling_weights
+from preparation.images import flip_boxes
 
 SIDE = 4
 NONE = [0.0, 0.0, 0.0, 0.0]

@@ -1,5 +1,6 @@
 """Encoder layers over regions against torch's layers; their positions against DETR's equations."""
 
+import itertools
 import math
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 
 from modules.region_encoder import EncoderLayer, RegionEncoder, grid_positions
+from modules.relations import pairwise_geometry
 from utils import InputError
 
-SIZES = {"region_dim": 8, "num_cells": 9, "layers": 2, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
+SIZES = {"region_dim": 8, "num_cells": 9, "layers": 2, "heads": 2, "ffn_dim": 12, "geometry": False, "dropout": 0.0}
 
 
 def make_encoder(**changes):
@@ -90,3 +92,47 @@ def test_every_parameter_gets_a_gradient(positions):
 def test_what_does_not_fit_the_regions_is_an_error(changes, message):
     with pytest.raises(InputError, match=message):
         make_encoder(**changes)
+
+
+def random_boxes(B, R):
+    return torch.rand(B, R, 2, 2).sort(dim=2).values.flatten(2)
+
+
+def test_geometry_multiplies_the_weights_of_attention():
+    """Herdade et al., 2019, equation 6: omega_G exp(omega_A) / sum of them, for each head."""
+    encoder, regions, boxes = make_encoder(layers=1, geometry=True), torch.randn(2, 5, 8), random_boxes(2, 5)
+    mask = torch.tensor([[True] * 5, [True] * 4 + [False]])
+    layer, geometry = encoder.layers[0], pairwise_geometry(boxes)
+    query, key, value = layer.query_key_value(layer.attention_norm(regions)).view(2, 5, 3, 2, 4).unbind(2)
+    attended = torch.zeros(2, 5, 2, 4)
+    for b, m, n in itertools.product(range(2), range(5), range(2)):
+        weights = torch.zeros(5)
+        for k in range(5):
+            if mask[b, k]:
+                omega = (layer.geometry.weight[n] @ geometry[b, m, k] + layer.geometry.bias[n]).clamp_min(1e-6)
+                weights[k] = omega * (query[b, m, n] @ key[b, k, n] / 2).exp()
+        attended[b, m, n] = (weights / weights.sum()) @ value[b, :, n]
+    expected = regions + layer.attention_proj(attended.flatten(2))
+    expected = encoder.norm(expected + layer.ffn(layer.ffn_norm(expected)))
+    torch.testing.assert_close(encoder(regions, boxes, mask)[mask], expected[mask], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("geometry", [False, True])
+def test_a_masked_region_changes_no_other(geometry):
+    encoder, regions, boxes = make_encoder(geometry=geometry), torch.randn(2, 5, 8), random_boxes(2, 5)
+    longer = torch.cat([regions, torch.randn(2, 3, 8)], dim=1)
+    padded = torch.cat([boxes, torch.zeros(2, 3, 4)], dim=1)
+    mask = torch.arange(8).expand(2, -1) < 5
+    torch.testing.assert_close(encoder(longer, padded, mask)[:, :5], encoder(regions, boxes))
+
+
+@pytest.mark.parametrize("positions", ["sine", "learned"])
+def test_positions_are_those_of_the_cells_before_the_objects(positions):
+    regions, encoder = torch.randn(2, 11, 8), make_encoder(positions=positions, layers=1)
+    codes = grid_positions(3, 8) if positions == "sine" else encoder.learned_positions
+    without = make_encoder(positions="none", layers=1)
+    weights = {name: weight for name, weight in encoder.state_dict().items() if name != "learned_positions"}
+    without.load_state_dict(weights)
+    moved = torch.cat([regions[:, :9] + codes, regions[:, 9:]], dim=1)
+    torch.testing.assert_close(encoder(regions), without(moved))
+    assert make_encoder(positions=positions, num_cells=0).learned_positions is None
