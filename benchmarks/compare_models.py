@@ -32,6 +32,8 @@ from utils import InputError, choose_runtime, require_at_least, run_script
 
 TRANSFORMER_512 = {"decoder": "transformer", "dropout": 0.3}
 TRANSFORMER_256 = {**TRANSFORMER_512, "hidden_dim": 256, "embed_dim": 256}
+OBJECTS = {"regions": "objects", "box_features": True}
+BOTH = {"regions": "both", "box_features": True}
 VARIANTS = {
     "none-rnn": {"attention": "none", "cell": "rnn"},
     "none-gru": {"attention": "none", "cell": "gru"},
@@ -47,11 +49,20 @@ VARIANTS = {
     "soft-lstm-graph1": {"graph_layers": 1},
     "soft-lstm-graph2": {"graph_layers": 2},
     "soft-lstm-mobilenet_v2": {"encoder": "mobilenet_v2"},
+    "soft-lstm-objects": OBJECTS,
+    "soft-lstm-objects-gat": OBJECTS | {"graph_layers": 1, "graph_edges": "spatial"},
+    "soft-lstm-objects-gcn": OBJECTS | {"graph_layers": 1, "graph_edges": "spatial", "graph_layer": "gcn"},
+    "soft-lstm-both": BOTH,
+    "up_down-objects": OBJECTS | {"decoder": "up_down"},
+    "up_down-both": BOTH | {"decoder": "up_down"},
     "transformer-0+2-256": TRANSFORMER_256,
     "transformer-0+2-512": TRANSFORMER_512,
     "transformer-2+2-256": {**TRANSFORMER_256, "region_dim": 256, "encoder_layers": 2},
     "transformer-2+2-512": {**TRANSFORMER_512, "encoder_layers": 2},
+    "transformer-2+2-512-objects": {**TRANSFORMER_512, **OBJECTS, "encoder_layers": 2},
+    "transformer-2+2-512-objects-geometry": {**TRANSFORMER_512, **OBJECTS, "encoder_layers": 2, "geometry": True},
 }
+OF_OBJECTS = {name for name, changes in VARIANTS.items() if "regions" in changes}  # need objects in the folder
 BEAM_SIZES = (1, 5)
 SCORES = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
 
@@ -62,7 +73,7 @@ class Settings:
 
     data_folder: str = "data/flickr8k"  # what create_input_files.py wrote
     output_folder: str = "runs/compare"  # folder of the runs and of the table
-    variants: tuple[str, ...] = tuple(VARIANTS)  # models to compare
+    variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in OF_OBJECTS)  # models to compare
     seeds: tuple[int, ...] = (0,)  # of weights, order and dropout; each model is trained once per seed
     epochs: int = 3  # passes over the training images
     hflip: bool = True  # as in train.py

@@ -40,8 +40,9 @@ class ObjectFile:
 
     Results are a list of {"image_id", or "image" or "file_name", "bbox": [left, top, width, height] in pixels,
     "category" or COCO's "category_id", "score"}. Annotations (instances_train2014.json) have photos, categories and
-    objects in lists of their own; those of crowds are left out. `categories` and the `sizes` (width, height) of photos
-    are complete when all objects are read.
+    objects in lists of their own; those of crowds are left out. Karpathy JSON may have the objects of each of its
+    images, as that of the shapes does, with "words" and a "box" as a record's have. `categories` and the `sizes`
+    (width, height) of photos are complete when all objects are read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,13 +55,18 @@ class ObjectFile:
         """Yield the objects; InputError where the file is missing or has another form."""
         with open(self.path, "rb") as file:
             is_results = file.read(2**10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-        count = 0
+        count, is_karpathy = 0, False
         try:
             if is_results:
                 ids = enumerate(COCO_CATEGORIES.split(", "), start=1)
                 self.categories = {number: name for number, name in ids if name}
             for key, item in iter_json_lists(self.path, () if is_results else ("images", "annotations", "categories")):
-                if key == "images":
+                if key == "images" and "objects" in item:
+                    is_karpathy = True
+                    for each in self._own_objects(item):
+                        yield each
+                        count += 1
+                elif key == "images":
                     self._read_photo(item)
                 elif key == "categories":
                     self.categories[require_type(item["id"], int)] = _name(item["name"])
@@ -68,6 +74,8 @@ class ObjectFile:
                     yield _detected_object(item, has_score=is_results)
                     count += 1
         except KeyError as error:
+            if is_karpathy and error.args[0] in ("annotations", "categories"):
+                return
             raise InputError(
                 f"--objects {self.path}: no key {error} after {count} objects, are these COCO's?"
             ) from None
@@ -84,6 +92,15 @@ class ObjectFile:
             self.sizes[key] = (width, height)
         if "file_name" in item:
             self.names[key] = _name(item["file_name"])
+
+    def _own_objects(self, item: dict[str, Any]) -> Iterator[DetectedObject]:
+        """The objects of an image of Karpathy JSON."""
+        photo = _photo_key(item["filename"])
+        self.sizes[photo] = (1, 1)  # boxes are in fractions of the sides
+        for each in require_type(item["objects"], list):
+            left, top, right, bottom = _four_numbers(each["box"])
+            name = _name(" ".join(require_type(each["words"], list)))
+            yield DetectedObject(photo, name, [left, top, right - left, bottom - top], _number(each.get("score", 1.0)))
 
     def category(self, category: int | str) -> list[str]:
         """The words of a category. Raises InputError for an id without a name."""
@@ -103,10 +120,15 @@ def _detected_object(item: dict[str, Any], has_score: bool) -> DetectedObject:
     if photo is None:
         photo = item["image_id"]
     category = _name(item["category"]) if item.get("category") is not None else require_type(item["category_id"], int)
-    box = [_number(number) for number in require_type(item["bbox"], list)]
-    if len(box) != 4:
+    return DetectedObject(
+        _photo_key(photo), category, _four_numbers(item["bbox"]), _number(item["score"]) if has_score else 1.0
+    )
+
+
+def _four_numbers(value: Any) -> list[float]:
+    if len(require_type(value, list)) != 4:
         raise TypeError
-    return DetectedObject(_photo_key(photo), category, box, _number(item["score"]) if has_score else 1.0)
+    return [_number(number) for number in value]
 
 
 def _photo_key(value: Any) -> str:

@@ -102,6 +102,12 @@ def test_a_model_of_objects_captions_a_photo_with_its_objects(command, shapes, o
         assert picture.width > 300
 
 
+def test_the_shapes_have_their_objects_in_their_captions_file(command, shapes, objects_run, tmp_path):
+    arguments = ("--checkpoint", objects_run / "best.pt", "--objects", shapes / "dataset_shapes.json")
+    status, out, err = command(caption, shapes / "photos", *arguments, "--output_folder", tmp_path)
+    assert status == 0 and out.count("log-probability") == 28 and "objects in 28 photos, 0 photos have none" in err
+
+
 def test_objects_and_model_must_fit(command, shapes, run_folder, objects_run, tmp_path):
     photo, objects = photo_of(shapes), tmp_path / "objects.json"
     objects.write_text("[]")

@@ -118,6 +118,16 @@ def test_annotations_name_their_photos_sizes_and_categories(records, write, orde
     ]
 
 
+def test_karpathy_json_has_objects_as_records_have_them(records, write, capsys):
+    objects = [
+        {"words": ["red", "dog"], "box": [0.1, 0.2, 0.5, 1]},
+        {"words": ["cat"], "box": [0, 0, 0.3, 0.3], "score": 0.5},
+    ]
+    path = write({"dataset": "own", "images": [{"filename": "b.jpg", "sentences": [], "objects": objects}]})
+    first, second = add_objects(records, path)
+    assert first.objects == [] and second.objects == [objects[0] | {"score": 1.0}, objects[1]]
+
+
 def test_images_of_an_hdf5_file_have_objects(tmp_path, records, write):
     with h5py.File(tmp_path / "images.hdf5", "w") as file:
         file["images"] = np.zeros((2, 3, 20, 40), np.uint8)
@@ -148,6 +158,9 @@ def test_images_of_an_hdf5_file_have_objects(tmp_path, records, write):
         (COCO | {"categories": 1}, "another form after 0 objects"),
         (COCO | {"images": [{"id": 3, "width": 0, "height": 5}]}, "another form after 0 objects"),
         (["dog"], "another form after 0 objects"),
+        ({"images": [{"filename": "b.jpg", "objects": [{"words": ["dog"], "box": [0, 1]}]}]}, "another form after 0"),
+        ({"images": [{"filename": "b.jpg", "objects": [{"words": [], "box": [0, 0, 1, 1]}]}]}, "another form after 0"),
+        ({"images": [{"objects": [{"words": ["dog"], "box": [0, 0, 1, 1]}]}]}, "no key 'filename'"),
         ("dog", "another form after 0 objects"),
     ],
 )
