@@ -46,7 +46,7 @@ class Batch:
     lengths: Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0 where there is no caption
     indices: list[int]  # of the images in their split
     is_features: bool = False
-    # (B, N, 4) of the objects, padded with boxes without area, as `modules.objects` has them; None: not asked for
+    # (B, N, 4) of the objects, padded with boxes without area, as `modules.regions` has them; None: not asked for
     boxes: Tensor | None = None
 
     def pin_memory(self) -> "Batch":

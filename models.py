@@ -21,8 +21,8 @@ from modules.decoders import Decoder, DecoderOutput
 from modules.encoders import Encoder
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS, RegionGraph
 from modules.layers import Dropout, init_linear
-from modules.objects import BOX_FEATURES, REGIONS, RegionSource
 from modules.region_encoder import POSITIONS, RegionEncoder
+from modules.regions import BOX_FEATURES, REGIONS, RegionSource
 from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
 from modules.step_decoder import Nested
@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
 
     regions: Nested  # (B, R, D) for the decoder
     mask: Nested  # (B, R), False where an image has no region; None: all have R
-    boxes: Tensor  # (B, R, 4) of the regions, as `modules.objects.RegionSource` returns them
+    boxes: Tensor  # (B, R, 4) of the regions, as `modules.regions.RegionSource` returns them
     features: Nested  # (B, R, F) of the grid
     neighbors: Tensor | None  # (B, R, N) of the graph, as `RegionGraph.forward` returns them
     edge_weights: list[Tensor]  # (B, R, N) of each graph layer
@@ -99,7 +99,7 @@ class Captioner(nn.Module):
     def encode(self, inputs: Tensor, is_features: bool = False, boxes: Tensor | None = None) -> "Encoded":
         """What the decoder sees of images (B, 3, h, w) uint8 or, where `is_features`, of cached features (B, R, F).
 
-        A captioner that `uses_objects` needs their boxes (B, N, 4), as `modules.objects.RegionSource`.
+        A captioner that `uses_objects` needs their boxes (B, N, 4), as `modules.regions.RegionSource`.
         """
         return self.encode_features(self.features(inputs, is_features), boxes)
 

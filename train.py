@@ -20,8 +20,8 @@ from models import DECODERS
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS
-from modules.objects import REGIONS
 from modules.region_encoder import POSITIONS
+from modules.regions import REGIONS
 from text.cider import CiderD
 from training.checks import print_warnings, validate_settings
 from training.feature_cache import build_dataset

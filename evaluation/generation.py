@@ -18,7 +18,7 @@ from models import Captioner, Encoded
 from modules.decoders import Decoder
 from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
-from modules.objects import has_area
+from modules.regions import has_area
 from modules.step_decoder import Nested, first_tensor, map_tensors
 from text.vocabulary import END, Vocabulary
 from utils import Runtime, copy_to_device

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modules.layers import Dropout, init_linear
-from modules.objects import has_area
+from modules.regions import has_area
 from modules.relations import NO_RELATION, RELATIONS, reverse_relations, spatial_relations
 from utils import copy_to_device
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from modules.objects import has_area
+from modules.regions import has_area
 
 NO_RELATION = 0
 # What a region is to another one, by the numbers of Yao et al., 2018: 1 says that the other one is inside of it.

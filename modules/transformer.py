@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
         self.ffn = feed_forward(hidden_dim, ffn_dim)
         self.dropout = Dropout(dropout)
 
-    def keys(self, regions: Tensor, mask: Tensor | None) -> Nested:
+    def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
         """What the words share: (B, R, D), mask (B, R)
         -> keys and values of the regions, (B, n, R, d) each, and the mask (B, 1, 1, R).
         """

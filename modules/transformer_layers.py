@@ -52,11 +52,13 @@ def fused_attention(
 ) -> Tensor:
     """`scaled_dot_product` without weights, by torch's fused kernels, which take four dimensions and no more.
 
-    query (..., n, Q, d), key and value (..., n, K, d), mask (..., 1, 1, K) -> (..., n, Q, d).
+    query (..., n, Q, d), key and value (..., n, K, d), mask as there -> (..., n, Q, d).
     """
     leading = query.shape[:-3]
     query, key, value = (x.flatten(0, -4) for x in (query, key, value))
-    mask = None if mask is None else mask.flatten(0, -4)
+    if mask is not None:
+        mask = mask.flatten(0, -4)
+        mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
     attended = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
     return attended.unflatten(0, leading)
 

@@ -13,7 +13,7 @@ from models import CHECKPOINT_FORMAT, load_captioner, model_settings
 from modules.beam_search import SearchSettings, beam_search
 from modules.encoders import GRID_LAYERS
 from modules.force_decode import force_decode
-from modules.objects import has_area
+from modules.regions import has_area
 from text.cider import CiderD
 from text.vocabulary import PAD, SPECIAL_TOKENS
 from training.losses import captioning_loss

@@ -13,7 +13,7 @@ from evaluation.generation import caption_attention, caption_images, encode_word
 from modules.beam_search import SearchSettings, beam_search
 from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
-from modules.objects import grid_boxes
+from modules.regions import grid_boxes
 from preparation.images import flip_boxes
 from text.vocabulary import Vocabulary
 from utils import InputError

@@ -16,7 +16,7 @@ from evaluation.pictures import (
     plot_edges,
     save_picture,
 )
-from modules.objects import grid_boxes
+from modules.regions import grid_boxes
 from modules.relations import spatial_relations
 from utils import InputError
 

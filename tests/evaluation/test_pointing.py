@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evaluation.pointing import attention_metrics
-from modules.objects import grid_boxes
+from modules.regions import grid_boxes
 
 CELLS = grid_boxes(2)
 

@@ -15,7 +15,7 @@ from modules.graph import (
     edge_attribution,
     grid_neighbors,
 )
-from modules.objects import grid_boxes
+from modules.regions import grid_boxes
 from modules.relations import reverse_relations
 
 CHAIN = [(1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)]  # features of three regions

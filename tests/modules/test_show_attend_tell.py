@@ -77,7 +77,7 @@ def test_the_attention_of_layers_is_that_of_the_top_one():
     regions = torch.randn(1, 3, 6)
     keys, state = decoder.keys(regions), decoder.init_state(regions)
     _, alpha, next_state = decoder.step(torch.tensor([[4]]), regions, keys, state)
-    context, expected = decoder.attention(regions, keys, state[0])
+    context, expected = decoder.attention(regions, keys[0], state[0])
     torch.testing.assert_close(alpha, expected)
     first, second = decoder.cell, decoder.upper_cells[0]
     below = first(first.words(decoder.embedding.weight[4]).view(1, 1, -1), context, state[2:])

@@ -23,11 +23,11 @@ class ToyTransformer:
         self.qkv = torch.randn(2, width, 3 * width, generator=generator) / 2
         self.output = torch.randn(width, 7, generator=generator)
 
-    def keys(self, regions):
+    def keys(self, regions, mask=None):
         projected = regions @ self.region_proj  # (B, R, width)
         return (projected, (projected.mean(1),))
 
-    def init_state(self, regions):
+    def init_state(self, regions, mask=None):
         empty = regions.new_zeros(len(regions), 1, self.heads, 0, self.d)
         words_so_far = torch.zeros(len(regions), 1)  # of the captions: a tensor of two dimensions
         return ((empty, empty), (empty, empty)), words_so_far

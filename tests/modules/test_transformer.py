@@ -223,20 +223,24 @@ def test_attention_is_that_of_torch(is_causal):
 def test_the_fused_attention_has_four_dimensions_as_its_kernels_on_a_gpu_need(monkeypatch):
     torch_attention, calls = functional.scaled_dot_product_attention, []
 
-    def record(query, key, value, *, is_causal):
+    def record(query, key, value, mask, *, is_causal):
         calls.append((query.shape, key.shape, value.shape))
-        return torch_attention(query, key, value, is_causal=is_causal)
+        return torch_attention(query, key, value, mask, is_causal=is_causal)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
     query, key, value = torch.randn(3, 2, 3, 4, 5, 6)
     expected, _ = scaled_dot_product(query, key, value, is_causal=True)
     torch.testing.assert_close(fused_attention(query, key, value, is_causal=True), expected)
+    query, key, value = torch.randn(3, 2, 4, 5, 6)
+    for mask in (torch.tensor([[[[True, False, True, True, True]]]] * 2), torch.randn(2, 4, 5, 5)):
+        expected, _ = scaled_dot_product(query, key, value, mask)
+        torch.testing.assert_close(fused_attention(query, key, value, mask), expected)
     decoder = make_decoder().to("meta")  # whose attention is fused as on a GPU
     regions, words = torch.empty(3, 4, 6, device="meta"), torch.empty(3, 2, 5, dtype=torch.long, device="meta")
     keys = decoder.keys(regions)
     assert decoder._run_layers(words, keys)[0].shape == (3, 2, 5, 8)
     decoder.step(words[..., 0], regions, keys, expand(decoder.init_state(regions), 2))
-    assert len(calls) == 1 + 2 * (2 + 1)  # in a pass and a step: both self-attentions, and a cross-attention
+    assert len(calls) == 3 + 2 * (2 + 1)  # in a pass and a step: both self-attentions, and a cross-attention
     assert all(len(shape) == 4 for shapes in calls for shape in shapes)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from modules.step_decoder import map_tensors
 from modules.up_down import UpDownDecoder
 
 DIMS = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
@@ -36,7 +37,7 @@ def test_up_down_equals_two_lstm_cells(decoder):
     keys, state = decoder.keys(regions), decoder.init_state(regions)
     for b in range(2):
         h1, c1, h2, c2 = (torch.zeros(8) for _ in range(4))
-        image_keys, image_state = tuple(x[b : b + 1] for x in keys), tuple(x[b : b + 1] for x in state)
+        image_keys, image_state = map_tensors(lambda x, b=b: x[b : b + 1], (keys, state))
         for word in words[b]:
             x1 = torch.cat([h2, regions[b].mean(0), decoder.embedding.weight[word]])  # equation 2
             h1, c1 = lstm_1(x1, (h1, c1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.objects import RegionSource, box_features, grid_boxes, has_area, pooling_weights
+from modules.regions import RegionSource, box_features, grid_boxes, has_area, pooling_weights
 from preparation.images import flip_boxes
 
 SIDE = 4
