@@ -129,7 +129,8 @@ class Captioner(nn.Module):
     ) -> DecoderOutput:
         """Teacher forcing, as `Decoder.forward`, on inputs as `encode` takes them."""
         encoded = self.encode(inputs, is_features, boxes)
-        return self.decoder(encoded.regions, words, lengths, sampling_prob, encoded.mask)
+        output = self.decoder(encoded.regions, words, lengths, sampling_prob, encoded.mask)
+        return output._replace(mask=encoded.mask)
 
 
 def build_captioner(

@@ -26,6 +26,7 @@ class DecoderOutput(NamedTuple):
     alpha: Tensor  # (T, B, C, R) attention weights, zero after a caption's end
     sampled_log_probs: Tensor | None = None  # (T, B, C) of hard attention's regions, 0 where none was sampled
     baseline: Tensor | None = None  # () of hard attention, for `training.losses.hard_attention_loss`
+    mask: Tensor | None = None  # (B, R), False where an image has no region; None: all have R
 
 
 class Layout(NamedTuple):

@@ -43,8 +43,11 @@ def captioning_loss(
     loss = smoothed / words
     if settings.doubly_stochastic:
         exists = copy_to_device(lengths.flatten().nonzero().squeeze(1), output.alpha.device)
-        coverage = output.alpha.sum(dim=0).flatten(0, 1)[exists]  # (captions, R)
-        coverage_penalty = (1 - coverage).square().mean(dim=-1).sum()
+        excess = 1 - output.alpha.sum(dim=0)  # (B, C, R)
+        squares, regions = excess.square(), excess.shape[-1]
+        if output.mask is not None:
+            squares, regions = squares * output.mask.unsqueeze(1), output.mask.sum(dim=-1).view(-1, 1)
+        coverage_penalty = (squares.sum(dim=-1) / regions).flatten()[exists].sum()
         loss = loss + settings.doubly_stochastic * coverage_penalty / captions
     if output.sampled_log_probs is not None:
         loss = loss + hard_attention_loss(output, lengths, word_losses.detach()) / words

@@ -35,6 +35,18 @@ def test_the_loss_of_a_ragged_batch_is_that_of_its_captions_alone(tiny_decoder):
     torch.testing.assert_close(loss, cross_entropy / words + 0.7 * torch.stack(terms).mean())
 
 
+def test_masked_regions_do_not_count_in_the_loss(tiny_decoder):
+    batch = collate([Example(i, torch.rand(4, 6), [[1, 4, 5, 2], [1, 6, 2]][: i + 1]) for i in range(2)])
+    settings = replace(SMALL, doubly_stochastic=0.7, label_smoothing=0.1)
+    mask = torch.tensor([[True] * 4 + [False] * 3] * 2)
+    longer = torch.cat([batch.inputs, torch.randn(2, 3, 6)], dim=1)
+    losses = []
+    for regions, m in ((batch.inputs, None), (longer, mask)):
+        output = tiny_decoder(regions, batch.words, batch.lengths, mask=m)._replace(mask=m)
+        losses.append(captioning_loss(output, batch.lengths, settings, *batch.counts())[0])
+    torch.testing.assert_close(*losses)
+
+
 def test_the_learning_rate_rises_and_falls():
     cosine = train.Settings(epochs=10, warmup_ratio=0.2)  # of 100 steps
     factors = [learning_rate_factor(cosine, step, 10) for step in range(100)]
