@@ -144,6 +144,10 @@ def main(settings: Settings) -> None:
     records, words = ([], None) if settings.dataset == "shapes" else read_dataset(settings)
     if settings.objects:
         records = add_objects(records, Path(settings.objects))
+        if not any(record.objects for record in records):
+            raise InputError(
+                f"--objects {settings.objects}: has no object of the {len(records)} photos, such as {records[0].name}"
+            )
     if words is None:
         settings = choose_min_word_freq(settings, records)
     with lock_folder(output):

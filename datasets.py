@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import rank, world_size
 from preparation.images import flip_boxes
+from preparation.objects import MIN_SCORE
 from preparation.storage import read_captions
+from text.nouns import nouns_of
 from text.vocabulary import PAD, Vocabulary
 from utils import InputError
 
@@ -31,6 +33,7 @@ class Example(NamedTuple):
     input: Tensor  # image (3, S, S) uint8 or features (R, F) float16
     captions: list[list[int]]  # word ids from <start> to <end>
     boxes: Tensor | None = None  # (N, 4) of its objects in fractions of the sides; None: not asked for
+    names: list[list[int]] | None = None  # of each object the ids of the words that name it; None: not asked for
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Batch:
     is_features: bool = False
     # (B, N, 4) of the objects, padded with boxes without area, as `modules.regions` has them; None: not asked for
     boxes: Tensor | None = None
+    named: Tensor | None = None  # (B, C, T, N) on the CPU: whether a word to predict names an object; None likewise
 
     def pin_memory(self) -> "Batch":
         """Copy the inputs to page-locked memory, from which a GPU copies asynchronously; the loader calls it."""
@@ -69,9 +73,9 @@ class Batch:
         return [self._select(slice(i, None, count)) for i in range(count)]
 
     def _select(self, images: slice) -> "Batch":
-        boxes = None if self.boxes is None else self.boxes[images]
+        boxes, named = (None if x is None else x[images] for x in (self.boxes, self.named))
         parts = (self.inputs[images], self.words[images], self.lengths[images], self.indices[images])
-        return Batch(*parts, self.is_features, boxes)
+        return Batch(*parts, self.is_features, boxes, named)
 
 
 class CaptionDataset(Dataset):
@@ -94,7 +98,8 @@ class CaptionDataset(Dataset):
         )
         self.flipped_ids = vocabulary.flipped_ids
         self.feature_paths: list[Path] = []  # of the images and, where wanted, of the flipped images
-        self.boxes: list[Tensor] = []
+        self.boxes: list[np.ndarray] = []  # tensors would each take a file handle in a process that is spawned
+        self.names: list[list[list[int]]] = []
         self.memory: Tensor | None = None
         self._opened: tuple[int | None, Any] = (None, None)  # process id, arrays
 
@@ -110,10 +115,11 @@ class CaptionDataset(Dataset):
             array = self._arrays()[flipped][index]
         else:
             array = self._arrays()[index][..., :: -1 if flipped else 1]
-        boxes = self.boxes[index] if self.boxes else None
+        boxes = torch.from_numpy(self.boxes[index]) if self.boxes else None
         if boxes is not None and flipped:
             boxes = flip_boxes(boxes)
-        return Example(index, torch.from_numpy(np.array(array)), captions, boxes)
+        names = self.names[index] if self.names else None
+        return Example(index, torch.from_numpy(np.array(array)), captions, boxes, names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": (None, None)}
@@ -122,14 +128,20 @@ class CaptionDataset(Dataset):
         """Yield the cached features of these files from now on: of the images and, where given, the flipped images."""
         self.feature_paths, self._opened = paths, (None, None)
 
-    def use_objects(self) -> None:
-        """Yield the boxes of the images' objects from now on. Raises InputError where the split has none."""
+    def use_objects(self, vocabulary: Vocabulary | None = None) -> None:
+        """Yield the boxes of the images' objects from now on and, with the vocabulary, the words that name them.
+
+        Raises InputError where the split has none.
+        """
         if not self.has_boxes:
             raise InputError(
                 f"{self.images_path.parent} has no objects, which this model looks at: run create_input_files.py again "
                 f"with --objects"
             )
-        self.boxes = [torch.tensor([item["box"] for item in entry["objects"]]).view(-1, 4) for entry in self.entries]
+        if vocabulary:
+            self.names = words_that_name(self.entries, vocabulary)
+        boxes = ([item["box"] for item in entry["objects"]] for entry in self.entries)
+        self.boxes = [np.array(each, np.float32).reshape(-1, 4) for each in boxes]
 
     def load_into_memory(self) -> None:
         """Read all images into memory, once for all workers."""
@@ -145,11 +157,26 @@ class CaptionDataset(Dataset):
         return self._opened[1]
 
 
+def words_that_name(entries: list[dict[str, Any]], vocabulary: Vocabulary) -> list[list[list[int]]]:
+    """For each image, of each of its objects, the ids of the words that name it; none for one of a low score."""
+    ids: dict[str, list[int]] = {"": []}
+    found = []
+    for entry in entries:
+        found.append([])
+        for item in entry["objects"]:
+            name = " ".join(item["words"]) if item.get("score", 1.0) >= MIN_SCORE else ""
+            if name not in ids:
+                nouns = nouns_of(item["words"])
+                ids[name] = [vocabulary.word2idx[noun] for noun in nouns if noun in vocabulary.word2idx]
+            found[-1].append(ids[name])
+    return found
+
+
 def collate(examples: Sequence[Example], is_features: bool = False) -> Batch:
     """Make a `Batch` of examples, sorted by the lengths of their captions."""
     examples = [each._replace(captions=sorted(each.captions, key=len, reverse=True)) for each in examples]
     examples.sort(key=lambda each: len(each.captions[0]), reverse=True)
-    indices, inputs, captions, boxes = zip(*examples, strict=True)
+    indices, inputs, captions, boxes, names = zip(*examples, strict=True)
     max_length = len(captions[0][0])
     words = torch.full((len(examples), max(map(len, captions)), max_length), PAD)
     lengths = torch.zeros(words.shape[:2], dtype=torch.long)
@@ -158,7 +185,13 @@ def collate(examples: Sequence[Example], is_features: bool = False) -> Batch:
             words[b, c, : len(caption)] = torch.tensor(caption)
             lengths[b, c] = len(caption) - 1
     padded = None if boxes[0] is None else pad_sequence(list(boxes), batch_first=True)
-    return Batch(torch.stack(inputs), words, lengths, list(indices), is_features, padded)
+    named = None
+    if names[0] is not None:
+        named = torch.zeros(*words[..., 1:].shape, max(map(len, names)), dtype=torch.bool)
+        for b, of_objects in enumerate(names):
+            for i, ids in enumerate(of_objects):
+                named[b, ..., i] = torch.isin(words[b, :, 1:], torch.tensor(ids, dtype=torch.long))
+    return Batch(torch.stack(inputs), words, lengths, list(indices), is_features, padded, named)
 
 
 def ignore_sigint(_: int) -> None:

@@ -96,7 +96,7 @@ class Captioner(nn.Module):
         """Whether it needs the boxes of the objects in the images."""
         return self.region_source.uses_objects
 
-    def encode(self, inputs: Tensor, is_features: bool = False, boxes: Tensor | None = None) -> "Encoded":
+    def encode(self, inputs: Tensor, is_features: bool = False, boxes: Tensor | None = None) -> Encoded:
         """What the decoder sees of images (B, 3, h, w) uint8 or, where `is_features`, of cached features (B, R, F).
 
         A captioner that `uses_objects` needs their boxes (B, N, 4), as `modules.regions.RegionSource`.
@@ -107,7 +107,7 @@ class Captioner(nn.Module):
         """The encoder's features (B, R, F) of inputs as `encode` takes them."""
         return inputs.float() if is_features else self.encoder(inputs)
 
-    def encode_features(self, features: Tensor, boxes: Tensor | None = None) -> "Encoded":
+    def encode_features(self, features: Tensor, boxes: Tensor | None = None) -> Encoded:
         """As `encode`, of the encoder's features (B, R, F)."""
         regions, region_boxes, mask = self.region_source(features, boxes)
         regions, neighbors, edge_weights = self.graph(self.region_layer(regions), regions, region_boxes)
@@ -130,7 +130,7 @@ class Captioner(nn.Module):
         """Teacher forcing, as `Decoder.forward`, on inputs as `encode` takes them."""
         encoded = self.encode(inputs, is_features, boxes)
         output = self.decoder(encoded.regions, words, lengths, sampling_prob, encoded.mask)
-        return output._replace(mask=encoded.mask)
+        return output._replace(mask=encoded.mask, boxes=encoded.boxes)
 
 
 def build_captioner(
@@ -195,7 +195,7 @@ def build_captioner(
         init_linear(linear)
     else:
         region_dim = feature_dim
-    if graph_layers and region_dim % graph_heads:
+    if graph_layers and graph_layer == "gat" and region_dim % graph_heads:
         raise InputError(f"--graph_heads {graph_heads}: does not divide the {region_dim} features of a region")
     graph = RegionGraph(
         region_dim=region_dim,

@@ -105,6 +105,7 @@ class Settings:
     learning_rate_decay: float = 0.8  # factor per epoch of --lr_schedule step
     grad_clip: float = 5.0  # maximum norm of the gradient; 0: not clipped
     doubly_stochastic: float = 0.0  # weight of the doubly stochastic attention term (alpha_c of sgrvinod's tutorial)
+    grounding_weight: float = 0.0  # weight of attention outside of the objects that nouns name; needs their boxes
     label_smoothing: float = 0.1  # share of a target's probability that is spread over all words
     scheduled_sampling_max_prob: float = 0.0  # probability, at the end, of feeding back the model's word
     ema_decay: float = 0.999  # decay of the moving average of the weights that best.pt holds; 0: none
@@ -266,6 +267,8 @@ def train(settings: Settings, device: torch.device) -> None:
     )
     validation = build(settings.data_folder, "val")
     training = build(settings.data_folder, "train", hflip=settings.hflip)
+    if settings.grounding_weight:
+        training.use_objects(state.vocabulary)
     if len(training) < world_size():
         raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
     start_files(state)

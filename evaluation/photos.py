@@ -59,19 +59,21 @@ def find_objects(photos: Sequence[str], path: str | Path, image_size: int, resiz
 
     Each has "words" and a "box" in fractions of the sides. Raises InputError as `preparation.objects.add_objects`.
     """
-    records = [ImageRecord(Path(photo), photo, i, "", b"[]") for i, photo in enumerate(photos)]
-    found = []
+    files = [Path(photo).resolve() for photo in photos]  # one may be named twice
+    records = [ImageRecord(file, str(file), i, "", b"[]") for i, file in enumerate(dict.fromkeys(files))]
+    found = {}
     for record in add_objects(records, Path(path)):
         objects = record.objects or []
         if objects:  # so that its photo can be read
             objects = place_objects(objects, photo_size(record.path), image_size, resize)
-        found.append(objects)
-    return found
+        found[record.path] = objects
+    return [found[file] for file in files]
 
 
 def pad_boxes(objects: Sequence[list[dict[str, Any]]]) -> Tensor:
     """The boxes of B images' objects, padded with boxes without area: (B, N, 4)."""
-    return pad_sequence([torch.tensor([item["box"] for item in each]).view(-1, 4) for each in objects], True)
+    boxes = [torch.tensor([item["box"] for item in each], dtype=torch.float32).view(-1, 4) for each in objects]
+    return pad_sequence(boxes, batch_first=True)
 
 
 def load_photos(

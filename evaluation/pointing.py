@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preparation.objects import MIN_SCORE
 from text.nouns import nouns_of
 
-MIN_SCORE = 0.3  # of a detected object; those less certain are often wrong
 RASTER = 112  # rows and columns with which the area of boxes that overlap is measured
 
 

@@ -55,15 +55,7 @@ def caption_dataset(
                 consensus=consensus,
             )
             for index, image in zip(parts[0].indices, decoded, strict=True):
-                # A pickled view holds the whole batch.
-                results.append(
-                    (
-                        index,
-                        replace(
-                            image, alpha=image.alpha.clone(), boxes=image.boxes.clone(), neighbors=None, edge_weights=[]
-                        ),
-                    )
-                )
+                results.append((index, replace(image, neighbors=None, edge_weights=[])))
             progress.update(len(decoded) * world_size())
     return [image for _, image in sorted(all_gather(results), key=lambda result: result[0])]
 

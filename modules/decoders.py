@@ -27,6 +27,7 @@ class DecoderOutput(NamedTuple):
     sampled_log_probs: Tensor | None = None  # (T, B, C) of hard attention's regions, 0 where none was sampled
     baseline: Tensor | None = None  # () of hard attention, for `training.losses.hard_attention_loss`
     mask: Tensor | None = None  # (B, R), False where an image has no region; None: all have R
+    boxes: Tensor | None = None  # (B, R, 4) of the regions, from `models.Captioner.forward`
 
 
 class Layout(NamedTuple):

@@ -4,7 +4,7 @@ Shapes: B images, R regions, D their width in the decoder, F in the encoder, N n
 G heads.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,12 +131,12 @@ class GatedGraphLayer(nn.Module):
 
         v_i' = v_i + ReLU(sum over j and directions d of sigmoid(u_d . v_j + c_r) (W_d v_j + b_r)),
 
-    with d "self" for j = i.
+    where r is the relation of i to j in the direction to the neighbor, and that of j to i in the other one.
     """
 
     DIRECTIONS = 3  # itself, from the region to the neighbor, from the neighbor to the region
 
-    def __init__(self, *, region_dim: int, heads: int, relations: bool, dropout: float) -> None:
+    def __init__(self, *, region_dim: int, relations: bool, dropout: float) -> None:
         super().__init__()
         self.message = nn.Linear(region_dim, self.DIRECTIONS * region_dim, bias=False)
         self.gate = nn.Linear(region_dim, self.DIRECTIONS, bias=False)
@@ -156,13 +156,18 @@ class GatedGraphLayer(nn.Module):
         if relations is None:
             relations = torch.zeros_like(neighbors)
         itself = neighbors == torch.arange(R, device=neighbors.device).unsqueeze(1)  # (B, R, N)
-        sent = gather_neighbors(self.message(regions), neighbors).unflatten(-1, (self.DIRECTIONS, D))
         gates = gather_neighbors(self.gate(regions), neighbors)  # (B, R, N, 3)
         labels = torch.stack([relations, relations, reverse_relations(relations)], dim=-1)  # (B, R, N, 3)
         is_sent = torch.stack([itself, ~itself, ~itself], dim=-1) & (neighbors >= 0).unsqueeze(-1)
         gates = (gates + self.gate_bias(labels).squeeze(-1)).sigmoid() * is_sent
-        sent = sent + self.message_bias(labels).to(sent.dtype)  # (B, R, N, 3, D)
-        message = (gates.to(sent.dtype).unsqueeze(-1) * sent).sum(dim=(2, 3))  # (B, R, D)
+        # What the neighbors send is linear: the gates of all edges, times all regions and all biases.
+        sent = self.message(regions).unflatten(-1, (self.DIRECTIONS, D))  # (B, R, 3, D)
+        message = torch.zeros_like(regions)
+        for d in range(self.DIRECTIONS):
+            to_regions = gates.new_zeros(*regions.shape[:2], R).scatter_add(2, neighbors.clamp_min(0), gates[..., d])
+            to_biases = gates.new_zeros(*regions.shape[:2], len(self.message_bias.weight))
+            to_biases = to_biases.scatter_add(2, labels[..., d], gates[..., d])
+            message = message + to_regions @ sent[:, :, d] + to_biases @ self.message_bias.weight
         shares = gates.float().sum(dim=-1)  # (B, R, N)
         return regions + self.dropout(message.relu()), shares / shares.sum(dim=-1, keepdim=True).clamp_min(1e-9)
 
@@ -174,7 +179,7 @@ class RegionGraph(nn.Module):
     """A stack of graph layers on the graph of each image; the identity for 0 layers.
 
     Args:
-        region_dim: D, a multiple of heads.
+        region_dim: D, of graph attention a multiple of heads.
         layers: number of graph layers.
         layer: one of GRAPH_LAYERS.
         edges: one of GRAPH_EDGES.
@@ -187,8 +192,10 @@ class RegionGraph(nn.Module):
         self, *, region_dim: int, layers: int, layer: str, edges: str, knn: int, heads: int, dropout: float
     ) -> None:
         super().__init__()
-        sizes = {"region_dim": region_dim, "heads": heads, "dropout": dropout}
-        self.layers = nn.ModuleList(GRAPH_LAYERS[layer](**sizes, relations=edges == "spatial") for _ in range(layers))
+        sizes: dict[str, Any] = {"region_dim": region_dim, "dropout": dropout, "relations": edges == "spatial"}
+        if layer == "gat":
+            sizes["heads"] = heads
+        self.layers = nn.ModuleList(GRAPH_LAYERS[layer](**sizes) for _ in range(layers))
         self.edges, self.knn = edges, knn
 
     def forward(self, regions: Tensor, features: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:

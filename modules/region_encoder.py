@@ -91,7 +91,7 @@ class RegionEncoder(nn.Module):
         super().__init__()
         if layers and region_dim % heads:
             raise InputError(f"--heads {heads}: does not divide the {region_dim} features of a region")
-        if layers and positions == "sine" and (region_dim % 4 or round(num_cells**0.5) ** 2 != num_cells):
+        if layers and num_cells and positions == "sine" and (region_dim % 4 or round(num_cells**0.5) ** 2 != num_cells):
             raise InputError(
                 f"--encoder_positions sine: is for a square grid and a multiple of 4 features, not for {num_cells} "
                 f"regions of {region_dim}: give learned or none"

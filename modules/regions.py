@@ -40,13 +40,14 @@ class RegionSource(nn.Module):
         -> (B, R, F), with box features F + 5, boxes (B, R, 4), mask (B, R), which is None where all images have R.
         """
         side = round(grid.shape[1] ** 0.5)
-        features, region_boxes, mask = grid, grid_boxes(side).to(grid.device).expand(len(grid), -1, -1), None
+        features, region_boxes, mask = grid, grid_boxes(side, grid.device).expand(len(grid), -1, -1), None
         if self.uses_objects:
             assert boxes is not None, "a model of objects needs their boxes"
-            whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4)
+            whole = torch.cat([boxes.new_zeros(len(boxes), 1, 2), boxes.new_ones(len(boxes), 1, 2)], dim=2)
             boxes = torch.cat([whole, boxes], dim=1)
             mask = has_area(boxes)
-            pooled = pooling_weights(boxes, side).to(grid.dtype) @ grid
+            with torch.autocast(grid.device.type, enabled=False):  # as precise as the grid itself
+                pooled = pooling_weights(boxes, side) @ grid.float()
             if self.regions == "both":
                 pooled, boxes = torch.cat([grid, pooled], dim=1), torch.cat([region_boxes, boxes], dim=1)
                 mask = torch.cat([mask.new_ones(grid.shape[:2]), mask], dim=1)
@@ -61,9 +62,9 @@ def has_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
-def grid_boxes(side: int) -> Tensor:
+def grid_boxes(side: int, device: torch.device | None = None) -> Tensor:
     """The boxes of the cells of a grid in row-major order: (side * side, 4)."""
-    edges = torch.arange(side) / side
+    edges = torch.arange(side, device=device) / side
     top, left = torch.meshgrid(edges, edges, indexing="ij")
     return torch.stack([left, top, left + 1 / side, top + 1 / side], dim=-1).flatten(0, 1)
 
@@ -79,6 +80,13 @@ def pooling_weights(boxes: Tensor, side: int) -> Tensor:
         rois = functional.pad(boxes.float().flatten(0, 1) * side, (1, 0))  # all of image 0, the cells
         weights = roi_align(cells, rois, output_size=1, aligned=True).view(*boxes.shape[:2], -1)
     return weights * has_area(boxes).unsqueeze(-1)
+
+
+def shares_inside(regions: Tensor, boxes: Tensor) -> Tensor:
+    """The share of each region's area in each box: regions (B, R, 4), boxes (B, N, 4) -> (B, R, N), 0 for no region."""
+    first, second = regions.unsqueeze(2), boxes.unsqueeze(1)
+    sides = (first[..., 2:].minimum(second[..., 2:]) - first[..., :2].maximum(second[..., :2])).clamp_min(0)
+    return sides.prod(-1) / (first[..., 2:] - first[..., :2]).prod(-1).clamp_min(1e-9)
 
 
 def box_features(boxes: Tensor) -> Tensor:

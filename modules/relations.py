@@ -64,14 +64,15 @@ def spatial_relations(boxes: Tensor) -> Tensor:
 
 def reverse_relations(relations: Tensor) -> Tensor:
     """The relations of j to i, of those of i to j: (...) -> (...)."""
-    reverse = [0, 2, 1, 3, *(4 + (eighth + 4) % 8 for eighth in range(8))]
-    return torch.tensor(reverse, device=relations.device)[relations]
+    reversed_directions = 4 + relations % 8  # (eighth + 4) % 8 + 4 of 4 + eighth
+    others = (3 - relations).where((relations == 1) | (relations == 2), relations)
+    return reversed_directions.where(relations >= 4, others)
 
 
 def pairwise_geometry(boxes: Tensor) -> Tensor:
     """Where each region lies from each other one, and how large: boxes (B, R, 4) -> (B, R, R, GEOMETRY_FEATURES).
 
-    Source: "Image Captioning: Transforming Objects into Words" (Herdade et al., 2019, equation 8), each of its four
+    Source: "Image Captioning: Transforming Objects into Words" (Herdade et al., 2019, section 3.2), each of its four
     numbers as sines and cosines of eight wavelengths as in "Relation Networks for Object Detection" (Hu et al., 2018).
     """
     boxes = boxes.float()

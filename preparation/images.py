@@ -119,17 +119,17 @@ def crop_and_target(size: tuple[int, int], side: int, resize: str) -> tuple[tupl
 def place_objects(objects: list[dict[str, Any]], size: tuple[int, int], side: int, resize: str) -> list[dict[str, Any]]:
     """The objects of a photo (width, height) with their boxes where `to_square` puts them, clipped to what it keeps.
 
-    A box is [left, top, right, bottom] in fractions of the sides. Objects that are cropped away are left out.
+    A box is [left, top, right, bottom] in fractions of the sides. Objects of which nothing is left are left out.
     """
-    if resize == "squash":
-        return objects
     kept, target = crop_and_target(size, side, resize)
     placed = []
     for item in objects:
-        box = []
-        for edge, axis in zip(item["box"], (0, 1, 0, 1), strict=True):
-            share = (edge * size[axis] - kept[axis]) / kept[axis + 2]
-            box.append((target[axis] + min(1.0, max(0.0, share)) * target[axis + 2]) / side)
+        box = [min(1.0, max(0.0, edge)) for edge in item["box"]]
+        if resize != "squash":
+            for i, edge in enumerate(item["box"]):
+                axis = i % 2
+                share = (edge * size[axis] - kept[axis]) / kept[axis + 2]
+                box[i] = (target[axis] + min(1.0, max(0.0, share)) * target[axis + 2]) / side
         if box[0] < box[2] and box[1] < box[3]:
             placed.append({**item, "box": box})
     return placed

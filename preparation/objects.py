@@ -6,6 +6,7 @@ and the "score" of the detector; that of annotations is 1.
 
 import codecs
 import math
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,9 @@ from text.nouns import COCO_CATEGORIES
 from text.tokenizer import tokenize
 from utils import InputError
 
+MIN_SCORE = 0.3  # of a detected object that a noun may name; those less certain are often wrong
+MAX_PARTS = 8  # of paths, that are compared
+COCO_NAME = r"(?:COCO_\w+_)?0*(\d+)"  # of a photo's stem, with its id
 MAX_OBJECTS = 100  # of a photo, those of the highest scores: what region features have at most (Anderson et al., 2018)
 
 
@@ -61,7 +65,7 @@ class ObjectFile:
                 ids = enumerate(COCO_CATEGORIES.split(", "), start=1)
                 self.categories = {number: name for number, name in ids if name}
             for key, item in iter_json_lists(self.path, () if is_results else ("images", "annotations", "categories")):
-                if key == "images" and "objects" in item:
+                if key == "images" and "filename" in item:
                     is_karpathy = True
                     for each in self._own_objects(item):
                         yield each
@@ -95,9 +99,9 @@ class ObjectFile:
 
     def _own_objects(self, item: dict[str, Any]) -> Iterator[DetectedObject]:
         """The objects of an image of Karpathy JSON."""
-        photo = _photo_key(item["filename"])
+        photo = str(PurePosixPath(item.get("filepath") or "", _name(item["filename"])))
         self.sizes[photo] = (1, 1)  # boxes are in fractions of the sides
-        for each in require_type(item["objects"], list):
+        for each in require_type(item.get("objects", []), list):
             left, top, right, bottom = _four_numbers(each["box"])
             name = _name(" ".join(require_type(each["words"], list)))
             yield DetectedObject(photo, name, [left, top, right - left, bottom - top], _number(each.get("score", 1.0)))
@@ -153,32 +157,43 @@ def _number(value: Any) -> float:
 
 
 class PhotoIndex:
-    """Finds the record that a file of objects names: by its whole name, its last part, its id, or the name's stem.
+    """Finds the record that a file of objects names: by as many parts of its path as both have in common from the end,
+    by its id, by the name's stem, or by the number in a name of COCO's.
 
-    A last part or stem that several photos share finds none; neither does an id that is only counted.
+    What several photos share finds none; neither does an id that is only counted.
     """
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:
         self.indices: dict[str, int] = {}
         names = [PurePosixPath(record.name.replace("\\", "/")) for record in records]
         ids = [str(record.image_id) if record.has_own_id else "" for record in records]
-        for keys in ([*map(str, names)], [name.name for name in names], ids, [name.stem for name in names]):
+        levels = [[_end_of_path(name, count) for name in names] for count in range(MAX_PARTS, 0, -1)]
+        numbers = [match[1] if (match := re.fullmatch(COCO_NAME, name.stem)) else "" for name in names]
+        for keys in (*levels, ids, [name.stem for name in names], numbers):
             counts = Counter(keys)
             for i, key in enumerate(keys):
                 if key and counts[key] == 1:
                     self.indices.setdefault(key, i)
 
-    def find(self, name: str) -> int | None:
-        """The index of the record; None without one."""
-        last = PurePosixPath(name.replace("\\", "/")).name
-        return next((self.indices[key] for key in (name, last) if key in self.indices), None)
+    def find(self, name: str) -> tuple[int, float] | None:
+        """The index of the record, and how many parts of the name agree, inf where all do; None without a record."""
+        path = PurePosixPath(name.replace("\\", "/"))
+        for count in range(MAX_PARTS, 0, -1):
+            key = _end_of_path(path, count)
+            if key in self.indices:
+                return self.indices[key], math.inf if count == len(path.parts) else count
+        return None
+
+
+def _end_of_path(path: PurePosixPath, count: int) -> str:
+    """The last parts of a path, as many as asked for; "" where it has fewer."""
+    return "/".join(path.parts[-count:]) if len(path.parts) >= count else ""
 
 
 def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]:
     """The records with the objects of a file, by descending score, clipped to their photos; prints how many.
 
-    Raises InputError where records have objects already, where the file has none of any of their photos, and as
-    `ObjectFile`.
+    Raises InputError where records have objects already, and as `ObjectFile`.
     """
     if any(record.objects for record in records):
         raise InputError(f"--objects {path}: the captions file has objects of its own, leave --objects out")
@@ -188,19 +203,18 @@ def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]
         number = categories.setdefault(item.category, len(categories))
         by_photo.setdefault(item.photo, array("d")).extend([number, item.score, *item.box])
     words = [file.category(category) for category in categories]
-    photos: dict[int, list[str]] = {}  # by the record's index
-    for photo, numbers in by_photo.items():
-        i = index.find(file.names.get(photo, photo))
-        if i is None:
-            counts["of other photos"] += len(numbers) // 6
-        else:
-            photos.setdefault(i, []).append(photo)
-    if not photos:
-        raise InputError(f"--objects {path}: has no object of the {len(records)} photos, such as {records[0].name}")
+    photos: dict[int, dict[str, float]] = {}  # by the record's index, those of the file with how well they match
+    for photo in by_photo:
+        if match := index.find(file.names.get(photo, photo)):
+            photos.setdefault(match[0], {})[photo] = match[1]
     added = []
     for i, record in enumerate(tqdm(records, desc="boxes", unit="photo")):
         placed = []
-        for photo in photos.get(i, []):
+        matches = photos.get(i, {})
+        best = [photo for photo, parts in matches.items() if parts == max(matches.values())]
+        if len(best) > 1 and matches[best[0]] < math.inf:
+            best = []  # it may be any of them
+        for photo in best:
             numbers = by_photo.pop(photo)
             if size := file.sizes.get(photo) or _size(record):
                 placed += [_in_fractions(numbers[k : k + 6], words, size) for k in range(0, len(numbers), 6)]
@@ -211,6 +225,7 @@ def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]
         counts["objects"] += len(kept)
         counts["photos"] += bool(kept)
         added.append(replace(record, objects=kept))
+    counts["of other photos"] = sum(len(numbers) // 6 for numbers in by_photo.values())
     without = len(records) - counts["photos"]
     print(f"{counts.pop('objects')} objects in {counts.pop('photos')} photos, {without} photos have none")
     if left_out := [f"{count} {reason}" for reason, count in counts.items() if count]:

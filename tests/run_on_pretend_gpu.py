@@ -72,6 +72,9 @@ CASES = {
     "transformer": replace(
         FROZEN, decoder="transformer", encoder_layers=1, scheduled_sampling_max_prob=0.5, doubly_stochastic=1.0
     ),
+    "objects": replace(
+        FROZEN, regions="both", box_features=True, graph_layers=1, graph_edges="spatial", grounding_weight=1.0
+    ),
     "scst": replace(FROZEN, objective="scst", gradient_accumulation_steps=2),  # from the hard attention
 }
 
@@ -106,7 +109,8 @@ def decode(run, device, settings, common):
     best, photo = str(run / "best.pt"), str(min(Path(common["data_folder"], "photos").glob("*.png")))
     eval.main(eval.Settings((best,), beam_sizes=(3,), **decoding, **common))
     graph_word = "a" if settings.graph_layers else ""
-    caption.main(caption.Settings((photo,), (best,), str(run / "pictures"), graph_word=graph_word, **decoding))
+    objects = str(Path(common["data_folder"], "dataset_shapes.json")) if settings.regions != "grid" else ""
+    caption.main(caption.Settings((photo,), (best,), objects, str(run / "pictures"), graph_word=graph_word, **decoding))
     scores = read_json(next(run.glob("scores_*.json")))["scores"]
     return {"scores": without_times(scores), "captions": read_json(next(run.glob("results_*.json")))}
 
@@ -156,6 +160,10 @@ STEPS = {
     "adaptive attention": replace(FROZEN, attention="adaptive", image_first=True, layers=2),
     "up_down": replace(FROZEN, decoder="up_down"),
     "doubly stochastic": replace(FROZEN, doubly_stochastic=1.0),
+    "objects": replace(FROZEN, regions="both", box_features=True, grounding_weight=1.0),
+    "spatial graph": replace(FROZEN, regions="objects", graph_layers=1, graph_edges="spatial"),
+    "gated graph": replace(FROZEN, regions="objects", graph_layers=1, graph_edges="spatial", graph_layer="gcn"),
+    "geometry": replace(FROZEN, regions="objects", encoder_layers=1, geometry=True),
     "graph": replace(FROZEN, graph_layers=2),
     "scheduled sampling": replace(FROZEN, scheduled_sampling_max_prob=0.5),
     "two micro-batches": replace(FROZEN, gradient_accumulation_steps=2),
@@ -175,6 +183,8 @@ class Steps:
         self.state.captioner.train()
         self.state.step = 5  # scheduled sampling has begun
         self.dataset = CaptionDataset(data, "train", self.state.vocabulary)
+        if self.state.captioner.uses_objects:
+            self.dataset.use_objects(self.state.vocabulary)
         items = [self.dataset[index, False] for index in range(6)]
         if not settings.fine_tune_encoder:
             size = self.state.captioner.encoder.num_regions, self.state.captioner.encoder.feature_dim

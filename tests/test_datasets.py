@@ -63,6 +63,22 @@ def test_boxes_come_with_their_images(shapes):
             assert (found[len(expected) :] == 0).all()
 
 
+def test_words_name_the_objects_of_their_images(shapes):
+    vocabulary = Vocabulary.load(shapes)
+    dataset = CaptionDataset(shapes, "train", vocabulary)
+    dataset.use_objects(vocabulary)
+    dataset.entries[0]["objects"][0]["score"] = 0.1
+    dataset.use_objects(vocabulary)
+    (batch,) = make_loader(dataset, [[(i, False) for i in range(len(dataset))]])
+    for b, index in enumerate(batch.indices):
+        objects = dataset.entries[index]["objects"]
+        for c, caption in enumerate(batch.words[b, :, 1:].tolist()):
+            for t, word in enumerate(caption):
+                expected = [vocabulary.idx2word[word] == item["words"][-1] and "score" not in item for item in objects]
+                assert batch.named[b, c, t, : len(objects)].tolist() == expected
+    assert batch.named.sum() > 100 and torch.equal(batch.micro_batches(2)[1].named, batch.named[1::2])
+
+
 def test_a_split_without_objects_is_an_error(shapes, tmp_path):
     shutil.copytree(shapes, tmp_path / "data")
     path = tmp_path / "data" / "train_captions.json"

@@ -17,12 +17,13 @@ import create_input_files
 import train
 from common.files import read_jsonl
 from conftest import CPU, SMALL, build, flags, step_by_step, weights
-from datasets import Example, collate
+from datasets import Example, collate, in_order, make_loader
 from models import build_captioner, load_captioner
 from modules.encoders import Encoder
 from modules.show_attend_tell import ShowAttendTell
 from training import start
 from training.feature_cache import build_dataset
+from training.losses import grounding_loss
 from training.optim import make_optimizer
 
 
@@ -86,6 +87,21 @@ def test_a_run_leaves_its_files_and_checkpoints_hold_only_plain_things(run_folde
     assert {"optimizer", "rng", "progress", "ema", "data"} == last.keys() - best.keys()
     assert best["words"][:4] == ["<pad>", "<start>", "<end>", "<unk>"] and best["image_size"] == 32
     assert [row["epoch"] for row in read_jsonl(run_folder / "log.jsonl")] == [1, 2]
+
+
+def test_grounding_moves_the_attention_into_the_boxes(command, shapes, tmp_path):
+    losses = {}
+    for weight in (0, 3):
+        settings = replace(SMALL, epochs=4, grounding_weight=weight, ema_decay=0.0)
+        assert command(train, *flags(shapes, tmp_path / str(weight), settings))[0] == 0
+        captioner, vocabulary = load_captioner(tmp_path / str(weight) / "last.pt", "cpu")
+        dataset = build_dataset(shapes, "train", vocabulary, captioner, CPU)
+        dataset.use_objects(vocabulary)
+        (batch,) = make_loader(dataset, [in_order(len(dataset))])
+        with torch.no_grad():
+            output = captioner(batch.inputs, batch.words, batch.lengths, boxes=batch.boxes)
+        losses[weight] = grounding_loss(output, batch.boxes, batch.named).item() / batch.named.any(-1).sum().item()
+    assert losses[3] < losses[0] - 0.15
 
 
 def test_the_validation_loss_is_that_of_each_word_of_each_caption(shapes, run_folder):
@@ -333,6 +349,8 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
         (("--encoder_weights", "{run}/log.jsonl"), "log.jsonl is refused"),
         (("--plot", "{run}", "missing"), "--plot missing: no run there"),
         (("--objective", "scst"), "--objective scst needs a trained model"),
+        (("--geometry",), "--geometry is of encoder layers: give --encoder_layers, too"),
+        (("--grounding_weight", "1", "--attention", "none"), "--grounding_weight needs attention"),
         (("--unfreeze_from", "layer3"), "--unfreeze_from layer3 needs --fine_tune_encoder"),
         (("--fine_tune_encoder", "--unfreeze_from", "layer9"), "--unfreeze_from layer9: resnet18 has conv1"),
         (("--freeze_embeddings",), "--freeze_embeddings needs --pretrained_embeddings"),

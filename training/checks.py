@@ -13,8 +13,8 @@ from utils import InputError, require_at_least, require_below_one
 def validate_settings(settings: Any) -> None:
     """Raise InputError for a value out of range, those of the model aside, or settings that do not go together."""
     require_at_least(settings, 1, "epochs", "batch_size", "gradient_accumulation_steps", "patience", "max_length")
-    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "workers")
-    require_at_least(settings, 0, "grad_clip", "learning_rate_decay", "save_minutes")
+    require_at_least(settings, 0, "learning_rate", "encoder_learning_rate", "doubly_stochastic", "grounding_weight")
+    require_at_least(settings, 0, "workers", "grad_clip", "learning_rate_decay", "save_minutes")
     if settings.warmup_ratio != -1:
         require_below_one(settings, "warmup_ratio")
     require_below_one(settings, "label_smoothing", "ema_decay", "scheduled_sampling_max_prob")
@@ -24,7 +24,11 @@ def validate_settings(settings: Any) -> None:
         raise InputError("--freeze_embeddings needs --pretrained_embeddings: without, the words would stay random")
     if settings.objective == "scst" and not (settings.init_from or settings.resume):
         raise InputError("--objective scst needs a trained model: give its best.pt as --init_from")
-    for name in ("scheduled_sampling_max_prob", "doubly_stochastic"):
+    if settings.grounding_weight and settings.attention == "none" and settings.decoder == "recurrent":
+        raise InputError("--grounding_weight needs attention: leave --attention none out")
+    if settings.geometry and not settings.encoder_layers:
+        raise InputError("--geometry is of encoder layers: give --encoder_layers, too")
+    for name in ("scheduled_sampling_max_prob", "doubly_stochastic", "grounding_weight"):
         if settings.objective == "scst" and getattr(settings, name):
             raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective scst")
     unused = {name for kind in DECODERS for name in decoder_settings(kind)} - set(decoder_settings(settings.decoder))

@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from modules.decoders import DecoderOutput, caption_mask
+from modules.regions import shares_inside
 from text.vocabulary import BANNED_IDS
 from utils import copy_to_device
 
 # Captions sampled at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
 TEMPERATURE = 0.5
+
+SMALLEST_WEIGHT = 1e-6  # of the attention inside objects, so that its logarithm is finite
 
 # Of hard attention. The entropy's weight is that of the authors' code, whose 0.1 for the reward learned slower.
 REWARD_WEIGHT = 0.01
@@ -52,6 +55,27 @@ def captioning_loss(
     if output.sampled_log_probs is not None:
         loss = loss + hard_attention_loss(output, lengths, word_losses.detach()) / words
     return loss, cross_entropy
+
+
+def grounding_loss(output: DecoderOutput, boxes: Tensor, named: Tensor) -> Tensor:
+    """The negative logarithm of the attention inside the objects that words name, summed over these words.
+
+    Source: the supervision of attention of "Attention Correctness in Neural Image Captioning" (Liu et al., 2017) with
+    boxes in place of maps. A region is inside where at least half of its area is in one of the boxes; a word whose
+    objects have no region inside does not count.
+
+    Args:
+        output: of `models.Captioner.forward`.
+        boxes: (B, N, 4) of objects.
+        named: (B, C, T, N), whether a word names an object.
+    """
+    assert output.boxes is not None
+    inside = shares_inside(output.boxes, boxes) >= 0.5  # (B, R, N)
+    alpha = output.alpha.permute(1, 2, 0, 3)  # (B, C, T, R)
+    targets = named[:, :, : alpha.shape[2]].float().flatten(1, 2) @ inside.float().transpose(1, 2)  # (B, C T, R)
+    inside_any = (targets > 0).unflatten(1, alpha.shape[1:3])
+    weights = (alpha * inside_any).sum(dim=-1).clamp_min(SMALLEST_WEIGHT)  # (B, C, T)
+    return -(weights.log() * inside_any.any(dim=-1)).sum()
 
 
 def hard_attention_loss(

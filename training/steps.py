@@ -17,7 +17,7 @@ from modules.sampling import SamplingSettings, sample
 from modules.step_decoder import map_tensors
 from text.cider import CiderD
 from text.vocabulary import END, START
-from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
+from training.losses import TEMPERATURE, captioning_loss, grounding_loss, self_critical_loss
 from utils import Runtime, copy_to_device
 
 
@@ -44,6 +44,10 @@ def train_step(
     def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, Tensor, int]:
         output = forward(network, micro_batch, runtime, sampling_prob)
         loss, cross_entropy = captioning_loss(output, micro_batch.lengths, settings, words, captions)
+        if settings.grounding_weight:
+            assert micro_batch.boxes is not None and micro_batch.named is not None
+            boxes, named = (copy_to_device(x, runtime.device) for x in (micro_batch.boxes, micro_batch.named))
+            loss = loss + settings.grounding_weight * grounding_loss(output, boxes, named) / words
         return loss, cross_entropy, micro_batch.counts()[0]
 
     cross_entropy, count = optimize(network, optimizer, batch, settings, micro_batch_loss)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import create_input_files
-from preparation.images import open_photo, photo_size
+from evaluation.photos import find_objects, pad_boxes
+from preparation.images import open_photo, photo_size, place_objects
 from preparation.objects import MAX_OBJECTS, add_objects
 from preparation.records import ImageRecord, pack_sentences
 from utils import InputError
@@ -87,8 +88,8 @@ def test_ids_come_before_names_that_look_like_them(records, write):
 
 def test_neither_counted_ids_nor_shared_names_find_a_photo(records, write):
     counted = [replace(record, has_own_id=False) for record in records]
-    with pytest.raises(InputError, match="has no object of the 2 photos"):
-        add_objects(counted, write([{"image_id": 3, "bbox": [0, 0, 9, 9], "category_id": 1, "score": 1}]))
+    row = {"image_id": 3, "bbox": [0, 0, 9, 9], "category_id": 1, "score": 1}
+    assert [record.objects for record in add_objects(counted, write([row]))] == [[], []]
     same = [replace(record, name=f"{i}/a.jpg") for i, record in enumerate(records)]
     found = add_objects(same, write([DOG, DOG | {"image": "1/a.jpg"}]))
     assert [len(record.objects) for record in found] == [0, 1]
@@ -118,12 +119,44 @@ def test_annotations_name_their_photos_sizes_and_categories(records, write, orde
     ]
 
 
+def test_a_photo_gets_the_objects_of_the_name_that_agrees_most(records, write, capsys):
+    named = [DOG | {"image": name, "score": score} for name, score in (("x/b.jpg", 0.5), ("y/folder/b.jpg", 0.6))]
+    _, second = add_objects(records, write(named))
+    assert [item["score"] for item in second.objects] == [0.6]
+    assert "objects left out: 1 of other photos" in capsys.readouterr().out
+    _, second = add_objects(records, write([DOG | {"image": f"{folder}/b.jpg"} for folder in "xy"]))
+    assert second.objects == []  # it may be either
+
+
+def test_photos_of_one_name_are_told_by_their_folders(tmp_path, write):
+    photos = [tmp_path / folder / "cat.jpg" for folder in "ab"]
+    for photo in photos:
+        photo.parent.mkdir()
+        Image.new("RGB", (100, 50)).save(photo)
+    path = write([DOG | {"image": "b/cat.jpg"}, DOG | {"image": "a/cat.jpg", "category": "cat"}])
+    found = find_objects([*map(str, photos), f"{tmp_path}/./b/cat.jpg"], path, 32, "squash")
+    assert [[item["words"] for item in objects] for objects in found] == [[["cat"]], [["dog"]], [["dog"]]]
+
+
+@pytest.mark.parametrize("stem", ["COCO_val2014_000000000042", "000000000042", "42"])
+def test_coco_ids_find_photos_with_coco_names(tmp_path, write, stem):
+    Image.new("RGB", (100, 50)).save(tmp_path / f"{stem}.jpg")
+    row = {"image_id": 42, "bbox": [0, 0, 50, 50], "category_id": 1, "score": 0.5}
+    ((found,),) = find_objects([str(tmp_path / f"{stem}.jpg")], write([row]), 32, "squash")
+    assert found["words"] == ["person"]
+
+
 def test_karpathy_json_has_objects_as_records_have_them(records, write, capsys):
     objects = [
         {"words": ["red", "dog"], "box": [0.1, 0.2, 0.5, 1]},
         {"words": ["cat"], "box": [0, 0, 0.3, 0.3], "score": 0.5},
     ]
-    path = write({"dataset": "own", "images": [{"filename": "b.jpg", "sentences": [], "objects": objects}]})
+    path = write(
+        {
+            "dataset": "own",
+            "images": [{"filename": "a.jpg"}, {"filename": "b.jpg", "filepath": "folder", "objects": objects}],
+        }
+    )
     first, second = add_objects(records, path)
     assert first.objects == [] and second.objects == [objects[0] | {"score": 1.0}, objects[1]]
 
@@ -139,8 +172,6 @@ def test_images_of_an_hdf5_file_have_objects(tmp_path, records, write):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "has no object of the 2 photos, such as a.jpg"),
-        ([DOG | {"image": "other.jpg"}], "has no object of the 2 photos, such as a.jpg"),
         ([DOG, {"image": "a.jpg"}], "no key 'category_id' after 1 objects, are these COCO's?"),
         ([{"bbox": [1, 2, 3, 4]}], "no key 'image_id' after 0 objects, are these COCO's?"),
         ([DOG | {"bbox": [1, 2, 3]}], "another form after 0 objects, are these COCO's?"),
@@ -160,7 +191,7 @@ def test_images_of_an_hdf5_file_have_objects(tmp_path, records, write):
         (["dog"], "another form after 0 objects"),
         ({"images": [{"filename": "b.jpg", "objects": [{"words": ["dog"], "box": [0, 1]}]}]}, "another form after 0"),
         ({"images": [{"filename": "b.jpg", "objects": [{"words": [], "box": [0, 0, 1, 1]}]}]}, "another form after 0"),
-        ({"images": [{"objects": [{"words": ["dog"], "box": [0, 0, 1, 1]}]}]}, "no key 'filename'"),
+        ({"images": [{"objects": [{"words": ["dog"], "box": [0, 0, 1, 1]}]}]}, "no key 'id'"),
         ("dog", "another form after 0 objects"),
     ],
 )
@@ -195,7 +226,7 @@ def test_the_size_of_a_photo_is_that_of_its_upright_pixels(tmp_path, suffix, ori
 def test_wrong_settings_are_named_before_all_work(tmp_path, command):
     status, _, err = command(create_input_files, "--objects", "none.json")
     assert status == 2 and "--dataset shapes reads no files" in err
-    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,a dog\n")
+    (tmp_path / "captions.csv").write_text("file,caption,split\na.jpg,a dog,train\n")
     (tmp_path / "objects.json").touch()
     files = ("--captions", tmp_path / "captions.csv", "--images", tmp_path, "--objects", tmp_path / "object.json")
     status, _, err = command(create_input_files, "--dataset", "mine", *files)
@@ -219,3 +250,24 @@ def test_a_prepared_folder_holds_the_objects(tmp_path, records, write, command):
     write([DOG | {"score": 0.6}])
     status, _, err = command(create_input_files, *arguments)
     assert status == 2 and "was made with other settings" in err
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_boxes_are_clipped_whatever_the_resize_mode(resize):
+    boxes = [[-0.5, 0.2, 0.5, 1.5], [1.3, 0.2, 1.5, 0.4], [0.3, 0.3, 0.3, 0.5], [0, 0, 1, 1]]
+    placed = place_objects([{"words": ["dog"], "box": box} for box in boxes], (80, 80), 32, resize)
+    assert [item["box"] for item in placed] == [[0, 0.2, 0.5, 1], [0, 0, 1, 1]]
+
+
+def test_integer_edges_are_boxes_like_others():
+    boxes = pad_boxes([[{"box": [0, 0, 1, 1]}], [{"box": [0.1, 0.2, 0.5, 0.6]}], []])
+    assert boxes.tolist()[0] == [[0, 0, 1, 1]] and boxes[1, 0].tolist() == pytest.approx([0.1, 0.2, 0.5, 0.6])
+
+
+def test_a_file_without_any_of_the_photos_is_refused(tmp_path, write, command):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.jpg")
+    (tmp_path / "captions.csv").write_text("file,caption,split\na.jpg,a dog,train\n")
+    for content in ([], [DOG | {"image": "other.jpg"}]):
+        arguments = ("--captions", tmp_path / "captions.csv", "--images", tmp_path, "--output_folder", tmp_path / "out")
+        status, _, err = command(create_input_files, "--dataset", "own", *arguments, "--objects", write(content))
+        assert status == 2 and "has no object of the 1 photos, such as a.jpg" in err and not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """The loss against torch's and against captions alone, the learning rate, the average of the weights."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ from conftest import SMALL, build
 from datasets import Example, collate
 from models import DECODERS
 from modules.decoders import DecoderOutput
+from modules.regions import grid_boxes
 from modules.sampling import SamplingSettings, sample
 from text.vocabulary import END, START
-from training.losses import TEMPERATURE, captioning_loss, self_critical_loss
+from training.losses import TEMPERATURE, captioning_loss, grounding_loss, self_critical_loss
 from training.optim import ModelEMA, learning_rate_factor
 
 
@@ -45,6 +47,17 @@ def test_masked_regions_do_not_count_in_the_loss(tiny_decoder):
         output = tiny_decoder(regions, batch.words, batch.lengths, mask=m)._replace(mask=m)
         losses.append(captioning_loss(output, batch.lengths, settings, *batch.counts())[0])
     torch.testing.assert_close(*losses)
+
+
+def test_grounding_is_the_attention_outside_of_what_a_word_names():
+    alpha = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]]).view(3, 1, 1, 4)
+    boxes = torch.tensor([[[0.0, 0, 1, 0.5], [0, 0, 0.5, 1], [0.9, 0.9, 1, 1]]])  # upper row, left column, a dot
+    named = torch.tensor([[False, True, False], [True, True, False], [False, False, True]]).view(1, 1, 3, 3)
+    output = DecoderOutput(torch.zeros(3, 5), torch.zeros(3), alpha, boxes=grid_boxes(2).unsqueeze(0))
+    expected = -(math.log(0.1 + 0.3) + math.log(0.75))  # of the dot no region is inside
+    assert grounding_loss(output, boxes, named).item() == pytest.approx(expected)
+    output = output._replace(alpha=torch.tensor([0.0, 1, 0, 1]).view(1, 1, 1, 4))
+    assert grounding_loss(output, boxes, named).item() == pytest.approx(-math.log(1e-6))  # finite
 
 
 def test_the_learning_rate_rises_and_falls():
