@@ -137,12 +137,14 @@ def additive_scores(keys, query, weight):
     return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_() @ weight.to(keys.dtype)
 
 
-def scaled_dot_product(query, key, value, *, is_causal=False, with_alpha=False):
+def scaled_dot_product(query, key, value, mask=None, *, is_causal=False, with_alpha=False):
     """`modules.transformer_layers.scaled_dot_product` as a GPU computes it, with a kernel that the CPU has, too."""
     if with_alpha:
-        return modules.transformer_layers.scaled_dot_product(query, key, value, is_causal=is_causal, with_alpha=True)
+        return modules.transformer_layers.scaled_dot_product(
+            query, key, value, mask, is_causal=is_causal, with_alpha=True
+        )
     with sdpa_kernel(SDPBackend.MATH):
-        return modules.transformer_layers.fused_attention(query, key, value, is_causal=is_causal), None
+        return modules.transformer_layers.fused_attention(query, key, value, mask, is_causal=is_causal), None
 
 
 def embed_words(decoder, words):
