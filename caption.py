@@ -57,7 +57,6 @@ class Settings:
 
     # group: ensemble and consensus
     views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
-    pool: bool = False  # candidates of each checkpoint and view alone, too; for the consensus to choose from
     consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
     consensus_weight: float = 10.0  # weight of the mean CIDEr-D (0 to 10) against the captions of similar photos
     similar_photos: int = 50  # similar photos whose captions count for the consensus

@@ -57,7 +57,6 @@ class Settings:
 
     # group: ensemble and consensus
     views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
-    pool: bool = False  # candidates of each checkpoint and view alone, too; for the consensus to choose from
     consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
     consensus_weight: float = 10.0  # weight of the mean CIDEr-D (0 to 10) against the captions of similar photos
     similar_photos: int = 50  # similar photos whose captions count for the consensus
@@ -70,15 +69,14 @@ class Settings:
 def output_path(settings: Settings, kind: str) -> Path:
     """Where the scores or results go: a name of checkpoint, data folder and split, scores_best_flickr8k_test.json.
 
-    Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json. Views, sampling,
-    pool and consensus have names of their own, scores_best_consensus_flickr8k_test.json.
+    Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json. Views, sampling and
+    consensus have names of their own, scores_best_consensus_flickr8k_test.json.
     """
     checkpoint, data_folder = Path(settings.checkpoint[0]), Path(settings.data_folder).resolve()
     folder = Path(settings.output_folder or checkpoint.parent)
     name = checkpoint.stem if len(settings.checkpoint) == 1 else f"ensemble{len(settings.checkpoint)}"
     ways = list(settings.views[1:])
-    ways += ["samples"] * bool(settings.samples) + ["pool"] * settings.pool
-    ways += ["consensus"] * bool(settings.consensus_index)
+    ways += ["samples"] * bool(settings.samples) + ["consensus"] * bool(settings.consensus_index)
     return folder / "_".join([kind, name, *ways, data_folder.name, f"{settings.split}.json"])
 
 

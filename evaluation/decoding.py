@@ -3,14 +3,10 @@
 Shapes: B images, C captions of an image, T words of a caption, R regions, D their width.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from modules.beam_search import SearchSettings, beam_search, length_normalized
 from modules.constraints import Constraints
@@ -18,11 +14,9 @@ from modules.decoders import Decoder
 from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
 from modules.sampling import SamplingSettings, sample
-from modules.step_decoder import Nested, StepDecoder, reorder
-from text.vocabulary import END, Vocabulary
+from modules.step_decoder import Nested, reorder
+from text.vocabulary import Vocabulary
 from utils import InputError, require_at_least
-
-Search = tuple[StepDecoder, Nested, Nested]  # a decoder, its regions and their mask
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,6 @@ class DecodingSettings:
     top_k: int = 0  # samples take only the k most probable words; 0: all
     top_p: float = 1.0  # samples take only the most probable words that together reach this probability
     seed: int = 0  # of the random numbers of samples
-    pool: bool = False  # of an ensemble: each member's candidates, too, all ranked by the ensemble
     batch_size: int = 32  # images decoded at once
 
     def __post_init__(self) -> None:
@@ -67,8 +60,6 @@ class DecodingSettings:
         for name in sorted(given & {"beam_size", "beam_sizes", "num_beam_groups", "diversity_penalty"}):
             if settings.samples:
                 raise InputError(f"--{name} does not go with --samples, which searches nothing: leave it out")
-        if getattr(settings, "pool", False) and len(settings.checkpoint) * len(settings.views) == 1:
-            raise InputError("--pool needs an ensemble: several --checkpoint, or --views")
         if "diversity_penalty" in given and settings.num_beam_groups == 1:
             raise InputError("--diversity_penalty needs --num_beam_groups")
         names = [field.name for field in fields(cls)]
@@ -108,33 +99,13 @@ class DecodingSettings:
         """Search or sample captions: regions (B, R, D), mask (B, R) or None, or tuples of them for an ensemble.
 
         Returns word ids (B, C, T), log-probabilities (B, C) and what the captions are ranked by (B, C), best first.
-        Log-probabilities are -inf where there is no caption; several may be the same caption.
         """
         constraints = self.constraints(vocabulary)
         search_settings = self._search_settings(constraints)
-        searches: list[Search] = [(decoder, regions, mask)]
-        if self.pool and isinstance(decoder, EnsembleDecoder):
-            masks = mask or [None] * len(regions)
-            searches += [(each, (r,), (m,)) for each, r, m in zip(decoder.split(), regions, masks, strict=True)]
-        elif not self.samples:
+        if not self.samples:
             captions, log_probs = beam_search(decoder, regions, search_settings, mask)
             return captions, log_probs, length_normalized(captions, log_probs, search_settings)
-        captions, found = self._candidates(searches, constraints)
-        log_probs = force_decode(decoder, regions, captions, mask)[0].masked_fill(~found, -math.inf)
+        captions = sample(decoder, regions, self._sampling_settings(constraints), mask=mask)
+        log_probs = force_decode(decoder, regions, captions, mask)[0]
         scores, order = length_normalized(captions, log_probs, search_settings).sort(dim=1, descending=True)
         return reorder(captions, order), log_probs.gather(1, order), scores
-
-    def _candidates(self, searches: Sequence[Search], constraints: Constraints) -> tuple[Tensor, Tensor]:
-        """Search or sample in several ways: word ids (B, C, T) and whether there is such a caption (B, C)."""
-        captions, found = [], []
-        for decoder, regions, mask in searches:
-            if self.samples:
-                captions.append(sample(decoder, regions, self._sampling_settings(constraints), mask=mask))
-                found.append(captions[-1].new_ones(captions[-1].shape[:2], dtype=torch.bool))
-            else:
-                searched, log_probs = beam_search(decoder, regions, self._search_settings(constraints), mask)
-                captions.append(searched)
-                found.append(log_probs > -math.inf)
-        longest = max(each.shape[-1] for each in captions)
-        padded = [functional.pad(each, (0, longest - each.shape[-1]), value=END) for each in captions]
-        return torch.cat(padded, dim=1), torch.cat(found, dim=1)

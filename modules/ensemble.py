@@ -40,12 +40,6 @@ class EnsembleDecoder:
         """As `modules.decoders.Decoder.choose_alpha`, of the first member."""
         self.members[0].choose_alpha(layer, head)
 
-    def split(self) -> list["EnsembleDecoder"]:
-        """Each member as an ensemble of one."""
-        return [
-            EnsembleDecoder([each], [word_map]) for each, word_map in zip(self.members, self.word_maps, strict=True)
-        ]
-
     def keys(self, regions: tuple[Tensor, ...], mask: Nested = None) -> Nested:
         """The members' keys: regions, a tuple of (B, R, D), masks of (B, R) -> tuple of tensors (B, ...)."""
         return tuple(member.keys(r, m) for member, r, m in self._zip(regions, mask))

@@ -252,7 +252,6 @@ def test_several_photos_of_the_same_name_get_a_picture_each(command, shapes, run
         ),
         (("{photo}", "--top_k", "2"), "--top_k needs --samples"),
         (("{photo}", "--samples", "5", "--beam_size", "5"), "--beam_size does not go with --samples"),
-        (("{photo}", "--pool"), "--pool needs an ensemble: several --checkpoint, or --views"),
         (("{photo}", "--diversity_penalty", "1"), "--diversity_penalty needs --num_beam_groups"),
         (("{photo}", "--min_length", "30"), "--min_length 30: must be below --max_length 30"),
         (("{photo}", "--banned_endings", "xyzzy"), "--banned_endings xyzzy: the model does not know this word"),

@@ -170,21 +170,6 @@ def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate
     assert (out / f"results_ensemble2_hflip_consensus_{shapes.name}_test.json").is_file()
 
 
-def test_a_pool_offers_the_consensus_candidates_of_every_view(command, evaluate, shapes, run_folder, tmp_path):
-    best, index, out = run_folder / "best.pt", tmp_path / "index.pt", tmp_path / "out"
-    assert command(index_captions, "--checkpoint", best, "--data_folder", shapes, "--output", index)[0] == 0
-    arguments = ("--consensus_index", index, "--consensus_weight", 50, "--beam_sizes", 1, "--output_folder", out)
-    views = ("--checkpoint", best, "--views", "original", "hflip", "crop")
-    assert evaluate(*views, *arguments)[0] == evaluate(*views, *arguments, "--pool")[0] == 0
-    ciders = {}
-    for way in ("", "_pool"):
-        scores = json.loads((out / f"scores_best_hflip_crop{way}_consensus_{shapes.name}_test.json").read_text())
-        assert scores["decoding"]["pool"] == bool(way)
-        ciders[way] = [row["cider"] for row in scores["scores"]]
-    assert ciders[""][0] == ciders[""][1]  # of the one caption of beam 1 there is nothing to choose
-    assert ciders["_pool"][0] != ciders["_pool"][1]
-
-
 def test_an_index_of_other_data_is_refused(command, evaluate, run_folder, tmp_path):
     best, other, index = (
         run_folder / "best.pt",

@@ -12,7 +12,6 @@ from evaluation.ensemble import VIEWS, Ensemble, load_models
 from evaluation.generation import caption_attention, caption_images, encode_words
 from modules.beam_search import SearchSettings, beam_search
 from modules.ensemble import EnsembleDecoder
-from modules.force_decode import force_decode
 from modules.regions import grid_boxes
 from preparation.images import flip_boxes
 from text.vocabulary import Vocabulary
@@ -104,45 +103,6 @@ def test_log_probabilities_are_those_of_the_mean(images, shuffled):
             assert log_prob == pytest.approx(total.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("samples", [0, 4])
-def test_a_pool_has_the_candidates_of_all_ranked_by_the_ensemble(images, samples):
-    captioners = [captioner_of(1), captioner_of(2, decoder="transformer")]
-    other = Vocabulary([VOCABULARY.idx2word[i] for i in (*range(4), 9, 7, 5, 4, 6, 8)])
-    ensemble = ensemble_of(captioners, [VOCABULARY, other])
-    decoding = replace(DECODING, samples=samples)
-    alone = []
-    for captioner, vocabulary in zip((ensemble, *captioners), (VOCABULARY, VOCABULARY, other), strict=True):
-        alone.append([set(), set(), set()])
-        for found, image in zip(alone[-1], caption_images(captioner, vocabulary, images, DECODING, CPU), strict=True):
-            found |= {" ".join(each.words) for each in image.n_best}
-    assert not alone[1][0] <= alone[0][0] and not alone[2][0] <= alone[0][0]  # the members find captions of their own
-    for b, image in enumerate(
-        caption_images(ensemble, VOCABULARY, images, replace(decoding, pool=True), CPU, with_attention=False)
-    ):
-        found = [" ".join(each.words) for each in image.n_best]
-        assert len(found) == len(set(found))
-        if samples:
-            assert samples < len(found) <= 3 * samples
-        else:
-            assert set(found) == alone[0][b] | alone[1][b] | alone[2][b]
-        captions = encode_words([each.words for each in image.n_best], VOCABULARY)[:, : DECODING.max_length]
-        regions = tuple(r[b : b + 1] for r in ensemble.encode(images).regions)
-        log_probs, _ = force_decode(ensemble.decoder, regions, captions.unsqueeze(0))
-        assert [each.log_prob for each in image.n_best] == pytest.approx(log_probs[0].tolist(), rel=1e-4)
-        lengths = [min(len(each.words) + 1, DECODING.max_length) for each in image.n_best]
-        scores = [each.log_prob / length**0.5 for each, length in zip(image.n_best, lengths, strict=True)]
-        assert scores == pytest.approx(sorted(scores, reverse=True))
-        assert [each.score for each in image.n_best] == pytest.approx(scores)
-
-
-def test_a_pool_has_no_captions_that_were_not_found(images):
-    """Of six words there are fewer captions of one word than beams."""
-    ensemble = ensemble_of([captioner_of(1), captioner_of(2)])
-    decoding = DecodingSettings(beam_size=12, max_length=1, pool=True)
-    for image in caption_images(ensemble, VOCABULARY, images, decoding, CPU):
-        assert sorted(each.words for each in image.n_best) == [[word] for word in WORDS]
-
-
 def test_the_flipped_view_exchanges_left_and_right(images):
     captioner = captioner_of(1)
     ensemble = ensemble_of([captioner], views=["original", "hflip"])
@@ -186,7 +146,7 @@ def test_a_view_moves_the_boxes_with_the_pixels(images):
     assert encoded.mask[3].all() and encoded.mask[5].tolist() == [[True, True, False]] * 3
     cropped = captioners[1].encode(VIEWS["crop"](images), boxes=torch.tensor([[[3 / 14, 0, 1 / 2, 11 / 14]]] * 3))
     torch.testing.assert_close(encoded.regions[5][:, :2], cropped.regions)
-    found = caption_images(ensemble, VOCABULARY, images, replace(DECODING, pool=True), CPU, boxes=boxes)
+    found = caption_images(ensemble, VOCABULARY, images, DECODING, CPU, boxes=boxes)
     assert all(image.alpha.shape[1] == 16 and torch.equal(image.boxes, grid_boxes(4)) for image in found)
     found = caption_images(captioners[1], VOCABULARY, images, DECODING, CPU, boxes=boxes * torch.tensor([[[1], [0]]]))
     for image in found:  # without the padding
