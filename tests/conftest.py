@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import json
+import shutil
 import sys
 from dataclasses import asdict, replace
 
@@ -16,6 +18,7 @@ import utils
 from datasets import Example, collate
 from models import DECODERS, Captioner, build_captioner, decoder_settings, model_settings
 from modules.show_attend_tell import ShowAttendTell
+from preparation.storage import write_captions
 from text.vocabulary import END, START
 from utils import Runtime
 
@@ -124,6 +127,15 @@ def prepare_shapes(output, num_scenes):
 def shapes(tmp_path_factory):
     """A prepared folder of 24 training, 2 val and 2 test scenes of 32 pixels."""
     return prepare_shapes(tmp_path_factory.mktemp("data") / "shapes", num_scenes=24)
+
+
+@pytest.fixture
+def without_objects(shapes, tmp_path):
+    """A copy of those shapes whose training split knows of no objects."""
+    folder = shutil.copytree(shapes, tmp_path / "data")
+    entries = json.loads((folder / "train_captions.json").read_text())
+    write_captions(folder / "train_captions.json", [entry | {"objects": []} for entry in entries])
+    return folder
 
 
 @pytest.fixture(scope="session")

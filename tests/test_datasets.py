@@ -1,8 +1,5 @@
 """Batches, their order and the workers that load them."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -79,18 +76,8 @@ def test_words_name_the_objects_of_their_images(shapes):
     assert batch.named.sum() > 100 and torch.equal(batch.micro_batches(2)[1].named, batch.named[1::2])
 
 
-def test_a_split_without_objects_is_an_error(shapes, tmp_path):
-    shutil.copytree(shapes, tmp_path / "data")
-    path = tmp_path / "data" / "train_captions.json"
-    path.write_text(
-        "[\n"
-        + ",\n".join(
-            json.dumps({name: value for name, value in json.loads(line.rstrip(",")).items() if name != "objects"})
-            for line in path.read_text().splitlines()[1:-1]
-        )
-        + "\n]\n"
-    )
-    dataset = CaptionDataset(tmp_path / "data", "train", Vocabulary.load(shapes))
+def test_a_split_without_objects_is_an_error(shapes, without_objects):
+    dataset = CaptionDataset(without_objects, "train", Vocabulary.load(shapes))
     with pytest.raises(InputError, match="data has no objects, which this model looks at: run"):
         dataset.use_objects()
 

@@ -65,6 +65,7 @@ def main(settings: Settings) -> None:
         captioner,
         runtime,
         features_folder=settings.features_folder,
+        with_objects=False,
     )
     means, digest = mean_features(captioner, dataset, runtime), read_metadata(settings.data_folder)["digest"]
     index = CaptionIndex.build(captioner.encoder, means, dataset.references, digest)

@@ -39,6 +39,7 @@ def build_dataset(
     in_memory: bool = False,
     features_folder: str = "",
     cached: bool = True,
+    with_objects: bool = True,
 ) -> CaptionDataset:
     """One split as a captioner takes it: images or, where its encoder is frozen, their cached features.
 
@@ -47,6 +48,7 @@ def build_dataset(
         in_memory: read all images into memory at once.
         features_folder: where features are cached; "": in `features` of the data folder or, where that cannot be
             written, in the user's cache.
+        with_objects: False leaves out the boxes of objects, whatever the captioner uses.
         cached: False yields images, whatever the encoder, as several views of a photo need them.
 
     Raises InputError where the folder's images are not of the captioner's size, where it has no objects and the
@@ -60,7 +62,7 @@ def build_dataset(
             f"--image_size {captioner.image_size} --resize {captioner.resize}"
         )
     dataset = CaptionDataset(data_folder, split, vocabulary, metadata)
-    if captioner.uses_objects:
+    if with_objects and captioner.uses_objects:
         dataset.use_objects()
     if cached and not captioner.fine_tune_encoder:
         encoder = captioner.encoder

@@ -26,6 +26,21 @@ def test_the_index_holds_the_training_photos(command, shapes, run_folder, tmp_pa
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=2e-3)
 
 
+def test_an_index_needs_no_objects(command, without_objects, run_folder, tmp_path):
+    checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
+    checkpoint["model_settings"]["regions"] = "objects"
+    torch.save(checkpoint, tmp_path / "best.pt")
+    arguments = (
+        "--checkpoint",
+        tmp_path / "best.pt",
+        "--data_folder",
+        without_objects,
+        "--output",
+        tmp_path / "index.pt",
+    )
+    assert command(index_captions, *arguments)[0] == 0
+
+
 def test_only_an_index_is_replaced_and_only_when_asked(command, shapes, run_folder, tmp_path):
     arguments = ["--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output", tmp_path / "index.pt"]
     mine = {"text": b"mine", "a checkpoint": (run_folder / "best.pt").read_bytes()}
