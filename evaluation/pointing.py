@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.regions import are_inside
 from preparation.objects import MIN_SCORE
 from text.nouns import nouns_of
-
-RASTER = 112  # rows and columns with which the area of boxes that overlap is measured
 
 
 def attention_metrics(
@@ -24,9 +23,10 @@ def attention_metrics(
     - "correctness", attention correctness: the attention weight inside the object (Liu et al., 2017);
     - "entropy" of the attention in nats: log R where it is uniform over R regions, 0 where it is on one.
 
-    A region is inside where at least half of its area is. Where several objects share the noun, the word before it
-    selects among them; otherwise each of them counts. A noun that names no object of its image is a miss; but a
-    detector misses objects, so where the objects have scores such a noun does not count. Without nouns all are 0.
+    A region is inside where its center is; the whole image is inside of nothing. Where several objects share the noun,
+    the word before it selects among them; otherwise each of them counts. A noun that names no object of its image is a
+    miss; but a detector misses objects, so where the objects have scores such a noun does not count. Without nouns all
+    are 0.
 
     Args:
         entries: for each image a dictionary with its "objects", each of "words", a "box" in [0, 1] and, where it was
@@ -37,7 +37,7 @@ def attention_metrics(
     """
     measured = []
     for i, alpha, boxes in _named_objects(entries, captions, alphas):
-        inside = _are_inside(regions[i], boxes)
+        inside = are_inside(regions[i].unsqueeze(0), torch.tensor(boxes).view(1, -1, 4))[0].any(dim=1)
         entropy = torch.special.entr(alpha.float()).sum()
         measured.append((inside[alpha.argmax()].float(), alpha[inside].float().sum(), entropy))
     means = torch.tensor(measured).mean(dim=0).tolist() if measured else [0.0, 0.0, 0.0]
@@ -58,18 +58,3 @@ def _named_objects(
             if candidates or (word in known and not are_detected):
                 exact = [item for item in candidates if t and item["words"][-2:-1] == [words[t - 1]]]
                 yield i, alpha[t], [item["box"] for item in exact or candidates]
-
-
-def _are_inside(regions: Tensor, boxes: list[list[float]]) -> Tensor:
-    """Which regions (R, 4) have at least half of their area in the boxes together, (R,)."""
-    edges = torch.arange(RASTER + 1) / RASTER
-    centers = (edges[:-1] + edges[1:]) / 2
-    inside = torch.zeros(RASTER, RASTER, dtype=torch.bool)  # rows, columns
-    for left, top, right, bottom in boxes:
-        rows, columns = (top <= centers) & (centers <= bottom), (left <= centers) & (centers <= right)
-        inside |= rows.unsqueeze(1) & columns
-    left, top, right, bottom = regions.unsqueeze(-1).unbind(dim=1)  # (R, 1) each
-    columns = (right.minimum(edges[1:]) - left.maximum(edges[:-1])).clamp_min(0)  # (R, RASTER)
-    rows = (bottom.minimum(edges[1:]) - top.maximum(edges[:-1])).clamp_min(0)
-    areas = rows.sum(dim=1) * columns.sum(dim=1)
-    return ((rows @ inside.float()) * columns).sum(dim=1) >= (0.5 - 1e-4) * areas

@@ -82,11 +82,15 @@ def pooling_weights(boxes: Tensor, side: int) -> Tensor:
     return weights * has_area(boxes).unsqueeze(-1)
 
 
-def shares_inside(regions: Tensor, boxes: Tensor) -> Tensor:
-    """The share of each region's area in each box: regions (B, R, 4), boxes (B, N, 4) -> (B, R, N), 0 for no region."""
-    first, second = regions.unsqueeze(2), boxes.unsqueeze(1)
-    sides = (first[..., 2:].minimum(second[..., 2:]) - first[..., :2].maximum(second[..., :2])).clamp_min(0)
-    return sides.prod(-1) / (first[..., 2:] - first[..., :2]).prod(-1).clamp_min(1e-9)
+def are_inside(regions: Tensor, boxes: Tensor) -> Tensor:
+    """Which regions have their center in which boxes: regions (B, R, 4), boxes (B, N, 4) -> (B, R, N).
+
+    The whole image is in no box.
+    """
+    centers = (regions[..., :2] + regions[..., 2:]).unsqueeze(2) / 2  # (B, R, 1, 2)
+    in_box = (boxes[..., :2].unsqueeze(1) <= centers) & (centers <= boxes[..., 2:].unsqueeze(1))
+    is_part = (regions[..., 2:] - regions[..., :2]).prod(-1) < 1
+    return in_box.all(-1) & (is_part & has_area(regions)).unsqueeze(2) & has_area(boxes).unsqueeze(1)
 
 
 def box_features(boxes: Tensor) -> Tensor:

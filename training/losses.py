@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from modules.decoders import DecoderOutput, caption_mask
-from modules.regions import shares_inside
+from modules.regions import are_inside
 from text.vocabulary import BANNED_IDS
 from utils import copy_to_device
 
@@ -61,8 +61,8 @@ def grounding_loss(output: DecoderOutput, boxes: Tensor, named: Tensor) -> Tenso
     """The negative logarithm of the attention inside the objects that words name, summed over these words.
 
     Source: the supervision of attention of "Attention Correctness in Neural Image Captioning" (Liu et al., 2017) with
-    boxes in place of maps. A region is inside where at least half of its area is in one of the boxes; a word whose
-    objects have no region inside does not count.
+    boxes in place of maps. A region is inside where its center is, the whole image in none; a word whose objects
+    have no region inside does not count.
 
     Args:
         output: of `models.Captioner.forward`.
@@ -70,7 +70,7 @@ def grounding_loss(output: DecoderOutput, boxes: Tensor, named: Tensor) -> Tenso
         named: (B, C, T, N), whether a word names an object.
     """
     assert output.boxes is not None
-    inside = shares_inside(output.boxes, boxes) >= 0.5  # (B, R, N)
+    inside = are_inside(output.boxes, boxes)  # (B, R, N)
     alpha = output.alpha.permute(1, 2, 0, 3)  # (B, C, T, R)
     targets = named[:, :, : alpha.shape[2]].float().flatten(1, 2) @ inside.float().transpose(1, 2)  # (B, C T, R)
     inside_any = (targets > 0).unflatten(1, alpha.shape[1:3])

@@ -83,19 +83,11 @@ def test_correctness_is_the_weight_inside_the_boxes_and_entropy_that_of_the_weig
     assert attention_metrics([entry], [["cat"]], [alpha], [CELLS]) == {"pointing": 0, "correctness": 0, "entropy": 0}
 
 
-def test_a_region_is_inside_where_half_of_its_area_is():
-    boxes = [[0, 0, 0.5, 1], [0.4, 0, 0.75, 1]]  # together the left three quarters
-    entry = {"objects": [{"words": ["dog"], "box": box} for box in boxes]}
-    regions = torch.tensor(
-        [
-            [0, 0, 1, 1],  # the whole image: three quarters
-            [0.5, 0, 1, 1],  # half
-            [0.5, 0.3, 1, 0.3005],  # thinner than what is measured, half
-            [0.55, 0, 1, 1],  # less than half
-            [0.8, 0.2, 0.9, 0.3],  # nothing
-            [0.1, 0.2, 0.11, 0.21],  # all
-        ]
-    )
-    for region, inside in enumerate((1, 1, 1, 0, 0, 1)):
-        alpha = torch.eye(6)[[region]]
+def test_a_region_is_inside_where_its_center_is():
+    entry = {"objects": [{"words": ["dog"], "box": [0, 0, 0.5, 1]}, {"words": ["dogs"], "box": [0, 0, 1, 1]}]}
+    regions = torch.tensor([[0, 0, 1, 1], [0.2, 0.0, 0.7, 0.2], [0.4, 0, 1, 0.9], [0.1, 0.2, 0.11, 0.21]])
+    for region, inside in enumerate((0, 1, 0, 1)):  # the whole image is inside of nothing
+        alpha = torch.eye(4)[[region]]
         assert attention_metrics([entry], [["dog"]], [alpha], [regions])["pointing"] == inside
+    alpha = torch.eye(4)[[0]]
+    assert attention_metrics([{"objects": entry["objects"][1:]}], [["dogs"]], [alpha], [regions])["pointing"] == 0
