@@ -111,7 +111,7 @@ def test_the_validation_loss_is_that_of_each_word_of_each_caption(shapes, run_fo
     log_prob, words = 0.0, 0
     with torch.no_grad():
         for i in range(len(validation)):
-            _, image, captions, _ = validation[i, False]
+            _, image, captions, *_ = validation[i, False]
             regions = captioner.encode_images(image.unsqueeze(0))
             log_prob += sum(step_by_step(captioner.decoder, regions, caption[1:])[0] for caption in captions)
             words += sum(len(caption) - 1 for caption in captions)

@@ -56,7 +56,7 @@ def test_flipped_images_have_left_and_right_exchanged(copied):
     word2idx, seen = Vocabulary.load(copied).word2idx, set()
     exchanged = {word2idx["left"]: word2idx["right"], word2idx["right"]: word2idx["left"]}
     for i in range(len(plain)):
-        index, image, captions, _ = plain[i, True]
+        index, image, captions, *_ = plain[i, True]
         assert index == i and torch.equal(image, plain[i, False][1].flip(-1))
         assert captions == [[exchanged.get(word, word) for word in caption] for caption in plain[i, False][2]]
         assert captions == cached[i, True][2] and plain[i, False][2] == cached[i, False][2]
