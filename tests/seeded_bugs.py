@@ -18,8 +18,8 @@ BUGS = [
     (
         "the graph's grid stays on the CPU",
         "graph",
-        (modules.graph, "build_graph"),
-        ("copy_to_device(grid_neighbors(round(R**0.5)), features.device)", "grid_neighbors(round(R**0.5))"),
+        (modules.graph, "similar_neighbors"),
+        ("first = copy_to_device(first, features.device)", "first = first.clone()"),
     ),
     (
         "a mask stays on the CPU",
@@ -30,8 +30,8 @@ BUGS = [
     (
         "features stay on the CPU",
         "soft attention",
-        (training.steps, "forward"),
-        ("copy_to_device(batch.inputs, runtime.device)", "batch.inputs"),
+        (training.steps, "inputs_on_device"),
+        ("copy_to_device(x, runtime.device)", "x"),
     ),
     (
         "an index stays on the CPU",
@@ -46,7 +46,7 @@ BUGS = [
         "a new tensor has no device",
         "no attention",
         (modules.attention.NoAttention, "forward"),
-        ("hidden.new_full(", "torch.full("),
+        ("hidden.new_zeros(", "torch.zeros("),
     ),
     (
         "a number is read at each word",
