@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import did_you_mean, require_writable
+from common.files import require_writable
 from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
@@ -23,6 +23,7 @@ from evaluation.pictures import Regions, open_for_picture, picture_paths, plot_a
 from models import Captioner
 from modules.graph import edge_attribution
 from modules.relations import spatial_relations
+from preparation.objects import require_objects_file
 from text.vocabulary import Vocabulary
 from utils import InputError, choose_runtime, require_at_least, run_script
 
@@ -126,8 +127,7 @@ def objects_of_photos(
         raise InputError(f"--objects {settings.objects}: the model looks at a grid only, leave it out")
     if not settings.objects:
         return [[] for _ in photos]
-    if not os.path.isfile(settings.objects):
-        raise InputError(f"--objects {settings.objects}: no such file{did_you_mean(settings.objects)}")
+    require_objects_file(settings.objects)
     with contextlib.redirect_stdout(sys.stderr):  # JSON has standard output to itself
         return find_objects(photos, settings.objects, captioner.image_size, captioner.resize)
 

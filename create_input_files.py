@@ -11,7 +11,7 @@ from preparation.caption_formats import FORMATS, random_split, read_records
 from preparation.folder_formats import tutorial_words
 from preparation.installation import installed_folder, lock_folder, owned_files
 from preparation.json_formats import read_karpathy
-from preparation.objects import add_objects
+from preparation.objects import add_objects, require_objects_file
 from preparation.preview import plot_preview
 from preparation.records import ImageRecord
 from preparation.shapes import draw_shapes
@@ -82,8 +82,8 @@ def validate_paths(settings: Settings) -> None:
         )
     if settings.images and has_folder:
         raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")
-    if settings.objects and not Path(settings.objects).is_file():
-        raise InputError(f"--objects {settings.objects}: no such file{did_you_mean(settings.objects)}")
+    if settings.objects:
+        require_objects_file(settings.objects)
     if settings.images and not Path(settings.images).is_dir():
         raise InputError(f"--images {settings.images}: no such folder{did_you_mean(settings.images)}")
 

@@ -131,7 +131,7 @@ def _brightness(alpha: np.ndarray, size: tuple[int, ...], regions: Regions | Non
 
 
 def _frame_objects(axes: Axes, alpha: np.ndarray, regions: Regions, tile: tuple[float, float, float, float]) -> None:
-    """Frame the objects of more than the uniform weight at a word, the most of them MAX_FRAMES, each with its name.
+    """Frame and name the objects of more than the uniform weight at a word, MAX_FRAMES at most, the heaviest first.
 
     alpha (R,); tile: left, top, right and bottom of the photo in the figure, in inches.
     """

@@ -110,12 +110,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self,
-        regions: Tensor,
-        words: Tensor,
-        lengths: Tensor,
-        sampling_prob: float = 0.0,
-        mask: Tensor | None = None,
+        self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, mask: Tensor | None = None
     ) -> DecoderOutput:
         """Teacher forcing: predict each word from the true words before it.
 

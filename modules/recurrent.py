@@ -121,12 +121,7 @@ class RecurrentDecoder(Decoder):
         return functional.embedding(indices, embedded), functional.embedding(indices, self._word_gates(embedded))
 
     def forward(
-        self,
-        regions: Tensor,
-        words: Tensor,
-        lengths: Tensor,
-        sampling_prob: float = 0.0,
-        mask: Tensor | None = None,
+        self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, mask: Tensor | None = None
     ) -> DecoderOutput:
         """Teacher forcing, as `Decoder.forward`.
 

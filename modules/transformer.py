@@ -165,12 +165,7 @@ class TransformerDecoder(Decoder):
         return self.output(self.norm(x)), self._select_alpha(alpha), tuple(caches)
 
     def forward(
-        self,
-        regions: Tensor,
-        words: Tensor,
-        lengths: Tensor,
-        sampling_prob: float = 0.0,
-        mask: Tensor | None = None,
+        self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, mask: Tensor | None = None
     ) -> DecoderOutput:
         """Teacher forcing, as `Decoder.forward`, in one pass over all words of all captions.
 

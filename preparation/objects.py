@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from common.files import did_you_mean
 from preparation.images import photo_size
 from preparation.json_stream import iter_json_lists
 from preparation.records import ImageRecord, require_type
@@ -188,6 +189,12 @@ class PhotoIndex:
 def _end_of_path(path: PurePosixPath, count: int) -> str:
     """The last parts of a path, as many as asked for; "" where it has fewer."""
     return "/".join(path.parts[-count:]) if len(path.parts) >= count else ""
+
+
+def require_objects_file(path: str) -> None:
+    """Raise InputError where there is no file of objects, with a similar name if there is one."""
+    if not Path(path).is_file():
+        raise InputError(f"--objects {path}: no such file{did_you_mean(path)}")
 
 
 def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]:

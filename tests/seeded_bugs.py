@@ -30,7 +30,7 @@ BUGS = [
     (
         "features stay on the CPU",
         "soft attention",
-        (training.steps, "inputs_on_device"),
+        (training.steps, "on_device"),
         ("copy_to_device(x, runtime.device)", "x"),
     ),
     (

@@ -46,8 +46,8 @@ def captioning_loss(
     loss = smoothed / words
     if settings.doubly_stochastic:
         exists = copy_to_device(lengths.flatten().nonzero().squeeze(1), output.alpha.device)
-        excess = 1 - output.alpha.sum(dim=0)  # (B, C, R)
-        squares, regions = excess.square(), excess.shape[-1]
+        coverage = output.alpha.sum(dim=0)  # (B, C, R)
+        squares, regions = (1 - coverage).square(), coverage.shape[-1]
         if output.mask is not None:
             squares, regions = squares * output.mask.unsqueeze(1), output.mask.sum(dim=-1).view(-1, 1)
         coverage_penalty = (squares.sum(dim=-1) / regions).flatten()[exists].sum()

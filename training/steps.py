@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,12 +43,13 @@ def train_step(
     words, captions = counts or batch.counts()
 
     def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, Tensor, int]:
+        micro_batch = on_device(micro_batch, runtime)
         output = forward(network, micro_batch, runtime, sampling_prob)
         loss, cross_entropy = captioning_loss(output, micro_batch.lengths, settings, words, captions)
         if settings.grounding_weight:
             assert micro_batch.boxes is not None and micro_batch.named is not None
-            boxes, named = (copy_to_device(x, runtime.device) for x in (micro_batch.boxes, micro_batch.named))
-            loss = loss + settings.grounding_weight * grounding_loss(output, boxes, named) / words
+            grounding = grounding_loss(output, micro_batch.boxes, micro_batch.named)
+            loss = loss + settings.grounding_weight * grounding / words
         return loss, cross_entropy, micro_batch.counts()[0]
 
     cross_entropy, count = optimize(network, optimizer, batch, settings, micro_batch_loss)
@@ -86,15 +88,16 @@ def scst_step(
 
 def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling_prob: float = 0.0) -> DecoderOutput:
     """Teacher forcing on a batch whose inputs are copied to the device: a `DecoderOutput`."""
-    inputs, boxes = inputs_on_device(batch, runtime)
+    batch = on_device(batch, runtime)
     with runtime.autocast():
-        return network(inputs, batch.words, batch.lengths, sampling_prob, batch.is_features, boxes)
+        return network(batch.inputs, batch.words, batch.lengths, sampling_prob, batch.is_features, batch.boxes)
 
 
-def inputs_on_device(batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor | None]:
-    """The inputs of a batch and its boxes, copied to the device."""
-    inputs, boxes = map_tensors(lambda x: copy_to_device(x, runtime.device), (batch.inputs, batch.boxes))
-    return inputs, boxes
+def on_device(batch: Batch, runtime: Runtime) -> Batch:
+    """A batch whose inputs and objects are on the device; what is there already is not copied again."""
+    parts = (batch.inputs, batch.boxes, batch.named)
+    inputs, boxes, named = map_tensors(lambda x: copy_to_device(x, runtime.device), parts)
+    return replace(batch, inputs=inputs, boxes=boxes, named=named)
 
 
 def optimize(
@@ -154,8 +157,8 @@ def sample_captions(
     """
     sampling = SamplingSettings(max(2, batch.words.shape[1]), max_length, TEMPERATURE)
     with torch.no_grad(), runtime.autocast():
-        inputs, boxes = inputs_on_device(batch, runtime)
-        encoded = captioner.encode(inputs, batch.is_features, boxes)
+        copied = on_device(batch, runtime)
+        encoded = captioner.encode(copied.inputs, copied.is_features, copied.boxes)
         sampled = sample(captioner.decoder, encoded.regions, sampling, mask=encoded.mask).tolist()
     captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
     boxes = [None] * len(captions) if batch.boxes is None else batch.boxes
