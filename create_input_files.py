@@ -14,7 +14,7 @@ from preparation.json_formats import read_karpathy
 from preparation.objects import add_objects, require_objects_file
 from preparation.preview import plot_preview
 from preparation.records import ImageRecord
-from preparation.shapes import draw_shapes
+from preparation.shapes import MAX_SHAPES, draw_shapes
 from preparation.storage import read_metadata
 from preparation.writing import fingerprint, write_folder
 from utils import InputError, require_at_least, run_script
@@ -49,12 +49,13 @@ class Settings:
     # group: run
     overwrite: bool = False  # replace a folder that was prepared with other settings
     num_scenes: int = 4000  # shapes: scenes for training; val and test have a tenth as many each
+    num_shapes: tuple[int, ...] = (1, 2, 2)  # shapes: how many a scene may have, up to 9; each number as likely
     seed: int = 0  # of the shapes, random splits, --max_train_images and --captions_per_image
 
 
 def validate_settings(settings: Settings) -> None:
     """Raise InputError for settings out of range, or that contradict each other."""
-    require_at_least(settings, 1, "image_size", "num_scenes")
+    require_at_least(settings, 1, "image_size", "num_scenes", "num_shapes")
     require_at_least(
         settings, 0, "min_word_freq", "vocab_size", "max_train_images", "captions_per_image", "max_caption_length"
     )
@@ -62,6 +63,8 @@ def validate_settings(settings: Settings) -> None:
         raise InputError("--long_captions drop needs --max_caption_length: how long is long?")
     if settings.dataset in ("", ".", "..") or set(settings.dataset) & set("/\\"):
         raise InputError(f"--dataset {settings.dataset!r} is not a name: --output_folder takes a path")
+    if max(settings.num_shapes) > MAX_SHAPES:
+        raise InputError(f"--num_shapes {max(settings.num_shapes)}: a scene has room for {MAX_SHAPES}")
     if settings.dataset != "shapes":
         validate_paths(settings)
     elif settings.captions or settings.images or settings.objects:
@@ -156,7 +159,7 @@ def main(settings: Settings) -> None:
             return
         with installed_folder(output) as folder:
             if settings.dataset == "shapes":
-                draw_shapes(folder, settings.num_scenes, settings.image_size, settings.seed)
+                draw_shapes(folder, settings.num_scenes, settings.image_size, settings.seed, settings.num_shapes)
                 records = read_karpathy(folder / "dataset_shapes.json", folder / "photos")
             write_folder(folder, records, settings, words)
     print(f"{output} is ready: python train.py --data_folder {shlex.quote(str(output))}")

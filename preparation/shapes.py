@@ -1,7 +1,8 @@
-"""Shapes, a synthetic data set: scenes of one or two colored shapes, their captions and their bounding boxes."""
+"""Shapes, a synthetic data set: scenes of a few colored shapes, their captions and their bounding boxes."""
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (130, 130, 130), "black": (20, 20, 20)}
 KINDS = ("circle", "square", "triangle", "cross")
-RADII = {"small": 0.16, "large": 0.22}  # as fractions of the image's side
-POSITIONS = {(0, 0): "top left", (1, 0): "top right", (0, 1): "bottom left", (1, 1): "bottom right"}  # (column, row)
+RADII = {"small": 0.16, "large": 0.22}  # as fractions of the image's side, where two shapes fit beside each other
+COLUMNS = {2: ("left", "right"), 3: ("left", "center", "right")}  # by the number of shapes that fit beside each other
+ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
+MAX_SHAPES = 9  # of a scene
+Shape = tuple[str, str, tuple[int, int]]  # size, color and kind, (column, row)
 
 
 def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
@@ -40,58 +44,80 @@ def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, f
     return [(x + dx, y + dy) for dx, dy in vertices[kind]]
 
 
-def draw_scene(generator: random.Random, size: int) -> tuple[Image.Image, list[str], list[dict[str, Any]]]:
-    """Draw one or two shapes; returns the picture of `size` pixels a side, five captions and the objects.
+def draw_scene(
+    generator: random.Random, size: int, num_shapes: Sequence[int] = (1, 2, 2)
+) -> tuple[Image.Image, list[str], list[dict[str, Any]]]:
+    """Draw one of `num_shapes` shapes; returns the picture of `size` pixels a side, five captions and the objects.
 
     An object is {"words": [size, color, kind], "box": [left, top, right, bottom]}, its box in fractions of the side.
     """
+    side = 2 if max(num_shapes) <= 4 else 3  # shapes that fit beside each other
+    scale = 2 / side
     background = generator.choice(list(BACKGROUNDS))
     picture = Image.new("RGB", (4 * size, 4 * size), BACKGROUNDS[background])  # downsampled below: smooth edges
     canvas = ImageDraw.Draw(picture)
-    cells = sorted(generator.sample(list(POSITIONS), generator.choice((1, 2, 2))))
+    all_cells = [(column, row) for row in range(side) for column in range(side)]
+    cells = sorted(generator.sample(all_cells, generator.choice(num_shapes)))
     colored_kinds = generator.sample([(color, kind) for color in COLORS for kind in KINDS], len(cells))
     shapes, objects = [], []
     for (column, row), (color, kind) in zip(cells, colored_kinds, strict=True):
         size_word = generator.choice(list(RADII))
-        x, y = (0.26 + 0.48 * cell + generator.uniform(-0.02, 0.02) for cell in (column, row))
-        radius = RADII[size_word]
+        x, y = (scale * (0.26 + 0.48 * cell + generator.uniform(-0.02, 0.02)) for cell in (column, row))
+        radius = scale * RADII[size_word]
         vertices = [(4 * size * px, 4 * size * py) for px, py in outline(kind, x, y, radius)]
         canvas.polygon(vertices, fill=COLORS[color])
         shapes.append((size_word, f"{color} {kind}", (column, row)))
         box = [x - radius, y - radius, x + radius, y + radius]
         objects.append({"words": [size_word, color, kind], "box": box})
     picture = picture.resize((size, size), Image.Resampling.BOX)
-    return picture, describe(shapes, background), objects
-
-
-def describe(shapes: list[tuple[str, str, tuple[int, int]]], background: str) -> list[str]:
-    """Five captions of one or two shapes, given as (size, color and kind, (column, row)), sorted by column."""
-    full = [f"a {size} {name}" for size, name, _ in shapes]
-    short = [f"an {name}" if name.startswith("o") else f"a {name}" for _, name, _ in shapes]
     if len(shapes) == 1:
-        position = POSITIONS[shapes[0][2]]
-        return [
-            f"{full[0]} at the {position}",
-            f"{short[0]} at the {position}",
-            f"{full[0]} on {background}",
-            f"{short[0]} on {background}",
-            f"just {full[0]}",
-        ]
-    (first_column, _), (second_column, _) = (cell for _, _, cell in shapes)
-    relation, inverse = ("left of", "right of") if first_column < second_column else ("above", "below")
+        captions = describe_shape(shapes[0], background, side)
+    elif len(shapes) == 2:
+        captions = describe_pair(shapes, background)
+    else:  # each caption relates two of them
+        pairs = [describe_pair(generator.sample(shapes, 2), background) for _ in range(5)]
+        captions = [generator.choice([captions[0], captions[1], captions[3]]) for captions in pairs]
+    return picture, captions, objects
+
+
+def names_of(size_word: str, name: str) -> tuple[str, str]:
+    """A shape with its article, with its size and without."""
+    return f"a {size_word} {name}", f"an {name}" if name.startswith("o") else f"a {name}"
+
+
+def describe_shape(shape: Shape, background: str, side: int) -> list[str]:
+    """Five captions of one shape in a scene where `side` shapes fit beside each other."""
+    size_word, name, (column, row) = shape
+    full, short = names_of(size_word, name)
+    position = f"{ROWS[side][row]} {COLUMNS[side][column]}"
     return [
-        f"{full[0]} {relation} {full[1]}",
-        f"{full[1]} {inverse} {full[0]}",
-        f"{full[0]} and {full[1]}",
-        f"{short[0]} {relation} {short[1]}",
-        f"{short[0]} and {short[1]} on {background}",
+        f"{full} at the {position}",
+        f"{short} at the {position}",
+        f"{full} on {background}",
+        f"{short} on {background}",
+        f"just {full}",
     ]
 
 
-def draw_shapes(folder: Path, num_scenes: int, size: int, seed: int) -> None:
+def describe_pair(shapes: Sequence[Shape], background: str) -> list[str]:
+    """Five captions of two shapes; the first, second and fourth relate them."""
+    shapes = sorted(shapes, key=lambda shape: shape[2])  # by column, those of a column by row
+    (full_1, short_1), (full_2, short_2) = (names_of(size_word, name) for size_word, name, _ in shapes)
+    (first_column, _), (second_column, _) = (cell for _, _, cell in shapes)
+    relation, inverse = ("left of", "right of") if first_column < second_column else ("above", "below")
+    return [
+        f"{full_1} {relation} {full_2}",
+        f"{full_2} {inverse} {full_1}",
+        f"{full_1} and {full_2}",
+        f"{short_1} {relation} {short_2}",
+        f"{short_1} and {short_2} on {background}",
+    ]
+
+
+def draw_shapes(folder: Path, num_scenes: int, size: int, seed: int, num_shapes: Sequence[int] = (1, 2, 2)) -> None:
     """Draw the data set into a folder: photos/ of `size` pixels a side and dataset_shapes.json in Karpathy's format.
 
-    num_scenes are for training; val and test have a tenth as many each.
+    num_scenes are for training; val and test have a tenth as many each. Each scene has one of `num_shapes` shapes.
     """
     generator = random.Random(seed)
     (folder / "photos").mkdir()
@@ -99,7 +125,7 @@ def draw_shapes(folder: Path, num_scenes: int, size: int, seed: int) -> None:
     splits = ["train"] * num_scenes + ["val"] * held_out + ["test"] * held_out
     images = []
     for index, split in enumerate(tqdm(splits, desc="drawing shapes", unit="scene")):
-        picture, captions, objects = draw_scene(generator, size)
+        picture, captions, objects = draw_scene(generator, size, num_shapes)
         name = f"{split}_{index:05d}.png"
         picture.save(folder / "photos" / name)
         sentences = [{"tokens": caption.split(), "raw": caption} for caption in captions]

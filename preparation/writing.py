@@ -225,6 +225,7 @@ def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
     source = asdict(settings)
     for name in ("output_folder", "overwrite", "preview", "captions", "format", "objects"):
         source.pop(name)
+    source["num_shapes"] = list(settings.num_shapes)  # as JSON reads it
     if settings.dataset != "shapes":
         images = Path(settings.images or next(iter(settings.captions), "")).resolve()
         source["images"] = os.fsencode(images).decode(errors="replace")

@@ -298,6 +298,7 @@ def test_captions_per_image_are_chosen_with_the_seed(command, tmp_path, photos):
         ),
         (("--long_captions", "drop"), "--long_captions drop needs --max_caption_length"),
         (("--num_scenes", 0), "--num_scenes 0: must be at least 1"),
+        (("--num_shapes", 2, 10), "--num_shapes 10: a scene has room for 9"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(command, tmp_path, monkeypatch, arguments, message):
