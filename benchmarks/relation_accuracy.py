@@ -64,9 +64,7 @@ def main(settings: Settings) -> None:
     judged = [judge(item["caption"], entry["objects"]) for item, entry in pairs]
     relating = [each for each in judged if each is not None]
     if not relating:
-        raise InputError(
-            f"{settings.results}: no caption relates two shapes, such as {results[0]['caption']}"
-        )
+        raise InputError(f"{settings.results}: no caption relates two shapes, such as {results[0]['caption']}")
     both, true = map(sum, zip(*relating, strict=True))
     print(f"{len(relating)} of {len(judged)} captions relate two shapes")
     print(f"both shapes are in the scene: {both} ({both / len(relating):.3f})")

@@ -106,7 +106,7 @@ def test_many_shapes_are_apart_and_captions_relate_two_of_them():
         counts.add(len(objects))
         assert len({tuple(item["words"][1:]) for item in objects}) == len(objects)
         boxes = np.array([item["box"] for item in objects])
-        assert 0 <= boxes.min() and boxes.max() <= 1
+        assert boxes.min() >= 0 and boxes.max() <= 1
         for i in range(len(boxes)):
             for j in range(i):
                 overlap = np.minimum(boxes[i, 2:], boxes[j, 2:]) - np.maximum(boxes[i, :2], boxes[j, :2])
