@@ -18,7 +18,7 @@ from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.generation import ImageCaption, caption_images
-from evaluation.photos import collect_photos, find_objects, load_photos, pad_boxes
+from evaluation.photos import PhotoRegions, collect_photos, find_objects, load_photos, pad_boxes
 from evaluation.pictures import Regions, open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
 from models import Captioner
 from modules.graph import edge_attribution
@@ -36,6 +36,7 @@ class Settings:
     photos: tuple[str, ...]  # image files, folders of them, or - for names on standard input
     checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
     objects: str = ""  # objects in the photos, a detector's results as COCO has them, for models that look at objects
+    region_features: tuple[str, ...] = ()  # features of the photos' regions, for models that were trained on such files
     output_folder: str = "captions"  # folder of the pictures, each named after its photo
 
     # group: beam search
@@ -124,12 +125,43 @@ def objects_of_photos(
             f"--objects FILE"
         )
     if settings.objects and not captioner.uses_objects:
-        raise InputError(f"--objects {settings.objects}: the model looks at a grid only, leave it out")
+        raise InputError(f"--objects {settings.objects}: the model looks at no objects, leave it out")
     if not settings.objects:
         return [[] for _ in photos]
     require_objects_file(settings.objects)
     with contextlib.redirect_stdout(sys.stderr):  # JSON has standard output to itself
         return find_objects(photos, settings.objects, captioner.image_size, captioner.resize)
+
+
+def regions_of_photos(
+    settings: Settings, captioner: Captioner | Ensemble, photos: Sequence[str]
+) -> PhotoRegions | None:
+    """The region features of the photos; None for a model that looks at the photos themselves.
+
+    Raises InputError where --region_features do not fit.
+    """
+    if captioner.uses_region_features and not settings.region_features:
+        raise InputError(
+            f"{' '.join(settings.checkpoint)} has no encoder, it was trained on the region features of a detector: "
+            f"give those of the photos as --region_features"
+        )
+    if settings.region_features and not captioner.uses_region_features:
+        raise InputError(f"--region_features {settings.region_features[0]}: the model has an encoder, leave it out")
+    if not settings.region_features:
+        return None
+    feature_dim = captioner.sources[0].encoder.feature_dim
+    return PhotoRegions(photos, settings.region_features, feature_dim, captioner.image_size, captioner.resize)
+
+
+def region_names(captioner: Captioner | Ensemble, count: int, objects: Sequence[dict[str, Any]]) -> list[str | None]:
+    """What `Regions` calls the regions of a photo, of which there are `count`, where it has these objects."""
+    source = captioner.region_source
+    if source.uses_region_features:
+        return [""] * count
+    if not source.uses_objects:
+        return [None] * count
+    names: list[str | None] = ["", *(" ".join(item["words"]) for item in objects)]  # the whole photo is first
+    return [None] * (count - len(names)) + names
 
 
 def plot_pictures(
@@ -142,12 +174,10 @@ def plot_pictures(
     """The pictures of a photo with its objects by their kind: attention and, where it has the graph word, edges."""
     picture_photo = open_for_picture(photo, captioner.resize)
     words = caption.words if captioner.decoder.has_attention else []
-    uses_objects = captioner.region_source.uses_objects
-    regions = Regions(caption.boxes.numpy(), [" ".join(item["words"]) for item in objects] if uses_objects else [])
+    regions = Regions(caption.boxes.numpy(), region_names(captioner, len(caption.boxes), objects))
+    of_grid = regions.num_cells == len(regions.boxes)
     alpha = caption.alpha.numpy()
-    figures = {
-        "attention": plot_attention(picture_photo, words, alpha, caption.gates, regions if uses_objects else None)
-    }
+    figures = {"attention": plot_attention(picture_photo, words, alpha, caption.gates, None if of_grid else regions)}
     if graph_word in caption.words and caption.neighbors is not None:
         alpha = caption.alpha[caption.words.index(graph_word)]
         edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
@@ -177,6 +207,7 @@ def main(settings: Settings) -> None:
     if settings.graph_word:
         validate_graph_word(settings, captioner, vocabulary)
     objects = objects_of_photos(settings, captioner, photos)
+    regions = regions_of_photos(settings, captioner, photos)
     kinds = ["attention", "edges"] if settings.graph_word else ["attention"]
     paths = picture_paths(photos, settings.output_folder, kinds if settings.pictures else [])
     notes = sys.stderr if settings.json else sys.stdout
@@ -184,9 +215,18 @@ def main(settings: Settings) -> None:
     missing_glyphs: set[str] = set()
     progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
     for indices, images in load_photos(photos, decoding.batch_size, captioner.image_size, captioner.resize, broken):
-        boxes = pad_boxes([objects[i] for i in indices])
-        options = {"boxes": boxes, "with_attention": settings.pictures, "consensus": consensus}
-        captions = caption_images(captioner, vocabulary, images, decoding, runtime, **options)
+        inputs, boxes = regions.read(indices) if regions else (images, pad_boxes([objects[i] for i in indices]))
+        captions = caption_images(
+            captioner,
+            vocabulary,
+            inputs,
+            decoding,
+            runtime,
+            is_features=regions is not None,
+            boxes=boxes,
+            with_attention=settings.pictures,
+            consensus=consensus,
+        )
         for i, caption in zip(indices, captions, strict=True):
             tqdm.write(format_caption(photos[i], caption, settings))
             figures = {}

@@ -1,6 +1,7 @@
 """Prepare photos with captions: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
 
 import shlex
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from preparation.json_formats import read_karpathy
 from preparation.objects import add_objects, require_objects_file
 from preparation.preview import plot_preview
 from preparation.records import ImageRecord
+from preparation.region_features import RegionFeatures
 from preparation.shapes import MAX_SHAPES, draw_shapes
 from preparation.storage import read_metadata
 from preparation.writing import fingerprint, write_folder
@@ -30,6 +32,7 @@ class Settings:
     images: str = ""  # the folder of the photos; none where --captions is a folder
     format: Literal[FORMATS] = "auto"  # pyright: ignore[reportInvalidTypeForm]  # of the captions; auto detects it
     objects: str = ""  # objects in the photos: a detector's results, or annotations (instances_train2014.json), of COCO
+    region_features: tuple[str, ...] = ()  # features of a detector for each photo: files or a folder, of any known form
     output_folder: str = ""  # the folder to write; empty: data/<dataset>
     preview: str = ""  # a prepared folder: plot some of its photos and its words as PNG into it, and stop
 
@@ -67,9 +70,10 @@ def validate_settings(settings: Settings) -> None:
         raise InputError(f"--num_shapes {max(settings.num_shapes)}: a scene has room for {MAX_SHAPES}")
     if settings.dataset != "shapes":
         validate_paths(settings)
-    elif settings.captions or settings.images or settings.objects:
+    elif settings.captions or settings.images or settings.objects or settings.region_features:
         raise InputError(
-            "--dataset shapes reads no files: name the data set of --captions and --images, or of --objects"
+            "--dataset shapes reads no files: name the data set of --captions and --images, --objects or "
+            "--region_features"
         )
 
 
@@ -115,6 +119,17 @@ def read_dataset(settings: Settings) -> tuple[list[ImageRecord], list[str] | Non
     return records, words
 
 
+def find_region_features(records: list[ImageRecord], settings: Settings) -> tuple[list[ImageRecord], RegionFeatures]:
+    """The records that have features in --region_features, and these. Raises InputError where photos have none."""
+    features = RegionFeatures(settings.region_features, records)
+    if settings.skip_broken:
+        for record in features.missing:
+            print(f"{record.name}: has no region features", file=sys.stderr)
+        return [record for record in records if features.has(record)], features
+    features.require_all()
+    return records, features
+
+
 def is_prepared(output: Path, settings: Settings, records: list[ImageRecord]) -> bool:
     """Whether a folder holds already what is asked for; InputError where it holds something else."""
     if not output.exists() or not any(output.iterdir()):
@@ -151,6 +166,9 @@ def main(settings: Settings) -> None:
             raise InputError(
                 f"--objects {settings.objects}: has no object of the {len(records)} photos, such as {records[0].name}"
             )
+    region_features = None
+    if settings.region_features:
+        records, region_features = find_region_features(records, settings)
     if words is None:
         settings = choose_min_word_freq(settings, records)
     with lock_folder(output):
@@ -161,7 +179,7 @@ def main(settings: Settings) -> None:
             if settings.dataset == "shapes":
                 draw_shapes(folder, settings.num_scenes, settings.image_size, settings.seed, settings.num_shapes)
                 records = read_karpathy(folder / "dataset_shapes.json", folder / "photos")
-            write_folder(folder, records, settings, words)
+            write_folder(folder, records, settings, words, region_features)
     print(f"{output} is ready: python train.py --data_folder {shlex.quote(str(output))}")
 
 

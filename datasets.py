@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.distributed import rank, world_size
 from preparation.images import flip_boxes
 from preparation.objects import MIN_SCORE
-from preparation.storage import read_captions
+from preparation.storage import StoredRegions, read_captions
 from text.nouns import nouns_of
 from text.vocabulary import PAD, Vocabulary
 from utils import InputError
@@ -32,8 +32,9 @@ class Example(NamedTuple):
     index: int  # in its split
     input: Tensor  # image (3, S, S) uint8 or features (R, F) float16
     captions: list[list[int]]  # word ids from <start> to <end>
-    boxes: Tensor | None = None  # (N, 4) of its objects in fractions of the sides; None: not asked for
-    names: list[list[int]] | None = None  # of each object the ids of the words that name it; None: not asked for
+    boxes: Tensor | None = None  # (N, 4) of its objects, or of region features, in fractions of the sides
+    object_boxes: Tensor | None = None  # (N, 4) of its objects, for `names`
+    names: list[list[int]] | None = None  # of each object the ids of the words that name it
 
 
 @dataclass
@@ -49,14 +50,19 @@ class Batch:
     lengths: Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0 where there is no caption
     indices: list[int]  # of the images in their split
     is_features: bool = False
-    # (B, N, 4) of the objects, padded with boxes without area, as `modules.regions` has them; None: not asked for
+    # (B, N, 4) of the objects or, for a model of region features, of the regions, padded with boxes without area as
+    # `modules.regions` has them; None: not asked for
     boxes: Tensor | None = None
-    named: Tensor | None = None  # (B, C, T, N) on the CPU: whether a word to predict names an object; None likewise
+    object_boxes: Tensor | None = None  # (B, N, 4) of the objects, for `named`
+    named: Tensor | None = None  # (B, C, T, N) on the CPU: whether a word to predict names an object
 
     def pin_memory(self) -> "Batch":
         """Copy the inputs to page-locked memory, from which a GPU copies asynchronously; the loader calls it."""
-        boxes = None if self.boxes is None else self.boxes.pin_memory()
-        return replace(self, inputs=self.inputs.pin_memory(), boxes=boxes)
+        pinned = {}
+        for name in ("inputs", "boxes", "object_boxes"):
+            tensor = getattr(self, name)
+            pinned[name] = None if tensor is None else tensor.pin_memory()
+        return replace(self, **pinned)
 
     def counts(self) -> tuple[int, int]:
         """The number of words to predict and of captions."""
@@ -73,18 +79,19 @@ class Batch:
         return [self._select(slice(i, None, count)) for i in range(count)]
 
     def _select(self, images: slice) -> "Batch":
-        boxes, named = (None if x is None else x[images] for x in (self.boxes, self.named))
+        optional = (self.boxes, self.object_boxes, self.named)
         parts = (self.inputs[images], self.words[images], self.lengths[images], self.indices[images])
-        return Batch(*parts, self.is_features, boxes, named)
+        return Batch(*parts, self.is_features, *(None if x is None else x[images] for x in optional))
 
 
 class CaptionDataset(Dataset):
     """One split: item (i, flipped) is the `Example` of image i.
 
     A flipped item is the image mirrored horizontally, with left and right exchanged in its captions. The input is the
-    image, or its features after `use_features`; boxes are there after `use_objects`. Files are opened at the first
-    item, by each process for itself: an open HDF5 handle must not cross a fork or a pickle. `metadata` is the folder's
-    where it is read already (`preparation.storage.read_metadata`).
+    image, or its features after `use_features` or `use_region_features`; boxes are there after the latter or after
+    `use_objects`, names after `use_names`. Files are opened at the first item, by each process for itself: an open HDF5
+    handle must not cross a fork or a pickle. `metadata` is the folder's where it is read already
+    (`preparation.storage.read_metadata`).
     """
 
     def __init__(
@@ -92,13 +99,16 @@ class CaptionDataset(Dataset):
     ) -> None:
         self.entries, self.references = read_captions(data_folder, split, metadata)
         self.captions = self.references.encode(vocabulary)
-        self.images_path = Path(data_folder) / f"{split}_images.hdf5"
+        self.split, self.images_path = split, Path(data_folder) / f"{split}_images.hdf5"
         self.has_boxes = all("objects" in entry for entry in self.entries) and any(
             entry["objects"] for entry in self.entries
         )
         self.flipped_ids = vocabulary.flipped_ids
         self.feature_paths: list[Path] = []  # of the images and, where wanted, of the flipped images
-        self.boxes: list[np.ndarray] = []  # tensors would each take a file handle in a process that is spawned
+        self.regions_path: Path | None = None  # of region features
+        # Of arrays: tensors would each take a file handle in a process that is spawned.
+        self.boxes: list[np.ndarray] = []
+        self.object_boxes: list[np.ndarray] = []
         self.names: list[list[list[int]]] = []
         self.memory: Tensor | None = None
         self._opened: tuple[int | None, Any] = (None, None)  # process id, arrays
@@ -111,15 +121,20 @@ class CaptionDataset(Dataset):
         captions = self.captions[index]
         if flipped:
             captions = [[self.flipped_ids.get(word, word) for word in caption] for caption in captions]
-        if self.feature_paths:
+        boxes = self.boxes[index] if self.boxes else None
+        object_boxes = self.object_boxes[index] if self.object_boxes else None
+        if self.regions_path:
+            assert not flipped, "region features are those of the photos as they are"
+            array, boxes = self._arrays()[index]
+        elif self.feature_paths:
             array = self._arrays()[flipped][index]
         else:
             array = self._arrays()[index][..., :: -1 if flipped else 1]
-        boxes = torch.from_numpy(self.boxes[index]) if self.boxes else None
-        if boxes is not None and flipped:
-            boxes = flip_boxes(boxes)
+        boxes, object_boxes = (None if x is None else torch.from_numpy(x) for x in (boxes, object_boxes))
+        if flipped:
+            boxes, object_boxes = (None if x is None else flip_boxes(x) for x in (boxes, object_boxes))
         names = self.names[index] if self.names else None
-        return Example(index, torch.from_numpy(np.array(array)), captions, boxes, names)
+        return Example(index, torch.from_numpy(np.array(array)), captions, boxes, object_boxes, names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": (None, None)}
@@ -128,20 +143,26 @@ class CaptionDataset(Dataset):
         """Yield the cached features of these files from now on: of the images and, where given, the flipped images."""
         self.feature_paths, self._opened = paths, (None, None)
 
-    def use_objects(self, vocabulary: Vocabulary | None = None) -> None:
-        """Yield the boxes of the images' objects from now on and, with the vocabulary, the words that name them.
+    def use_region_features(self) -> None:
+        """Yield the region features of the prepared folder and their boxes from now on."""
+        self.regions_path, self._opened = self.images_path.with_name(f"{self.split}_regions.hdf5"), (None, None)
 
-        Raises InputError where the split has none.
-        """
+    def use_objects(self) -> None:
+        """Yield the boxes of the images' objects from now on. Raises InputError where the split has none."""
+        self.boxes = self._boxes_of_objects("which this model looks at")
+
+    def use_names(self, vocabulary: Vocabulary) -> None:
+        """Yield the words that name objects, and their boxes, from now on. Raises InputError as `use_objects`."""
+        self.object_boxes = self._boxes_of_objects("which --grounding_weight needs")
+        self.names = words_that_name(self.entries, vocabulary)
+
+    def _boxes_of_objects(self, purpose: str) -> list[np.ndarray]:
         if not self.has_boxes:
             raise InputError(
-                f"{self.images_path.parent} has no objects, which this model looks at: run create_input_files.py again "
-                f"with --objects"
+                f"{self.images_path.parent} has no objects, {purpose}: run create_input_files.py again with --objects"
             )
-        if vocabulary:
-            self.names = words_that_name(self.entries, vocabulary)
         boxes = ([item["box"] for item in entry["objects"]] for entry in self.entries)
-        self.boxes = [np.array(each, np.float32).reshape(-1, 4) for each in boxes]
+        return [np.array(each, np.float32).reshape(-1, 4) for each in boxes]
 
     def load_into_memory(self) -> None:
         """Read all images into memory, once for all workers."""
@@ -152,8 +173,11 @@ class CaptionDataset(Dataset):
         if self.memory is not None:
             return self.memory.numpy()
         if self._opened[0] != os.getpid():
-            maps = [np.load(path, mmap_mode="r") for path in self.feature_paths]
-            self._opened = (os.getpid(), maps or h5py.File(self.images_path)["images"])
+            if self.regions_path:
+                opened: Any = StoredRegions(self.regions_path)
+            else:
+                opened = [np.load(path, mmap_mode="r") for path in self.feature_paths]
+            self._opened = (os.getpid(), opened or h5py.File(self.images_path)["images"])
         return self._opened[1]
 
 
@@ -176,7 +200,7 @@ def collate(examples: Sequence[Example], is_features: bool = False) -> Batch:
     """Make a `Batch` of examples, sorted by the lengths of their captions."""
     examples = [each._replace(captions=sorted(each.captions, key=len, reverse=True)) for each in examples]
     examples.sort(key=lambda each: len(each.captions[0]), reverse=True)
-    indices, inputs, captions, boxes, names = zip(*examples, strict=True)
+    indices, inputs, captions, boxes, object_boxes, names = zip(*examples, strict=True)
     max_length = len(captions[0][0])
     words = torch.full((len(examples), max(map(len, captions)), max_length), PAD)
     lengths = torch.zeros(words.shape[:2], dtype=torch.long)
@@ -184,14 +208,18 @@ def collate(examples: Sequence[Example], is_features: bool = False) -> Batch:
         for c, caption in enumerate(image_captions):
             words[b, c, : len(caption)] = torch.tensor(caption)
             lengths[b, c] = len(caption) - 1
-    padded = None if boxes[0] is None else pad_sequence(list(boxes), batch_first=True)
+    boxes, object_boxes = (
+        None if each[0] is None else pad_sequence(list(each), batch_first=True) for each in (boxes, object_boxes)
+    )
     named = None
     if names[0] is not None:
         named = torch.zeros(*words[..., 1:].shape, max(map(len, names)), dtype=torch.bool)
         for b, of_objects in enumerate(names):
             for i, ids in enumerate(of_objects):
                 named[b, ..., i] = torch.isin(words[b, :, 1:], torch.tensor(ids, dtype=torch.long))
-    return Batch(torch.stack(inputs), words, lengths, list(indices), is_features, padded, named)
+    same = len(set(map(len, inputs))) == 1  # region features may differ in their number
+    inputs = torch.stack(inputs) if same else pad_sequence(list(inputs), batch_first=True)
+    return Batch(inputs, words, lengths, list(indices), is_features, boxes, object_boxes, named)
 
 
 def ignore_sigint(_: int) -> None:
@@ -215,7 +243,7 @@ def make_loader(
         dataset,
         batch_sampler=[share for share in shares if share],  # pyright: ignore[reportArgumentType]
         num_workers=workers,
-        collate_fn=functools.partial(collate, is_features=bool(dataset.feature_paths)),
+        collate_fn=functools.partial(collate, is_features=bool(dataset.feature_paths or dataset.regions_path)),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_sigint,
         generator=torch.Generator(),  # a loader must not draw from the generator of the dropout

@@ -18,7 +18,7 @@ from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.decoders import Decoder, DecoderOutput
-from modules.encoders import Encoder
+from modules.encoders import Encoder, NoEncoder
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS, RegionGraph
 from modules.layers import Dropout, init_linear
 from modules.region_encoder import POSITIONS, RegionEncoder
@@ -37,11 +37,17 @@ DECODERS = {
     "transformer": TransformerDecoder,
     "sgrvinod": SgrvinodDecoder,
 }
-CHECKPOINT_FORMAT = 6
+CHECKPOINT_FORMAT = 7
 # What inference needs.
-CHECKPOINT_KEYS = {"format", "model", "model_settings", "image_size", "resize", "fine_tune_encoder", "words"}
+DATA_KEYS = (
+    "image_size",
+    "resize",
+    "feature_dim",
+    "fine_tune_encoder",
+)  # given to `build_captioner` beside the settings
+CHECKPOINT_KEYS = {"format", "model", "model_settings", "words", *DATA_KEYS}
 # A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
-MAX_IMAGE_SIZE, MAX_LAYERS = 4096, 100
+MAX_IMAGE_SIZE, MAX_LAYERS, MAX_FEATURES = 4096, 100, 65_536
 
 
 class Encoded(NamedTuple):
@@ -65,7 +71,7 @@ class Captioner(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | NoEncoder,
         region_source: RegionSource,
         region_layer: nn.Module,
         graph: RegionGraph,
@@ -96,10 +102,16 @@ class Captioner(nn.Module):
         """Whether it needs the boxes of the objects in the images."""
         return self.region_source.uses_objects
 
+    @property
+    def uses_region_features(self) -> bool:
+        """Whether it needs region features and their boxes in place of images."""
+        return self.region_source.uses_region_features
+
     def encode(self, inputs: Tensor, is_features: bool = False, boxes: Tensor | None = None) -> Encoded:
         """What the decoder sees of images (B, 3, h, w) uint8 or, where `is_features`, of cached features (B, R, F).
 
-        A captioner that `uses_objects` needs their boxes (B, N, 4), as `modules.regions.RegionSource`.
+        A captioner that `uses_objects` needs their boxes (B, N, 4), one that `uses_region_features` those and their
+        boxes (B, R, 4), as `modules.regions.RegionSource`.
         """
         return self.encode_features(self.features(inputs, is_features), boxes)
 
@@ -137,6 +149,7 @@ def build_captioner(
     vocab_size: int,
     image_size: int,
     resize: Literal["squash", "crop", "pad"],
+    feature_dim: int = 0,
     fine_tune_encoder: bool = False,
     load_weights: bool = True,
     *,
@@ -171,7 +184,7 @@ def build_captioner(
     """Build a captioner; its keyword-only parameters are the settings of train.py that a checkpoint keeps.
 
     Args:
-        vocab_size, image_size, resize: what the prepared folder gives.
+        vocab_size, image_size, resize, feature_dim: what the prepared folder gives, the last of region features.
         fine_tune_encoder: whether training is to change the encoder.
         load_weights: load `encoder_weights`; False where a checkpoint's weights follow.
 
@@ -179,14 +192,17 @@ def build_captioner(
     """
     sizes = SimpleNamespace(**locals())
     _check_sizes(sizes)
-    network = Encoder(
-        encoder,
-        layer=encoder_layer,
-        weights=encoder_weights if load_weights else "",
-        grid_size=grid_size,
-        image_size=image_size,
-    )
-    network.pretrained = bool(encoder_weights)
+    if regions == "features":
+        network = NoEncoder(feature_dim)
+    else:
+        network = Encoder(
+            encoder,
+            layer=encoder_layer,
+            weights=encoder_weights if load_weights else "",
+            grid_size=grid_size,
+            image_size=image_size,
+        )
+        network.pretrained = bool(encoder_weights)
     feature_dim = network.feature_dim + BOX_FEATURES * box_features
     region_layer: nn.Module = nn.Identity()
     if region_dim:
@@ -238,6 +254,8 @@ def _check_sizes(sizes: SimpleNamespace) -> None:
     require_at_least(sizes, 1, "layers", "decoder_layers", "heads", "ffn_dim")
     require_at_least(sizes, 0, "grid_size", "region_dim", "graph_layers", "graph_knn", "encoder_layers")
     require_below_one(sizes, "dropout")
+    if sizes.feature_dim > MAX_FEATURES:
+        raise InputError(f"region features of {sizes.feature_dim} numbers are too large, {MAX_FEATURES} is the limit")
     if sizes.image_size > MAX_IMAGE_SIZE:
         raise InputError(f"images of {sizes.image_size} pixels are too large, {MAX_IMAGE_SIZE} is the limit")
     for name in ("graph_layers", "encoder_layers", "layers", "decoder_layers"):
@@ -245,6 +263,11 @@ def _check_sizes(sizes: SimpleNamespace) -> None:
             raise InputError(f"--{name} {getattr(sizes, name)}: must be at most {MAX_LAYERS}")
     if sizes.graph_layers and sizes.graph_edges == "grid" and sizes.regions != "grid":
         raise InputError("--graph_edges grid: is for --regions grid, give similar, spatial or all")
+    if sizes.regions == "features":
+        if sizes.feature_dim < 1:
+            raise InputError("--regions features: the data folder has none, prepare it with --region_features")
+        if sizes.fine_tune_encoder:
+            raise InputError("--fine_tune_encoder: --regions features has no encoder, leave one of them out")
     if sizes.grid_size > sizes.image_size:
         raise InputError(f"--grid_size {sizes.grid_size}: finer than the images, which have {sizes.image_size} pixels")
     if sizes.decoder == "recurrent" and sizes.attention == "adaptive" and sizes.cell != "lstm":
@@ -281,7 +304,7 @@ def captioner_from_checkpoint(
     and for weights that are not finite.
     """
     weights, settings = checkpoint["model"], checkpoint["model_settings"] | (changes or {})
-    data_settings = [checkpoint[name] for name in ("image_size", "resize", "fine_tune_encoder")]
+    data_settings = [checkpoint[name] for name in DATA_KEYS]
     with name_impossible_sizes(path), EmptyWeights():
         vocabulary = Vocabulary(checkpoint["words"])
         captioner = build_captioner(len(vocabulary), *data_settings, load_weights=False, **settings)

@@ -268,7 +268,7 @@ def train(settings: Settings, device: torch.device) -> None:
     validation = build(settings.data_folder, "val")
     training = build(settings.data_folder, "train", hflip=settings.hflip)
     if settings.grounding_weight:
-        training.use_objects(state.vocabulary)
+        training.use_names(state.vocabulary)
     if len(training) < world_size():
         raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
     start_files(state)

@@ -72,6 +72,13 @@ class Ensemble:
                     f"an ensemble needs models for images of one size: {first_name} takes {self.image_size} pixels "
                     f"made by {self.resize}, {name} takes {captioner.image_size} by {captioner.resize}"
                 )
+        if any(captioner.uses_region_features for captioner, _ in models.values()):
+            if self.views != ["original"]:
+                raise InputError(f"--views {' '.join(self.views)}: a model of region features knows the original only")
+            if not all(captioner.uses_region_features for captioner, _ in models.values()):
+                raise InputError(
+                    f"an ensemble needs models that all look at region features, or none: {' '.join(models)}"
+                )
         fingerprints = {name: captioner.encoder.fingerprint() for name, (captioner, _) in models.items()}
         self.fingerprints = list(dict.fromkeys(fingerprints.values()))  # of the sources
         by_fingerprint = {fingerprints[name]: models[name][0] for name in reversed(list(models))}
@@ -85,13 +92,18 @@ class Ensemble:
                     word_map = map_words(vocabulary, other, flipped=view == "hflip")
                 except InputError as error:
                     raise InputError(f"{first_name} and {name}: {error}") from None
-                word_maps.append(None if word_map is None else word_map.to(first.encoder.mean.device))
+                word_maps.append(None if word_map is None else word_map.to(next(first.parameters()).device))
         self.decoder = EnsembleDecoder([captioner.decoder for captioner, _, _ in self._members], word_maps)
 
     @property
     def uses_objects(self) -> bool:
         """Whether a captioner needs the boxes of the objects in the images."""
         return any(captioner.uses_objects for captioner, _, _ in self._members)
+
+    @property
+    def uses_region_features(self) -> bool:
+        """Whether the captioners need region features in place of images."""
+        return self.region_source.uses_region_features
 
     def encode(
         self,
@@ -104,7 +116,7 @@ class Ensemble:
         Args:
             inputs: images (B, 3, h, w) uint8 or, for each source, its images or features (B, R, F).
             is_features: of each source, where `inputs` are several. Features are of the view "original" alone.
-            boxes: of objects in the images (B, N, 4).
+            boxes: of objects in the images (B, N, 4), or of region features (B, R, 4).
         """
         if isinstance(inputs, Tensor):
             inputs = [inputs] * len(self.sources)

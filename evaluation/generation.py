@@ -65,7 +65,7 @@ def caption_images(
     Args:
         inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F); of an ensemble also a
             tuple of them, as `Ensemble.encode` takes it.
-        boxes: of objects in the images (B, N, 4), for a captioner that `uses_objects`.
+        boxes: of objects in the images (B, N, 4), for a captioner that `uses_objects`; of region features (B, R, 4).
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
         consensus: re-ranks the candidates of each image.
     """

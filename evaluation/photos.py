@@ -16,6 +16,7 @@ from preparation.folder_formats import PHOTO_SUFFIXES
 from preparation.images import load_image, photo_size, place_objects
 from preparation.objects import add_objects
 from preparation.records import ImageRecord
+from preparation.region_features import RegionFeatures
 from utils import InputError
 
 
@@ -59,15 +60,48 @@ def find_objects(photos: Sequence[str], path: str | Path, image_size: int, resiz
 
     Each has "words" and a "box" in fractions of the sides. Raises InputError as `preparation.objects.add_objects`.
     """
-    files = [Path(photo).resolve() for photo in photos]  # one may be named twice
-    records = [ImageRecord(file, str(file), i, "", b"[]") for i, file in enumerate(dict.fromkeys(files))]
+    records = photo_records(photos)
     found = {}
-    for record in add_objects(records, Path(path)):
+    for record in add_objects(list(dict.fromkeys(records)), Path(path)):
         objects = record.objects or []
         if objects:  # so that its photo can be read
             objects = place_objects(objects, photo_size(record.path), image_size, resize)
         found[record.path] = objects
-    return [found[file] for file in files]
+    return [found[record.path] for record in records]
+
+
+def photo_records(photos: Sequence[str]) -> list[ImageRecord]:
+    """Records of photos without captions; that of a photo that is named twice is the same."""
+    files = [Path(photo).resolve() for photo in photos]
+    records = {file: ImageRecord(file, str(file), i, "", b"[]") for i, file in enumerate(dict.fromkeys(files))}
+    return [records[file] for file in files]
+
+
+class PhotoRegions:
+    """The region features of photos in files of them (`preparation.region_features.RegionFeatures`).
+
+    The boxes are those in the image of `load_photos`. Raises InputError where a file does not fit, has features of
+    another size than a model's `feature_dim`, or lacks photos.
+    """
+
+    def __init__(
+        self, photos: Sequence[str], paths: Sequence[str], feature_dim: int, image_size: int, resize: str
+    ) -> None:
+        self.records = photo_records(photos)
+        self.features = RegionFeatures(paths, list(dict.fromkeys(self.records)))
+        self.features.require_all()
+        if self.features.feature_dim != feature_dim:
+            raise InputError(
+                f"--region_features {paths[0]}: {self.features.feature_dim} features of each region, the model was "
+                f"trained on {feature_dim}"
+            )
+        self.image_size, self.resize = image_size, resize
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of B photos the features (B, R, F) float16 and boxes (B, R, 4), padded with zeros."""
+        found = [self.features.read(self.records[i], self.image_size, self.resize) for i in indices]
+        features, boxes = (pad_sequence(list(map(torch.from_numpy, part)), True) for part in zip(*found, strict=True))
+        return features, boxes
 
 
 def pad_boxes(objects: Sequence[list[dict[str, Any]]]) -> Tensor:

@@ -50,10 +50,19 @@ def open_for_picture(path: str | Path, resize_mode: str) -> Image.Image:
 
 
 class Regions(NamedTuple):
-    """What the attention looks at: cells of a grid, then the whole photo and objects in it, or only one of these."""
+    """What the attention looks at."""
 
     boxes: np.ndarray  # (R, 4) left, top, right and bottom in fractions of the sides
-    names: Sequence[str]  # of the objects, which are the last regions
+    names: Sequence[str | None]  # of the R regions, "" where it is not known; None: cells of a grid, which come first
+
+    @property
+    def num_cells(self) -> int:
+        """How many regions are cells of a grid."""
+        return self.names.count(None)
+
+    def is_part(self, i: int) -> bool:
+        """Whether a region is a part of the photo, and no cell of a grid."""
+        return self.names[i] is not None and bool((self.boxes[i] != (0, 0, 1, 1)).any())
 
 
 def plot_attention(
@@ -117,7 +126,7 @@ def _brightness(alpha: np.ndarray, size: tuple[int, ...], regions: Regions | Non
     That of cells is smoothed by half a cell; an object is as bright as its weight, and so is the whole photo.
     """
     (height, width), relative = size, alpha * alpha.shape[1]
-    boxes = regions.boxes[len(regions.boxes) - len(regions.names) - 1 :] if regions else np.zeros((0, 4))
+    boxes = regions.boxes[regions.num_cells :] if regions else np.zeros((0, 4))
     side = math.isqrt(alpha.shape[1] - len(boxes))
     light = np.zeros((len(alpha), height, width))
     if side:
@@ -135,13 +144,10 @@ def _frame_objects(axes: Axes, alpha: np.ndarray, regions: Regions, tile: tuple[
 
     alpha (R,); tile: left, top, right and bottom of the photo in the figure, in inches.
     """
-    first = len(alpha) - len(regions.names)
-    objects = alpha[first:]
-    for i in sorted(range(len(objects)), key=lambda i: -objects[i])[:MAX_FRAMES]:
-        if objects[i] <= 1 / len(alpha):
-            break
-        strength = min(1.0, objects[i] * len(alpha) / FULL_BRIGHTNESS)
-        _frame(axes, regions.boxes[first + i], regions.names[i], tile, strength)
+    objects = [i for i in range(len(alpha)) if regions.is_part(i) and alpha[i] > 1 / len(alpha)]
+    for i in sorted(objects, key=lambda i: -alpha[i])[:MAX_FRAMES]:
+        strength = min(1.0, alpha[i] * len(alpha) / FULL_BRIGHTNESS)
+        _frame(axes, regions.boxes[i], regions.names[i] or "", tile, strength)
 
 
 def _frame(axes: Axes, box: np.ndarray, name: str, tile: tuple[float, float, float, float], strength: float) -> None:
@@ -190,10 +196,10 @@ def plot_edges(
     axes.set_title(word, parse_math=False)
     axes.scatter(*centers.T, s=400 * alpha / alpha.max(), color="white", alpha=0.6)
     largest = list(edges.items())[: MAX_EDGES if relations is None else MAX_NAMED_EDGES]
-    first, whole = len(alpha) - len(regions.names), (0.0, 0.0, photo.width, photo.height)
-    for i, name in enumerate(regions.names, start=first):
-        if any(i in edge for edge, _ in largest):
-            _frame(axes, regions.boxes[i], name, whole, strength=min(1.0, alpha[i] / alpha.max()))
+    whole = (0.0, 0.0, photo.width, photo.height)
+    for i, name in enumerate(regions.names):
+        if regions.is_part(i) and any(i in edge for edge, _ in largest):
+            _frame(axes, regions.boxes[i], name or "", whole, strength=min(1.0, alpha[i] / alpha.max()))
     for (source, target), share in largest:
         strength = share / largest[0][1]
         arrow = {"arrowstyle": "->", "color": "orange", "linewidth": 3 * strength, "alpha": 0.3 + 0.7 * strength}

@@ -147,6 +147,18 @@ class Encoder(nn.Module):
         return grid
 
 
+class NoEncoder(nn.Module):
+    """In the place of an `Encoder` where a prepared folder holds region features, of F numbers each."""
+
+    def __init__(self, feature_dim: int) -> None:
+        super().__init__()
+        self.feature_dim, self.num_regions = feature_dim, 0
+
+    def fingerprint(self) -> tuple[str, str, int, str]:
+        """As `Encoder.fingerprint`; the features are the folder's."""
+        return "region features", "", self.feature_dim, ""
+
+
 def folded_encoder(encoder: Encoder) -> Encoder:
     """A copy of an encoder for inference alone, in eval mode and a fifth faster.
 

@@ -1,4 +1,4 @@
-"""The regions of an image: the cells of the encoder's grid, the objects in it, or both.
+"""The regions of an image: the cells of the encoder's grid, the objects in it, both, or those of region features.
 
 Shapes: B images, S x S cells of the grid, F features of a cell, N boxes of an image, R regions. A box is (left, top,
 right, bottom) in fractions of the image's sides; one without area stands for none, where images have different numbers.
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import roi_align
 
-REGIONS = ("grid", "objects", "both")
+REGIONS = ("grid", "objects", "both", "features")
 BOX_FEATURES = 5
 
 
@@ -18,6 +18,7 @@ class RegionSource(nn.Module):
 
     "grid": the cells. "objects": the whole image, then its objects, each the mean of the grid in its box, as
     the regions of "Bottom-Up and Top-Down Attention" (Anderson et al., 2018). "both": the cells, then those.
+    "features": there is no grid, the features are those of regions already, as a detector computed them.
 
     Args:
         regions: one of REGIONS.
@@ -31,14 +32,23 @@ class RegionSource(nn.Module):
     @property
     def uses_objects(self) -> bool:
         """Whether it needs the boxes of objects."""
-        return self.regions != "grid"
+        return self.regions in ("objects", "both")
+
+    @property
+    def uses_region_features(self) -> bool:
+        """Whether it needs region features, with their boxes."""
+        return self.regions == "features"
 
     def forward(self, grid: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Features, boxes and mask of the regions.
 
-        grid (B, S * S, F) in row-major order, boxes of objects (B, N, 4), where they are used
+        grid (B, S * S, F) in row-major order, boxes of objects (B, N, 4), where they are used; or region features
+        (B, N, F) and their boxes (B, N, 4)
         -> (B, R, F), with box features F + 5, boxes (B, R, 4), mask (B, R), which is None where all images have R.
         """
+        if self.uses_region_features:
+            assert boxes is not None, "region features need their boxes"
+            return self._with_boxes(grid, boxes), boxes, has_area(boxes)
         side = round(grid.shape[1] ** 0.5)
         features, region_boxes, mask = grid, grid_boxes(side, grid.device).expand(len(grid), -1, -1), None
         if self.uses_objects:
@@ -52,9 +62,13 @@ class RegionSource(nn.Module):
                 pooled, boxes = torch.cat([grid, pooled], dim=1), torch.cat([region_boxes, boxes], dim=1)
                 mask = torch.cat([mask.new_ones(grid.shape[:2]), mask], dim=1)
             features, region_boxes = pooled, boxes
-        if self.box_features:
-            features = torch.cat([features, box_features(region_boxes).to(features.dtype)], dim=-1)
-        return features, region_boxes, mask
+        return self._with_boxes(features, region_boxes), region_boxes, mask
+
+    def _with_boxes(self, features: Tensor, boxes: Tensor) -> Tensor:
+        """Features (B, R, F) of regions, with those of their boxes (B, R, 4) where they are asked for."""
+        if not self.box_features:
+            return features
+        return torch.cat([features, box_features(boxes).to(features.dtype)], dim=-1)
 
 
 def has_area(boxes: Tensor) -> Tensor:

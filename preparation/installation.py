@@ -44,7 +44,7 @@ def installed_folder(output: Path) -> Iterator[Path]:
 def owned_files(folder: Path) -> list[str]:
     """Names of what create_input_files.py and the feature cache may have written into a folder."""
     names = ["dataset.json", "word_map.json", "features", "contact_sheet.png", "words.png"]
-    names += [f"{split}_{kind}" for split in SPLITS for kind in ("images.hdf5", "captions.json")]
+    names += [f"{split}_{kind}" for split in SPLITS for kind in ("images.hdf5", "captions.json", "regions.hdf5")]
     if (folder / "dataset_shapes.json").exists():  # the photos of another data set belong to the user
         names += ["photos", "dataset_shapes.json"]
     return names

@@ -6,7 +6,6 @@ and the "score" of the detector; that of annotations is 1.
 
 import codecs
 import math
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,17 +16,14 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from common.files import did_you_mean
-from preparation.images import photo_size
 from preparation.json_stream import iter_json_lists
+from preparation.photo_index import PhotoIndex, record_size
 from preparation.records import ImageRecord, require_type
-from preparation.storage import open_images
 from text.nouns import COCO_CATEGORIES
 from text.tokenizer import tokenize
 from utils import InputError
 
 MIN_SCORE = 0.3  # of a detected object that a noun may name; those less certain are often wrong
-MAX_PARTS = 8  # of paths, that are compared
-COCO_NAME = r"(?:COCO_\w+_)?0*(\d+)"  # of a photo's stem, with its id
 MAX_OBJECTS = 100  # of a photo, those of the highest scores: what region features have at most (Anderson et al., 2018)
 
 
@@ -157,40 +153,6 @@ def _number(value: Any) -> float:
     return value
 
 
-class PhotoIndex:
-    """Finds the record that a file of objects names: by as many parts of its path as both have in common from the end,
-    by its id, by the name's stem, or by the number in a name of COCO's.
-
-    What several photos share finds none; neither does an id that is only counted.
-    """
-
-    def __init__(self, records: Sequence[ImageRecord]) -> None:
-        self.indices: dict[str, int] = {}
-        names = [PurePosixPath(record.name.replace("\\", "/")) for record in records]
-        ids = [str(record.image_id) if record.has_own_id else "" for record in records]
-        levels = [[_end_of_path(name, count) for name in names] for count in range(MAX_PARTS, 0, -1)]
-        numbers = [match[1] if (match := re.fullmatch(COCO_NAME, name.stem)) else "" for name in names]
-        for keys in (*levels, ids, [name.stem for name in names], numbers):
-            counts = Counter(keys)
-            for i, key in enumerate(keys):
-                if key and counts[key] == 1:
-                    self.indices.setdefault(key, i)
-
-    def find(self, name: str) -> tuple[int, float] | None:
-        """The index of the record, and how many parts of the name agree, inf where all do; None without a record."""
-        path = PurePosixPath(name.replace("\\", "/"))
-        for count in range(MAX_PARTS, 0, -1):
-            key = _end_of_path(path, count)
-            if key in self.indices:
-                return self.indices[key], math.inf if count == len(path.parts) else count
-        return None
-
-
-def _end_of_path(path: PurePosixPath, count: int) -> str:
-    """The last parts of a path, as many as asked for; "" where it has fewer."""
-    return "/".join(path.parts[-count:]) if len(path.parts) >= count else ""
-
-
 def require_objects_file(path: str) -> None:
     """Raise InputError where there is no file of objects, with a similar name if there is one."""
     if not Path(path).is_file():
@@ -223,7 +185,7 @@ def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]
             best = []  # it may be any of them
         for photo in best:
             numbers = by_photo.pop(photo)
-            if size := file.sizes.get(photo) or _size(record):
+            if size := file.sizes.get(photo) or record_size(record):
                 placed += [_in_fractions(numbers[k : k + 6], words, size) for k in range(0, len(numbers), 6)]
         inside = sorted((item for item in placed if item), key=lambda item: -item["score"])
         kept = inside[:MAX_OBJECTS]
@@ -238,17 +200,6 @@ def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]
     if left_out := [f"{count} {reason}" for reason, count in counts.items() if count]:
         print(f"objects left out: {', '.join(left_out)}")
     return added
-
-
-def _size(record: ImageRecord) -> tuple[int, int] | None:
-    """Width and height of a record's photo; None where it is unusable, which writing the folder reports."""
-    try:
-        if record.row < 0:
-            return photo_size(record.path)
-        with open_images(record.path) as images:
-            return images.shape[3], images.shape[2]
-    except (InputError, OSError):
-        return None
 
 
 def _in_fractions(numbers: array, words: list[list[str]], size: tuple[int, int]) -> dict[str, Any] | None:

@@ -150,11 +150,32 @@ def open_images(path: Path) -> Iterator[h5py.Dataset]:
     read any file that it names, and somebody's private file would become pixels.
     """
     with h5py.File(path) as file:
-        is_link = isinstance(file.get("images", getlink=True), (h5py.SoftLink, h5py.ExternalLink))
-        images: Any = None if is_link else file["images"]
-        if is_link or (isinstance(images, h5py.Dataset) and (images.external or images.is_virtual)):
-            raise InputError(f"{path} is refused: its images are a link or lie in other files, copy them into it")
-        yield images
+        yield own_array(file, "images")
+
+
+def own_array(file: h5py.File, name: str) -> h5py.Dataset:
+    """A data set of an HDF5 file; KeyError where there is none, InputError where its content lies in other files."""
+    is_link = isinstance(file.get(name, getlink=True), (h5py.SoftLink, h5py.ExternalLink))
+    array: Any = None if is_link else file[name]
+    if is_link or (isinstance(array, h5py.Dataset) and (array.external or array.is_virtual)):
+        raise InputError(f"{file.filename} is refused: its {name} are a link or lie in other files, copy them into it")
+    return array
+
+
+class StoredRegions:
+    """The region features of a split, in a file that create_input_files.py wrote: item i is of image i.
+
+    An item has features (N, F) float16 and boxes (N, 4) float32 in fractions of the sides; N differs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = h5py.File(path)
+        self.features, self.boxes, offsets = (own_array(file, name) for name in ("features", "boxes", "offsets"))
+        self.offsets = offsets[:]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        regions = slice(self.offsets[index], self.offsets[index + 1])
+        return self.features[regions], self.boxes[regions]
 
 
 def write_captions(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import random
 import statistics
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
@@ -26,9 +26,12 @@ from common.files import write_json
 from preparation.images import MIN_DECODED, open_photo, place_objects, to_square
 from preparation.installation import require_space
 from preparation.records import ImageRecord
+from preparation.region_features import RegionFeatures
 from preparation.storage import SPLITS, open_images, write_captions
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
 from utils import InputError
+
+CHUNK_REGIONS = 16  # of a file of region features: a photo has 10 to 100
 
 # ------------------------------------------------------------------------------------------------ training data
 
@@ -135,10 +138,37 @@ def write_split(
     return {"images": len(kept), "captions": num_captions, "digest": digest.hexdigest()}, kept, errors
 
 
-def write_folder(folder: Path, records: list[ImageRecord], settings: Any, words: list[str] | None) -> None:
+def write_regions(path: Path, records: Sequence[ImageRecord], features: RegionFeatures, settings: Any) -> str:
+    """Write the region features of a split's images for `preparation.storage.StoredRegions`; returns their digest."""
+    digest, offsets = hashlib.sha256(), [0]
+    with h5py.File(path, "w") as file:
+        arrays = [
+            file.create_dataset(name, (0, width), dtype, chunks=(CHUNK_REGIONS, width), maxshape=(None, width))
+            for name, width, dtype in (("features", features.feature_dim, np.float16), ("boxes", 4, np.float32))
+        ]
+        for record in tqdm(records, desc=f"{path.stem}", unit="photo"):
+            regions = features.read(record, settings.image_size, settings.resize)
+            offsets.append(offsets[-1] + len(regions[0]))
+            for array, values in zip(arrays, regions, strict=True):
+                array.resize(offsets[-1], axis=0)
+                array[offsets[-2] :] = values
+                digest.update(values.tobytes())
+        file["offsets"] = np.array(offsets)
+        file.attrs["digest"] = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def write_folder(
+    folder: Path,
+    records: list[ImageRecord],
+    settings: Any,
+    words: list[str] | None,
+    region_features: RegionFeatures | None = None,
+) -> None:
     """Write all files of a prepared folder, dataset.json last.
 
     `words` are the vocabulary's, special tokens excluded; None: those of the training captions that the settings keep.
+    `region_features` are of all records.
     Raises InputError where photos are unusable and not to be skipped, none is left, or the disk is too small.
     """
     by_split = {split: [record for record in records if record.split == split] for split in SPLITS}
@@ -149,6 +179,9 @@ def write_folder(folder: Path, records: list[ImageRecord], settings: Any, words:
     for split in SPLITS:
         splits[split], kept[split], split_errors = write_split(folder, split, by_split[split], settings)
         errors += split_errors
+        if region_features and kept[split] and (not split_errors or settings.skip_broken):
+            path = folder / f"{split}_regions.hdf5"
+            splits[split]["regions_digest"] = write_regions(path, kept[split], region_features, settings)
     if errors:
         print("\n".join(errors), file=sys.stderr)
         if not settings.skip_broken:
@@ -167,6 +200,9 @@ def write_folder(folder: Path, records: list[ImageRecord], settings: Any, words:
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
         "source": fingerprint(settings, records),
     }
+    if region_features:
+        metadata["region_features"] = {"dim": region_features.feature_dim, "has_boxes": region_features.has_boxes}
+        print(region_features.describe())
     write_json(folder / "dataset.json", metadata, indent=1)
     print(f"{len(vocabulary)} words: four special tokens and {origin}")
     for split in SPLITS:
@@ -217,6 +253,11 @@ def describe_split(split: str, records: list[ImageRecord], vocabulary: Vocabular
     )
 
 
+def path_text(path: str | Path) -> str:
+    """An absolute path as JSON can hold it."""
+    return os.fsencode(Path(path).resolve()).decode(errors="replace")
+
+
 def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
     """What a prepared folder is made from: the settings that shape it, the photos' folder and a digest of the records.
 
@@ -226,9 +267,9 @@ def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
     for name in ("output_folder", "overwrite", "preview", "captions", "format", "objects"):
         source.pop(name)
     source["num_shapes"] = list(settings.num_shapes)  # as JSON reads it
+    source["region_features"] = [path_text(path) for path in settings.region_features]
     if settings.dataset != "shapes":
-        images = Path(settings.images or next(iter(settings.captions), "")).resolve()
-        source["images"] = os.fsencode(images).decode(errors="replace")
+        source["images"] = path_text(settings.images or next(iter(settings.captions), ""))
         digest = hashlib.sha256()
         for record in records:
             content = (record.name, record.image_id, record.split, record.captions, record.objects)

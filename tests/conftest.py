@@ -84,7 +84,7 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 def build(settings: train.Settings, vocab_size: int, image_size: int = 32) -> Captioner:
     """A new captioner of these settings."""
     return build_captioner(
-        vocab_size, image_size, "squash", settings.fine_tune_encoder, **model_settings(asdict(settings))
+        vocab_size, image_size, "squash", 0, settings.fine_tune_encoder, **model_settings(asdict(settings))
     )
 
 

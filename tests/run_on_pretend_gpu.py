@@ -186,7 +186,8 @@ class Steps:
         self.state.step = 5  # scheduled sampling has begun
         self.dataset = CaptionDataset(data, "train", self.state.vocabulary)
         if self.state.captioner.uses_objects:
-            self.dataset.use_objects(self.state.vocabulary)
+            self.dataset.use_objects()
+            self.dataset.use_names(self.state.vocabulary)
         items = [self.dataset[index, False] for index in range(6)]
         if not settings.fine_tune_encoder:
             size = self.state.captioner.encoder.num_regions, self.state.captioner.encoder.feature_dim

@@ -117,7 +117,7 @@ def test_objects_and_model_must_fit(command, shapes, run_folder, objects_run, tm
     assert status == 0 and out.count("log-prob") == 2 and "0 objects in 0 photos, 1 photos have none" in err
     for run, arguments, message in (
         (objects_run, (), "looks at objects: give those that a detector found in the photos as --objects FILE"),
-        (run_folder, ("--objects", objects), f"--objects {objects}: the model looks at a grid only, leave it out"),
+        (run_folder, ("--objects", objects), f"--objects {objects}: the model looks at no objects, leave it out"),
         (objects_run, ("--objects", tmp_path / "object.json"), f"object.json: no such file, did you mean {objects}?"),
     ):
         status, _, err = command(caption, photo, "--checkpoint", run / "best.pt", *arguments)

@@ -63,9 +63,8 @@ def test_boxes_come_with_their_images(shapes):
 def test_words_name_the_objects_of_their_images(shapes):
     vocabulary = Vocabulary.load(shapes)
     dataset = CaptionDataset(shapes, "train", vocabulary)
-    dataset.use_objects(vocabulary)
     dataset.entries[0]["objects"][0]["score"] = 0.1
-    dataset.use_objects(vocabulary)
+    dataset.use_names(vocabulary)
     (batch,) = make_loader(dataset, [[(i, False) for i in range(len(dataset))]])
     for b, index in enumerate(batch.indices):
         objects = dataset.entries[index]["objects"]
@@ -73,6 +72,7 @@ def test_words_name_the_objects_of_their_images(shapes):
             for t, word in enumerate(caption):
                 expected = [vocabulary.idx2word[word] == item["words"][-1] and "score" not in item for item in objects]
                 assert batch.named[b, c, t, : len(objects)].tolist() == expected
+    assert batch.boxes is None and batch.object_boxes.shape == (len(dataset), 2, 4)
     assert batch.named.sum() > 100 and torch.equal(batch.micro_batches(2)[1].named, batch.named[1::2])
 
 
@@ -80,6 +80,8 @@ def test_a_split_without_objects_is_an_error(shapes, without_objects):
     dataset = CaptionDataset(without_objects, "train", Vocabulary.load(shapes))
     with pytest.raises(InputError, match="data has no objects, which this model looks at: run"):
         dataset.use_objects()
+    with pytest.raises(InputError, match="data has no objects, which --grounding_weight needs: run"):
+        dataset.use_names(Vocabulary.load(shapes))
 
 
 @pytest.mark.parametrize(("start_method", "in_memory"), [("fork", False), ("forkserver", False), ("spawn", True)])

@@ -70,6 +70,7 @@ def original(tmp_path_factory):
         "model_settings": model_settings(TINY),
         "image_size": 32,
         "resize": "squash",
+        "feature_dim": 0,
         "fine_tune_encoder": True,
         "words": WORDS,
     }

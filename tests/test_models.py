@@ -156,6 +156,7 @@ def test_every_model(variant, tmp_path):
         "model_settings": model_settings(asdict(settings)),
         "image_size": size,
         "resize": "squash",
+        "feature_dim": 0,
         "fine_tune_encoder": True,
         "words": WORDS,
     }

@@ -96,11 +96,12 @@ def test_grounding_moves_the_attention_into_the_boxes(command, shapes, tmp_path)
         assert command(train, *flags(shapes, tmp_path / str(weight), settings))[0] == 0
         captioner, vocabulary = load_captioner(tmp_path / str(weight) / "last.pt", "cpu")
         dataset = build_dataset(shapes, "train", vocabulary, captioner, CPU)
-        dataset.use_objects(vocabulary)
+        dataset.use_names(vocabulary)
         (batch,) = make_loader(dataset, [in_order(len(dataset))])
         with torch.no_grad():
-            output = captioner(batch.inputs, batch.words, batch.lengths, boxes=batch.boxes)
-        losses[weight] = grounding_loss(output, batch.boxes, batch.named).item() / batch.named.any(-1).sum().item()
+            output = captioner(batch.inputs, batch.words, batch.lengths)
+        loss = grounding_loss(output, batch.object_boxes, batch.named)
+        losses[weight] = loss.item() / batch.named.any(-1).sum().item()
     assert losses[3] < losses[0] - 0.15
 
 

@@ -269,6 +269,7 @@ def convert(file: PickledFile, word_map: dict[str, int]) -> dict[str, Any]:
         "model_settings": options,
         "image_size": IMAGE_SIZE,
         "resize": "squash",
+        "feature_dim": 0,
         "fine_tune_encoder": fine_tuned,
         "words": list(word_map),
         "settings": asdict(settings),

@@ -17,6 +17,7 @@ from common.files import require_writable
 from datasets import CaptionDataset, in_order, make_batches, make_loader
 from evaluation.consensus import CaptionIndex, is_index_file
 from models import Captioner, load_captioner
+from modules.encoders import NoEncoder
 from preparation.storage import read_metadata
 from training.feature_cache import build_dataset
 from utils import InputError, Runtime, choose_runtime, copy_to_device, run_script
@@ -58,6 +59,8 @@ def main(settings: Settings) -> None:
         raise InputError(f"{settings.output} exists: give --overwrite or another --output")
     require_writable(Path(settings.output).parent)
     captioner, vocabulary = load_captioner(settings.checkpoint, runtime.device)
+    if isinstance(captioner.encoder, NoEncoder):
+        raise InputError(f"{settings.checkpoint} has no encoder, by whose features similar photos are found")
     dataset = build_dataset(
         settings.data_folder,
         "train",

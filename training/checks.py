@@ -5,6 +5,7 @@ from typing import Any
 from common.distributed import world_size
 from datasets import CaptionDataset
 from models import DECODERS, decoder_settings
+from preparation.storage import read_metadata
 from text.vocabulary import FLIPPED_WORDS
 from training.validation import is_informative
 from utils import InputError, require_at_least, require_below_one
@@ -26,6 +27,14 @@ def validate_settings(settings: Any) -> None:
         raise InputError("--objective scst needs a trained model: give its best.pt as --init_from")
     if settings.grounding_weight and settings.attention == "none" and settings.decoder == "recurrent":
         raise InputError("--grounding_weight needs attention: leave --attention none out")
+    if settings.regions == "features":
+        if settings.hflip:
+            raise InputError("--hflip: region features are those of the photos as they are, leave it out")
+        needs_boxes = [name for name in ("box_features", "geometry") if getattr(settings, name)]
+        needs_boxes += ["graph_edges spatial"] if settings.graph_layers and settings.graph_edges == "spatial" else []
+        described = read_metadata(settings.data_folder).get("region_features", {"has_boxes": True})
+        if needs_boxes and not described["has_boxes"]:
+            raise InputError(f"--{needs_boxes[0]}: the region features of {settings.data_folder} have no boxes")
     if settings.geometry and not settings.encoder_layers:
         raise InputError("--geometry is of encoder layers: give --encoder_layers, too")
     for name in ("scheduled_sampling_max_prob", "doubly_stochastic", "grounding_weight"):

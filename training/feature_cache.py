@@ -19,7 +19,7 @@ from common.distributed import all_gather, on_rank_zero, rank, world_size
 from common.files import hold_lock, name_in_errors, nearest_existing, require_writable
 from datasets import Batch, CaptionDataset, in_order, make_batches, make_loader
 from models import Captioner
-from modules.encoders import Encoder, folded_encoder
+from modules.encoders import Encoder, NoEncoder, folded_encoder
 from preparation.storage import read_metadata
 from text.vocabulary import Vocabulary
 from utils import InputError, Runtime, copy_to_device
@@ -62,10 +62,20 @@ def build_dataset(
             f"--image_size {captioner.image_size} --resize {captioner.resize}"
         )
     dataset = CaptionDataset(data_folder, split, vocabulary, metadata)
+    encoder = captioner.encoder
+    if isinstance(encoder, NoEncoder):
+        found = metadata.get("region_features", {}).get("dim", 0)
+        if found != encoder.feature_dim:
+            problem = f"region features of {found} numbers" if found else "no region features"
+            raise InputError(
+                f"{data_folder} has {problem}, the model takes those of {encoder.feature_dim}: run "
+                f"create_input_files.py with --region_features"
+            )
+        dataset.use_region_features()
+        return dataset
     if with_objects and captioner.uses_objects:
         dataset.use_objects()
     if cached and not captioner.fine_tune_encoder:
-        encoder = captioner.encoder
         names = cache_names(dataset, encoder, runtime, hflip)
         size = len(dataset) * encoder.num_regions * encoder.feature_dim * 2  # bytes, of float16
         folder, missing = on_rank_zero(lambda: prepare_cache(names, size, data_folder, features_folder))

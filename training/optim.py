@@ -8,6 +8,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models import DECODERS, Captioner
+from modules.encoders import Encoder
 
 
 def make_optimizer(captioner: Captioner, settings: Any) -> torch.optim.Optimizer:
@@ -17,7 +18,7 @@ def make_optimizer(captioner: Captioner, settings: Any) -> torch.optim.Optimizer
     no part of the encoder.
     """
     captioner.encoder.requires_grad_(False)
-    if settings.fine_tune_encoder:
+    if settings.fine_tune_encoder and isinstance(captioner.encoder, Encoder):
         captioner.encoder.unfreeze_from(settings.unfreeze_from)
     captioner.decoder.embedding.weight.requires_grad_(not settings.freeze_embeddings)
     encoder_params = [param for param in captioner.encoder.parameters() if param.requires_grad]

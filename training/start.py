@@ -246,6 +246,7 @@ def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.de
             len(vocabulary),
             metadata["image_size"],
             metadata["resize"],
+            metadata.get("region_features", {}).get("dim", 0),
             settings.fine_tune_encoder,
             **model_settings(asdict(settings)),
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.distributed import all_gather, all_reduce_sum, on_rank_zero, rank
 from common.files import save_torch
 from models import CHECKPOINT_FORMAT, Captioner, model_settings
+from modules.encoders import NoEncoder
 from text.vocabulary import Vocabulary
 from training.optim import ModelEMA
 from utils import InputError, has_type
@@ -72,6 +73,7 @@ class TrainState:
             "model_settings": model_settings(asdict(self.settings)),
             "image_size": captioner.image_size,
             "resize": captioner.resize,
+            "feature_dim": captioner.encoder.feature_dim if isinstance(captioner.encoder, NoEncoder) else 0,
             "fine_tune_encoder": captioner.fine_tune_encoder,
             "words": self.vocabulary.idx2word,
             "settings": asdict(self.settings),

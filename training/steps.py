@@ -47,8 +47,8 @@ def train_step(
         output = forward(network, micro_batch, runtime, sampling_prob)
         loss, cross_entropy = captioning_loss(output, micro_batch.lengths, settings, words, captions)
         if settings.grounding_weight:
-            assert micro_batch.boxes is not None and micro_batch.named is not None
-            grounding = grounding_loss(output, micro_batch.boxes, micro_batch.named)
+            assert micro_batch.object_boxes is not None and micro_batch.named is not None
+            grounding = grounding_loss(output, micro_batch.object_boxes, micro_batch.named)
             loss = loss + settings.grounding_weight * grounding / words
         return loss, cross_entropy, micro_batch.counts()[0]
 
@@ -95,9 +95,9 @@ def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling_prob: f
 
 def on_device(batch: Batch, runtime: Runtime) -> Batch:
     """A batch whose inputs and objects are on the device; what is there already is not copied again."""
-    parts = (batch.inputs, batch.boxes, batch.named)
-    inputs, boxes, named = map_tensors(lambda x: copy_to_device(x, runtime.device), parts)
-    return replace(batch, inputs=inputs, boxes=boxes, named=named)
+    parts = (batch.inputs, batch.boxes, batch.object_boxes, batch.named)
+    inputs, boxes, object_boxes, named = map_tensors(lambda x: copy_to_device(x, runtime.device), parts)
+    return replace(batch, inputs=inputs, boxes=boxes, object_boxes=object_boxes, named=named)
 
 
 def optimize(
