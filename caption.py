@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,11 +20,12 @@ from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.generation import ImageCaption, caption_images
-from evaluation.photos import PhotoRegions, collect_photos, find_objects, load_photos, pad_boxes
+from evaluation.photos import PhotoRegions, collect_photos, find_objects, load_photos, pad_boxes, photo_records
 from evaluation.pictures import Regions, open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
 from models import Captioner
 from modules.graph import edge_attribution
 from modules.relations import spatial_relations
+from preparation.detection import Detector, detect_objects
 from preparation.objects import require_objects_file
 from text.vocabulary import Vocabulary
 from utils import InputError, choose_runtime, require_at_least, run_script
@@ -36,6 +39,8 @@ class Settings:
     photos: tuple[str, ...]  # image files, folders of them, or - for names on standard input
     checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
     objects: str = ""  # objects in the photos, a detector's results as COCO has them, for models that look at objects
+    detect: str = ""  # a detector of torchvision that finds the objects itself, such as fasterrcnn_resnet50_fpn_v2
+    detector_weights: str = "coco"  # coco: downloaded; the path of a torchvision state dict; or empty for random ones
     region_features: tuple[str, ...] = ()  # features of the photos' regions, for models that were trained on such files
     output_folder: str = "captions"  # folder of the pictures, each named after its photo
 
@@ -116,21 +121,31 @@ def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str
 
 
 def objects_of_photos(
-    settings: Settings, captioner: Captioner | Ensemble, photos: Sequence[str]
+    settings: Settings, captioner: Captioner | Ensemble, photos: Sequence[str], device: torch.device
 ) -> list[list[dict[str, Any]]]:
-    """The objects of each photo, none where the model looks at none. Raises InputError where --objects does not fit."""
-    if captioner.uses_objects and not settings.objects:
+    """The objects of each photo, none where the model looks at none. Raises InputError where flags do not fit."""
+    given = {name: getattr(settings, name) for name in ("objects", "detect") if getattr(settings, name)}
+    if captioner.uses_objects and not given:
         raise InputError(
             f"{' '.join(settings.checkpoint)} looks at objects: give those that a detector found in the photos as "
-            f"--objects FILE"
+            f"--objects FILE, or find them with --detect NAME"
         )
-    if settings.objects and not captioner.uses_objects:
-        raise InputError(f"--objects {settings.objects}: the model looks at no objects, leave it out")
-    if not settings.objects:
+    if len(given) > 1:
+        raise InputError("--objects and --detect: give one of them")
+    for name, value in given.items():
+        if not captioner.uses_objects:
+            raise InputError(f"--{name} {value}: the model looks at no objects, leave it out")
+    if not given:
         return [[] for _ in photos]
-    require_objects_file(settings.objects)
-    with contextlib.redirect_stdout(sys.stderr):  # JSON has standard output to itself
-        return find_objects(photos, settings.objects, captioner.image_size, captioner.resize)
+    size = captioner.image_size, captioner.resize
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # JSON has stdout to itself
+        if settings.objects:
+            require_objects_file(settings.objects)
+            return find_objects(photos, settings.objects, *size)
+        detector = Detector(settings.detect, settings.detector_weights, device)
+        found = Path(folder) / "objects.json"
+        detect_objects(list(dict.fromkeys(photo_records(photos))), found, detector)
+        return find_objects(photos, found, *size)
 
 
 def regions_of_photos(
@@ -206,7 +221,7 @@ def main(settings: Settings) -> None:
     captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:
         validate_graph_word(settings, captioner, vocabulary)
-    objects = objects_of_photos(settings, captioner, photos)
+    objects = objects_of_photos(settings, captioner, photos, runtime.device)
     regions = regions_of_photos(settings, captioner, photos)
     kinds = ["attention", "edges"] if settings.graph_word else ["attention"]
     paths = picture_paths(photos, settings.output_folder, kinds if settings.pictures else [])

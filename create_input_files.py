@@ -19,7 +19,7 @@ from preparation.region_features import RegionFeatures
 from preparation.shapes import MAX_SHAPES, draw_shapes
 from preparation.storage import read_metadata
 from preparation.writing import fingerprint, write_folder
-from utils import InputError, require_at_least, run_script
+from utils import InputError, choose_device, require_at_least, run_script
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Settings:
     images: str = ""  # the folder of the photos; none where --captions is a folder
     format: Literal[FORMATS] = "auto"  # pyright: ignore[reportInvalidTypeForm]  # of the captions; auto detects it
     objects: str = ""  # objects in the photos: a detector's results, or annotations (instances_train2014.json), of COCO
+    detect: str = (
+        ""  # a detector of torchvision (fasterrcnn_resnet50_fpn_v2): writes what it finds into --objects first
+    )
+    detector_weights: str = "coco"  # coco: downloaded; the path of a torchvision state dict; or empty for random ones
     region_features: tuple[str, ...] = ()  # features of a detector for each photo: files or a folder, of any known form
     output_folder: str = ""  # the folder to write; empty: data/<dataset>
     preview: str = ""  # a prepared folder: plot some of its photos and its words as PNG into it, and stop
@@ -53,6 +57,7 @@ class Settings:
     overwrite: bool = False  # replace a folder that was prepared with other settings
     num_scenes: int = 4000  # shapes: scenes for training; val and test have a tenth as many each
     num_shapes: tuple[int, ...] = (1, 2, 2)  # shapes: how many a scene may have, up to 9; each number as likely
+    device: str = "auto"  # of the detector: auto, cpu or cuda
     seed: int = 0  # of the shapes, random splits, --max_train_images and --captions_per_image
 
 
@@ -70,9 +75,9 @@ def validate_settings(settings: Settings) -> None:
         raise InputError(f"--num_shapes {max(settings.num_shapes)}: a scene has room for {MAX_SHAPES}")
     if settings.dataset != "shapes":
         validate_paths(settings)
-    elif settings.captions or settings.images or settings.objects or settings.region_features:
+    elif settings.captions or settings.images or settings.objects or settings.region_features or settings.detect:
         raise InputError(
-            "--dataset shapes reads no files: name the data set of --captions and --images, --objects or "
+            "--dataset shapes reads no files: name the data set of --captions and --images, --objects, --detect or "
             "--region_features"
         )
 
@@ -89,7 +94,9 @@ def validate_paths(settings: Settings) -> None:
         )
     if settings.images and has_folder:
         raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")
-    if settings.objects:
+    if settings.detect and not settings.objects:
+        raise InputError(f"--detect {settings.detect} needs --objects FILE, a new file for what it finds")
+    if settings.objects and not settings.detect:
         require_objects_file(settings.objects)
     if settings.images and not Path(settings.images).is_dir():
         raise InputError(f"--images {settings.images}: no such folder{did_you_mean(settings.images)}")
@@ -160,6 +167,13 @@ def main(settings: Settings) -> None:
     output = Path(settings.output_folder or f"data/{settings.dataset}")
     require_writable(output)
     records, words = ([], None) if settings.dataset == "shapes" else read_dataset(settings)
+    if settings.detect and Path(settings.objects).exists():
+        print(f"{settings.objects} exists already and is read: --detect writes it where it does not")
+    elif settings.detect:
+        from preparation.detection import Detector, detect_objects  # torchvision takes a second to import
+
+        detector = Detector(settings.detect, settings.detector_weights, choose_device(settings.device))
+        detect_objects(records, Path(settings.objects), detector)
     if settings.objects:
         records = add_objects(records, Path(settings.objects))
         if not any(record.objects for record in records):

@@ -264,7 +264,17 @@ def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
     Shapes are made from settings alone.
     """
     source = asdict(settings)
-    for name in ("output_folder", "overwrite", "preview", "captions", "format", "objects"):
+    for name in (
+        "output_folder",
+        "overwrite",
+        "preview",
+        "captions",
+        "format",
+        "objects",
+        "detect",
+        "detector_weights",
+        "device",
+    ):
         source.pop(name)
     source["num_shapes"] = list(settings.num_shapes)  # as JSON reads it
     source["region_features"] = [path_text(path) for path in settings.region_features]

@@ -108,6 +108,14 @@ def test_the_shapes_have_their_objects_in_their_captions_file(command, shapes, o
     assert status == 0 and out.count("log-probability") == 28 and "objects in 28 photos, 0 photos have none" in err
 
 
+def test_a_detector_finds_the_objects_itself(command, shapes, objects_run, tmp_path):
+    arguments = ("--checkpoint", objects_run / "best.pt", "--detect", "fasterrcnn_mobilenet_v3_large_320_fpn")
+    status, out, err = command(
+        caption, photo_of(shapes), *arguments, "--detector_weights", "", "--output_folder", tmp_path
+    )
+    assert status == 0 and "log-probability" in out and " in " in err.splitlines()[-1] and "photos" in err, err
+
+
 def test_objects_and_model_must_fit(command, shapes, run_folder, objects_run, tmp_path):
     photo, objects = photo_of(shapes), tmp_path / "objects.json"
     objects.write_text("[]")
@@ -116,7 +124,10 @@ def test_objects_and_model_must_fit(command, shapes, run_folder, objects_run, tm
     )
     assert status == 0 and out.count("log-prob") == 2 and "0 objects in 0 photos, 1 photos have none" in err
     for run, arguments, message in (
-        (objects_run, (), "looks at objects: give those that a detector found in the photos as --objects FILE"),
+        (objects_run, (), "looks at objects: give those that a detector found in the photos as --objects FILE, or"),
+        (objects_run, ("--objects", objects, "--detect", "x"), "--objects and --detect: give one of them"),
+        (run_folder, ("--detect", "x"), "--detect x: the model looks at no objects, leave it out"),
+        (objects_run, ("--detect", "x"), "--detect x: not one of fasterrcnn_mobilenet_v3_large_320_fpn"),
         (run_folder, ("--objects", objects), f"--objects {objects}: the model looks at no objects, leave it out"),
         (objects_run, ("--objects", tmp_path / "object.json"), f"object.json: no such file, did you mean {objects}?"),
     ):

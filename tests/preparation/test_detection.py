@@ -1,0 +1,115 @@
+"""Detectors of torchvision over photos: what is written, kept of a stopped run, and refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import create_input_files
+from preparation.detection import KEPT_SCORE, MIN_KEPT, Detector, detect_objects
+from preparation.objects import add_objects
+from preparation.records import ImageRecord, pack_sentences
+from preparation.storage import read_captions
+from utils import InputError
+
+NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
+DOG = 18  # COCO's id
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights that call whatever they see a dog."""
+    torch.manual_seed(0)
+    detector = Detector(NAME, "", CPU)
+    torch.nn.init.constant_(detector.network.roi_heads.box_predictor.cls_score.bias[DOG : DOG + 1].detach(), 6.0)
+    path = tmp_path_factory.mktemp("detector") / "weights.pth"
+    torch.save(detector.network.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Records of three photos and one that is none."""
+    (tmp_path / "photos").mkdir()
+    records = []
+    for i in range(4):
+        path = tmp_path / "photos" / f"{i}.png"
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        records.append(ImageRecord(path, path.name, i, "train", pack_sentences(["a dog"])))
+    records[2].path.write_text("no photo")
+    return records
+
+
+def test_objects_are_coco_results(tmp_path, photos, weights):
+    path = tmp_path / "objects.json"
+    detect_objects(photos, path, Detector(NAME, weights, CPU))
+    rows = json.loads(path.read_text())
+    assert {row["image"] for row in rows} == {"0.png", "1.png", "3.png"}
+    assert {row["category"] for row in rows} == {"dog"} and not path.with_name("objects.json.partial").exists()
+    for name in ("0.png", "1.png"):
+        scores = [row["score"] for row in rows if row["image"] == name]
+        assert scores == sorted(scores, reverse=True) and all(score >= KEPT_SCORE for score in scores[MIN_KEPT:])
+    left, top, width, height = np.array([row["bbox"] for row in rows]).T
+    assert left.min() >= 0 and top.min() >= 0 and (left + width).max() <= 60.01 and (top + height).max() <= 40.01
+    found = add_objects([photos[0]], path)[0].objects
+    assert found and found[0]["words"] == ["dog"]
+
+
+def test_a_stopped_run_continues(tmp_path, photos, weights):
+    detector, path = Detector(NAME, weights, CPU), tmp_path / "objects.json"
+    detect_objects(photos, path, detector)
+    expected = path.read_text()
+    path.unlink()
+    calls = []
+
+    def stopped(photo):
+        calls.append(photo)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return detector(photo)
+
+    stopped.fingerprint, stopped.name = detector.fingerprint, NAME
+    with pytest.raises(KeyboardInterrupt):
+        detect_objects(photos, path, stopped)
+    assert not path.exists()
+    partial = path.with_name("objects.json.partial")
+    partial.write_bytes(partial.read_bytes() + b'{"image": "1.png", "obj')  # killed within a line
+    with pytest.raises(InputError, match="has the objects of another detector or other weights: remove it"):
+        detect_objects(photos, path, Detector(NAME, "", CPU))
+    calls.append(None)
+    detect_objects(photos, path, stopped)
+    assert path.read_text() == expected and len(calls) == 5  # photos 1 and 3 were left, one cannot be read
+
+
+def test_other_files_are_not_continued(tmp_path, photos, weights):
+    (tmp_path / "objects.json.partial").write_text('["mine"]\nnotes\n')
+    with pytest.raises(InputError, match="is not what --detect writes: remove it"):
+        detect_objects(photos, tmp_path / "objects.json", Detector(NAME, weights, CPU))
+    assert (tmp_path / "objects.json.partial").read_text() == '["mine"]\nnotes\n'
+
+
+def test_unknown_detectors_and_weights_are_refused(tmp_path, weights):
+    with pytest.raises(InputError, match=r"--detect yolo: not one of fasterrcnn_mobilenet_v3_large_320_fpn .* ssdlite"):
+        Detector("yolo", "", CPU)
+    with pytest.raises(InputError, match="not a state dict of ssdlite320_mobilenet_v3_large"):
+        Detector("ssdlite320_mobilenet_v3_large", weights, CPU)
+
+
+def test_photos_are_prepared_with_what_was_found(tmp_path, photos, weights, command):
+    lines = "".join(f"{record.name},a dog\n" for record in photos if record.image_id != 2)
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{lines}")
+    arguments = ["--dataset", "mine", "--captions", tmp_path / "captions.csv", "--images", tmp_path / "photos"]
+    arguments += ["--image_size", 32, "--output_folder", tmp_path / "data", "--detect", NAME]
+    status, _, err = command(create_input_files, *arguments, "--detector_weights", weights)
+    assert status == 2 and f"--detect {NAME} needs --objects FILE, a new file for what it finds" in err
+    arguments += ["--detector_weights", weights, "--objects", tmp_path / "objects.json"]
+    status, out, err = command(create_input_files, *arguments)
+    assert status == 0 and "objects in 3 photos, 0 photos have none" in out, err
+    entries, _ = read_captions(tmp_path / "data", "train")
+    assert entries[0]["objects"][0]["words"] == ["dog"]
+    status, out, _ = command(create_input_files, *arguments)
+    assert status == 0 and "objects.json exists already and is read" in out and "data exists already" in out
