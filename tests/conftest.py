@@ -94,6 +94,11 @@ def flags(data_folder, run_folder, settings=SMALL):
     switches = {True: "--{}", False: "--no-{}"}
     arguments = []
     del values["plot"]  # it plots and does not train
+    if not settings.graph_layers:
+        for name in ("graph_layer", "graph_edges", "graph_knn", "graph_heads"):
+            del values[name]
+    if not settings.encoder_layers:
+        del values["encoder_positions"]
     for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(
         decoder_settings(settings.decoder)
     ):

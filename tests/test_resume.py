@@ -344,7 +344,7 @@ def test_another_run_folder_is_refused_when_resuming(command, run_folder, tmp_pa
     assert status == 2 and "--resume continues in" in err and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(("flag", "value"), [("dropout", 0.5), ("graph_knn", 2), ("dropout", 0.25)])
+@pytest.mark.parametrize(("flag", "value"), [("dropout", 0.5), ("dropout", 0.25)])
 def test_init_from_takes_settings_that_no_weight_depends_on(command, shapes, run_folder, tmp_path, flag, value):
     arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", run_folder / "best.pt")
     status, _, err = command(train, *arguments, "--epochs", 1, "--max_length", 6, f"--{flag}", value)

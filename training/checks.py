@@ -35,8 +35,11 @@ def validate_settings(settings: Any) -> None:
         described = read_metadata(settings.data_folder).get("region_features", {"has_boxes": True})
         if needs_boxes and not described["has_boxes"]:
             raise InputError(f"--{needs_boxes[0]}: the region features of {settings.data_folder} have no boxes")
-    if settings.geometry and not settings.encoder_layers:
-        raise InputError("--geometry is of encoder layers: give --encoder_layers, too")
+    of_layers = dict.fromkeys(("graph_layer", "graph_edges", "graph_knn", "graph_heads"), "graph_layers")
+    of_layers |= dict.fromkeys(("encoder_positions", "geometry"), "encoder_layers")
+    for name, layers in of_layers.items():
+        if name in settings.given and getattr(settings, name) is not False and not getattr(settings, layers):
+            raise InputError(f"--{name} is a setting of --{layers}: give --{layers}, too")
     for name in ("scheduled_sampling_max_prob", "doubly_stochastic", "grounding_weight"):
         if settings.objective == "scst" and getattr(settings, name):
             raise InputError(f"--{name} {getattr(settings, name)} does not go with --objective scst")
