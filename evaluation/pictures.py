@@ -60,9 +60,13 @@ class Regions(NamedTuple):
         """How many regions are cells of a grid."""
         return self.names.count(None)
 
+    def is_whole(self, i: int) -> bool:
+        """Whether a region is the whole photo."""
+        return bool((self.boxes[i] == (0, 0, 1, 1)).all())
+
     def is_part(self, i: int) -> bool:
         """Whether a region is a part of the photo, and no cell of a grid."""
-        return self.names[i] is not None and bool((self.boxes[i] != (0, 0, 1, 1)).any())
+        return self.names[i] is not None and not self.is_whole(i)
 
 
 def plot_attention(
@@ -185,7 +189,8 @@ def plot_edges(
         alpha: (R,) attention weights at the word.
         edges: shares of (source, target) edges, largest first, as `modules.graph.edge_attribution` returns them.
         regions: of the graph.
-        relations: (R, R) indices into `modules.relations.RELATIONS`, whose names are written beside the edges.
+        relations: (R, R) indices into `modules.relations.RELATIONS`, whose names are written beside the edges; those of
+            the whole photo, which is around everything, are left out then.
     """
     centers = (regions.boxes[:, :2] + regions.boxes[:, 2:]) / 2 * (photo.width, photo.height)
 
@@ -195,7 +200,10 @@ def plot_edges(
     axes.axis("off")
     axes.set_title(word, parse_math=False)
     axes.scatter(*centers.T, s=400 * alpha / alpha.max(), color="white", alpha=0.6)
-    largest = list(edges.items())[: MAX_EDGES if relations is None else MAX_NAMED_EDGES]
+    largest = list(edges.items())[:MAX_EDGES]
+    if relations is not None:
+        largest = [(edge, share) for edge, share in edges.items() if not any(map(regions.is_whole, edge))]
+        largest = largest[:MAX_NAMED_EDGES]
     whole = (0.0, 0.0, photo.width, photo.height)
     for i, name in enumerate(regions.names):
         if regions.is_part(i) and any(i in edge for edge, _ in largest):
@@ -205,7 +213,7 @@ def plot_edges(
         arrow = {"arrowstyle": "->", "color": "orange", "linewidth": 3 * strength, "alpha": 0.3 + 0.7 * strength}
         axes.annotate("", centers[target], centers[source], arrowprops=arrow)
         if relations is not None:
-            x, y = (centers[source] + centers[target]) / 2
+            x, y = 0.6 * centers[source] + 0.4 * centers[target]  # not in the middle: an edge back has its name, too
             axes.text(x, y, RELATIONS[relations[source, target]], color="white", fontsize=8, ha="center")
     return figure
 

@@ -135,10 +135,12 @@ def test_arrows_point_from_source_to_target():
 def test_edges_between_objects_have_the_names_of_their_relations():
     boxes = np.array([[0, 0, 1, 1], [0.1, 0.1, 0.3, 0.3], [0.6, 0.1, 0.8, 0.3]])
     relations = spatial_relations(torch.tensor(boxes).unsqueeze(0))[0].numpy()
-    regions, edges = Regions(boxes, ["", "dog", "ball"]), {(1, 2): 0.5, (0, 2): 0.25}
+    regions, edges = Regions(boxes, ["", "dog", "ball"]), {(0, 2): 0.5, (1, 2): 0.25, (2, 1): 0.1}
     figure = plot_edges(WHITE, "ball", np.array([0.2, 0.2, 0.6]), edges, regions, relations)
     texts = [text.get_text().strip() for text in figure.axes[0].texts]
-    assert sorted(filter(None, texts)) == ["around", "ball", "dog", "left of"] and len(figure.axes[0].patches) == 2
+    assert sorted(filter(None, texts)) == ["ball", "dog", "left of", "right of"]  # nothing of the whole photo
+    positions = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert positions["left of"][0] < positions["right of"][0] and len(figure.axes[0].patches) == 2
 
 
 def test_objects_are_bright_framed_and_named():
