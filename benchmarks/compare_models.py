@@ -65,6 +65,7 @@ VARIANTS = {
 OF_OBJECTS = {name for name, changes in VARIANTS.items() if "regions" in changes}  # need objects in the folder
 BEAM_SIZES = (1, 5)
 SCORES = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
+ATTENTION_SCORES = ("pointing", "correctness", "entropy")  # where the folder has objects
 
 
 @dataclass(frozen=True)
@@ -176,13 +177,16 @@ def mean_and_deviation(values: list[float | None], digits: int) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table, one line per model and beam size, averaged over the seeds."""
-    titles = ["model", "seeds", "parameters", "captions/s", "beam", "photos/s", *SCORES.values()]
+    names = {*SCORES} | {name for row in rows for scores in row["scores"] for name in scores}
+    measured = [name for name in (*SCORES, *ATTENTION_SCORES) if name in names]
+    titles = ["model", "seeds", "parameters", "captions/s", "beam", "photos/s"]
+    titles += [SCORES.get(name, name) for name in measured]
     lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
     for name in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == name]
         speed = f"{statistics.median(run['captions_per_second'] for run in runs):.0f}"
         for i, beam_size in enumerate(BEAM_SIZES):
-            scores = [mean_and_deviation([run["scores"][i][score] for run in runs], 4) for score in SCORES]
+            scores = [mean_and_deviation([run["scores"][i].get(name) for run in runs], 4) for name in measured]
             search = f"{statistics.median(run['photos_per_second'][i] for run in runs):.0f}"
             columns = [name, len(runs), f"{runs[0]['parameters'] / 1e6:.2f} M", speed, beam_size, search, *scores]
             lines.append("| " + " | ".join(map(str, columns)) + " |")

@@ -42,6 +42,7 @@ def test_models_are_compared_and_finished_runs_are_not_repeated(command, shapes,
     assert (tmp_path / "one_seed0" / "best.pt").stat().st_mtime_ns == trained
     table = (tmp_path / "table.md").read_text()
     assert table in out and len(table.splitlines()) == 2 + 2 * 2 and " ± " in table
+    assert "| CIDEr | pointing | correctness | entropy |" in table
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [(row["variant"], row["seed"]) for row in rows] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
     assert rows[0]["parameters"] > rows[2]["parameters"] > 1000
