@@ -124,6 +124,8 @@ def objects_of_photos(
     settings: Settings, captioner: Captioner | Ensemble, photos: Sequence[str], device: torch.device
 ) -> list[list[dict[str, Any]]]:
     """The objects of each photo, none where the model looks at none. Raises InputError where flags do not fit."""
+    if settings.detector_weights != "coco" and not settings.detect:
+        raise InputError(f"--detector_weights {settings.detector_weights}: is of --detect, give both")
     given = {name: getattr(settings, name) for name in ("objects", "detect") if getattr(settings, name)}
     if captioner.uses_objects and not given:
         raise InputError(
@@ -164,8 +166,7 @@ def regions_of_photos(
         raise InputError(f"--region_features {settings.region_features[0]}: the model has an encoder, leave it out")
     if not settings.region_features:
         return None
-    feature_dim = captioner.sources[0].encoder.feature_dim
-    return PhotoRegions(photos, settings.region_features, feature_dim, captioner.image_size, captioner.resize)
+    return PhotoRegions(photos, settings.region_features, captioner)
 
 
 def region_names(captioner: Captioner | Ensemble, count: int, objects: Sequence[dict[str, Any]]) -> list[str | None]:

@@ -32,9 +32,7 @@ class Settings:
     images: str = ""  # the folder of the photos; none where --captions is a folder
     format: Literal[FORMATS] = "auto"  # pyright: ignore[reportInvalidTypeForm]  # of the captions; auto detects it
     objects: str = ""  # objects in the photos: a detector's results, or annotations (instances_train2014.json), of COCO
-    detect: str = (
-        ""  # a detector of torchvision (fasterrcnn_resnet50_fpn_v2): writes what it finds into --objects first
-    )
+    detect: str = ""  # a detector of torchvision, such as fasterrcnn_resnet50_fpn_v2, that first writes --objects
     detector_weights: str = "coco"  # coco: downloaded; the path of a torchvision state dict; or empty for random ones
     region_features: tuple[str, ...] = ()  # features of a detector for each photo: files or a folder, of any known form
     output_folder: str = ""  # the folder to write; empty: data/<dataset>
@@ -94,6 +92,8 @@ def validate_paths(settings: Settings) -> None:
         )
     if settings.images and has_folder:
         raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")
+    if settings.detector_weights != "coco" and not settings.detect:
+        raise InputError(f"--detector_weights {settings.detector_weights}: is of --detect, give both")
     if settings.detect and not settings.objects:
         raise InputError(f"--detect {settings.detect} needs --objects FILE, a new file for what it finds")
     if settings.objects and not settings.detect:
@@ -173,7 +173,9 @@ def main(settings: Settings) -> None:
         from preparation.detection import Detector, detect_objects  # torchvision takes a second to import
 
         detector = Detector(settings.detect, settings.detector_weights, choose_device(settings.device))
-        detect_objects(records, Path(settings.objects), detector)
+        if not detect_objects(records, Path(settings.objects), detector):
+            Path(settings.objects).unlink()
+            raise InputError(f"--detect {settings.detect}: found nothing in {len(records)} photos")
     if settings.objects:
         records = add_objects(records, Path(settings.objects))
         if not any(record.objects for record in records):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.distributed import rank, world_size
 from preparation.images import flip_boxes
 from preparation.objects import MIN_SCORE
-from preparation.storage import StoredRegions, read_captions
+from preparation.storage import StoredRegions, read_captions, read_metadata
 from text.nouns import nouns_of
 from text.vocabulary import PAD, Vocabulary
 from utils import InputError
@@ -97,7 +97,8 @@ class CaptionDataset(Dataset):
     def __init__(
         self, data_folder: str | Path, split: str, vocabulary: Vocabulary, metadata: dict[str, Any] | None = None
     ) -> None:
-        self.entries, self.references = read_captions(data_folder, split, metadata)
+        self.metadata = metadata or read_metadata(data_folder)
+        self.entries, self.references = read_captions(data_folder, split, self.metadata)
         self.captions = self.references.encode(vocabulary)
         self.split, self.images_path = split, Path(data_folder) / f"{split}_images.hdf5"
         self.has_boxes = all("objects" in entry for entry in self.entries) and any(
@@ -105,7 +106,7 @@ class CaptionDataset(Dataset):
         )
         self.flipped_ids = vocabulary.flipped_ids
         self.feature_paths: list[Path] = []  # of the images and, where wanted, of the flipped images
-        self.regions_path: Path | None = None  # of region features
+        self.uses_region_features = False
         # Of arrays: tensors would each take a file handle in a process that is spawned.
         self.boxes: list[np.ndarray] = []
         self.object_boxes: list[np.ndarray] = []
@@ -123,7 +124,7 @@ class CaptionDataset(Dataset):
             captions = [[self.flipped_ids.get(word, word) for word in caption] for caption in captions]
         boxes = self.boxes[index] if self.boxes else None
         object_boxes = self.object_boxes[index] if self.object_boxes else None
-        if self.regions_path:
+        if self.uses_region_features:
             assert not flipped, "region features are those of the photos as they are"
             array, boxes = self._arrays()[index]
         elif self.feature_paths:
@@ -144,8 +145,14 @@ class CaptionDataset(Dataset):
         self.feature_paths, self._opened = paths, (None, None)
 
     def use_region_features(self) -> None:
-        """Yield the region features of the prepared folder and their boxes from now on."""
-        self.regions_path, self._opened = self.images_path.with_name(f"{self.split}_regions.hdf5"), (None, None)
+        """Yield the region features of the prepared folder and their boxes from now on.
+
+        Raises InputError where their file is missing or is not the one that dataset.json describes.
+        """
+        self.uses_region_features, self._opened = True, (os.getpid(), self._open_regions())
+
+    def _open_regions(self) -> StoredRegions:
+        return StoredRegions(self.images_path.parent, self.split, self.metadata)
 
     def use_objects(self) -> None:
         """Yield the boxes of the images' objects from now on. Raises InputError where the split has none."""
@@ -173,8 +180,8 @@ class CaptionDataset(Dataset):
         if self.memory is not None:
             return self.memory.numpy()
         if self._opened[0] != os.getpid():
-            if self.regions_path:
-                opened: Any = StoredRegions(self.regions_path)
+            if self.uses_region_features:
+                opened: Any = self._open_regions()
             else:
                 opened = [np.load(path, mmap_mode="r") for path in self.feature_paths]
             self._opened = (os.getpid(), opened or h5py.File(self.images_path)["images"])
@@ -243,7 +250,7 @@ def make_loader(
         dataset,
         batch_sampler=[share for share in shares if share],  # pyright: ignore[reportArgumentType]
         num_workers=workers,
-        collate_fn=functools.partial(collate, is_features=bool(dataset.feature_paths or dataset.regions_path)),
+        collate_fn=functools.partial(collate, is_features=bool(dataset.feature_paths or dataset.uses_region_features)),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_sigint,
         generator=torch.Generator(),  # a loader must not draw from the generator of the dropout

@@ -107,6 +107,11 @@ class Captioner(nn.Module):
         """Whether it needs region features and their boxes in place of images."""
         return self.region_source.uses_region_features
 
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether it cannot do without the boxes of its regions."""
+        return self.region_source.box_features or self.region_encoder.geometry or self.graph.edges == "spatial"
+
     def encode(self, inputs: Tensor, is_features: bool = False, boxes: Tensor | None = None) -> Encoded:
         """What the decoder sees of images (B, 3, h, w) uint8 or, where `is_features`, of cached features (B, R, F).
 

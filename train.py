@@ -4,7 +4,7 @@ import functools
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -38,6 +38,7 @@ from utils import (
     StopRequested,
     choose_runtime,
     first_line,
+    replace_settings,
     run_script,
 )
 
@@ -66,7 +67,7 @@ class Settings:
     grid_size: int = 0  # pool the features to a grid of this side (the paper: 14); 0 keeps the network's
 
     # group: decoder
-    regions: Literal[tuple(REGIONS)] = "grid"  # pyright: ignore[reportInvalidTypeForm]  # cells, objects in the images
+    regions: Literal[tuple(REGIONS)] = "grid"  # pyright: ignore[reportInvalidTypeForm]  # what the decoder attends to
     box_features: bool = False  # append the box of a region to its features
     region_dim: int = 512  # units of a dense layer on the features; 0: none, the decoder sees them as they are
     graph_layers: int = 0  # graph layers between the regions, before the decoder; 0: none
@@ -254,7 +255,7 @@ def train(settings: Settings, device: torch.device) -> None:
     device = choose_run_device(settings, device)
     validate_settings(settings)
     if settings.features_folder:  # found again from another working directory
-        settings = replace(settings, features_folder=os.path.abspath(settings.features_folder))
+        settings = replace_settings(settings, features_folder=os.path.abspath(settings.features_folder))
     runtime = choose_runtime(device, settings.precision)
     state = start_run(settings, checkpoint, device)
     build = functools.partial(

@@ -73,6 +73,13 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
     return settings
 
 
+def replace_settings(settings: Any, **changes: Any) -> Any:
+    """As `dataclasses.replace`, but the result was given the same flags."""
+    replaced = dataclasses.replace(settings, **changes)
+    object.__setattr__(replaced, "given", settings.given)
+    return replaced
+
+
 def has_type(value: Any, hint: Any) -> bool:
     """Whether a value, such as one of a file, is of the type of a setting; an int does for a float."""
     if get_origin(hint) is Literal:

@@ -80,6 +80,8 @@ class Ensemble:
                     f"an ensemble needs models that all look at region features, or none: {' '.join(models)}"
                 )
         fingerprints = {name: captioner.encoder.fingerprint() for name, (captioner, _) in models.items()}
+        if self.uses_region_features and len(set(fingerprints.values())) > 1:
+            raise InputError(f"an ensemble needs models of the same region features: {' '.join(models)}")
         self.fingerprints = list(dict.fromkeys(fingerprints.values()))  # of the sources
         by_fingerprint = {fingerprints[name]: models[name][0] for name in reversed(list(models))}
         self.sources = [by_fingerprint[fingerprint] for fingerprint in self.fingerprints]
@@ -99,6 +101,11 @@ class Ensemble:
     def uses_objects(self) -> bool:
         """Whether a captioner needs the boxes of the objects in the images."""
         return any(captioner.uses_objects for captioner, _, _ in self._members)
+
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether a captioner cannot do without the boxes of its regions."""
+        return any(captioner.needs_boxes for captioner, _, _ in self._members)
 
     @property
     def uses_region_features(self) -> bool:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from evaluation.ensemble import Ensemble
 from evaluation.pictures import is_our_picture
+from models import Captioner
 from preparation.folder_formats import PHOTO_SUFFIXES
 from preparation.images import load_image, photo_size, place_objects
 from preparation.objects import add_objects
@@ -72,8 +74,9 @@ def find_objects(photos: Sequence[str], path: str | Path, image_size: int, resiz
 
 def photo_records(photos: Sequence[str]) -> list[ImageRecord]:
     """Records of photos without captions; that of a photo that is named twice is the same."""
-    files = [Path(photo).resolve() for photo in photos]
-    records = {file: ImageRecord(file, str(file), i, "", b"[]") for i, file in enumerate(dict.fromkeys(files))}
+    files = [Path(os.path.abspath(photo)) for photo in photos]  # a link may have the name that is looked for
+    names = {file: os.fsencode(file).decode(errors="replace") for file in files}  # JSON holds Unicode only
+    records = {file: ImageRecord(file, name, i, "", b"[]") for i, (file, name) in enumerate(names.items())}
     return [records[file] for file in files]
 
 
@@ -81,13 +84,12 @@ class PhotoRegions:
     """The region features of photos in files of them (`preparation.region_features.RegionFeatures`).
 
     The boxes are those in the image of `load_photos`. Raises InputError where a file does not fit, has features of
-    another size than a model's `feature_dim`, or lacks photos.
+    another size than the captioner takes or no boxes where it needs them, or lacks photos.
     """
 
-    def __init__(
-        self, photos: Sequence[str], paths: Sequence[str], feature_dim: int, image_size: int, resize: str
-    ) -> None:
+    def __init__(self, photos: Sequence[str], paths: Sequence[str], captioner: Captioner | Ensemble) -> None:
         self.records = photo_records(photos)
+        feature_dim = captioner.sources[0].encoder.feature_dim
         self.features = RegionFeatures(paths, list(dict.fromkeys(self.records)))
         self.features.require_all()
         if self.features.feature_dim != feature_dim:
@@ -95,7 +97,9 @@ class PhotoRegions:
                 f"--region_features {paths[0]}: {self.features.feature_dim} features of each region, the model was "
                 f"trained on {feature_dim}"
             )
-        self.image_size, self.resize = image_size, resize
+        if captioner.needs_boxes and not self.features.has_boxes:
+            raise InputError(f"--region_features {paths[0]}: without boxes, which the model needs")
+        self.image_size, self.resize = captioner.image_size, captioner.resize
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of B photos the features (B, R, F) float16 and boxes (B, R, 4), padded with zeros."""

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from common.files import atomic_write, hold_lock, name_in_errors, require_writable, safe_load, write_json
+from common.files import atomic_write, hold_lock, name_in_errors, require_writable, safe_load
 from preparation.images import open_photo
 from preparation.records import ImageRecord
 from text.nouns import COCO_CATEGORIES
@@ -22,6 +22,7 @@ from utils import InputError, first_line
 NUM_CLASSES = 91  # of COCO's ids, 0 is the background
 # As the regions of "Bottom-Up and Top-Down Attention" were chosen: those of this score, but the best ten in any case.
 KEPT_SCORE, MIN_KEPT = 0.2, 10
+MAX_ASPECT = 100  # of a photo's sides
 
 
 def detector_names() -> list[str]:
@@ -58,7 +59,12 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, photo: Image.Image) -> list[dict[str, Any]]:
-        """The objects of a photo, best first: {"bbox": [left, top, width, height] in pixels, "category", "score"}."""
+        """The objects of a photo, best first: {"bbox": [left, top, width, height] in pixels, "category", "score"}.
+
+        A strip, which torchvision would shrink to nothing, has none.
+        """
+        if max(photo.size) > MAX_ASPECT * min(photo.size):
+            return []
         (found,) = self.network([pil_to_tensor(photo).to(self.device).float() / 255])
         rows = zip(found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
         objects = []
@@ -84,58 +90,93 @@ def _build_network(name: str, weights: str) -> torch.nn.Module:
     network = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
     if weights:
         state = safe_load(weights)
-        expected = network.state_dict()
-        fits = isinstance(state, dict) and state.keys() == expected.keys()
-        if not fits or any(state[key].shape != expected[key].shape for key in expected):
-            raise InputError(f"--detector_weights {weights}: not a state dict of {name}")
-        network.load_state_dict(state)
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise InputError(f"--detector_weights {weights}: not a state dict of weights")
+        try:
+            missing, unexpected = network.load_state_dict(state, strict=False)
+        except RuntimeError:  # other shapes
+            missing, unexpected = [], list(state)
+        # torchvision's own weights are of a BatchNorm that does not count.
+        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+        if wrong := [*missing, *unexpected]:
+            raise InputError(f"--detector_weights {weights}: not the weights of {name}, see {wrong[0]}")
     return network
 
 
-def detect_objects(records: Sequence[ImageRecord], path: Path, detector: Detector) -> None:
+def detect_objects(records: Sequence[ImageRecord], path: Path, detector: Detector) -> int:
     """Write the objects of all photos as COCO's detection results, each with the photo's name as "image".
 
     What is found is kept in PATH.partial until all is, so a stopped run continues where it ended. Photos that are not
-    readable have no objects here; preparing them says what is wrong with them.
+    readable have no objects here; preparing them says what is wrong with them. Returns the number of objects.
 
-    Raises InputError where PATH.partial is of another detector, or the file cannot be written.
+    Raises InputError where PATH.partial is of another detector, where images lie in HDF5, or where nothing can be
+    written.
     """
     require_writable(path.parent)
+    if stored := next((record for record in records if record.row >= 0), None):
+        raise InputError(f"--detect {detector.name}: takes photos, {stored.path} holds images in HDF5")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     message = f"{path} is being written by another process: wait for it, or give another file"
     with name_in_errors(partial), hold_lock(path.with_name(f".{path.name}.lock"), message):
-        found = _read_partial(partial, detector.fingerprint())
+        done = _begin_partial(partial, detector.fingerprint())
         with open(partial, "a", encoding="utf-8") as file:
             for record in tqdm(records, desc=detector.name, unit="photo"):
-                if record.name in found:
-                    continue
-                try:
-                    objects = detector(open_photo(record.path)) if record.row < 0 else []
-                except InputError:
-                    objects = []
-                found[record.name] = [{"image": record.name, **each} for each in objects]
-                file.write(json.dumps({"image": record.name, "objects": found[record.name]}) + "\n")
-                file.flush()
-        write_json(path, [each for record in records for each in found[record.name]])
+                if _key(record) not in done:
+                    try:
+                        objects = detector(open_photo(record.path))
+                    except InputError:
+                        objects = []
+                    file.write(json.dumps({"photo": _key(record), "objects": objects}) + "\n")
+                    file.flush()
+        count = _write_results(path, partial, {_key(record): record.name for record in records})
         partial.unlink()
+    return count
 
 
-def _read_partial(path: Path, fingerprint: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """The objects of each photo in an unfinished file, which is begun where it is new.
+def _key(record: ImageRecord) -> str:
+    """What a partial file calls a photo: its path, since another folder may have one of the same name."""
+    return str(record.path.absolute())
+
+
+def _begin_partial(path: Path, fingerprint: dict[str, str]) -> set[str]:
+    """The photos that are done in an unfinished file, which is begun where it is new.
 
     A last line that a killed run left unfinished is removed.
     """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    complete = [line for line in lines if line.endswith(b"\n")]
-    try:
-        header, *rows = map(json.loads, complete or [json.dumps(fingerprint)])
-        found = {row["image"]: row["objects"] for row in rows}
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is not what --detect writes: remove it, or give another --objects") from None
-    if header != fingerprint:
-        raise InputError(f"{path} has the objects of another detector or other weights: remove it, or give these")
-    if not complete or complete != lines:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(b"".join(complete) or json.dumps(fingerprint).encode() + b"\n")
-    return found
+    expected, done = json.dumps(fingerprint).encode() + b"\n", set()
+    with open(path, "ab+") as file:
+        file.seek(0)
+        header = file.readline()
+        if expected.startswith(header) and header != expected:
+            file.truncate(0)
+            file.write(expected)
+            return done
+        end = len(header)
+        try:
+            found = json.loads(header)
+            for line in file:
+                if line.endswith(b"\n"):
+                    done.add(json.loads(line)["photo"])
+                    end += len(line)
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is not what --detect writes: remove it, or give another --objects") from None
+        if found != fingerprint:
+            raise InputError(f"{path} has the objects of another detector or other weights: remove it, or give these")
+        file.truncate(end)
+    return done
+
+
+def _write_results(path: Path, partial: Path, names: dict[str, str]) -> int:
+    """Write the objects of a complete partial file, photo by photo, with the photos' names; returns their number."""
+    count = 0
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with open(partial, encoding="utf-8") as rows:
+            next(rows)  # the fingerprint
+            for row in map(json.loads, rows):
+                if row["photo"] in names:
+                    for item in row["objects"]:
+                        file.write(f"{',' if count else '['}\n{json.dumps({'image': names[row['photo']], **item})}")
+                        count += 1
+        file.write("\n]\n" if count else "[]\n")
+    return count

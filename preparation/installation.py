@@ -67,9 +67,9 @@ def install_folder(complete: Path, output: Path) -> None:
         os.replace(path, output / path.name)
 
 
-def require_space(folder: Path, num_images: int, size: int) -> None:
-    """Raise InputError where uncompressed images of `size` pixels a side will not fit on a folder's disk."""
-    needed, free = num_images * 3 * size * size, shutil.disk_usage(folder).free
+def require_space(folder: Path, num_images: int, size: int, image_bytes: int) -> None:
+    """Raise InputError where images of `size` pixels a side, each of so many bytes, will not fit on a folder's disk."""
+    needed, free = num_images * image_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
             f"{num_images} images of {size} pixels take {needed / 1e9:.3g} GB, {folder.parent} has {free / 1e9:.3g} GB "

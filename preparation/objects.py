@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.files import did_you_mean
 from preparation.json_stream import iter_json_lists
-from preparation.photo_index import PhotoIndex, record_size
+from preparation.photo_index import PhotoIndex, best_matches, record_size
 from preparation.records import ImageRecord, require_type
 from text.nouns import COCO_CATEGORIES
 from text.tokenizer import tokenize
@@ -179,11 +179,7 @@ def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]
     added = []
     for i, record in enumerate(tqdm(records, desc="boxes", unit="photo")):
         placed = []
-        matches = photos.get(i, {})
-        best = [photo for photo, parts in matches.items() if parts == max(matches.values())]
-        if len(best) > 1 and matches[best[0]] < math.inf:
-            best = []  # it may be any of them
-        for photo in best:
+        for photo in best_matches(photos.get(i, {})):
             numbers = by_photo.pop(photo)
             if size := file.sizes.get(photo) or record_size(record):
                 placed += [_in_fractions(numbers[k : k + 6], words, size) for k in range(0, len(numbers), 6)]

@@ -10,7 +10,6 @@ Shapes: N regions of a photo, F features of a region. A box is left, top, right,
 """
 
 import base64
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -24,7 +23,7 @@ from preparation.images import place_objects
 from preparation.photo_index import PhotoIndex, record_size
 from preparation.records import ImageRecord
 from preparation.storage import own_array
-from utils import InputError
+from utils import InputError, first_line
 
 MAX_REGIONS = 1000  # of a photo
 TOLERANCE = 0.02  # by how much of the photo's side boxes may reach beyond it: they are rounded
@@ -58,8 +57,11 @@ class FolderReader:
     """A folder with a file per photo: ID.npz or ID.npy, an array (N, F), (rows, columns, F) of a grid, or (F,)."""
 
     def __init__(self, path: Path) -> None:
-        inner = [each for each in path.glob("*_att") if each.is_dir()]
-        self.path = inner[0] if len(inner) == 1 else path
+        path = path.resolve()  # "." has no name
+        inner = [each for each in sorted(path.glob("*_att")) if each.is_dir()]
+        if len(inner) > 1:
+            raise InputError(f"--region_features {path}: has {' and '.join(each.name for each in inner)}, give one")
+        self.path = inner[0] if inner else path
         boxes = self.path.with_name(f"{self.path.name.removesuffix('_att')}_box")
         self.boxes = boxes if boxes.is_dir() and boxes != self.path else None
         self.files = {file.stem: file for file in self.path.iterdir() if file.suffix in (".npz", ".npy")}
@@ -89,10 +91,10 @@ class TsvReader:
         self.offsets: dict[str, int] = {}  # of the photos' lines
         position, size = 0, path.stat().st_size
         with open(path, "rb") as file, tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
-            for number, line in enumerate(file, start=1):
+            for line_number, line in enumerate(file, start=1):
                 if line.count(b"\t") != TSV_FIELDS - 1:
                     raise InputError(
-                        f"--region_features {path}, line {number}: not {TSV_FIELDS} fields between tabs, "
+                        f"--region_features {path}, line {line_number}: not {TSV_FIELDS} fields between tabs, "
                         f"is this a file of region features?"
                     )
                 self.offsets.setdefault(line[: line.index(b"\t")].decode(errors="replace"), position)
@@ -108,6 +110,8 @@ class TsvReader:
         with open(self.path, "rb") as file:
             file.seek(self.offsets[key])
             _, width, height, count, boxes, features = file.readline().split(b"\t")
+        if min(int(width), int(height)) < 1:
+            raise ValueError(f"a photo of {int(width)} x {int(height)} pixels")
         arrays = [np.frombuffer(base64.decodebytes(field), np.float32) for field in (boxes, features)]
         return RegionSet(arrays[1].reshape(int(count), -1), arrays[0].reshape(int(count), 4), (int(width), int(height)))
 
@@ -140,6 +144,11 @@ class StackedReader:
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self.features = own_array(file, "image_features")
+        if self.features.ndim != 3:
+            raise InputError(
+                f"--region_features {path}: image_features has {self.features.ndim} axes, not photos, regions and "
+                f"features; files with different numbers of regions (pos_boxes) are not read"
+            )
         name = next((name for name in ("spatial_features", "image_bb") if name in file), None)
         self.boxes = own_array(file, name) if name else None
         self.size = (1, 1) if name == "spatial_features" else None
@@ -179,7 +188,7 @@ def _load_array(path: Path, key: str) -> np.ndarray:
 
 
 def _grid_boxes(rows: int, columns: int) -> np.ndarray:
-    """The boxes of the cells of a grid in row-major order, (rows * columns, 4), in fractions of the sides."""
+    """As `modules.regions.grid_boxes`, which data must not import: (rows * columns, 4) in fractions of the sides."""
     top, left = np.mgrid[:rows, :columns].reshape(2, -1)
     return np.stack([left / columns, top / rows, (left + 1) / columns, (top + 1) / rows], axis=1)
 
@@ -216,20 +225,18 @@ class RegionFeatures:
     def __init__(self, paths: Sequence[str], records: Sequence[ImageRecord]) -> None:
         self.paths, self.num_photos = paths, len(records)
         self.left_out = 0  # regions that were read and whose boxes have no area in the image
-        index, best = PhotoIndex(records), {}
+        index = PhotoIndex(records)
         found: dict[int, tuple[Reader, str]] = {}
         for reader in [open_reader(Path(path)) for path in paths]:
-            for key in reader.photos():
-                match = index.find(key)
-                if match and match[1] > best.get(match[0], 0):
-                    best[match[0]] = match[1]
-                    found[match[0]] = (reader, key)
+            keys = index.find_all(reader.photos(), f"--region_features {reader.path}")
+            found = {i: (reader, key) for i, key in keys.items()} | found
         self.found = {(records[i].path, records[i].row): entry for i, entry in found.items()}
         self.missing = [record for i, record in enumerate(records) if i not in found]
         if not found:
             raise InputError(f"--region_features {paths[0]}: has none of the photos, such as {records[0].name}")
         first = self._read(*found[min(found)])
         self.feature_dim, self.has_boxes = first.features.shape[1], first.boxes is not None
+        self.bytes_of_first = len(first.features) * (2 * self.feature_dim + 16)  # as they are stored
 
     def has(self, record: ImageRecord) -> bool:
         """Whether a file has the record's photo."""
@@ -287,13 +294,20 @@ class RegionFeatures:
         """As the file has them; InputError where they are damaged."""
         try:
             regions = reader.read(key)
-        except InputError:
+        except (InputError, MemoryError):
             raise
-        except (ValueError, OSError, KeyError, EOFError, MemoryError, TypeError, zipfile.BadZipFile):
-            raise _damaged(reader, key, "a damaged entry") from None
+        except Exception as error:  # a damaged file raises almost anything
+            raise _damaged(reader, key, f"a damaged entry: {first_line(error)}") from None
         features, boxes = regions.features, regions.boxes
-        if features.ndim != 2 or not 0 < len(features) <= MAX_REGIONS or features.dtype.kind != "f":
-            problem = f"features {features.dtype} {features.shape}, not 1 to {MAX_REGIONS} rows of numbers"
+        if (
+            features.ndim != 2
+            or not 0 < len(features) <= MAX_REGIONS
+            or features.dtype.kind != "f"
+            or not features.size
+        ):
+            problem = (
+                f"features {features.dtype} {features.shape}, not 1 to {MAX_REGIONS} rows of floating-point numbers"
+            )
             raise _damaged(reader, key, problem)
         if boxes is not None and (boxes.shape != (len(features), 4) or boxes.dtype.kind not in "fiu"):
             raise _damaged(reader, key, f"{len(features)} features, but boxes {boxes.dtype} {boxes.shape}")

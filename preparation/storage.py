@@ -1,6 +1,7 @@
 """Prepared folders: what create_input_files.py writes and everything else reads."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import shlex
@@ -8,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -18,6 +19,7 @@ from text.vocabulary import END, START, Vocabulary
 from utils import InputError
 
 SPLITS = ("train", "val", "test")
+CHUNK_REGIONS = 16  # of a file of region features: a photo has 10 to 100
 METADATA_KEYS = {"image_size", "resize", "splits", "digest", "files", "source"}  # of dataset.json
 
 
@@ -162,16 +164,64 @@ def own_array(file: h5py.File, name: str) -> h5py.Dataset:
     return array
 
 
-class StoredRegions:
-    """The region features of a split, in a file that create_input_files.py wrote: item i is of image i.
+class RegionInfo(NamedTuple):
+    """What a prepared folder's region features are."""
 
-    An item has features (N, F) float16 and boxes (N, 4) float32 in fractions of the sides; N differs.
+    feature_dim: int
+    has_boxes: bool  # else every region has the box of the whole photo
+
+
+def region_info(metadata: dict[str, Any]) -> RegionInfo | None:
+    """What dataset.json says of region features; None where the folder has none."""
+    return RegionInfo(**metadata["region_features"]) if "region_features" in metadata else None
+
+
+class RegionWriter:
+    """Writes the region features of a split, image by image; `StoredRegions` reads them."""
+
+    def __init__(self, file: h5py.File, feature_dim: int) -> None:
+        self.file, self.digest, self.offsets = file, hashlib.sha256(), [0]
+        self.arrays = [
+            file.create_dataset(name, (0, width), dtype, chunks=(CHUNK_REGIONS, width), maxshape=(None, width))
+            for name, width, dtype in (("features", feature_dim, np.float16), ("boxes", 4, np.float32))
+        ]
+
+    def append(self, features: np.ndarray, boxes: np.ndarray) -> None:
+        """Add the next image's features (N, F) float16 and boxes (N, 4) float32."""
+        self.offsets.append(self.offsets[-1] + len(features))
+        for stored, values in zip(self.arrays, (features, boxes), strict=True):
+            stored.resize(self.offsets[-1], axis=0)
+            stored[self.offsets[-2] :] = values
+            self.digest.update(values.tobytes())
+
+    def finish(self) -> str:
+        """Write where the images begin; returns a digest of all, which the file has as well."""
+        self.file["offsets"] = np.array(self.offsets)
+        self.file.attrs["digest"] = self.digest.hexdigest()
+        return self.digest.hexdigest()
+
+
+class StoredRegions:
+    """The region features of a split as `RegionWriter` wrote them: item i is of image i.
+
+    An item has features (N, F) float16 and boxes (N, 4) float32 in fractions of the sides; N differs. `metadata` is
+    the folder's. Raises InputError where the file is not the one that it describes.
     """
 
-    def __init__(self, path: Path) -> None:
-        file = h5py.File(path)
-        self.features, self.boxes, offsets = (own_array(file, name) for name in ("features", "boxes", "offsets"))
-        self.offsets = offsets[:]
+    def __init__(self, data_folder: str | Path, split: str, metadata: dict[str, Any]) -> None:
+        path, described = Path(data_folder) / f"{split}_regions.hdf5", metadata["splits"][split]
+        try:
+            file = h5py.File(path)
+            self.features, self.boxes, offsets = (own_array(file, name) for name in ("features", "boxes", "offsets"))
+            self.offsets, digest = offsets[:], file.attrs.get("digest")
+        except (OSError, KeyError, AttributeError):
+            raise InputError(
+                f"{path} is missing or damaged: run create_input_files.py again with --overwrite"
+            ) from None
+        if (len(self.offsets), digest) != (described["images"] + 1, described.get("regions_digest")):
+            raise InputError(
+                f"{path} is not the file that dataset.json describes: run create_input_files.py again with --overwrite"
+            )
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         regions = slice(self.offsets[index], self.offsets[index + 1])

@@ -3,6 +3,7 @@
 `settings` are those of create_input_files.py.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import random
 import statistics
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
@@ -27,11 +28,9 @@ from preparation.images import MIN_DECODED, open_photo, place_objects, to_square
 from preparation.installation import require_space
 from preparation.records import ImageRecord
 from preparation.region_features import RegionFeatures
-from preparation.storage import SPLITS, open_images, write_captions
+from preparation.storage import SPLITS, RegionInfo, RegionWriter, open_images, write_captions
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
 from utils import InputError
-
-CHUNK_REGIONS = 16  # of a file of region features: a photo has 10 to 100
 
 # ------------------------------------------------------------------------------------------------ training data
 
@@ -108,26 +107,42 @@ def load_records(
 
 
 def write_split(
-    folder: Path, split: str, records: list[ImageRecord], settings: Any
+    folder: Path, split: str, records: list[ImageRecord], settings: Any, region_features: RegionFeatures | None = None
 ) -> tuple[dict[str, Any], list[ImageRecord], list[str]]:
-    """Write one split's images and captions; returns its metadata, the records written and the errors of the others."""
+    """Write one split's images, captions and region features.
+
+    Returns its metadata, the records written and the errors of the others.
+    """
     if not records:
         return {"images": 0, "captions": 0, "digest": ""}, [], []
     kept, errors, digest, size = [], [], hashlib.sha256(), settings.image_size
-    with h5py.File(folder / f"{split}_images.hdf5", "w") as file:
+    metadata: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(h5py.File(folder / f"{split}_images.hdf5", "w"))
+        regions = None
+        if region_features:
+            regions_file = stack.enter_context(h5py.File(folder / f"{split}_regions.hdf5", "w"))
+            regions = RegionWriter(regions_file, region_features.feature_dim)
         shape = (len(records), 3, size, size)
         images = file.create_dataset("images", shape, np.uint8, chunks=(1, *shape[1:]), maxshape=shape)
         for loaded in load_records(records, size, settings.resize, f"{split} photos"):
-            if isinstance(loaded, InputError):
-                errors.append(str(loaded))
-            else:
+            try:
+                if isinstance(loaded, InputError):
+                    raise loaded
                 record, image = loaded
-                content = image.tobytes()
-                images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # at least twice as fast as images[i] = ...
-                digest.update(content)
-                kept.append(record)
+                if regions and region_features:
+                    regions.append(*region_features.read(record, size, settings.resize))
+            except InputError as error:
+                errors.append(str(error))
+                continue
+            content = image.tobytes()
+            images.id.write_direct_chunk((len(kept), 0, 0, 0), content)  # at least twice as fast as images[i] = ...
+            digest.update(content)
+            kept.append(record)
         images.resize(len(kept), axis=0)
         file.attrs["digest"] = digest.hexdigest()
+        if regions:
+            metadata["regions_digest"] = regions.finish()
     entries = (
         {"image": record.name, "image_id": record.image_id, "captions": record.captions}
         | ({} if record.objects is None else {"objects": record.objects})
@@ -135,27 +150,8 @@ def write_split(
     )
     write_captions(folder / f"{split}_captions.json", entries)
     num_captions = sum(len(record.captions) for record in kept)
-    return {"images": len(kept), "captions": num_captions, "digest": digest.hexdigest()}, kept, errors
-
-
-def write_regions(path: Path, records: Sequence[ImageRecord], features: RegionFeatures, settings: Any) -> str:
-    """Write the region features of a split's images for `preparation.storage.StoredRegions`; returns their digest."""
-    digest, offsets = hashlib.sha256(), [0]
-    with h5py.File(path, "w") as file:
-        arrays = [
-            file.create_dataset(name, (0, width), dtype, chunks=(CHUNK_REGIONS, width), maxshape=(None, width))
-            for name, width, dtype in (("features", features.feature_dim, np.float16), ("boxes", 4, np.float32))
-        ]
-        for record in tqdm(records, desc=f"{path.stem}", unit="photo"):
-            regions = features.read(record, settings.image_size, settings.resize)
-            offsets.append(offsets[-1] + len(regions[0]))
-            for array, values in zip(arrays, regions, strict=True):
-                array.resize(offsets[-1], axis=0)
-                array[offsets[-2] :] = values
-                digest.update(values.tobytes())
-        file["offsets"] = np.array(offsets)
-        file.attrs["digest"] = digest.hexdigest()
-    return digest.hexdigest()
+    metadata |= {"images": len(kept), "captions": num_captions, "digest": digest.hexdigest()}
+    return metadata, kept, errors
 
 
 def write_folder(
@@ -174,14 +170,14 @@ def write_folder(
     by_split = {split: [record for record in records if record.split == split] for split in SPLITS}
     by_split["train"] = subsample_train(by_split["train"], settings)
     total = sum(map(len, by_split.values()))
-    require_space(folder, total, settings.image_size)
+    image_bytes = 3 * settings.image_size**2 + (region_features.bytes_of_first if region_features else 0)
+    require_space(folder, total, settings.image_size, image_bytes)
     splits, kept, errors = {}, {}, []
     for split in SPLITS:
-        splits[split], kept[split], split_errors = write_split(folder, split, by_split[split], settings)
+        splits[split], kept[split], split_errors = write_split(
+            folder, split, by_split[split], settings, region_features
+        )
         errors += split_errors
-        if region_features and kept[split] and (not split_errors or settings.skip_broken):
-            path = folder / f"{split}_regions.hdf5"
-            splits[split]["regions_digest"] = write_regions(path, kept[split], region_features, settings)
     if errors:
         print("\n".join(errors), file=sys.stderr)
         if not settings.skip_broken:
@@ -201,7 +197,7 @@ def write_folder(
         "source": fingerprint(settings, records),
     }
     if region_features:
-        metadata["region_features"] = {"dim": region_features.feature_dim, "has_boxes": region_features.has_boxes}
+        metadata["region_features"] = RegionInfo(region_features.feature_dim, region_features.has_boxes)._asdict()
         print(region_features.describe())
     write_json(folder / "dataset.json", metadata, indent=1)
     print(f"{len(vocabulary)} words: four special tokens and {origin}")

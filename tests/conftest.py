@@ -18,8 +18,10 @@ import utils
 from datasets import Example, collate
 from models import DECODERS, Captioner, build_captioner, decoder_settings, model_settings
 from modules.show_attend_tell import ShowAttendTell
+from preparation.detection import Detector
 from preparation.storage import write_captions
 from text.vocabulary import END, START
+from training.checks import OF_ENCODERS
 from utils import Runtime
 
 SMALL = train.Settings(
@@ -97,6 +99,9 @@ def flags(data_folder, run_folder, settings=SMALL):
     if not settings.graph_layers:
         for name in ("graph_layer", "graph_edges", "graph_knn", "graph_heads"):
             del values[name]
+    if settings.regions == "features":
+        for name in OF_ENCODERS:
+            del values[name]
     if not settings.encoder_layers:
         del values["encoder_positions"]
     for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(
@@ -111,6 +116,17 @@ def flags(data_folder, run_folder, settings=SMALL):
 def weights(path):
     """The model's weights in a checkpoint."""
     return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="session")
+def detector_weights(tmp_path_factory):
+    """Random weights of fasterrcnn_mobilenet_v3_large_320_fpn that call whatever they see a dog."""
+    torch.manual_seed(0)
+    detector = Detector("fasterrcnn_mobilenet_v3_large_320_fpn", "", torch.device("cpu"))
+    torch.nn.init.constant_(detector.network.roi_heads.box_predictor.cls_score.bias[18:19].detach(), 6.0)
+    path = tmp_path_factory.mktemp("detector") / "weights.pth"
+    torch.save(detector.network.state_dict(), path)
+    return str(path)
 
 
 def pytest_addoption(parser):

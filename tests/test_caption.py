@@ -16,8 +16,10 @@ import caption
 import eval as eval_script
 import train
 from conftest import SMALL
+from evaluation.photos import photo_records
 from models import load_captioner
 from modules.beam_search import SearchSettings, beam_search
+from preparation.detection import Detector, detect_objects
 from preparation.images import load_image
 
 
@@ -108,12 +110,20 @@ def test_the_shapes_have_their_objects_in_their_captions_file(command, shapes, o
     assert status == 0 and out.count("log-probability") == 28 and "objects in 28 photos, 0 photos have none" in err
 
 
-def test_a_detector_finds_the_objects_itself(command, shapes, objects_run, tmp_path):
-    arguments = ("--checkpoint", objects_run / "best.pt", "--detect", "fasterrcnn_mobilenet_v3_large_320_fpn")
-    status, out, err = command(
-        caption, photo_of(shapes), *arguments, "--detector_weights", "", "--output_folder", tmp_path
-    )
-    assert status == 0 and "log-probability" in out and " in " in err.splitlines()[-1] and "photos" in err, err
+def test_a_detector_finds_the_objects_itself(command, shapes, objects_run, detector_weights, tmp_path):
+    name, photo = "fasterrcnn_mobilenet_v3_large_320_fpn", photo_of(shapes)
+    detector = Detector(name, detector_weights, torch.device("cpu"))
+    detect_objects(photo_records([photo]), tmp_path / "objects.json", detector)
+    found = []
+    common = (caption, photo, "--checkpoint", objects_run / "best.pt", "--no-pictures", "--json")
+    for arguments in (
+        ("--objects", tmp_path / "objects.json"),
+        ("--detect", name, "--detector_weights", detector_weights),
+    ):
+        status, out, err = command(*common, *arguments)
+        assert status == 0 and " objects in 1 photos" in err and " 0 objects" not in err.replace("\n", " "), err
+        found.append(json.loads(out))
+    assert found[0] == found[1]
 
 
 def test_objects_and_model_must_fit(command, shapes, run_folder, objects_run, tmp_path):
@@ -127,6 +137,7 @@ def test_objects_and_model_must_fit(command, shapes, run_folder, objects_run, tm
         (objects_run, (), "looks at objects: give those that a detector found in the photos as --objects FILE, or"),
         (objects_run, ("--objects", objects, "--detect", "x"), "--objects and --detect: give one of them"),
         (run_folder, ("--detect", "x"), "--detect x: the model looks at no objects, leave it out"),
+        (objects_run, ("--detector_weights", "x"), "--detector_weights x: is of --detect, give both"),
         (objects_run, ("--detect", "x"), "--detect x: not one of fasterrcnn_mobilenet_v3_large_320_fpn"),
         (run_folder, ("--objects", objects), f"--objects {objects}: the model looks at no objects, leave it out"),
         (objects_run, ("--objects", tmp_path / "object.json"), f"object.json: no such file, did you mean {objects}?"),

@@ -5,10 +5,21 @@ from typing import Any
 from common.distributed import world_size
 from datasets import CaptionDataset
 from models import DECODERS, decoder_settings
-from preparation.storage import read_metadata
+from preparation.storage import read_metadata, region_info
 from text.vocabulary import FLIPPED_WORDS
 from training.validation import is_informative
 from utils import InputError, require_at_least, require_below_one
+
+# Settings that have no effect without an encoder.
+OF_ENCODERS = (
+    "encoder",
+    "encoder_layer",
+    "encoder_weights",
+    "grid_size",
+    "encoder_learning_rate",
+    "in_memory",
+    "features_folder",
+)
 
 
 def validate_settings(settings: Any) -> None:
@@ -30,11 +41,12 @@ def validate_settings(settings: Any) -> None:
     if settings.regions == "features":
         if settings.hflip:
             raise InputError("--hflip: region features are those of the photos as they are, leave it out")
-        needs_boxes = [name for name in ("box_features", "geometry") if getattr(settings, name)]
-        needs_boxes += ["graph_edges spatial"] if settings.graph_layers and settings.graph_edges == "spatial" else []
-        described = read_metadata(settings.data_folder).get("region_features", {"has_boxes": True})
-        if needs_boxes and not described["has_boxes"]:
-            raise InputError(f"--{needs_boxes[0]}: the region features of {settings.data_folder} have no boxes")
+        for name in OF_ENCODERS:
+            if name in settings.given and getattr(settings, name):
+                raise InputError(f"--{name}: --regions features has no encoder, leave it out")
+        info = region_info(read_metadata(settings.data_folder))
+        if settings.grounding_weight and info and not info.has_boxes:
+            raise InputError(f"--grounding_weight: the region features of {settings.data_folder} have no boxes")
     of_layers = dict.fromkeys(("graph_layer", "graph_edges", "graph_knn", "graph_heads"), "graph_layers")
     of_layers |= dict.fromkeys(("encoder_positions", "geometry"), "encoder_layers")
     for name, layers in of_layers.items():

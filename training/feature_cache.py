@@ -20,7 +20,7 @@ from common.files import hold_lock, name_in_errors, nearest_existing, require_wr
 from datasets import Batch, CaptionDataset, in_order, make_batches, make_loader
 from models import Captioner
 from modules.encoders import Encoder, NoEncoder, folded_encoder
-from preparation.storage import read_metadata
+from preparation.storage import read_metadata, region_info
 from text.vocabulary import Vocabulary
 from utils import InputError, Runtime, copy_to_device
 
@@ -64,13 +64,15 @@ def build_dataset(
     dataset = CaptionDataset(data_folder, split, vocabulary, metadata)
     encoder = captioner.encoder
     if isinstance(encoder, NoEncoder):
-        found = metadata.get("region_features", {}).get("dim", 0)
-        if found != encoder.feature_dim:
-            problem = f"region features of {found} numbers" if found else "no region features"
+        info = region_info(metadata)
+        if not info or info.feature_dim != encoder.feature_dim:
+            problem = f"region features of {info.feature_dim} numbers" if info else "no region features"
             raise InputError(
                 f"{data_folder} has {problem}, the model takes those of {encoder.feature_dim}: run "
                 f"create_input_files.py with --region_features"
             )
+        if captioner.needs_boxes and not info.has_boxes:
+            raise InputError(f"{data_folder} has region features without boxes, which the model needs")
         dataset.use_region_features()
         return dataset
     if with_objects and captioner.uses_objects:

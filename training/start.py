@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from common.distributed import on_rank_zero, rank, world_size
 from common.files import hold_lock, read_jsonl, require_writable, write_jsonl
 from models import Captioner, build_captioner, captioner_from_checkpoint, load_checkpoint, model_settings
-from preparation.storage import read_metadata
+from preparation.storage import read_metadata, region_info
 from text.embeddings import read_pretrained_embeddings
 from text.vocabulary import Vocabulary
 from training.logs import write_tensorboard
 from training.optim import ModelEMA, make_optimizer
 from training.state import TrainState
-from utils import InputError, choose_device, has_type
+from utils import InputError, choose_device, has_type, replace_settings
 
 # Settings that say how a program starts, not how a run trains.
 START_SETTINGS = ("run_folder", "overwrite", "resume", "init_from", "plot")
@@ -92,7 +92,7 @@ def merge_settings(
     for name in names:
         value = getattr(settings, name)
         if name not in given:
-            settings = replace(settings, **{name: saved[name]})
+            settings = replace_settings(settings, **{name: saved[name]})
         elif name not in may_differ and value != saved[name]:
             raise mismatch(name, value, path, saved[name])
         elif value != saved[name]:
@@ -173,7 +173,7 @@ def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
     folders = [merged.data_folder] if given else checkpoint["data"]["folders"]
     data_folder = find_data_folder(folders, checkpoint, settings.resume)
     origin = checkpoint["settings"]["init_from"]
-    return replace(merged, run_folder=str(run_folder), data_folder=data_folder, init_from=origin), checkpoint
+    return replace_settings(merged, run_folder=str(run_folder), data_folder=data_folder, init_from=origin), checkpoint
 
 
 def choose_run_device(settings: Any, device: torch.device) -> torch.device:
@@ -246,7 +246,7 @@ def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.de
             len(vocabulary),
             metadata["image_size"],
             metadata["resize"],
-            metadata.get("region_features", {}).get("dim", 0),
+            info.feature_dim if (info := region_info(metadata)) else 0,
             settings.fine_tune_encoder,
             **model_settings(asdict(settings)),
         )

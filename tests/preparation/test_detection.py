@@ -1,6 +1,7 @@
 """Detectors of torchvision over photos: what is written, kept of a stopped run, and refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,19 +16,7 @@ from preparation.storage import read_captions
 from utils import InputError
 
 NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
-DOG = 18  # COCO's id
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Random weights that call whatever they see a dog."""
-    torch.manual_seed(0)
-    detector = Detector(NAME, "", CPU)
-    torch.nn.init.constant_(detector.network.roi_heads.box_predictor.cls_score.bias[DOG : DOG + 1].detach(), 6.0)
-    path = tmp_path_factory.mktemp("detector") / "weights.pth"
-    torch.save(detector.network.state_dict(), path)
-    return str(path)
 
 
 @pytest.fixture
@@ -44,9 +33,9 @@ def photos(tmp_path):
     return records
 
 
-def test_objects_are_coco_results(tmp_path, photos, weights):
+def test_objects_are_coco_results(tmp_path, photos, detector_weights):
     path = tmp_path / "objects.json"
-    detect_objects(photos, path, Detector(NAME, weights, CPU))
+    detect_objects(photos, path, Detector(NAME, detector_weights, CPU))
     rows = json.loads(path.read_text())
     assert {row["image"] for row in rows} == {"0.png", "1.png", "3.png"}
     assert {row["category"] for row in rows} == {"dog"} and not path.with_name("objects.json.partial").exists()
@@ -59,8 +48,8 @@ def test_objects_are_coco_results(tmp_path, photos, weights):
     assert found and found[0]["words"] == ["dog"]
 
 
-def test_a_stopped_run_continues(tmp_path, photos, weights):
-    detector, path = Detector(NAME, weights, CPU), tmp_path / "objects.json"
+def test_a_stopped_run_continues(tmp_path, photos, detector_weights):
+    detector, path = Detector(NAME, detector_weights, CPU), tmp_path / "objects.json"
     detect_objects(photos, path, detector)
     expected = path.read_text()
     path.unlink()
@@ -85,31 +74,77 @@ def test_a_stopped_run_continues(tmp_path, photos, weights):
     assert path.read_text() == expected and len(calls) == 5  # photos 1 and 3 were left, one cannot be read
 
 
-def test_other_files_are_not_continued(tmp_path, photos, weights):
+def test_a_photo_of_the_same_name_is_another(tmp_path, photos, detector_weights):
+    detector, path = Detector(NAME, detector_weights, CPU), tmp_path / "objects.json"
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (30, 30)).save(tmp_path / "other" / "0.png")
+    others = [replace(photos[0], path=tmp_path / "other" / "0.png")]
+    detect_objects(others, path, detector)
+    expected = path.read_text()
+    calls = []
+
+    def stopped(photo):
+        calls.append(photo)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return detector(photo)
+
+    stopped.fingerprint, stopped.name = detector.fingerprint, NAME
+    with pytest.raises(KeyboardInterrupt):
+        detect_objects(photos, path, stopped)
+    detect_objects(others, path, detector)
+    assert path.read_text() == expected
+
+
+def test_strips_have_no_objects(tmp_path, photos, detector_weights):
+    Image.new("RGB", (1, 5000)).save(photos[0].path)
+    assert detect_objects(photos[:1], tmp_path / "objects.json", Detector(NAME, detector_weights, CPU)) == 0
+    assert (tmp_path / "objects.json").read_text() == "[]\n"
+
+
+def test_weights_as_torchvision_stores_them_are_loaded(tmp_path, detector_weights):
+    state = torch.load(detector_weights, weights_only=True)
+    own = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    old = {name.replace("rpn.head.conv.0.0.", "rpn.head.conv."): value for name, value in own.items()}
+    for i, content in enumerate((own, old)):
+        torch.save(content, tmp_path / f"{i}.pth")
+        loaded, expected = (Detector(NAME, str(path), CPU) for path in (tmp_path / f"{i}.pth", detector_weights))
+        assert loaded.fingerprint() == expected.fingerprint()
+    del own["roi_heads.box_head.fc6.bias"]
+    torch.save(own, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"not the weights of fasterrcnn_.*, see roi_heads.box_head.fc6.bias"):
+        Detector(NAME, str(tmp_path / "other.pth"), CPU)
+
+
+def test_other_files_are_not_continued(tmp_path, photos, detector_weights):
     (tmp_path / "objects.json.partial").write_text('["mine"]\nnotes\n')
     with pytest.raises(InputError, match="is not what --detect writes: remove it"):
-        detect_objects(photos, tmp_path / "objects.json", Detector(NAME, weights, CPU))
+        detect_objects(photos, tmp_path / "objects.json", Detector(NAME, detector_weights, CPU))
     assert (tmp_path / "objects.json.partial").read_text() == '["mine"]\nnotes\n'
 
 
-def test_unknown_detectors_and_weights_are_refused(tmp_path, weights):
+def test_unknown_detectors_and_weights_are_refused(tmp_path, detector_weights):
     with pytest.raises(InputError, match=r"--detect yolo: not one of fasterrcnn_mobilenet_v3_large_320_fpn .* ssdlite"):
         Detector("yolo", "", CPU)
-    with pytest.raises(InputError, match="not a state dict of ssdlite320_mobilenet_v3_large"):
-        Detector("ssdlite320_mobilenet_v3_large", weights, CPU)
+    with pytest.raises(InputError, match="not the weights of ssdlite320_mobilenet_v3_large"):
+        Detector("ssdlite320_mobilenet_v3_large", detector_weights, CPU)
 
 
-def test_photos_are_prepared_with_what_was_found(tmp_path, photos, weights, command):
+def test_photos_are_prepared_with_what_was_found(tmp_path, photos, detector_weights, command):
     lines = "".join(f"{record.name},a dog\n" for record in photos if record.image_id != 2)
     (tmp_path / "captions.csv").write_text(f"image,caption\n{lines}")
     arguments = ["--dataset", "mine", "--captions", tmp_path / "captions.csv", "--images", tmp_path / "photos"]
     arguments += ["--image_size", 32, "--output_folder", tmp_path / "data", "--detect", NAME]
-    status, _, err = command(create_input_files, *arguments, "--detector_weights", weights)
+    status, _, err = command(create_input_files, *arguments, "--detector_weights", detector_weights)
     assert status == 2 and f"--detect {NAME} needs --objects FILE, a new file for what it finds" in err
-    arguments += ["--detector_weights", weights, "--objects", tmp_path / "objects.json"]
+    arguments += ["--detector_weights", detector_weights, "--objects", tmp_path / "objects.json"]
     status, out, err = command(create_input_files, *arguments)
     assert status == 0 and "objects in 3 photos, 0 photos have none" in out, err
     entries, _ = read_captions(tmp_path / "data", "train")
     assert entries[0]["objects"][0]["words"] == ["dog"]
+    random = [*arguments[:-3], "", "--objects", tmp_path / "nothing.json"]
+    status, _, err = command(create_input_files, *random)
+    assert status == 2 and f"--detect {NAME}: found nothing in 3 photos" in err
+    assert not (tmp_path / "nothing.json").exists()
     status, out, _ = command(create_input_files, *arguments)
     assert status == 0 and "objects.json exists already and is read" in out and "data exists already" in out

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,17 +11,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import caption as caption_script
 import create_input_files
 import eval as eval_script
 import train
-from common.files import read_json
+from common.files import read_jsonl
+from conftest import SMALL, flags, weights
 from preparation.records import ImageRecord, pack_sentences
 from preparation.region_features import RegionFeatures
-from preparation.storage import StoredRegions
-from tests.conftest import SMALL, flags
+from preparation.storage import StoredRegions, read_metadata, region_info
 from utils import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +112,24 @@ def test_photos_are_found_by_name_and_in_several_files(tmp_path, photos):
         assert np.array_equal(found.read(photos[i], 32, "squash")[0], features[i].astype(np.float16))
 
 
+def test_ids_that_may_be_names_of_other_photos_are_refused(tmp_path, photos):
+    records = [replace(record, name=f"{i}.png", image_id=5 - i) for i, record in enumerate(photos)]
+    features, boxes = random_regions(6)
+    path = write_features(tmp_path / "f", "keyed", range(6), features, boxes)
+    with pytest.raises(InputError, match=r"its photos, such as \d, may be file names or ids, of other photos"):
+        RegionFeatures([str(path)], records)
+    found = RegionFeatures([str(path)], [*records[:5], replace(records[5], name="other.png")])  # ids find more
+    assert np.array_equal(found.read(records[0], 32, "squash")[0], features[5].astype(np.float16))
+
+
+def test_entries_that_may_mean_the_same_photo_are_none_of_it(tmp_path, photos):
+    names = [f"{folder}/photo{i}.png" for folder in ("a", "b") for i in range(2)] + ["photo2", "c/photo3.png"]
+    features, boxes = random_regions(6)
+    path = write_features(tmp_path / "f", "tsv", names, features, boxes)
+    found = RegionFeatures([str(path)], photos[:4])
+    assert [record.name for record in found.missing] == ["photo0.png", "photo1.png"]
+
+
 def test_grids_and_vectors_are_regions_too(tmp_path, photos):
     for name, shape in (("grid_att", (2, 3, 5)), ("vector", (5,))):
         (tmp_path / name).mkdir()
@@ -157,10 +177,44 @@ def damage(layout, tmp_path, photos, change):
         (lambda f, b: (f[:, :4], b), "photo 12 has 4 features and boxes, unlike the first photo"),
         (lambda f, b: (f, b[:, [2, 3, 0, 1]]), "photo 12 has no box with an area in the image"),
         (lambda f, b: (f, b[:2]), "photo 12 has"),
+        (lambda f, b: (f[:, :0], b), "photo 12 has"),
     ],
 )
 def test_damaged_features_are_named(tmp_path, photos, layout, change, message):
     assert message in damage(layout, tmp_path, photos, change)
+
+
+def test_whatever_a_damaged_file_raises_is_one_line(tmp_path, photos):
+    features, boxes = random_regions(6)
+    path = write_features(tmp_path / "f", "folder", range(10, 16), features, boxes)
+    content = bytearray((path / "12.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (path / "12.npz").write_bytes(content)
+    (path / "13.npz").write_bytes(b"PK\x03\x04")
+    np.savez(path / "14.npz", other=features[0])
+    (tmp_path / "f" / "cocobu_box" / "15.npy").unlink()
+    found = RegionFeatures([str(path)], photos)
+    for i, message in ((2, "a damaged entry: "), (3, "a damaged entry: "), (4, "feat"), (5, "15.npy")):
+        with pytest.raises(InputError, match=f"photo {10 + i} has a damaged entry: .*") as error:
+            found.read(photos[i], 32, "squash")
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_layouts_that_are_not_read_are_named(tmp_path, photos):
+    with h5py.File(tmp_path / "adaptive.hdf5", "w") as file:
+        file["image_features"], file["pos_boxes"] = np.zeros((9, 5)), np.zeros((3, 2))
+    with pytest.raises(InputError, match=r"image_features has 2 axes, .* \(pos_boxes\) are not read"):
+        RegionFeatures([str(tmp_path / "adaptive.hdf5")], photos)
+    for name in ("a_att", "b_att"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="has a_att and b_att, give one"):
+        RegionFeatures([str(tmp_path / "two")], photos)
+
+
+def test_the_current_folder_may_be_given(tmp_path, photos, monkeypatch):
+    features, boxes = random_regions(6)
+    monkeypatch.chdir(write_features(tmp_path / "f", "folder", range(10, 16), features, boxes))
+    assert RegionFeatures(["."], photos).has_boxes
 
 
 def test_regions_without_area_are_left_out(tmp_path, photos):
@@ -251,18 +305,71 @@ def test_prepared_folders_hold_the_features(tmp_path, prepared):
     prepare, (features, boxes), path = prepared
     status, out, _ = prepare()
     assert status == 0 and "region features: 5 of each region, with boxes\n" in out
-    stored = StoredRegions(tmp_path / "data" / "train_regions.hdf5")
+    metadata = read_metadata(tmp_path / "data")
+    stored = StoredRegions(tmp_path / "data", "train", metadata)
     for i in range(5):
         assert np.array_equal(stored[i][0], features[i].astype(np.float16))
         np.testing.assert_allclose(stored[i][1], boxes[i] / np.float32([*SIZE, *SIZE]), atol=1e-6)
-    assert read_json(tmp_path / "data" / "dataset.json")["region_features"] == {"dim": 5, "has_boxes": True}
+    assert region_info(metadata) == (5, True)
     assert "exists already" in prepare()[1]
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2] + lines[3:]))
     status, _, err = prepare("--overwrite")
     assert status == 2 and err.endswith("1 of 6 photos are missing: photo2.png\n")
+    damaged = b"photo0\t80\t40\t2\tAAAA\tAAAA\n"
+    path.write_bytes(b"".join([damaged, *lines[1:2], *lines[3:]]))
     status, out, err = prepare("--overwrite", "--skip_broken")
-    assert status == 0 and "photo2.png: has no region features" in err and "train: 4 images" in out
+    assert status == 0 and "photo2.png: has no region features" in err and "train: 3 images" in out, err
+    assert "photo photo0 has a damaged entry" in err
+    metadata = read_metadata(tmp_path / "data")
+    stored = StoredRegions(tmp_path / "data", "train", metadata)
+    assert np.array_equal(stored[0][0], features[1].astype(np.float16)) and len(stored.offsets) == 4
+
+
+def test_a_file_of_another_split_or_folder_is_refused(tmp_path, prepared):
+    assert prepared[0]()[0] == 0
+    data, metadata = tmp_path / "data", read_metadata(tmp_path / "data")
+    shutil.copy(data / "val_regions.hdf5", data / "train_regions.hdf5")
+    with pytest.raises(InputError, match=r"train_regions\.hdf5 is not the file that dataset.json describes: run"):
+        StoredRegions(data, "train", metadata)
+    for change in (lambda path: path.write_bytes(b"x"), lambda path: path.unlink()):
+        change(data / "train_regions.hdf5")
+        with pytest.raises(InputError, match=r"train_regions\.hdf5 is missing or damaged: run create_input_files.py"):
+            StoredRegions(data, "train", metadata)
+
+
+def test_a_model_that_needs_boxes_gets_no_features_without(tmp_path, prepared, photos, command):
+    assert prepared[0]()[0] == 0
+    settings = replace(SMALL, fine_tune_encoder=False, regions="features", box_features=True, epochs=1)
+    assert command(train, *flags(tmp_path / "data", tmp_path / "run", settings))[0] == 0
+    (tmp_path / "vectors").mkdir()
+    for record in photos:
+        np.save(tmp_path / "vectors" / f"{Path(record.name).stem}.npy", np.ones((2, 5), np.float32))
+    photo, best = photos[0].path, tmp_path / "run" / "best.pt"
+    status, _, err = command(
+        caption_script, photo, "--checkpoint", best, "--region_features", tmp_path / "vectors", "--no-pictures"
+    )
+    assert status == 2 and "vectors: without boxes, which the model needs" in err
+    assert prepared[0]("--overwrite", "--region_features", tmp_path / "vectors")[0] == 0
+    status, _, err = command(eval_script, "--checkpoint", best, "--data_folder", tmp_path / "data", "--split", "val")
+    assert status == 2 and "has region features without boxes, which the model needs" in err
+    without = replace(settings, box_features=False, grounding_weight=1.0)
+    status, _, err = command(train, *flags(tmp_path / "data", tmp_path / "other", without))
+    assert status == 2 and "--grounding_weight: the region features of" in err and "have no boxes" in err
+
+
+@pytest.mark.slow
+def test_workers_and_resumed_runs_see_the_same_features(tmp_path, prepared, command):
+    assert prepared[0]()[0] == 0
+    settings = replace(SMALL, fine_tune_encoder=False, regions="features", epochs=2, batch_size=2)
+    for name, changes in (("one", {}), ("workers", {"workers": 2}), ("resumed", {"epochs": 1})):
+        status, _, err = command(train, *flags(tmp_path / "data", tmp_path / name, replace(settings, **changes)))
+        assert status == 0, err
+    expected = weights(tmp_path / "one" / "last.pt")
+    for name, value in weights(tmp_path / "workers" / "last.pt").items():
+        assert torch.equal(value, expected[name]), name
+    status, _, err = command(train, "--resume", tmp_path / "resumed" / "last.pt", "--epochs", 2)
+    assert status == 0 and [row["epoch"] for row in read_jsonl(tmp_path / "resumed" / "log.jsonl")] == [1, 2], err
 
 
 def test_a_model_of_region_features_goes_through_the_scripts(tmp_path, prepared, command):
@@ -284,6 +391,7 @@ def test_a_model_of_region_features_goes_through_the_scripts(tmp_path, prepared,
     for bad, message in (
         (("--hflip",), "--hflip: region features are those of the photos as they are"),
         (("--fine_tune_encoder",), "--fine_tune_encoder: --regions features has no encoder"),
+        (("--encoder", "resnet18"), "--encoder: --regions features has no encoder, leave it out"),
     ):
         extra = [each for each in flags(data, tmp_path / "other", settings) if each != f"--no-{bad[0][2:]}"]
         status, _, err = command(train, *extra, *bad)
