@@ -10,6 +10,7 @@ Shapes: N regions of a photo, F features of a region. A box is left, top, right,
 """
 
 import base64
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -234,9 +235,16 @@ class RegionFeatures:
         self.missing = [record for i, record in enumerate(records) if i not in found]
         if not found:
             raise InputError(f"--region_features {paths[0]}: has none of the photos, such as {records[0].name}")
-        first = self._read(*found[min(found)])
+        first = self._first_readable([found[i] for i in sorted(found)])
         self.feature_dim, self.has_boxes = first.features.shape[1], first.boxes is not None
         self.bytes_of_first = len(first.features) * (2 * self.feature_dim + 16)  # as they are stored
+
+    def _first_readable(self, entries: Sequence[tuple[Reader, str]]) -> RegionSet:
+        """The first entry that is not damaged. Raises the InputError of the last one where all are."""
+        for entry in entries[:-1]:
+            with contextlib.suppress(InputError):
+                return self._read(*entry)
+        return self._read(*entries[-1])
 
     def has(self, record: ImageRecord) -> bool:
         """Whether a file has the record's photo."""
@@ -262,7 +270,7 @@ class RegionFeatures:
         regions = self._read(reader, key)
         if regions.features.shape[1] != self.feature_dim or (regions.boxes is not None) != self.has_boxes:
             boxes = "boxes" if regions.boxes is not None else "no boxes"
-            raise _damaged(reader, key, f"{regions.features.shape[1]} features and {boxes}, unlike the first photo")
+            raise _damaged(reader, key, f"{regions.features.shape[1]} features and {boxes}, unlike the others")
         with np.errstate(over="ignore"):
             features = regions.features.astype(np.float16)
         if not np.isfinite(features).all():

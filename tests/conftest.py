@@ -83,10 +83,10 @@ def random_batch(captions, seed=0):
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
-def build(settings: train.Settings, vocab_size: int, image_size: int = 32) -> Captioner:
+def build(settings: train.Settings, vocab_size: int, image_size: int = 32, feature_dim: int = 0) -> Captioner:
     """A new captioner of these settings."""
     return build_captioner(
-        vocab_size, image_size, "squash", 0, settings.fine_tune_encoder, **model_settings(asdict(settings))
+        vocab_size, image_size, "squash", feature_dim, settings.fine_tune_encoder, **model_settings(asdict(settings))
     )
 
 

@@ -185,6 +185,55 @@ def test_every_model(variant, tmp_path):
         assert not all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
+OF_REGION_FEATURES = {
+    "soft": {},
+    "adaptive-dim0": {"attention": "adaptive", "region_dim": 0},
+    "up_down-boxes": {"decoder": "up_down", "box_features": True},
+    "transformer-geometry": {"decoder": "transformer", "encoder_layers": 1, "geometry": True},
+    "spatial-gat": {"graph_layers": 1, "graph_edges": "spatial"},
+    "similar-gcn": {"graph_layers": 1, "graph_edges": "similar", "graph_layer": "gcn"},
+}
+
+
+@pytest.mark.parametrize("variant", OF_REGION_FEATURES)
+def test_models_of_region_features(variant, tmp_path):
+    """Photos with different numbers of regions: learned, searched as each alone, and kept by a checkpoint."""
+    changes = {"regions": "features", "fine_tune_encoder": False, "dropout": 0.0, **OF_REGION_FEATURES[variant]}
+    settings = replace(SMALL, label_smoothing=0.0, **changes)
+    torch.manual_seed(0)
+    captioner = build(settings, len(WORDS), feature_dim=8).train()
+    sizes, generator = (3, 1, 4, 2), torch.Generator().manual_seed(1)
+    corners = [torch.rand(n, 2, 2, generator=generator).sort(dim=1).values.flatten(1) for n in sizes]
+    features = [torch.randn(n, 8, generator=generator) for n in sizes]
+    batch = collate(list(map(Example, range(4), features, CAPTIONS, corners)), is_features=True)
+    assert batch.inputs.shape == (4, 4, 8) and batch.boxes.shape == (4, 4, 4)
+    optimizer = make_optimizer(captioner, settings)
+    losses = [train.train_step(captioner, optimizer, batch, settings, CPU)[0] / batch.counts()[0] for _ in range(80)]
+    assert losses[-1] < 0.5 < losses[0]
+    assert all(param.grad.isfinite().all() for param in captioner.parameters() if param.grad is not None)
+    captioner.eval()
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "model": captioner.state_dict(),
+        "model_settings": model_settings(asdict(settings)),
+        "image_size": 32,
+        "resize": "squash",
+        "feature_dim": 8,
+        "fine_tune_encoder": False,
+        "words": WORDS,
+    }
+    torch.save(checkpoint, tmp_path / "best.pt")
+    loaded, _ = load_captioner(tmp_path / "best.pt", "cpu")
+    with torch.no_grad():
+        encoded = loaded.encode(batch.inputs, True, batch.boxes)
+        together = search(loaded, encoded)
+        for b, index in enumerate(batch.indices):
+            alone = captioner.encode(features[index].unsqueeze(0), True, corners[index].unsqueeze(0))
+            torch.testing.assert_close(encoded.regions[b, : sizes[index]], alone.regions[0])
+            found = search(captioner, alone)[0].tolist()
+            assert together[b].tolist()[: len(found)] == found
+
+
 def change(name, value):
     """A change of a checkpoint: its setting of this name."""
     return lambda checkpoint: checkpoint["model_settings"].update({name: value})

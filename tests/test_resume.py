@@ -353,6 +353,17 @@ def test_init_from_takes_settings_that_no_weight_depends_on(command, shapes, run
     assert best["settings"][flag] == best["model_settings"][flag] == value
 
 
+@pytest.mark.parametrize("start", ["--init_from", "--resume"])
+def test_flags_of_layers_that_are_not_there_are_refused_from_a_checkpoint_too(
+    command, shapes, run_folder, tmp_path, start
+):
+    checkpoint = run_folder / ("best.pt" if start == "--init_from" else "last.pt")
+    arguments = (start, checkpoint, "--graph_edges", "grid", "--epochs", 9)
+    arguments += ("--data_folder", shapes, "--run_folder", tmp_path / "run") * (start == "--init_from")
+    status, _, err = command(train, *arguments)
+    assert status == 2 and "--graph_edges is a setting of --graph_layers: give --graph_layers, too" in err, err
+
+
 def test_a_checkpoint_may_be_older_than_a_setting(command, shapes, run_folder, tmp_path):
     checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
     for key in ("settings", "defaults"):

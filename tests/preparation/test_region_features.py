@@ -174,7 +174,7 @@ def damage(layout, tmp_path, photos, change):
         (lambda f, b: (f + 1e5, b), "photo 12 has features that are not finite, or too large for float16"),
         (lambda f, b: (f, b + 50), "photo 12 has boxes beyond its 80 x 40 pixels: give the photos"),
         (lambda f, b: (f, b * np.nan), "photo 12 has boxes beyond its 80 x 40"),
-        (lambda f, b: (f[:, :4], b), "photo 12 has 4 features and boxes, unlike the first photo"),
+        (lambda f, b: (f[:, :4], b), "photo 12 has 4 features and boxes, unlike the others"),
         (lambda f, b: (f, b[:, [2, 3, 0, 1]]), "photo 12 has no box with an area in the image"),
         (lambda f, b: (f, b[:2]), "photo 12 has"),
         (lambda f, b: (f[:, :0], b), "photo 12 has"),
