@@ -415,23 +415,36 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
+NUM_PHOTOS = 1000
+
+
+def peak_memory(folder, output, *more):
+    """The peak memory in MB of preparing the photos of a folder."""
+    arguments = ["--dataset", "mine", "--captions", folder / "captions.csv", "--images", folder / "photos"]
+    arguments += ["--image_size", 32, "--output_folder", output, *more]
+    command = [sys.executable, "-c", PEAK, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def many_photos(tmp_path_factory):
+    """A folder of 1,000 photos with captions, random regions for them (295 MB), and the memory without regions."""
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "photos").mkdir()
+    for i in range(NUM_PHOTOS):
+        Image.new("RGB", SIZE).save(folder / "photos" / f"{i}.png")
+    (folder / "captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,a dog\n" for i in range(NUM_PHOTOS)))
+    return folder, random_regions(NUM_PHOTOS, 36, 2048), peak_memory(folder, folder / "without")
+
+
 @pytest.mark.parametrize("layout", ["npy folder", "tsv", "keyed", "stacked"])
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_features(tmp_path, layout):
-    num_photos = 1000
-    (tmp_path / "photos").mkdir()
-    for i in range(num_photos):
-        Image.new("RGB", SIZE).save(tmp_path / "photos" / f"{i}.png")
-    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,a dog\n" for i in range(num_photos)))
-    features, boxes = random_regions(num_photos, 36, 2048)  # 295 MB
-    path = write_features(tmp_path / "f", layout, range(num_photos), features, boxes)
-    arguments = ["--dataset", "mine", "--captions", tmp_path / "captions.csv", "--images", tmp_path / "photos"]
-    arguments += ["--image_size", 32, "--output_folder"]
-    peaks = []
-    for name, more in (("without", []), ("with", ["--region_features", path])):
-        command = [sys.executable, "-c", PEAK, *map(str, [*arguments, tmp_path / name, *more])]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.splitlines()[-1]))
-    assert peaks[1] < peaks[0] + 60, peaks
+def test_memory_does_not_grow_with_the_features(tmp_path, many_photos, layout):
+    folder, regions, without = many_photos
+    path = write_features(tmp_path / "f", layout, range(NUM_PHOTOS), *regions)
+    peak = peak_memory(folder, tmp_path / "with", "--region_features", path)
+    assert peak < without + 60, (peak, without)
     total = sum((tmp_path / "with" / f"{split}_regions.hdf5").stat().st_size for split in ("train", "val", "test"))
-    assert total == pytest.approx(num_photos * 36 * (2048 * 2 + 16), rel=0.02)
+    assert total == pytest.approx(NUM_PHOTOS * 36 * (2048 * 2 + 16), rel=0.02)
+    shutil.rmtree(tmp_path)
