@@ -98,19 +98,15 @@ class CaptionDataset(Dataset):
         self, data_folder: str | Path, split: str, vocabulary: Vocabulary, metadata: dict[str, Any] | None = None
     ) -> None:
         self.metadata = metadata or read_metadata(data_folder)
-        self.entries, self.references = read_captions(data_folder, split, self.metadata)
+        self.entries, self.references, self.objects = read_captions(data_folder, split, self.metadata)
         self.captions = self.references.encode(vocabulary)
         self.split, self.images_path = split, Path(data_folder) / f"{split}_images.hdf5"
-        self.has_boxes = all("objects" in entry for entry in self.entries) and any(
-            entry["objects"] for entry in self.entries
-        )
+        self.has_boxes = self.objects.any()
         self.flipped_ids = vocabulary.flipped_ids
         self.feature_paths: list[Path] = []  # of the images and, where wanted, of the flipped images
         self.uses_region_features = False
-        # Of arrays: tensors would each take a file handle in a process that is spawned.
-        self.boxes: list[np.ndarray] = []
-        self.object_boxes: list[np.ndarray] = []
-        self.names: list[list[list[int]]] = []
+        self.uses_objects = False
+        self.word_ids: list[list[int]] | None = None  # of `objects.words`, the ids of those that name the object
         self.memory: Tensor | None = None
         self._opened: tuple[int | None, Any] = (None, None)  # process id, arrays
 
@@ -122,8 +118,10 @@ class CaptionDataset(Dataset):
         captions = self.captions[index]
         if flipped:
             captions = [[self.flipped_ids.get(word, word) for word in caption] for caption in captions]
-        boxes = self.boxes[index] if self.boxes else None
-        object_boxes = self.object_boxes[index] if self.object_boxes else None
+        boxes = self.objects.boxes(index) if self.uses_objects else None
+        object_boxes = names = None
+        if self.word_ids is not None:
+            object_boxes, names = self.objects.boxes(index), self.objects.names(index, self.word_ids, MIN_SCORE)
         if self.uses_region_features:
             assert not flipped, "region features are those of the photos as they are"
             array, boxes = self._arrays()[index]
@@ -134,7 +132,6 @@ class CaptionDataset(Dataset):
         boxes, object_boxes = (None if x is None else torch.from_numpy(x) for x in (boxes, object_boxes))
         if flipped:
             boxes, object_boxes = (None if x is None else flip_boxes(x) for x in (boxes, object_boxes))
-        names = self.names[index] if self.names else None
         return Example(index, torch.from_numpy(np.array(array)), captions, boxes, object_boxes, names)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,20 +153,22 @@ class CaptionDataset(Dataset):
 
     def use_objects(self) -> None:
         """Yield the boxes of the images' objects from now on. Raises InputError where the split has none."""
-        self.boxes = self._boxes_of_objects("which this model looks at")
+        self._require_objects("which this model looks at")
+        self.uses_objects = True
 
     def use_names(self, vocabulary: Vocabulary) -> None:
         """Yield the words that name objects, and their boxes, from now on. Raises InputError as `use_objects`."""
-        self.object_boxes = self._boxes_of_objects("which --grounding_weight needs")
-        self.names = words_that_name(self.entries, vocabulary)
+        self._require_objects("which --grounding_weight needs")
+        self.word_ids = [
+            [vocabulary.word2idx[noun] for noun in nouns_of(words) if noun in vocabulary.word2idx]
+            for words in self.objects.words
+        ]
 
-    def _boxes_of_objects(self, purpose: str) -> list[np.ndarray]:
+    def _require_objects(self, purpose: str) -> None:
         if not self.has_boxes:
             raise InputError(
                 f"{self.images_path.parent} has no objects, {purpose}: run create_input_files.py again with --objects"
             )
-        boxes = ([item["box"] for item in entry["objects"]] for entry in self.entries)
-        return [np.array(each, np.float32).reshape(-1, 4) for each in boxes]
 
     def load_into_memory(self) -> None:
         """Read all images into memory, once for all workers."""
@@ -186,21 +185,6 @@ class CaptionDataset(Dataset):
                 opened = [np.load(path, mmap_mode="r") for path in self.feature_paths]
             self._opened = (os.getpid(), opened or h5py.File(self.images_path)["images"])
         return self._opened[1]
-
-
-def words_that_name(entries: list[dict[str, Any]], vocabulary: Vocabulary) -> list[list[list[int]]]:
-    """For each image, of each of its objects, the ids of the words that name it; none for one of a low score."""
-    ids: dict[str, list[int]] = {"": []}
-    found = []
-    for entry in entries:
-        found.append([])
-        for item in entry["objects"]:
-            name = " ".join(item["words"]) if item.get("score", 1.0) >= MIN_SCORE else ""
-            if name not in ids:
-                nouns = nouns_of(item["words"])
-                ids[name] = [vocabulary.word2idx[noun] for noun in nouns if noun in vocabulary.word2idx]
-            found[-1].append(ids[name])
-    return found
 
 
 def collate(examples: Sequence[Example], is_features: bool = False) -> Batch:

@@ -56,16 +56,15 @@ def judge(caption: str, objects: Sequence[dict[str, Any]]) -> tuple[bool, bool] 
 
 def main(settings: Settings) -> None:
     """Print the counts and shares."""
-    entries, _ = read_captions(settings.data_folder, settings.split)
+    entries, _, objects = read_captions(settings.data_folder, settings.split)
     results = read_json(settings.results)
-    if not all("objects" in entry for entry in entries):
+    if not objects.any():
         raise InputError(f"{settings.data_folder} has no objects: is it one of shapes?")
     if not isinstance(results, list) or not all(isinstance(item, dict) and "caption" in item for item in results):
         raise InputError(f"{settings.results}: not captions that eval.py wrote, results_*.json")
     if [item.get("image_id") for item in results] != [entry["image_id"] for entry in entries]:
         raise InputError(f"{settings.results}: not of the {settings.split} split of {settings.data_folder}")
-    pairs = zip(results, entries, strict=True)
-    judged = [judge(item["caption"], entry["objects"]) for item, entry in pairs]
+    judged = [judge(item["caption"], each) for item, each in zip(results, objects, strict=True)]
     relating = [each for each in judged if each is not None]
     if not relating:
         raise InputError(f"{settings.results}: no caption relates two shapes, such as {results[0]['caption']}")

@@ -247,7 +247,7 @@ def draw_self_critical(picture: np.ndarray, captions: list[str], rewards: list[f
 def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> None:
     """Draw what a model trained on shapes does with scenes of the test split."""
     captioner, vocabulary = load_captioner(settings.shapes_checkpoint, runtime.device)
-    entries, packed = read_captions(settings.data_folder, "test")
+    entries, packed, objects = read_captions(settings.data_folder, "test")
     references = packed.decode()
 
     def scene(index: int) -> tuple[np.ndarray, Tensor]:
@@ -262,7 +262,7 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
 
     picture, image = scene(attention)
     caption = caption_images(captioner, vocabulary, image[None], DecodingSettings(beam_size=3), runtime)[0]
-    figure = draw_attention_shapes(picture, caption.words, caption.alpha.numpy(), entries[attention]["objects"])
+    figure = draw_attention_shapes(picture, caption.words, caption.alpha.numpy(), objects[attention])
     save_figure(figure, folder / "attention_shapes.png")
 
     picture, image = scene(samples)

@@ -1,6 +1,6 @@
 """Whether the attention falls on the object that a word names."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from text.nouns import nouns_of
 
 
 def attention_metrics(
-    entries: Sequence[dict[str, Any]],
+    objects: Iterable[list[dict[str, Any]]],
     captions: Sequence[list[str]],
     alphas: Sequence[Tensor],
     regions: Sequence[Tensor],
@@ -29,14 +29,14 @@ def attention_metrics(
     are 0.
 
     Args:
-        entries: for each image a dictionary with its "objects", each of "words", a "box" in [0, 1] and, where it was
-            detected, its "score", which must be 0.3 or more.
+        objects: for each image its objects, each of "words", a "box" in [0, 1] and, where it was detected, its "score",
+            which must be 0.3 or more.
         captions: for each image a caption, a list of T words.
         alphas: for each image the attention weights (T, R) of its caption.
         regions: for each image the boxes (R, 4) of what the attention looks at, with edges in [0, 1].
     """
     measured = []
-    for i, alpha, boxes in _named_objects(entries, captions, alphas):
+    for i, alpha, boxes in _named_objects(objects, captions, alphas):
         inside = are_inside(regions[i].unsqueeze(0), torch.tensor(boxes).view(1, -1, 4))[0].any(dim=1)
         entropy = torch.special.entr(alpha.float()).sum()
         measured.append((inside[alpha.argmax()].float(), alpha[inside].float().sum(), entropy))
@@ -45,16 +45,16 @@ def attention_metrics(
 
 
 def _named_objects(
-    entries: Sequence[dict[str, Any]], captions: Sequence[list[str]], alphas: Sequence[Tensor]
+    objects: Iterable[list[dict[str, Any]]], captions: Sequence[list[str]], alphas: Sequence[Tensor]
 ) -> Iterator[tuple[int, Tensor, list[list[float]]]]:
     """Yield for each noun of an object the image, the attention weights (R,), and the boxes of what it names."""
-    certain = [[item for item in entry["objects"] if item.get("score", 1.0) >= MIN_SCORE] for entry in entries]
-    nouns = {" ".join(item["words"]): nouns_of(item["words"]) for objects in certain for item in objects}
+    certain = [[item for item in each if item.get("score", 1.0) >= MIN_SCORE] for each in objects]
+    nouns = {" ".join(item["words"]): nouns_of(item["words"]) for each in certain for item in each}
     known = set().union(*nouns.values())
-    are_detected = any("score" in item for objects in certain for item in objects)
-    for i, (objects, words, alpha) in enumerate(zip(certain, captions, alphas, strict=True)):
+    are_detected = any("score" in item for each in certain for item in each)
+    for i, (of_image, words, alpha) in enumerate(zip(certain, captions, alphas, strict=True)):
         for t, word in enumerate(words):
-            candidates = [item for item in objects if word in nouns[" ".join(item["words"])]]
+            candidates = [item for item in of_image if word in nouns[" ".join(item["words"])]]
             if candidates or (word in known and not are_detected):
                 exact = [item for item in candidates if t and item["words"][-2:-1] == [words[t - 1]]]
                 yield i, alpha[t], [item["box"] for item in exact or candidates]

@@ -90,6 +90,6 @@ def evaluate(
     row["images_per_second"] = len(images) / seconds
     if datasets[0].has_boxes and captioner.decoder.has_attention:
         row |= attention_metrics(
-            datasets[0].entries, captions, [image.alpha for image in images], [image.boxes for image in images]
+            datasets[0].objects, captions, [image.alpha for image in images], [image.boxes for image in images]
         )
     return [*rows, row], captions

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from common.files import require_writable, save_figure
-from preparation.storage import SPLITS, PackedCaptions, read_captions, read_metadata
+from preparation.storage import SPLITS, PackedCaptions, SplitContent, read_captions, read_metadata
 
 COLUMNS, ROWS = 6, 4
 MAX_BOXES = 8  # drawn into a photo, of the highest scores: more would hide it
@@ -28,8 +28,8 @@ def plot_preview(data_folder: str | Path) -> list[Path]:
     filled = [split for split in SPLITS if metadata["splits"][split]["images"]]
     contents = {split: read_captions(folder, split, metadata) for split in filled}
     figures = {
-        folder / "contact_sheet.png": plot_photos(folder, filled[0], *contents[filled[0]]),
-        folder / "words.png": plot_words({split: captions for split, (_, captions) in contents.items()}),
+        folder / "contact_sheet.png": plot_photos(folder, filled[0], contents[filled[0]]),
+        folder / "words.png": plot_words({split: content.captions for split, content in contents.items()}),
     }
     missing_glyphs = [save_figure(figure, path) for path, figure in figures.items()]
     if any(missing_glyphs):
@@ -37,8 +37,9 @@ def plot_preview(data_folder: str | Path) -> list[Path]:
     return list(figures)
 
 
-def plot_photos(folder: Path, split: str, entries: list[dict[str, Any]], captions: PackedCaptions) -> Figure:
+def plot_photos(folder: Path, split: str, content: SplitContent) -> Figure:
     """A figure of images evenly spaced over a split, each with its first two captions and the boxes of its objects."""
+    captions = content.captions
     count = min(COLUMNS * ROWS, len(captions))
     indices = [i * len(captions) // count for i in range(count)]
     rows = -(-count // COLUMNS)
@@ -48,7 +49,7 @@ def plot_photos(folder: Path, split: str, entries: list[dict[str, Any]], caption
         images: Any = file["images"]
         for tile, index in zip(tiles, indices, strict=False):
             tile.imshow(images[index].transpose(1, 2, 0))
-            _plot_boxes(tile, entries[index].get("objects", [])[:MAX_BOXES], images.shape[-1])
+            _plot_boxes(tile, content.objects[index][:MAX_BOXES], images.shape[-1])
             texts = [" ".join(captions.idx2word[word_id] for word_id in caption) for caption in captions[index][:2]]
             wrapped = ["\n".join(textwrap.wrap(text, 34, max_lines=3, placeholder=" ...")) for text in texts]
             tile.set_xlabel("\n\n".join(wrapped), fontsize=8, parse_math=False)

@@ -111,10 +111,71 @@ class PackedCaptions:
         return PackedCaptions(vocabulary.idx2word, word_ids, offsets, self.image_offsets)
 
 
-def read_captions(
-    data_folder: str | Path, split: str, metadata: dict[str, Any] | None = None
-) -> tuple[list[dict[str, Any]], PackedCaptions]:
-    """One split's images in order, [{"image", "image_id", and "objects" where known}], and their captions.
+class PackedObjects:
+    """The objects of a split in arrays: item i is the list of those of image i, as its entry in the captions file has
+    them: dictionaries of "words", a "box" and, where it was detected, a "score".
+
+    Lists of dictionaries take ten times the memory.
+    """
+
+    def __init__(self) -> None:
+        self.words: list[list[str]] = []  # that name objects, each once
+        self.known = True  # whether all images say which objects they have
+        self._word_indices: dict[str, int] = {}
+        self._names, self._boxes, self._scores = array("i"), array("d"), array("d")  # score -1: none
+        self._offsets = array("q", [0])  # image i has the objects offsets[i] to offsets[i + 1]
+
+    def append(self, objects: list[dict[str, Any]] | None) -> None:
+        """Add the objects of the next image; None where they are not known."""
+        self.known &= objects is not None
+        for item in objects or []:
+            name = " ".join(item["words"])
+            if name not in self._word_indices:
+                self._word_indices[name] = len(self.words)
+                self.words.append(item["words"])
+            self._names.append(self._word_indices[name])
+            self._boxes.extend(item["box"])
+            self._scores.append(item.get("score", -1.0))
+        self._offsets.append(len(self._names))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        found = []
+        for i in range(self._offsets[index], self._offsets[index + 1]):
+            item = {"words": self.words[self._names[i]], "box": self._boxes[4 * i : 4 * i + 4].tolist()}
+            found.append(item | ({"score": self._scores[i]} if self._scores[i] >= 0 else {}))
+        return found
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        return map(self.__getitem__, range(len(self)))
+
+    def any(self) -> bool:
+        """Whether there is an object, and all images say which they have."""
+        return self.known and len(self._names) > 0
+
+    def boxes(self, index: int) -> np.ndarray:
+        """The boxes of an image's objects, (N, 4) float32."""
+        first, last = self._offsets[index], self._offsets[index + 1]
+        return np.array(self._boxes[4 * first : 4 * last], np.float32).reshape(-1, 4)
+
+    def names(self, index: int, of_words: list[Any], min_score: float) -> list[Any]:
+        """For each of an image's objects the item of `of_words` at its index in `words`; [] for a lower score."""
+        objects = range(self._offsets[index], self._offsets[index + 1])
+        return [of_words[self._names[i]] if not 0 <= self._scores[i] < min_score else [] for i in objects]
+
+
+class SplitContent(NamedTuple):
+    """What a split's captions file holds of its images, in order."""
+
+    entries: list[dict[str, Any]]  # [{"image", "image_id"}]
+    captions: PackedCaptions
+    objects: PackedObjects
+
+
+def read_captions(data_folder: str | Path, split: str, metadata: dict[str, Any] | None = None) -> SplitContent:
+    """One split's images in order, their captions and their objects.
 
     `metadata` is the folder's where it is read already. Raises InputError where the split is empty or the files are
     not those that dataset.json describes.
@@ -125,8 +186,8 @@ def read_captions(
         filled = " ".join(name for name in SPLITS if metadata["splits"][name]["images"])
         raise InputError(f"the {split} split of {data_folder} is empty (filled: {filled})")
     images_path = Path(data_folder) / f"{split}_images.hdf5"
-    captions_path, entries = Path(data_folder) / f"{split}_captions.json", []
-    captions = PackedCaptions.pack(iter_captions(captions_path, entries))
+    captions_path, entries, objects = Path(data_folder) / f"{split}_captions.json", [], PackedObjects()
+    captions = PackedCaptions.pack(iter_captions(captions_path, entries, objects))
     try:
         with open_images(images_path) as images:
             stored = (images.shape[0], images.file.attrs.get("digest"))
@@ -141,7 +202,7 @@ def read_captions(
             raise InputError(
                 f"{path} is not the file that dataset.json describes: run create_input_files.py again with --overwrite"
             )
-    return entries, captions
+    return SplitContent(entries, captions, objects)
 
 
 @contextlib.contextmanager
@@ -237,8 +298,8 @@ def write_captions(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
         file.write("\n]\n")
 
 
-def iter_captions(path: str | Path, entries: list[dict[str, Any]]) -> Iterator[list[list[str]]]:
-    """Yield each image's captions from what `write_captions` wrote, and append the rest of it to `entries`.
+def iter_captions(path: str | Path, entries: list[dict[str, Any]], objects: PackedObjects) -> Iterator[list[list[str]]]:
+    """Yield each image's captions from what `write_captions` wrote; its objects and the rest of it are appended.
 
     Raises InputError where the file is missing or damaged.
     """
@@ -249,6 +310,7 @@ def iter_captions(path: str | Path, entries: list[dict[str, Any]]) -> Iterator[l
                     continue
                 entry = json.loads(line.rstrip(",\n"))
                 captions = [caption["words"] for caption in entry.pop("captions")]
+                objects.append(entry.pop("objects", None))
                 entries.append(entry)
                 yield captions
     except FileNotFoundError:

@@ -48,7 +48,7 @@ def test_boxes_come_with_their_images(shapes):
     dataset = CaptionDataset(shapes, "train", Vocabulary.load(shapes))
     assert collate([dataset[0, False]]).boxes is None
     dataset.use_objects()
-    boxes = {i: [item["box"] for item in entry["objects"]] for i, entry in enumerate(dataset.entries)}
+    boxes = {i: [item["box"] for item in objects] for i, objects in enumerate(dataset.objects)}
     (batch,) = make_loader(dataset, [[(i, i % 2 == 0) for i in range(len(dataset))]])
     assert set(map(len, boxes.values())) == {1, 2} and batch.boxes.shape == (len(dataset), 2, 4)
     for part in [batch, *batch.micro_batches(3)]:
@@ -63,11 +63,11 @@ def test_boxes_come_with_their_images(shapes):
 def test_words_name_the_objects_of_their_images(shapes):
     vocabulary = Vocabulary.load(shapes)
     dataset = CaptionDataset(shapes, "train", vocabulary)
-    dataset.entries[0]["objects"][0]["score"] = 0.1
+    dataset.objects._scores[0] = 0.1
     dataset.use_names(vocabulary)
     (batch,) = make_loader(dataset, [[(i, False) for i in range(len(dataset))]])
     for b, index in enumerate(batch.indices):
-        objects = dataset.entries[index]["objects"]
+        objects = dataset.objects[index]
         for c, caption in enumerate(batch.words[b, :, 1:].tolist()):
             for t, word in enumerate(caption):
                 expected = [vocabulary.idx2word[word] == item["words"][-1] and "score" not in item for item in objects]

@@ -162,7 +162,7 @@ def test_every_format_is_prepared(command, tmp_path, photos, writer):
         assert ("no splits given" in out) != has_splits
         found = {}
         for split in SPLITS:
-            entries, packed = read_captions(tmp_path / "out", split)
+            entries, packed, _ = read_captions(tmp_path / "out", split)
             with h5py.File(tmp_path / "out" / f"{split}_images.hdf5") as file:
                 assert file["images"].shape == (len(entries), 3, 8, 8)
             for entry, captions in zip(entries, packed.decode(), strict=True):

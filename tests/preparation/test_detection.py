@@ -140,8 +140,7 @@ def test_photos_are_prepared_with_what_was_found(tmp_path, photos, detector_weig
     arguments += ["--detector_weights", detector_weights, "--objects", tmp_path / "objects.json"]
     status, out, err = command(create_input_files, *arguments)
     assert status == 0 and "objects in 3 photos, 0 photos have none" in out, err
-    entries, _ = read_captions(tmp_path / "data", "train")
-    assert entries[0]["objects"][0]["words"] == ["dog"]
+    assert read_captions(tmp_path / "data", "train").objects[0][0]["words"] == ["dog"]
     random = [*arguments[:-3], "", "--objects", tmp_path / "nothing.json"]
     status, _, err = command(create_input_files, *random)
     assert status == 2 and f"--detect {NAME}: found nothing in 3 photos" in err

@@ -334,7 +334,7 @@ def assert_complete(output):
     filled = [split for split in SPLITS if metadata["splits"][split]["images"]]
     assert filled and len(Vocabulary.load(output)) == metadata["words"]
     for split in filled:
-        entries, captions = read_captions(output, split)
+        entries, captions, _ = read_captions(output, split)
         described = metadata["splits"][split]
         assert len(entries) == len(captions) == described["images"] and captions.num_captions() == described["captions"]
         assert min(captions.lengths()) > 0

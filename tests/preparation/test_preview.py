@@ -32,7 +32,7 @@ def test_boxes_lie_where_the_objects_are(shapes, monkeypatch):
     figure.set_dpi(100)
     tile = figure.axes[0]
     patch, text = tile.patches[0], tile.texts[0]
-    entry = preview.read_captions(shapes, "train")[0][0]["objects"][0]
+    entry = preview.read_captions(shapes, "train").objects[0][0]
     left, top, right, bottom = (32 * edge - 0.5 for edge in entry["box"])
     assert np.allclose(patch.get_bbox().extents, (left, top, right, bottom)) and text.get_text() == " ".join(
         entry["words"]

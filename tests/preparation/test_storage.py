@@ -8,7 +8,14 @@ import h5py
 import numpy as np
 import pytest
 
-from preparation.storage import PackedCaptions, iter_captions, read_captions, read_metadata, write_captions
+from preparation.storage import (
+    PackedCaptions,
+    PackedObjects,
+    iter_captions,
+    read_captions,
+    read_metadata,
+    write_captions,
+)
 from text.vocabulary import END, START, UNK, Vocabulary
 from utils import InputError
 
@@ -33,7 +40,8 @@ def test_captions_files_are_json_that_is_read_line_by_line(tmp_path):
     write_captions(tmp_path / "captions.json", contents)
     assert json.loads((tmp_path / "captions.json").read_text(encoding="utf-8")) == contents
     entries = []
-    assert PackedCaptions.pack(iter_captions(tmp_path / "captions.json", entries)).decode() == CAPTIONS
+    captions = iter_captions(tmp_path / "captions.json", entries, PackedObjects())
+    assert PackedCaptions.pack(captions).decode() == CAPTIONS
     assert entries == [{"image": "é"}] * 3
 
 
@@ -43,14 +51,28 @@ def test_captions_files_are_json_that_is_read_line_by_line(tmp_path):
 def test_damaged_captions_are_named(tmp_path, line):
     (tmp_path / "captions.json").write_text(f'[\n{{"image": "a", "captions": []}},\n{line}\n]\n')
     with pytest.raises(InputError, match=r"captions\.json, image 2: not valid JSON, run create_"):
-        list(iter_captions(tmp_path / "captions.json", []))
+        list(iter_captions(tmp_path / "captions.json", [], PackedObjects()))
+
+
+def test_packed_objects_are_the_objects():
+    dog = {"words": ["dog"], "box": [0.1, 0.2, 0.3, 0.4], "score": 0.3}
+    images = [[dog, {"words": ["red", "circle"], "box": [0, 0.0, 1, 1]}], [], [dog | {"score": 0.2}]]
+    packed = PackedObjects()
+    for objects in images:
+        packed.append(objects)
+    assert list(packed) == images and len(packed) == 3 and packed.words == [["dog"], ["red", "circle"]]
+    assert packed.boxes(0).shape == (2, 4) and packed.boxes(0).dtype == np.float32 and packed.boxes(1).shape == (0, 4)
+    assert packed.names(0, ["D", "C"], 0.3) == ["D", "C"] and packed.names(2, ["D", "C"], 0.3) == [[]]
+    assert packed.any()
+    packed.append(None)
+    assert not packed.any() and not PackedObjects().any()
 
 
 def test_missing_captions_are_named(tmp_path):
     with pytest.raises(
         InputError, match=r"no such file: .*captions\.json: run create_input_files\.py again with --over"
     ):
-        list(iter_captions(tmp_path / "captions.json", []))
+        list(iter_captions(tmp_path / "captions.json", [], PackedObjects()))
 
 
 @pytest.fixture

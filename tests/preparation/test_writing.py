@@ -74,7 +74,7 @@ def test_images_and_captions_are_in_the_same_order(tmp_path, photos):
     write_folder(folder, photos, replace(SETTINGS, skip_broken=True), None)
     assert [read_metadata(folder)["splits"][split]["images"] for split in SPLITS] == [10, 10, 19]
     for split in SPLITS:
-        entries, _ = read_captions(folder, split)
+        entries, _, _ = read_captions(folder, split)
         with h5py.File(folder / f"{split}_images.hdf5") as file:
             colors = file["images"][:, 0, 4, 4]
         assert np.array_equal(colors, [6 * int(entry["image"].removesuffix(".png")) for entry in entries])
@@ -124,10 +124,10 @@ def test_boxes_lie_where_the_objects_are_in_the_square(tmp_path, size, resize):
     records = [replace(record("a.png"), path=tmp_path / "a.png", objects=objects)]
     (tmp_path / "out").mkdir()
     write_folder(tmp_path / "out", records, replace(SETTINGS, image_size=80, resize=resize), None)
-    ((entry,), _) = read_captions(tmp_path / "out", "train")
+    (objects,) = read_captions(tmp_path / "out", "train").objects
     with h5py.File(tmp_path / "out" / "train_images.hdf5") as file:
         image = file["images"][0].astype(int)
-    found = {item["words"][0]: item["box"] for item in entry["objects"]}
+    found = {item["words"][0]: item["box"] for item in objects}
     for name, color in colors.items():
         rows, columns = np.nonzero(abs(image - np.reshape(color, (3, 1, 1))).sum(0) < 100)
         if name in found:
