@@ -110,7 +110,11 @@ def decode(run, device, settings, common):
     eval.main(eval.Settings((best,), beam_sizes=(3,), **decoding, **common))
     graph_word = "a" if settings.graph_layers else ""
     objects = str(Path(common["data_folder"], "dataset_shapes.json")) if settings.regions != "grid" else ""
-    caption.main(caption.Settings((photo,), (best,), objects, str(run / "pictures"), graph_word=graph_word, **decoding))
+    caption.main(
+        caption.Settings(
+            (photo,), (best,), objects, output_folder=str(run / "pictures"), graph_word=graph_word, **decoding
+        )
+    )
     scores = read_json(next(run.glob("scores_*.json")))["scores"]
     return {"scores": without_times(scores), "captions": read_json(next(run.glob("results_*.json")))}
 
