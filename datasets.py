@@ -146,7 +146,8 @@ class CaptionDataset(Dataset):
 
         Raises InputError where their file is missing or is not the one that dataset.json describes.
         """
-        self.uses_region_features, self._opened = True, (os.getpid(), self._open_regions())
+        self._open_regions()  # an error is one before all work
+        self.uses_region_features, self._opened = True, (None, None)
 
     def _open_regions(self) -> StoredRegions:
         return StoredRegions(self.images_path.parent, self.split, self.metadata)

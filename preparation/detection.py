@@ -90,12 +90,17 @@ def _build_network(name: str, weights: str) -> torch.nn.Module:
     network = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
     if weights:
         state = safe_load(weights)
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        is_state = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+        if not is_state or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise InputError(f"--detector_weights {weights}: not a state dict of weights")
+        expected = network.state_dict()
         try:
             missing, unexpected = network.load_state_dict(state, strict=False)
-        except RuntimeError:  # other shapes
-            missing, unexpected = [], list(state)
+        except RuntimeError:
+            missing, unexpected = (
+                [],
+                [key for key in state if key in expected and state[key].shape != expected[key].shape],
+            )
         # torchvision's own weights are of a BatchNorm that does not count.
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
         if wrong := [*missing, *unexpected]:
@@ -109,8 +114,8 @@ def detect_objects(records: Sequence[ImageRecord], path: Path, detector: Detecto
     What is found is kept in PATH.partial until all is, so a stopped run continues where it ended. Photos that are not
     readable have no objects here; preparing them says what is wrong with them. Returns the number of objects.
 
-    Raises InputError where PATH.partial is of another detector, where images lie in HDF5, or where nothing can be
-    written.
+    Raises InputError where PATH.partial is of another detector, where images lie in HDF5, where no photo is readable,
+    or where nothing can be written.
     """
     require_writable(path.parent)
     if stored := next((record for record in records if record.row >= 0), None):
@@ -119,16 +124,20 @@ def detect_objects(records: Sequence[ImageRecord], path: Path, detector: Detecto
     partial = path.with_name(f"{path.name}.partial")
     message = f"{path} is being written by another process: wait for it, or give another file"
     with name_in_errors(partial), hold_lock(path.with_name(f".{path.name}.lock"), message):
-        done = _begin_partial(partial, detector.fingerprint())
+        done, unreadable = _begin_partial(partial, detector.fingerprint()), []
         with open(partial, "a", encoding="utf-8") as file:
             for record in tqdm(records, desc=detector.name, unit="photo"):
                 if _key(record) not in done:
                     try:
                         objects = detector(open_photo(record.path))
-                    except InputError:
-                        objects = []
+                    except InputError as error:
+                        unreadable.append(error)
+                        continue
                     file.write(json.dumps({"photo": _key(record), "objects": objects}) + "\n")
                     file.flush()
+                    done.add(_key(record))
+        if unreadable and not done:
+            raise unreadable[0]
         count = _write_results(path, partial, {_key(record): record.name for record in records})
         partial.unlink()
     return count
@@ -157,7 +166,8 @@ def _begin_partial(path: Path, fingerprint: dict[str, str]) -> set[str]:
             found = json.loads(header)
             for line in file:
                 if line.endswith(b"\n"):
-                    done.add(json.loads(line)["photo"])
+                    row = json.loads(line)
+                    done |= {row["photo"]} if isinstance(row["objects"], list) else set()
                     end += len(line)
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is not what --detect writes: remove it, or give another --objects") from None

@@ -1,5 +1,6 @@
 """Caption formats in JSON: Karpathy's and COCO's."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def validate_objects(value: Any, where: str) -> list[dict[str, Any]]:
         box = item["box"]
         if not require_words(item["words"]) or len(box) != 4:
             raise TypeError
-        require_type(item.get("score", 1.0), (int, float))
+        if not math.isfinite(require_type(item.get("score", 1.0), (int, float))):
+            raise TypeError
         if not all(-1 <= require_type(edge, (int, float)) <= 2 for edge in box):
             raise InputError(f"{where}: a box is left, top, right, bottom in fractions of the photo's sides, not {box}")
     return value

@@ -42,9 +42,10 @@ class PhotoIndex:
     def find_all(self, keys: Iterable[str], file: str) -> dict[int, str]:
         """The keys of a file by the indices of their records, all read in one way: the way that finds most photos.
 
-        A record that two keys may mean has none. Raises InputError where two ways find as many photos, but others.
+        A record that two keys may mean has none. Raises InputError where two ways find as many photos, and a key is of
+        another photo in each.
         """
-        found = {}
+        keys, found = list(keys), {}
         for reading, indices in self.readings.items():
             matches: dict[int, dict[str, float]] = {}
             for key in keys:
@@ -54,10 +55,14 @@ class PhotoIndex:
             found[reading] = {i: names[0] for i, names in best.items() if names}
         most = max(map(len, found.values()))
         (first, chosen), *others = [(reading, each) for reading, each in found.items() if len(each) == most]
+        photos = {key: i for i, key in chosen.items()}
         for reading, other in others:
-            if other != chosen:
-                key = next(key for i, key in chosen.items() if other.get(i) != key)
-                raise InputError(f"{file}: its photos, such as {key}, may be {first} or {reading}, of other photos")
+            for i, key in other.items():
+                if photos.get(key, i) != i:
+                    raise InputError(
+                        f"{file}: its photos, such as {key}, may be {first} or {reading}, of other photos: name them by "
+                        f"file names with suffix, such as {key}.jpg"
+                    )
         return chosen
 
 

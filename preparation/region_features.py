@@ -11,6 +11,7 @@ Shapes: N regions of a photo, F features of a region. A box is left, top, right,
 
 import base64
 import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -58,7 +59,7 @@ class FolderReader:
     """A folder with a file per photo: ID.npz or ID.npy, an array (N, F), (rows, columns, F) of a grid, or (F,)."""
 
     def __init__(self, path: Path) -> None:
-        path = path.resolve()  # "." has no name
+        path = Path(os.path.abspath(path))  # "." has no name, and a link keeps its own
         inner = [each for each in sorted(path.glob("*_att")) if each.is_dir()]
         if len(inner) > 1:
             raise InputError(f"--region_features {path}: has {' and '.join(each.name for each in inner)}, give one")
@@ -302,7 +303,7 @@ class RegionFeatures:
         """As the file has them; InputError where they are damaged."""
         try:
             regions = reader.read(key)
-        except (InputError, MemoryError):
+        except InputError:
             raise
         except Exception as error:  # a damaged file raises almost anything
             raise _damaged(reader, key, f"a damaged entry: {first_line(error)}") from None

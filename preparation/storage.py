@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import shlex
 from array import array
 from collections import Counter
@@ -122,7 +123,7 @@ class PackedObjects:
         self.words: list[list[str]] = []  # that name objects, each once
         self.known = True  # whether all images say which objects they have
         self._word_indices: dict[str, int] = {}
-        self._names, self._boxes, self._scores = array("i"), array("d"), array("d")  # score -1: none
+        self._names, self._boxes, self._scores = array("i"), array("d"), array("d")  # score nan: none
         self._offsets = array("q", [0])  # image i has the objects offsets[i] to offsets[i + 1]
 
     def append(self, objects: list[dict[str, Any]] | None) -> None:
@@ -135,7 +136,7 @@ class PackedObjects:
                 self.words.append(item["words"])
             self._names.append(self._word_indices[name])
             self._boxes.extend(item["box"])
-            self._scores.append(item.get("score", -1.0))
+            self._scores.append(item.get("score", math.nan))
         self._offsets.append(len(self._names))
 
     def __len__(self) -> int:
@@ -145,7 +146,7 @@ class PackedObjects:
         found = []
         for i in range(self._offsets[index], self._offsets[index + 1]):
             item = {"words": self.words[self._names[i]], "box": self._boxes[4 * i : 4 * i + 4].tolist()}
-            found.append(item | ({"score": self._scores[i]} if self._scores[i] >= 0 else {}))
+            found.append(item | ({} if math.isnan(self._scores[i]) else {"score": self._scores[i]}))
         return found
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -163,7 +164,7 @@ class PackedObjects:
     def names(self, index: int, of_words: list[Any], min_score: float) -> list[Any]:
         """For each of an image's objects the item of `of_words` at its index in `words`; [] for a lower score."""
         objects = range(self._offsets[index], self._offsets[index + 1])
-        return [of_words[self._names[i]] if not 0 <= self._scores[i] < min_score else [] for i in objects]
+        return [of_words[self._names[i]] if not self._scores[i] < min_score else [] for i in objects]
 
 
 class SplitContent(NamedTuple):
@@ -233,8 +234,16 @@ class RegionInfo(NamedTuple):
 
 
 def region_info(metadata: dict[str, Any]) -> RegionInfo | None:
-    """What dataset.json says of region features; None where the folder has none."""
-    return RegionInfo(**metadata["region_features"]) if "region_features" in metadata else None
+    """What dataset.json says of region features; None where the folder has none. InputError where it is damaged."""
+    if "region_features" not in metadata:
+        return None
+    try:
+        return RegionInfo(**metadata["region_features"])
+    except TypeError:
+        raise InputError(
+            "the region features in dataset.json were not written by this create_input_files.py: run it again with "
+            "--overwrite"
+        ) from None
 
 
 class RegionWriter:

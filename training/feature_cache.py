@@ -24,6 +24,7 @@ from preparation.storage import read_metadata, region_info
 from text.vocabulary import Vocabulary
 from utils import InputError, Runtime, copy_to_device
 
+NEEDS_BOXES = "leave out --box_features, --geometry and --graph_edges spatial, or prepare features with boxes"
 BATCH_SIZE, GPU_BATCH_SIZE = 16, 64  # images that a process encodes at once; 16 fit into the cache of a CPU
 SAVE_EVERY = 64  # batches after which the features are on the disk, whatever happens then
 
@@ -72,7 +73,7 @@ def build_dataset(
                 f"create_input_files.py with --region_features"
             )
         if captioner.needs_boxes and not info.has_boxes:
-            raise InputError(f"{data_folder} has region features without boxes, which the model needs")
+            raise InputError(f"{data_folder} has region features without boxes, which the model needs: {NEEDS_BOXES}")
         dataset.use_region_features()
         return dataset
     if with_objects and captioner.uses_objects:

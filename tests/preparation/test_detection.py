@@ -96,6 +96,14 @@ def test_a_photo_of_the_same_name_is_another(tmp_path, photos, detector_weights)
     assert path.read_text() == expected
 
 
+def test_photos_that_are_missing_are_no_photos_without_objects(tmp_path, photos, detector_weights):
+    for record in photos:
+        record.path.unlink()
+    with pytest.raises(InputError, match=r"0\.png: no such file"):
+        detect_objects(photos, tmp_path / "objects.json", Detector(NAME, detector_weights, CPU))
+    assert not (tmp_path / "objects.json").exists()
+
+
 def test_strips_have_no_objects(tmp_path, photos, detector_weights):
     Image.new("RGB", (1, 5000)).save(photos[0].path)
     assert detect_objects(photos[:1], tmp_path / "objects.json", Detector(NAME, detector_weights, CPU)) == 0
@@ -110,6 +118,12 @@ def test_weights_as_torchvision_stores_them_are_loaded(tmp_path, detector_weight
         torch.save(content, tmp_path / f"{i}.pth")
         loaded, expected = (Detector(NAME, str(path), CPU) for path in (tmp_path / f"{i}.pth", detector_weights))
         assert loaded.fingerprint() == expected.fingerprint()
+    predictor = "roi_heads.box_predictor.cls_score."
+    few = own | {f"{predictor}{name}": own[f"{predictor}{name}"][:5] for name in ("weight", "bias")}
+    for content, message in ((few, f"see {predictor}weight"), ({0: torch.ones(1)}, "not a state dict of weights")):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(InputError, match=message):
+            Detector(NAME, str(tmp_path / "other.pth"), CPU)
     del own["roi_heads.box_head.fc6.bias"]
     torch.save(own, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"not the weights of fasterrcnn_.*, see roi_heads.box_head.fc6.bias"):

@@ -211,6 +211,30 @@ def test_layouts_that_are_not_read_are_named(tmp_path, photos):
         RegionFeatures([str(tmp_path / "two")], photos)
 
 
+def test_linked_folders_keep_their_boxes(tmp_path, photos):
+    path = write_features(tmp_path / "f", "folder", range(10, 16), *random_regions(6))
+    for name in ("att", "box"):
+        path.with_name(f"cocobu_{name}").rename(tmp_path / f"store_{name}s")
+        (tmp_path / "f" / f"cocobu_{name}").symlink_to(tmp_path / f"store_{name}s")
+    assert RegionFeatures([str(path)], photos).has_boxes
+
+
+def test_two_keys_of_the_same_photo_are_no_contradiction(tmp_path, photos):
+    records = [replace(photos[0], name="COCO_val2014_000000000010.jpg"), photos[1]]
+    features, boxes = random_regions(2)
+    path = write_features(tmp_path / "f", "keyed", ["COCO_val2014_000000000010", "10"], features, boxes)
+    assert [record.name for record in RegionFeatures([str(path)], records).missing] == ["photo1.png"]
+
+
+def test_an_absurd_header_is_damage(tmp_path, photos):
+    path = write_features(tmp_path / "f", "npy folder", range(10, 16), *random_regions(6))
+    header = {"descr": "<f4", "fortran_order": False, "shape": (92_222_222, 2048)}
+    with open(path / "12.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(InputError, match="photo 12 has a damaged entry"):
+        RegionFeatures([str(path)], photos).read(photos[2], 32, "squash")
+
+
 def test_the_current_folder_may_be_given(tmp_path, photos, monkeypatch):
     features, boxes = random_regions(6)
     monkeypatch.chdir(write_features(tmp_path / "f", "folder", range(10, 16), features, boxes))
@@ -330,6 +354,15 @@ def test_a_file_of_another_split_or_folder_is_refused(tmp_path, prepared):
     assert prepared[0]()[0] == 0
     data, metadata = tmp_path / "data", read_metadata(tmp_path / "data")
     shutil.copy(data / "val_regions.hdf5", data / "train_regions.hdf5")
+    with pytest.raises(InputError, match=r"train_regions\.hdf5 is not the file that dataset.json describes: run"):
+        StoredRegions(data, "train", metadata)
+    with h5py.File(data / "train_regions.hdf5", "a") as file:  # as many images, other features
+        file.attrs["digest"] = metadata["splits"]["train"]["regions_digest"]
+        del file["offsets"]
+        file["offsets"] = np.arange(6)
+    StoredRegions(data, "train", metadata)
+    with h5py.File(data / "train_regions.hdf5", "a") as file:
+        file.attrs["digest"] = "of another folder"
     with pytest.raises(InputError, match=r"train_regions\.hdf5 is not the file that dataset.json describes: run"):
         StoredRegions(data, "train", metadata)
     for change in (lambda path: path.write_bytes(b"x"), lambda path: path.unlink()):

@@ -63,6 +63,8 @@ def test_packed_objects_are_the_objects():
     assert list(packed) == images and len(packed) == 3 and packed.words == [["dog"], ["red", "circle"]]
     assert packed.boxes(0).shape == (2, 4) and packed.boxes(0).dtype == np.float32 and packed.boxes(1).shape == (0, 4)
     assert packed.names(0, ["D", "C"], 0.3) == ["D", "C"] and packed.names(2, ["D", "C"], 0.3) == [[]]
+    packed.append([dog | {"score": -0.5}])
+    assert packed[3] == [dog | {"score": -0.5}] and packed.names(3, ["D", "C"], 0.3) == [[]]
     assert packed.any()
     packed.append(None)
     assert not packed.any() and not PackedObjects().any()
