@@ -110,12 +110,9 @@ class Captioner(nn.Module):
     @property
     def needs_boxes(self) -> bool:
         """Whether it cannot do without the boxes of its regions."""
-        uses_geometry = bool(self.region_encoder.layers) and self.region_encoder.geometry
-        return (
-            self.region_source.box_features
-            or uses_geometry
-            or (self.graph.edges == "spatial" and bool(self.graph.layers))
-        )
+        in_encoder = self.region_encoder.geometry and bool(self.region_encoder.layers)
+        in_graph = self.graph.edges == "spatial" and bool(self.graph.layers)
+        return self.region_source.box_features or in_encoder or in_graph
 
     def encode(self, inputs: Tensor, is_features: bool = False, boxes: Tensor | None = None) -> Encoded:
         """What the decoder sees of images (B, 3, h, w) uint8 or, where `is_features`, of cached features (B, R, F).

@@ -97,10 +97,8 @@ def _build_network(name: str, weights: str) -> torch.nn.Module:
         try:
             missing, unexpected = network.load_state_dict(state, strict=False)
         except RuntimeError:
-            missing, unexpected = (
-                [],
-                [key for key in state if key in expected and state[key].shape != expected[key].shape],
-            )
+            wrong_shapes = [key for key in state if key in expected and state[key].shape != expected[key].shape]
+            missing, unexpected = [], wrong_shapes
         # torchvision's own weights are of a BatchNorm that does not count.
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
         if wrong := [*missing, *unexpected]:

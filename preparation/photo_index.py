@@ -60,8 +60,8 @@ class PhotoIndex:
             for i, key in other.items():
                 if photos.get(key, i) != i:
                     raise InputError(
-                        f"{file}: its photos, such as {key}, may be {first} or {reading}, of other photos: name them by "
-                        f"file names with suffix, such as {key}.jpg"
+                        f"{file}: its photos, such as {key}, may be {first} or {reading}, of other photos: name them "
+                        f"by file names with suffix, such as {key}.jpg"
                     )
         return chosen
 
