@@ -118,6 +118,12 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+@pytest.fixture
+def no_meteor(monkeypatch):
+    """Scores without METEOR, which starts slowly."""
+    monkeypatch.setattr("eval.has_java", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def detector_weights(tmp_path_factory):
     """Random weights of fasterrcnn_mobilenet_v3_large_320_fpn that call whatever they see a dog."""

@@ -146,7 +146,7 @@ def test_objects_and_model_must_fit(command, shapes, run_folder, objects_run, tm
         assert status == 2 and message in err
 
 
-def test_a_model_of_objects_is_scored_with_their_boxes(command, shapes, run_folder, objects_run, tmp_path):
+def test_a_model_of_objects_is_scored_with_their_boxes(command, shapes, run_folder, objects_run, no_meteor, tmp_path):
     checkpoints = (objects_run / "best.pt", run_folder / "last.pt")
     arguments = ("--data_folder", shapes, "--beam_sizes", 2, "--output_folder", tmp_path)
     assert command(eval_script, "--checkpoint", *reversed(checkpoints), *arguments)[0] == 0

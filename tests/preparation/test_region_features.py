@@ -405,8 +405,7 @@ def test_workers_and_resumed_runs_see_the_same_features(tmp_path, prepared, comm
     assert status == 0 and [row["epoch"] for row in read_jsonl(tmp_path / "resumed" / "log.jsonl")] == [1, 2], err
 
 
-def test_a_model_of_region_features_goes_through_the_scripts(tmp_path, prepared, command, monkeypatch):
-    monkeypatch.setattr("eval.has_java", lambda: False)  # METEOR starts slowly
+def test_a_model_of_region_features_goes_through_the_scripts(tmp_path, prepared, command, no_meteor):
     prepare, _, path = prepared
     assert prepare()[0] == 0
     data, run = tmp_path / "data", tmp_path / "run"

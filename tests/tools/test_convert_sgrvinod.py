@@ -98,7 +98,7 @@ def test_captions_are_those_of_a_plain_search(converted):
 
 @pytest.mark.parametrize("converted", [True], ids=["legacy"], indirect=True)
 @pytest.mark.slow
-def test_the_converted_file_is_scored_captions_photos_and_is_trained_further(converted, command, tmp_path):
+def test_the_converted_file_is_scored_captions_photos_and_is_trained_further(converted, command, no_meteor, tmp_path):
     *_, folder = converted
     shapes, checkpoint = tmp_path / "shapes", folder / "best.pt"
     create_input_files.main(
