@@ -118,10 +118,11 @@ class CaptionDataset(Dataset):
         captions = self.captions[index]
         if flipped:
             captions = [[self.flipped_ids.get(word, word) for word in caption] for caption in captions]
-        boxes = self.objects.boxes(index) if self.uses_objects else None
-        object_boxes = names = None
+        boxes = object_boxes = names = None
         if self.word_ids is not None:
             object_boxes, names = self.objects.boxes(index), self.objects.names(index, self.word_ids, MIN_SCORE)
+        if self.uses_objects:
+            boxes = self.objects.boxes(index) if object_boxes is None else object_boxes
         if self.uses_region_features:
             assert not flipped, "region features are those of the photos as they are"
             array, boxes = self._arrays()[index]

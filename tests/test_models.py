@@ -91,6 +91,21 @@ def search(captioner, encoded):
     return beam_search(captioner.decoder, encoded.regions, SearchSettings(3, 8), encoded.mask)[0][:, 0]
 
 
+def save_checkpoint(path, captioner, settings, feature_dim=0):
+    """Write what inference needs of a captioner of these settings."""
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "model": captioner.state_dict(),
+        "model_settings": model_settings(asdict(settings)),
+        "image_size": captioner.image_size,
+        "resize": "squash",
+        "feature_dim": feature_dim,
+        "fine_tune_encoder": settings.fine_tune_encoder,
+        "words": WORDS,
+    }
+    torch.save(checkpoint, path)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.slow
 def test_every_model(variant, tmp_path):
@@ -150,17 +165,7 @@ def test_every_model(variant, tmp_path):
         assert together[b].tolist()[: alone.shape[1]] == alone[0].tolist()
 
     # A checkpoint gives the same captions of the photos.
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "model": captioner.state_dict(),
-        "model_settings": model_settings(asdict(settings)),
-        "image_size": size,
-        "resize": "squash",
-        "feature_dim": 0,
-        "fine_tune_encoder": True,
-        "words": WORDS,
-    }
-    torch.save(checkpoint, tmp_path / "best.pt")
+    save_checkpoint(tmp_path / "best.pt", captioner, settings)
     loaded, vocabulary = load_captioner(tmp_path / "best.pt", "cpu")
     assert vocabulary.idx2word == WORDS
     with torch.no_grad():
@@ -212,17 +217,7 @@ def test_models_of_region_features(variant, tmp_path):
     assert losses[-1] < 0.5 < losses[0]
     assert all(param.grad.isfinite().all() for param in captioner.parameters() if param.grad is not None)
     captioner.eval()
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "model": captioner.state_dict(),
-        "model_settings": model_settings(asdict(settings)),
-        "image_size": 32,
-        "resize": "squash",
-        "feature_dim": 8,
-        "fine_tune_encoder": False,
-        "words": WORDS,
-    }
-    torch.save(checkpoint, tmp_path / "best.pt")
+    save_checkpoint(tmp_path / "best.pt", captioner, settings, feature_dim=8)
     loaded, _ = load_captioner(tmp_path / "best.pt", "cpu")
     with torch.no_grad():
         encoded = loaded.encode(batch.inputs, True, batch.boxes)

@@ -33,6 +33,20 @@ def photos(tmp_path):
     return records
 
 
+def stopped_at_the_second_photo(detector):
+    """A detector that is interrupted at its second photo, and the list of its calls."""
+    calls = []
+
+    def stopped(photo):
+        calls.append(photo)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return detector(photo)
+
+    stopped.fingerprint, stopped.name = detector.fingerprint, NAME
+    return stopped, calls
+
+
 def test_objects_are_coco_results(tmp_path, photos, detector_weights):
     path = tmp_path / "objects.json"
     detect_objects(photos, path, Detector(NAME, detector_weights, CPU))
@@ -53,15 +67,7 @@ def test_a_stopped_run_continues(tmp_path, photos, detector_weights):
     detect_objects(photos, path, detector)
     expected = path.read_text()
     path.unlink()
-    calls = []
-
-    def stopped(photo):
-        calls.append(photo)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return detector(photo)
-
-    stopped.fingerprint, stopped.name = detector.fingerprint, NAME
+    stopped, calls = stopped_at_the_second_photo(detector)
     with pytest.raises(KeyboardInterrupt):
         detect_objects(photos, path, stopped)
     assert not path.exists()
@@ -81,15 +87,7 @@ def test_a_photo_of_the_same_name_is_another(tmp_path, photos, detector_weights)
     others = [replace(photos[0], path=tmp_path / "other" / "0.png")]
     detect_objects(others, path, detector)
     expected = path.read_text()
-    calls = []
-
-    def stopped(photo):
-        calls.append(photo)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return detector(photo)
-
-    stopped.fingerprint, stopped.name = detector.fingerprint, NAME
+    stopped, _ = stopped_at_the_second_photo(detector)
     with pytest.raises(KeyboardInterrupt):
         detect_objects(photos, path, stopped)
     detect_objects(others, path, detector)
