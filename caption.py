@@ -17,17 +17,17 @@ from tqdm import tqdm
 
 from common.files import require_writable
 from evaluation.consensus import CaptionIndex, make_consensus
-from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.generation import ImageCaption, caption_images
-from evaluation.photos import PhotoRegions, collect_photos, find_objects, load_photos, pad_boxes, photo_records
+from evaluation.photos import PhotoRegions, collect_photos, find_objects, load_photos, photo_records
 from evaluation.pictures import Regions, open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
 from models import Captioner
+from modules.decoding import DecodingSettings
+from modules.generation import ImageCaption, caption_batch
 from modules.graph import edge_attribution
 from modules.relations import spatial_relations
 from preparation.detection import Detector, detect_objects
+from preparation.images import pad_boxes
 from preparation.objects import require_objects_file
-from text.vocabulary import Vocabulary
 from utils import InputError, choose_runtime, require_at_least, run_script
 
 
@@ -98,14 +98,14 @@ def validate_settings(settings: Settings) -> DecodingSettings:
     return decoding
 
 
-def validate_graph_word(settings: Settings, captioner: Captioner | Ensemble, vocabulary: Vocabulary) -> None:
+def validate_graph_word(settings: Settings, captioner: Captioner | Ensemble) -> None:
     """Raise InputError where the model cannot show the edges for --graph_word."""
     if not (captioner.graph.layers and captioner.decoder.has_attention):
         raise InputError(
             f"--graph_word {settings.graph_word}: {settings.checkpoint[0]} has no graph to plot, train with "
             f"--graph_layers"
         )
-    if settings.graph_word not in vocabulary.word2idx:
+    if settings.graph_word not in captioner.vocabulary.word2idx:
         raise InputError(f"--graph_word {settings.graph_word}: {settings.checkpoint[0]} does not know this word")
 
 
@@ -213,15 +213,15 @@ def main(settings: Settings) -> None:
     runtime = choose_runtime(settings.device, settings.precision)
     photos = collect_photos(settings.photos)
     loaded = load_models(settings.checkpoint, settings.views, runtime.device)
-    captioner, vocabulary = combine(loaded, settings.views)
+    captioner = combine(loaded, settings.views)
     torch.manual_seed(decoding.seed)
-    decoding.constraints(vocabulary)  # an unknown word is an error before all work
+    decoding.constraints(captioner.vocabulary)  # an unknown word is an error before all work
     consensus = None
     if settings.consensus_index:
         consensus = make_consensus(CaptionIndex.load(settings.consensus_index), captioner, settings, runtime)
     captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:
-        validate_graph_word(settings, captioner, vocabulary)
+        validate_graph_word(settings, captioner)
     objects = objects_of_photos(settings, captioner, photos, runtime.device)
     regions = regions_of_photos(settings, captioner, photos)
     kinds = ["attention", "edges"] if settings.graph_word else ["attention"]
@@ -232,16 +232,15 @@ def main(settings: Settings) -> None:
     progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
     for indices, images in load_photos(photos, decoding.batch_size, captioner.image_size, captioner.resize, broken):
         inputs, boxes = regions.read(indices) if regions else (images, pad_boxes([objects[i] for i in indices]))
-        captions = caption_images(
+        captions = caption_batch(
             captioner,
-            vocabulary,
             inputs,
             decoding,
             runtime,
             is_features=regions is not None,
             boxes=boxes,
             with_attention=settings.pictures,
-            consensus=consensus,
+            rerank=consensus.rerank if consensus else None,
         )
         for i, caption in zip(indices, captions, strict=True):
             tqdm.write(format_caption(photos[i], caption, settings))

@@ -11,13 +11,12 @@ import torch
 
 from common.files import read_json, require_writable, write_json
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
-from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.metrics import format_table, has_java
 from evaluation.scoring import evaluate
 from models import Captioner
+from modules.decoding import DecodingSettings
 from preparation.storage import read_metadata
-from text.vocabulary import Vocabulary
 from training.feature_cache import build_dataset
 from training.state import git_revision
 from utils import InputError, Runtime, choose_runtime, require_at_least, run_script
@@ -137,7 +136,6 @@ def decoding_of_rows(settings: Settings) -> list[DecodingSettings]:
 def evaluate_model(
     settings: Settings,
     captioner: Captioner | Ensemble,
-    vocabulary: Vocabulary,
     runtime: Runtime,
     *,
     meteor: bool,
@@ -148,7 +146,6 @@ def evaluate_model(
         build_dataset(
             settings.data_folder,
             settings.split,
-            vocabulary,
             source,
             runtime,
             features_folder=settings.features_folder,
@@ -161,9 +158,7 @@ def evaluate_model(
     rows, captions = [], []
     for decoding in decoding_of_rows(settings):
         torch.manual_seed(decoding.seed)
-        new_rows, captions = evaluate(
-            captioner, vocabulary, datasets, decoding, runtime, meteor=meteor, consensus=consensus
-        )
+        new_rows, captions = evaluate(captioner, datasets, decoding, runtime, meteor=meteor, consensus=consensus)
         rows += new_rows
     results = [
         {"image_id": entry["image_id"], "image": entry["image"], "caption": " ".join(words)}
@@ -180,11 +175,11 @@ def main(settings: Settings) -> None:
     require_writable(scores_path.parent)
     index = CaptionIndex.load(settings.consensus_index) if settings.consensus_index else None
     loaded = load_models(settings.checkpoint, settings.views, runtime.device)
-    whole, vocabulary = combine(loaded, settings.views)
-    decoding_of_rows(settings)[0].constraints(vocabulary)  # an unknown word is an error before all work
+    whole = combine(loaded, settings.views)
+    decoding_of_rows(settings)[0].constraints(whole.vocabulary)  # an unknown word is an error before all work
     models = {name: combine({name: model}, settings.views) for name, model in loaded.items()}
     if len(models) > 1:
-        models["ensemble"] = whole, vocabulary
+        models["ensemble"] = whole
     described = describe(settings, runtime.dtype, index)
     require_same_source(scores_path, described)
     if index:
@@ -194,11 +189,11 @@ def main(settings: Settings) -> None:
     if not meteor:
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
     rows, results = [], []
-    for name, (captioner, vocabulary) in models.items():
+    for name, captioner in models.items():
         # Of several models some may have other encoders than the index.
         fits = index and index.encoder in captioner.fingerprints
         consensus = make_consensus(index, captioner, settings, runtime) if index and fits else None
-        new_rows, results = evaluate_model(settings, captioner, vocabulary, runtime, meteor=meteor, consensus=consensus)
+        new_rows, results = evaluate_model(settings, captioner, runtime, meteor=meteor, consensus=consensus)
         rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
     write_json(scores_path, described | {"scores": rows}, indent=1)
     write_json(results_path, results)

@@ -4,12 +4,14 @@ Shapes: B images, R regions, F features of the encoder, D features of a region a
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from common.checkpoints import EmptyWeights, check_weights, check_words, name_impossible_sizes, shown
@@ -18,18 +20,20 @@ from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.decoders import Decoder, DecoderOutput
+from modules.decoding import DecodingSettings
 from modules.encoders import Encoder, NoEncoder
+from modules.generation import Encoded, ImageCaption, caption_batch
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS, RegionGraph
 from modules.layers import Dropout, init_linear
 from modules.region_encoder import POSITIONS, RegionEncoder
 from modules.regions import BOX_FEATURES, REGIONS, RegionSource
 from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
-from modules.step_decoder import Nested
 from modules.transformer import TransformerDecoder
 from modules.up_down import UpDownDecoder
+from preparation.images import load_image, pad_boxes, photo_size, place_objects
 from text.vocabulary import Vocabulary
-from utils import InputError, has_type, require_at_least, require_below_one
+from utils import InputError, choose_device, choose_runtime, has_type, require_at_least, require_below_one
 
 DECODERS = {
     "recurrent": ShowAttendTell,
@@ -46,23 +50,12 @@ CHECKPOINT_KEYS = {"format", "model", "model_settings", "words", *DATA_KEYS}
 MAX_IMAGE_SIZE, MAX_LAYERS, MAX_FEATURES = 4096, 100, 65_536
 
 
-class Encoded(NamedTuple):
-    """What an encoder made of B images; of an ensemble, regions, masks and features are tuples of tensors."""
-
-    regions: Nested  # (B, R, D) for the decoder
-    mask: Nested  # (B, R), False where an image has no region; None: all have R
-    boxes: Tensor  # (B, R, 4) of the regions, as `modules.regions.RegionSource` returns them
-    features: Nested  # (B, R, F) of the grid
-    neighbors: Tensor | None  # (B, R, N) of the graph, as `RegionGraph.forward` returns them
-    edge_weights: list[Tensor]  # (B, R, N) of each graph layer
-
-
 class Captioner(nn.Module):
     """An encoder and a decoder, between them the choice of regions, a dense layer, graph layers and encoder layers.
 
-    `image_size` is the side in pixels of the images that it was trained on, `resize` how they were made square
-    (`preparation.images.to_square`), `fine_tune_encoder` whether training changes the encoder, whose features are
-    cached otherwise.
+    `vocabulary` holds its words. `image_size` is the side in pixels of the images that it was trained on, `resize` how
+    they were made square (`preparation.images.to_square`), `fine_tune_encoder` whether training changes the encoder,
+    whose features are cached otherwise.
     """
 
     def __init__(
@@ -74,6 +67,7 @@ class Captioner(nn.Module):
         region_encoder: RegionEncoder,
         decoder: Decoder,
         *,
+        vocabulary: Vocabulary,
         image_size: int,
         resize: str,
         fine_tune_encoder: bool,
@@ -81,6 +75,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.encoder, self.region_source, self.region_layer = encoder, region_source, region_layer
         self.graph, self.region_encoder, self.decoder = graph, region_encoder, decoder
+        self.vocabulary = vocabulary
         self.image_size, self.resize, self.fine_tune_encoder = image_size, resize, fine_tune_encoder
 
     @property
@@ -133,6 +128,46 @@ class Captioner(nn.Module):
         """The regions (B, R, D) of `encode` alone, for a captioner of a grid."""
         return self.encode(inputs, is_features).regions
 
+    def caption_images(
+        self,
+        photos: Iterable[str | Path | Image.Image],
+        beam_size: int = 5,
+        *,
+        objects: Sequence[list[dict[str, Any]]] | None = None,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
+        **decoding: Any,
+    ) -> list[ImageCaption]:
+        """Caption photos, files or Pillow's images; the captioner is in eval mode, as `load_captioner` returns it.
+
+        Args:
+            objects: of each photo, for a captioner that `uses_objects`; each has a "box": left, top, right and bottom
+                in fractions of the photo's sides.
+            precision: auto: bf16 mixed precision where it is faster.
+            decoding: other fields of `modules.decoding.DecodingSettings`, such as batch_size=8 or length_penalty=1.
+
+        Raises InputError for a photo that cannot be read, and for a captioner of region features.
+        """
+        if isinstance(photos, (str, Path, Image.Image)):
+            raise InputError(f"caption_images takes a list of photos, not the single {photos}")
+        photos = list(photos)
+        if self.uses_region_features:
+            raise InputError("this model looks at region features, not at photos: use caption.py --region_features")
+        if self.uses_objects and (objects is None or len(objects) != len(photos)):
+            raise InputError("this model looks at objects: give those of each photo as objects=")
+        settings = DecodingSettings(beam_size=beam_size, **decoding)
+        runtime = choose_runtime(next(self.parameters()).device, precision)
+        captions = []
+        for start in range(0, len(photos), settings.batch_size):
+            batch = range(start, min(start + settings.batch_size, len(photos)))
+            images = np.stack([load_image(photos[i], self.image_size, self.resize) for i in batch])
+            boxes = None
+            if self.uses_objects and objects:
+                sizes = {i: photo_size(photos[i]) for i in batch if objects[i]}
+                placed = {i: place_objects(objects[i], sizes[i], self.image_size, self.resize) for i in sizes}
+                boxes = pad_boxes([placed.get(i, []) for i in batch])
+            captions += caption_batch(self, torch.from_numpy(images), settings, runtime, boxes=boxes)
+        return captions
+
     def forward(
         self,
         inputs: Tensor,
@@ -149,7 +184,7 @@ class Captioner(nn.Module):
 
 
 def build_captioner(
-    vocab_size: int,
+    vocabulary: Vocabulary,
     image_size: int,
     resize: Literal["squash", "crop", "pad"],
     feature_dim: int = 0,
@@ -187,7 +222,7 @@ def build_captioner(
     """Build a captioner; its keyword-only parameters are the settings of train.py that a checkpoint keeps.
 
     Args:
-        vocab_size, image_size, resize, feature_dim: what the prepared folder gives, the last of region features.
+        vocabulary, image_size, resize, feature_dim: what the prepared folder gives, the last of region features.
         fine_tune_encoder: whether training is to change the encoder.
         load_weights: load `encoder_weights`; False where a checkpoint's weights follow.
 
@@ -235,7 +270,7 @@ def build_captioner(
         geometry=geometry,
         dropout=dropout,
     )
-    sizes.region_dim = region_dim
+    sizes.region_dim, sizes.vocab_size = region_dim, len(vocabulary)
     is_adaptive = decoder == "recurrent" and attention == "adaptive"
     decoder_class = AdaptiveDecoder if is_adaptive else DECODERS[decoder]
     return Captioner(
@@ -245,6 +280,7 @@ def build_captioner(
         graph,
         region_encoder,
         decoder_class(**{name: getattr(sizes, name) for name in decoder_settings(decoder)}),
+        vocabulary=vocabulary,
         image_size=image_size,
         resize=resize,
         fine_tune_encoder=fine_tune_encoder,
@@ -288,19 +324,19 @@ def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {each.name: settings[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
-def load_captioner(path: str | Path, device: str | torch.device) -> tuple[Captioner, Vocabulary]:
-    """Read what a checkpoint holds for inference: the captioner in eval mode and its vocabulary.
+def load_captioner(path: str | Path, device: str | torch.device = "auto") -> Captioner:
+    """Read what a checkpoint holds for inference: the captioner, in eval mode.
 
     Raises InputError where the file is no checkpoint of this format.
     """
-    captioner, vocabulary = captioner_from_checkpoint(load_checkpoint(path, device), path)
-    return captioner.to(device).eval(), vocabulary
+    device = choose_device(device)
+    return captioner_from_checkpoint(load_checkpoint(path, device), path).to(device).eval()
 
 
 def captioner_from_checkpoint(
     checkpoint: Mapping[str, Any], path: str | Path, changes: Mapping[str, Any] | None = None
-) -> tuple[Captioner, Vocabulary]:
-    """Build a checkpoint's captioner and vocabulary, with `changes` to its model settings.
+) -> Captioner:
+    """Build a checkpoint's captioner, with `changes` to its model settings.
 
     The captioner takes the checkpoint's tensors as its weights, without a copy. It is built without memory for
     weights first, so settings that the weights do not fit cost nothing. Raises InputError for such settings or words,
@@ -310,7 +346,7 @@ def captioner_from_checkpoint(
     data_settings = [checkpoint[name] for name in DATA_KEYS]
     with name_impossible_sizes(path), EmptyWeights():
         vocabulary = Vocabulary(checkpoint["words"])
-        captioner = build_captioner(len(vocabulary), *data_settings, load_weights=False, **settings)
+        captioner = build_captioner(vocabulary, *data_settings, load_weights=False, **settings)
     expected = captioner.state_dict()
     for name in [*expected, *weights]:
         if name not in expected or name not in weights:
@@ -326,7 +362,7 @@ def captioner_from_checkpoint(
         if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
             raise InputError(f"{path}: {name} has values that are not finite")
     captioner.load_state_dict(dict(weights), assign=True)
-    return captioner, vocabulary
+    return captioner
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
 from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
-from evaluation.decoding import DecodingSettings
 from evaluation.scoring import evaluate
 from models import DECODERS
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
+from modules.decoding import DecodingSettings
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS
 from modules.region_encoder import POSITIONS
 from modules.regions import REGIONS
@@ -222,7 +222,7 @@ def validate_and_save(
     broadcast(average for average, _ in state.ema.buffers)  # BatchNorm's statistics differ between processes
     captioner = state.ema.captioner
     decoding = DecodingSettings(beam_size=1, max_length=settings.max_length)
-    (scores,), captions = evaluate(captioner, state.vocabulary, [validation], decoding, runtime)
+    (scores,), captions = evaluate(captioner, [validation], decoding, runtime)
     loss, count = all_reduce_sum([state.loss, state.count])
     not_logged = ("beam_size", "images_per_second", "meteor")  # METEOR starts slowly: eval.py has it
     row = {
@@ -260,7 +260,6 @@ def train(settings: Settings, device: torch.device) -> None:
     state = start_run(settings, checkpoint, device)
     build = functools.partial(
         build_dataset,
-        vocabulary=state.vocabulary,
         captioner=state.captioner,
         runtime=runtime,
         in_memory=settings.in_memory,
@@ -269,12 +268,12 @@ def train(settings: Settings, device: torch.device) -> None:
     validation = build(settings.data_folder, "val")
     training = build(settings.data_folder, "train", hflip=settings.hflip)
     if settings.grounding_weight:
-        training.use_names(state.vocabulary)
+        training.use_names(state.captioner.vocabulary)
     if len(training) < world_size():
         raise InputError(f"{len(training)} training images cannot be shared by {world_size()} processes")
     start_files(state)
     dtype = str(runtime.dtype).split(".")[1]
-    print(f"{len(training)} training images, {len(state.vocabulary)} words, {device}, {dtype}")
+    print(f"{len(training)} training images, {len(state.captioner.vocabulary)} words, {device}, {dtype}")
     print_warnings(settings, training, validation)
     if state.epochs_since_improvement >= settings.patience:
         print(f"nothing to do: no improvement in {state.epochs_since_improvement} epochs, raise --patience to go on")

@@ -70,10 +70,10 @@ def random_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, T
 
 def trained_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, Tensor]:
     """The checkpoint's decoder and the regions (B, R, D) of the first images of the val split."""
-    captioner, vocabulary = load_captioner(settings.checkpoint, device)
+    captioner = load_captioner(settings.checkpoint, device)
     if captioner.uses_objects:
         raise InputError(f"--checkpoint {settings.checkpoint}: looks at objects, give a model of a grid")
-    dataset = build_dataset(settings.data_folder, "val", vocabulary, captioner, choose_runtime(device, "auto"))
+    dataset = build_dataset(settings.data_folder, "val", captioner, choose_runtime(device, "auto"))
     items = in_order(min(settings.images, len(dataset)))
     with torch.no_grad():
         regions = [

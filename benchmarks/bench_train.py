@@ -33,7 +33,7 @@ from datasets import Batch, Example, collate
 from models import Captioner, build_captioner, model_settings
 from modules.attention import SoftAttention
 from modules.show_attend_tell import ShowAttendTell
-from text.vocabulary import END, SPECIAL_TOKENS, START
+from text.vocabulary import END, SPECIAL_TOKENS, START, Vocabulary
 from training.losses import captioning_loss
 from training.optim import make_optimizer
 from utils import Runtime, choose_runtime, run_script
@@ -149,7 +149,7 @@ def make_captioner(
     Without one pass in training mode, a hundred random layers would overflow.
     """
     captioner = build_captioner(
-        vocab_size=settings.vocab_size,
+        Vocabulary([*SPECIAL_TOKENS, *map(str, range(settings.vocab_size - len(SPECIAL_TOKENS)))]),
         image_size=settings.image_size,
         resize="squash",
         **model_settings(asdict(train_settings)),

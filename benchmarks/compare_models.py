@@ -22,9 +22,9 @@ import eval as eval_script
 import train
 from common.files import atomic_write, read_json, write_json
 from datasets import make_batches, make_loader, shuffled_indices
-from evaluation.decoding import DecodingSettings
 from evaluation.scoring import caption_dataset
 from models import load_captioner, load_checkpoint
+from modules.decoding import DecodingSettings
 from preparation.storage import read_metadata
 from training.feature_cache import build_dataset
 from training.optim import make_optimizer
@@ -139,14 +139,14 @@ def size_and_speed(settings: train.Settings, steps: int = 20) -> dict[str, Any]:
     Training steps are of cached features; each beam size decodes the validation images.
     """
     runtime = choose_runtime(settings.device, settings.precision)
-    captioner, vocabulary = load_captioner(Path(settings.run_folder) / "best.pt", runtime.device)
+    captioner = load_captioner(Path(settings.run_folder) / "best.pt", runtime.device)
     training, validation = (
-        build_dataset(settings.data_folder, split, vocabulary, captioner, runtime) for split in ("train", "val")
+        build_dataset(settings.data_folder, split, captioner, runtime) for split in ("train", "val")
     )
     searches = []
     for beam_size in BEAM_SIZES:
         start = time.perf_counter()
-        caption_dataset(captioner, vocabulary, [validation], DecodingSettings(beam_size=beam_size), runtime)
+        caption_dataset(captioner, [validation], DecodingSettings(beam_size=beam_size), runtime)
         searches.append(len(validation) / (time.perf_counter() - start))
     optimizer = make_optimizer(captioner, settings)
     captioner.train()

@@ -42,18 +42,18 @@ from diagrams import (
     draw_teacher_forcing,
     show_image,
 )
-from evaluation.decoding import DecodingSettings
-from evaluation.generation import caption_images
 from evaluation.metrics import Meteor, compute_metrics, has_java
 from evaluation.pictures import plot_attention
 from models import Captioner, load_captioner
 from modules.beam_search import SearchSettings, beam_search
+from modules.decoding import DecodingSettings
+from modules.generation import caption_batch
 from modules.sampling import SamplingSettings, sample
 from preparation.images import load_image, to_square
 from preparation.shapes import draw_scene
 from preparation.storage import read_captions
 from text.cider import CiderD
-from text.vocabulary import END, Vocabulary
+from text.vocabulary import END
 from utils import Runtime, choose_runtime, run_script
 
 BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # of the test split: one shape; two shapes on white
@@ -156,9 +156,7 @@ def draw_metrics(picture: np.ndarray, references: list[list[str]], all_reference
 # --------------------------------------------------------------------------- a model trained on shapes
 
 
-def draw_beam_search(
-    picture: np.ndarray, captioner: Captioner, vocabulary: Vocabulary, image: Tensor, beam_size: int = 3
-) -> Figure:
+def draw_beam_search(picture: np.ndarray, captioner: Captioner, image: Tensor, beam_size: int = 3) -> Figure:
     """The beams of a search, step by step: with max_length t it returns those that it keeps at step t."""
     regions = captioner.encode_images(image.unsqueeze(0))
     steps = []  # at each step the beams: pairs of a caption, a tuple of word ids, and its log-probability
@@ -185,7 +183,7 @@ def draw_beam_search(
             start_x, start_y = positions[caption[:-1]]
             start = (start_x + (0.41 if t > 1 else 0), start_y)
             arrow(axes, start, (x - 0.42, y), color=color, linewidth=2 if on_best else 1.1)
-            word = vocabulary.idx2word[caption[-1]]
+            word = captioner.vocabulary.idx2word[caption[-1]]
             box(axes, x, y, 0.8, 0.5, f"{word}\n{score:.2f}", color, size=8.5)
     return figure
 
@@ -246,7 +244,7 @@ def draw_self_critical(picture: np.ndarray, captions: list[str], rewards: list[f
 
 def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> None:
     """Draw what a model trained on shapes does with scenes of the test split."""
-    captioner, vocabulary = load_captioner(settings.shapes_checkpoint, runtime.device)
+    captioner = load_captioner(settings.shapes_checkpoint, runtime.device)
     entries, packed, objects = read_captions(settings.data_folder, "test")
     references = packed.decode()
 
@@ -258,10 +256,10 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
 
     beam, attention, samples = (i % len(entries) for i in (BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE))
     picture, image = scene(beam)
-    save_figure(draw_beam_search(picture, captioner, vocabulary, image), folder / "beam_search.png")
+    save_figure(draw_beam_search(picture, captioner, image), folder / "beam_search.png")
 
     picture, image = scene(attention)
-    caption = caption_images(captioner, vocabulary, image[None], DecodingSettings(beam_size=3), runtime)[0]
+    caption = caption_batch(captioner, image[None], DecodingSettings(beam_size=3), runtime)[0]
     figure = draw_attention_shapes(picture, caption.words, caption.alpha.numpy(), objects[attention])
     save_figure(figure, folder / "attention_shapes.png")
 
@@ -269,7 +267,7 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
     torch.manual_seed(2)
     regions = captioner.encode_images(image.unsqueeze(0))
     word_ids = sample(captioner.decoder, regions, SamplingSettings(num_captions=5))[0].tolist()
-    sampled = [vocabulary.decode(caption) for caption in word_ids]
+    sampled = [captioner.vocabulary.decode(caption) for caption in word_ids]
     rewards = CiderD(references)(references[samples], sampled)
     figure = draw_self_critical(picture, [" ".join(words) for words in sampled], rewards)
     save_figure(figure, folder / "self_critical.png")
@@ -280,11 +278,11 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
 
 def draw_photos(settings: Settings, folder: Path, runtime: Runtime) -> None:
     """Caption scikit-image's photos and draw the attention at each word."""
-    captioner, vocabulary = load_captioner(settings.checkpoint, runtime.device)
+    captioner = load_captioner(settings.checkpoint, runtime.device)
     for name in PHOTOS:
         photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
         image = to_square(photo, captioner.image_size, captioner.resize)
-        caption = caption_images(captioner, vocabulary, image[None], DecodingSettings(beam_size=5), runtime)[0]
+        caption = caption_batch(captioner, image[None], DecodingSettings(beam_size=5), runtime)[0]
         photo.thumbnail((320, 320))
         figure = plot_attention(photo, caption.words, caption.alpha.numpy(), caption.gates)
         save_figure(figure, folder / f"photo_{name}.png", dpi=70)

@@ -7,7 +7,7 @@ encoder, N indexed photos, k similar photos.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from common.checkpoints import check_dense, check_words
 from common.files import safe_load, save_torch
 from evaluation.ensemble import Ensemble
 from models import Captioner
+from modules.decoding import Candidate
 from modules.encoders import Encoder
 from modules.step_decoder import Nested
 from preparation.storage import PackedCaptions
@@ -35,14 +36,6 @@ TENSORS = {  # of the file, with dtype and number of dimensions
     "image_offsets": (torch.int64, 1),
 }
 Fingerprint = tuple[str, str, int, str]  # `modules.encoders.Encoder.fingerprint`
-
-
-class Candidate(NamedTuple):
-    """A caption that a search or sampling found."""
-
-    words: list[str]
-    log_prob: float
-    score: float  # what captions are ranked by: the log-probability, normalized by the length
 
 
 @dataclass(frozen=True)

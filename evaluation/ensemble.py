@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models import Captioner, Encoded, load_captioner
+from models import Captioner, load_captioner
 from modules.ensemble import EnsembleDecoder, map_words
+from modules.generation import Encoded
 from preparation.images import flip_boxes
-from text.vocabulary import Vocabulary
 from utils import InputError
 
 
@@ -53,45 +53,44 @@ class Ensemble:
     encoder share its features.
 
     Args:
-        models: captioners in eval mode with their vocabularies, by the names that errors give them.
+        models: captioners in eval mode, by the names that errors give them.
         views: keys of `VIEWS`, among them "original", which is put first.
 
     Raises InputError where the captioners differ in their words, or in the images that they take.
     """
 
-    def __init__(
-        self, models: Mapping[str, tuple[Captioner, Vocabulary]], views: Sequence[str] = ("original",)
-    ) -> None:
+    def __init__(self, models: Mapping[str, Captioner], views: Sequence[str] = ("original",)) -> None:
         self.views = ["original", *(view for view in views if view != "original")]
-        first_name, (first, vocabulary) = next(iter(models.items()))
+        first_name, first = next(iter(models.items()))
+        self.vocabulary = first.vocabulary
         self.image_size, self.resize = first.image_size, first.resize
         self.region_source, self.graph = first.region_source, first.graph
-        for name, (captioner, _) in models.items():
+        for name, captioner in models.items():
             if (captioner.image_size, captioner.resize) != (self.image_size, self.resize):
                 raise InputError(
                     f"an ensemble needs models for images of one size: {first_name} takes {self.image_size} pixels "
                     f"made by {self.resize}, {name} takes {captioner.image_size} by {captioner.resize}"
                 )
-        if any(captioner.uses_region_features for captioner, _ in models.values()):
+        if any(captioner.uses_region_features for captioner in models.values()):
             if self.views != ["original"]:
                 raise InputError(f"--views {' '.join(self.views)}: a model of region features knows the original only")
-            if not all(captioner.uses_region_features for captioner, _ in models.values()):
+            if not all(captioner.uses_region_features for captioner in models.values()):
                 raise InputError(
                     f"an ensemble needs models that all look at region features, or none: {' '.join(models)}"
                 )
-        fingerprints = {name: captioner.encoder.fingerprint() for name, (captioner, _) in models.items()}
+        fingerprints = {name: captioner.encoder.fingerprint() for name, captioner in models.items()}
         if self.uses_region_features and len(set(fingerprints.values())) > 1:
             raise InputError(f"an ensemble needs models of the same region features: {' '.join(models)}")
         self.fingerprints = list(dict.fromkeys(fingerprints.values()))  # of the sources
-        by_fingerprint = {fingerprints[name]: models[name][0] for name in reversed(list(models))}
+        by_fingerprint = {fingerprints[name]: models[name] for name in reversed(list(models))}
         self.sources = [by_fingerprint[fingerprint] for fingerprint in self.fingerprints]
         self._members: list[tuple[Captioner, int, int]] = []  # captioner, index of its source, index of the view
         word_maps = []
         for i, view in enumerate(self.views):
-            for name, (captioner, other) in models.items():
+            for name, captioner in models.items():
                 self._members.append((captioner, self.fingerprints.index(fingerprints[name]), i))
                 try:
-                    word_map = map_words(vocabulary, other, flipped=view == "hflip")
+                    word_map = map_words(self.vocabulary, captioner.vocabulary, flipped=view == "hflip")
                 except InputError as error:
                     raise InputError(f"{first_name} and {name}: {error}") from None
                 word_maps.append(None if word_map is None else word_map.to(next(first.parameters()).device))
@@ -146,9 +145,7 @@ class Ensemble:
         return self
 
 
-def load_models(
-    paths: Sequence[str | Path], views: Sequence[str], device: str | torch.device
-) -> dict[str, tuple[Captioner, Vocabulary]]:
+def load_models(paths: Sequence[str | Path], views: Sequence[str], device: str | torch.device) -> dict[str, Captioner]:
     """Read checkpoints for inference, by their paths.
 
     Raises InputError as `models.load_captioner` does, for a path given twice, and for views that do not exist.
@@ -163,10 +160,7 @@ def load_models(
     return {str(path): load_captioner(path, device) for path in paths}
 
 
-def combine(
-    models: Mapping[str, tuple[Captioner, Vocabulary]], views: Sequence[str]
-) -> tuple[Captioner | Ensemble, Vocabulary]:
-    """One captioner seeing photos as they are, or else an `Ensemble`, with the vocabulary of the first."""
-    captioner, vocabulary = next(iter(models.values()))
+def combine(models: Mapping[str, Captioner], views: Sequence[str]) -> Captioner | Ensemble:
+    """One captioner seeing photos as they are, or else an `Ensemble`."""
     is_single = len(models) == 1 and list(views) == ["original"]
-    return captioner if is_single else Ensemble(models, views), vocabulary
+    return next(iter(models.values())) if is_single else Ensemble(models, views)

@@ -108,12 +108,6 @@ class PhotoRegions:
         return features, boxes
 
 
-def pad_boxes(objects: Sequence[list[dict[str, Any]]]) -> Tensor:
-    """The boxes of B images' objects, padded with boxes without area: (B, N, 4)."""
-    boxes = [torch.tensor([item["box"] for item in each], dtype=torch.float32).view(-1, 4) for each in objects]
-    return pad_sequence(boxes, batch_first=True)
-
-
 def load_photos(
     photos: Sequence[str], batch_size: int, image_size: int, resize: str, broken: list[str]
 ) -> Iterator[tuple[list[int], Tensor]]:

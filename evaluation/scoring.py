@@ -10,19 +10,17 @@ from tqdm import tqdm
 from common.distributed import all_gather, rank, world_size
 from datasets import CaptionDataset, in_order, make_batches, make_loader
 from evaluation.consensus import Consensus
-from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble
-from evaluation.generation import ImageCaption, caption_images
 from evaluation.metrics import compute_metrics
 from evaluation.pointing import attention_metrics
 from models import Captioner
-from text.vocabulary import Vocabulary
+from modules.decoding import DecodingSettings
+from modules.generation import ImageCaption, caption_batch
 from utils import Runtime
 
 
 def caption_dataset(
     captioner: Captioner | Ensemble,
-    vocabulary: Vocabulary,
     datasets: Sequence[CaptionDataset],
     decoding: DecodingSettings,
     runtime: Runtime,
@@ -43,16 +41,15 @@ def caption_dataset(
         for parts in zip(*(make_loader(dataset, batches) for dataset in datasets), strict=True):
             inputs, are_features = tuple(part.inputs for part in parts), [part.is_features for part in parts]
             single = isinstance(captioner, Captioner)
-            decoded = caption_images(
+            decoded = caption_batch(
                 captioner,
-                vocabulary,
                 inputs[0] if single else inputs,
                 decoding,
                 runtime,
                 is_features=are_features[0] if single else are_features,
                 boxes=parts[0].boxes,
                 with_attention=datasets[0].has_boxes,
-                consensus=consensus,
+                rerank=consensus.rerank if consensus else None,
             )
             for index, image in zip(parts[0].indices, decoded, strict=True):
                 results.append((index, replace(image, neighbors=None, edge_weights=[])))
@@ -62,7 +59,6 @@ def caption_dataset(
 
 def evaluate(
     captioner: Captioner | Ensemble,
-    vocabulary: Vocabulary,
     datasets: Sequence[CaptionDataset],
     decoding: DecodingSettings,
     runtime: Runtime,
@@ -76,7 +72,7 @@ def evaluate(
     captions as lists of words. With a `consensus`, a row of the captions without it comes first.
     """
     start = time.perf_counter()
-    images = caption_dataset(captioner, vocabulary, datasets, decoding, runtime, consensus)
+    images = caption_dataset(captioner, datasets, decoding, runtime, consensus)
     seconds = time.perf_counter() - start
     references = datasets[0].references.decode()
     row: dict[str, Any] = {"samples": decoding.samples} if decoding.samples else {"beam_size": decoding.beam_size}

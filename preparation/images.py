@@ -1,6 +1,7 @@
 """Photos of all common formats, upright, in RGB and square, as training and captioning both see them."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from utils import InputError, first_line
 
@@ -61,17 +63,20 @@ def _open_file(path: str | Path) -> Image.Image:
     return Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN])
 
 
-def photo_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of a photo in pixels, upright as `open_photo` reads it. Raises InputError where it is damaged.
+def photo_size(photo: str | Path | Image.Image) -> tuple[int, int]:
+    """Width and height in pixels of Pillow's image, or of a file, upright as `open_photo` reads it.
 
-    The pixels are not decoded, but those of PNGs, whose orientation may come last.
+    A file's pixels are not decoded, but those of PNGs, whose orientation may come last. Raises InputError where it is
+    damaged.
     """
+    if isinstance(photo, Image.Image):
+        return photo.size
     try:
-        with _open_file(path) as photo:
-            is_turned = photo.format != "TIFF" and photo.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return (photo.height, photo.width) if is_turned else photo.size
+        with _open_file(photo) as file:
+            is_turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (file.height, file.width) if is_turned else file.size
     except Exception as error:  # a damaged file raises almost anything
-        raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
+        raise InputError(f"{photo}: not a readable photo: {first_line(error)}") from None
 
 
 def describe_other_file(path: Path) -> str:
@@ -135,15 +140,22 @@ def place_objects(objects: list[dict[str, Any]], size: tuple[int, int], side: in
     return placed
 
 
+def pad_boxes(objects: Sequence[list[dict[str, Any]]]) -> Tensor:
+    """The boxes of B images' objects, padded with boxes without area: (B, N, 4)."""
+    boxes = [torch.tensor([item["box"] for item in each], dtype=torch.float32).view(-1, 4) for each in objects]
+    return pad_sequence(boxes, batch_first=True)
+
+
 def flip_boxes(boxes: Tensor) -> Tensor:
     """The boxes (..., 4) in the mirror image; those that stand for none stay so."""
     left, top, right, bottom = boxes.unbind(dim=-1)
     return torch.stack([1 - right, top, 1 - left, bottom], dim=-1)
 
 
-def load_image(path: str | Path, size: int, resize: str = "squash") -> np.ndarray:
-    """A photo as the square image (3, size, size) uint8 that training and captioning both see.
+def load_image(photo: str | Path | Image.Image, size: int, resize: str = "squash") -> np.ndarray:
+    """A photo, a file or Pillow's, as the square image (3, size, size) uint8 that training and captioning both see.
 
     Raises InputError as `open_photo`.
     """
-    return to_square(open_photo(path, round(MIN_DECODED * size)), size, resize).numpy()
+    opened = photo.convert("RGB") if isinstance(photo, Image.Image) else open_photo(photo, round(MIN_DECODED * size))
+    return to_square(opened, size, resize).numpy()

@@ -20,7 +20,7 @@ from models import DECODERS, Captioner, build_captioner, decoder_settings, model
 from modules.show_attend_tell import ShowAttendTell
 from preparation.detection import Detector
 from preparation.storage import write_captions
-from text.vocabulary import END, START
+from text.vocabulary import END, SPECIAL_TOKENS, START, Vocabulary
 from training.checks import OF_ENCODERS
 from utils import Runtime
 
@@ -83,10 +83,17 @@ def random_batch(captions, seed=0):
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
-def build(settings: train.Settings, vocab_size: int, image_size: int = 32, feature_dim: int = 0) -> Captioner:
-    """A new captioner of these settings."""
+def build(settings: train.Settings, words: int | list[str], image_size: int = 32, feature_dim: int = 0) -> Captioner:
+    """A new captioner of these settings and words, or of so many."""
+    if isinstance(words, int):
+        words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(words - len(SPECIAL_TOKENS)))]
     return build_captioner(
-        vocab_size, image_size, "squash", feature_dim, settings.fine_tune_encoder, **model_settings(asdict(settings))
+        Vocabulary(words),
+        image_size,
+        "squash",
+        feature_dim,
+        settings.fine_tune_encoder,
+        **model_settings(asdict(settings)),
     )
 
 

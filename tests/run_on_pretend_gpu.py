@@ -36,11 +36,11 @@ from common.files import read_json, read_jsonl
 from conftest import SMALL, prepare_shapes
 from datasets import CaptionDataset, collate
 from evaluation import metrics
-from evaluation.decoding import DecodingSettings
-from evaluation.generation import caption_images
 from modules.beam_search import SearchSettings, beam_search
 from modules.constraints import Constraints
+from modules.decoding import DecodingSettings
 from modules.ensemble import EnsembleDecoder
+from modules.generation import caption_batch
 from modules.sampling import SamplingSettings, sample
 from text.cider import CiderD
 from text.vocabulary import END
@@ -188,10 +188,10 @@ class Steps:
         self.state = start_run(replace(settings, data_folder=str(data)), None, self.runtime.device)
         self.state.captioner.train()
         self.state.step = 5  # scheduled sampling has begun
-        self.dataset = CaptionDataset(data, "train", self.state.vocabulary)
+        self.dataset = CaptionDataset(data, "train", self.state.captioner.vocabulary)
         if self.state.captioner.uses_objects:
             self.dataset.use_objects()
-            self.dataset.use_names(self.state.vocabulary)
+            self.dataset.use_names(self.state.captioner.vocabulary)
         items = [self.dataset[index, False] for index in range(6)]
         if not settings.fine_tune_encoder:
             size = self.state.captioner.encoder.num_regions, self.state.captioner.encoder.feature_dim
@@ -230,7 +230,7 @@ def waits(folder):
         before = gpu.waits.copy()
         decoding = DecodingSettings(beam_size=3, max_length=max_length)
         captioner = steps.state.captioner.eval()
-        caption_images(captioner, steps.state.vocabulary, steps.batch.inputs[:2], decoding, steps.runtime)
+        caption_batch(captioner, steps.batch.inputs[:2], decoding, steps.runtime)
         searches[max_length] = gpu.waits - before
     table |= per_word("beam search of two images", searches)
     captioner.decoder.output.bias.data[END] = 0.2

@@ -16,7 +16,7 @@ ALLOWED = {
     "create_input_files": BOTTOM | {"preparation"},
     "datasets": BOTTOM | {"preparation"},
     "modules": BOTTOM,
-    "models": BOTTOM | {"modules"},
+    "models": BOTTOM | {"preparation", "modules"},
     "training": BOTTOM | {"preparation", "datasets", "modules", "models"},
     "evaluation": BOTTOM | {"preparation", "datasets", "modules", "models"},
     "eval": BOTTOM | {"preparation", "datasets", "modules", "models", "training", "evaluation"},

@@ -46,11 +46,11 @@ def test_a_photo_gets_a_sentence_and_a_picture(command, shapes, run_folder, tmp_
     arguments = (photo_of(shapes), "--checkpoint", run_folder / "best.pt", "--output_folder", tmp_path / "out")
     status, out, _ = command(caption, *arguments, "--max_length", 6)
     sentence, log_probability = re.search(r"\.png: (.*) \(log-probability (-[\d.]+)\)", out).groups()
-    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
     image = torch.from_numpy(load_image(photo_of(shapes), 32)).unsqueeze(0)
     with torch.inference_mode():
         captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(image), SearchSettings(5, 6))
-    assert status == 0 and sentence.split() == vocabulary.decode(captions[0, 0])
+    assert status == 0 and sentence.split() == captioner.vocabulary.decode(captions[0, 0])
     assert float(log_probability) == pytest.approx(log_probs[0, 0].item(), abs=0.01)
     with Image.open(picture_of(photo_of(shapes), tmp_path / "out")) as picture:
         assert picture.width > 300 and np.asarray(picture.convert("L")).std() > 5
@@ -91,17 +91,21 @@ def test_a_model_of_objects_captions_a_photo_with_its_objects(command, shapes, o
     )
     status, out, err = command(caption, wide, *arguments, "--objects", tmp_path / "objects.json")
     assert status == 0 and "1 objects in 1 photos" in err
-    captioner, vocabulary = load_captioner(tmp_path / "best.pt", "cpu")
+    captioner = load_captioner(tmp_path / "best.pt", "cpu")
     image = torch.from_numpy(load_image(wide, 32, resize)).unsqueeze(0)
     left, right = (0, 8 / 32) if resize == "crop" else (8 / 64, 24 / 64)
     with torch.inference_mode():
         encoded = captioner.encode(image, boxes=torch.tensor([[[left, 4 / 32, right, 28 / 32]]]))
         captions, log_probs = beam_search(captioner.decoder, encoded.regions, SearchSettings(5, 4), encoded.mask)
     row = json.loads(out)
-    assert row["caption"].split() == vocabulary.decode(captions[0, 0])
+    assert row["caption"].split() == captioner.vocabulary.decode(captions[0, 0])
     assert row["log_prob"] == pytest.approx(log_probs[0, 0].item(), abs=1e-3)
     with Image.open(picture_of(photo, tmp_path)) as picture:
         assert picture.width > 300
+    objects = [[{"box": [8 / 64, 4 / 32, 24 / 64, 28 / 32]}], []]
+    records = captioner.caption_images([wide, wide], objects=objects, max_length=4, precision="fp32")
+    assert records[0].caption == row["caption"] and records[0].log_prob == pytest.approx(row["log_prob"], abs=1e-3)
+    assert [len(record.boxes) for record in records] == [18, 17]  # cells, the whole photo, the object
 
 
 def test_the_shapes_have_their_objects_in_their_captions_file(command, shapes, objects_run, tmp_path):

@@ -61,7 +61,7 @@ TENSORS = [
 def original(tmp_path_factory):
     """A checkpoint with the captions of its model: content, path, captions."""
     torch.manual_seed(3)
-    captioner = build(type(SMALL)(**TINY), len(WORDS))
+    captioner = build(type(SMALL)(**TINY), WORDS)
     for parameter in captioner.decoder.parameters():
         parameter.data *= 4  # far from uniform, so that captions differ
     content = {
@@ -76,10 +76,10 @@ def original(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("original") / "best.pt"
     torch.save(content, path)
-    return content, path, captions_of(*load_captioner(path, "cpu"))
+    return content, path, captions_of(load_captioner(path, "cpu"))
 
 
-def captions_of(captioner, vocabulary):
+def captions_of(captioner):
     """The captions that a model gives two images, None where they are too large to try."""
     if captioner.image_size * captioner.encoder.num_regions > 10_000:
         return None
@@ -88,7 +88,7 @@ def captions_of(captioner, vocabulary):
     images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     with torch.inference_mode():
         captions, _ = beam_search(captioner.decoder, captioner.encode_images(images), SearchSettings(2, 6))
-    return [vocabulary.decode(caption[0].tolist()) for caption in captions]
+    return [captioner.vocabulary.decode(caption[0].tolist()) for caption in captions]
 
 
 def copy_containers(content):
@@ -171,7 +171,7 @@ def check(path, original, may_differ):
         return False
     finally:
         assert peak_memory() - before <= limit
-    captions = captions_of(*loaded)
+    captions = captions_of(loaded)
     assert may_differ or captions == original[2]
     return True
 

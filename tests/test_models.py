@@ -113,7 +113,7 @@ def test_every_model(variant, tmp_path):
     size = changes.pop("image_size", 64)
     settings = replace(SMALL, dropout=0.0, label_smoothing=0.0, **changes)
     torch.manual_seed(0)
-    captioner = build(settings, len(WORDS), size).train()
+    captioner = build(settings, WORDS, size).train()
     for module in captioner.modules():
         if isinstance(module, StochasticDepth):
             module.p = 0.0  # or a block may get no gradient by chance
@@ -128,7 +128,7 @@ def test_every_model(variant, tmp_path):
     outputs = captioner(images, batch.words, batch.lengths, boxes=boxes)
     T, R = int(batch.lengths.max()), captioner.encoder.num_regions
     R = {"grid": R, "objects": 3, "both": R + 3}[settings.regions]
-    assert outputs.logits.shape == (int(batch.lengths.sum()), len(WORDS))
+    assert outputs.logits.shape == (int(batch.lengths.sum()), WORDS)
     assert outputs.alpha.shape == (T, 4, 2, R) and captioner.encode(images, boxes=boxes).regions.shape[:2] == (4, R)
     real = torch.arange(T).view(-1, 1, 1) < batch.lengths
     torch.testing.assert_close(outputs.alpha.sum(-1), real.float())
@@ -166,8 +166,8 @@ def test_every_model(variant, tmp_path):
 
     # A checkpoint gives the same captions of the photos.
     save_checkpoint(tmp_path / "best.pt", captioner, settings)
-    loaded, vocabulary = load_captioner(tmp_path / "best.pt", "cpu")
-    assert vocabulary.idx2word == WORDS
+    loaded = load_captioner(tmp_path / "best.pt", "cpu")
+    assert loaded.vocabulary.idx2word == WORDS
     with torch.no_grad():
         encoded, encoded_by_loaded = captioner.encode(images, boxes=boxes), loaded.encode(images, boxes=boxes)
     torch.testing.assert_close(encoded_by_loaded.regions, encoded.regions)
@@ -206,7 +206,7 @@ def test_models_of_region_features(variant, tmp_path):
     changes = {"regions": "features", "fine_tune_encoder": False, "dropout": 0.0, **OF_REGION_FEATURES[variant]}
     settings = replace(SMALL, label_smoothing=0.0, **changes)
     torch.manual_seed(0)
-    captioner = build(settings, len(WORDS), feature_dim=8).train()
+    captioner = build(settings, WORDS, feature_dim=8).train()
     sizes, generator = (3, 1, 4, 2), torch.Generator().manual_seed(1)
     corners = [torch.rand(n, 2, 2, generator=generator).sort(dim=1).values.flatten(1) for n in sizes]
     features = [torch.randn(n, 8, generator=generator) for n in sizes]
@@ -218,7 +218,7 @@ def test_models_of_region_features(variant, tmp_path):
     assert all(param.grad.isfinite().all() for param in captioner.parameters() if param.grad is not None)
     captioner.eval()
     save_checkpoint(tmp_path / "best.pt", captioner, settings, feature_dim=8)
-    loaded, _ = load_captioner(tmp_path / "best.pt", "cpu")
+    loaded = load_captioner(tmp_path / "best.pt", "cpu")
     with torch.no_grad():
         encoded = loaded.encode(batch.inputs, True, batch.boxes)
         together = search(loaded, encoded)
@@ -288,7 +288,7 @@ def test_a_malformed_checkpoint_is_one_line_that_names_it(name, run_folder, tmp_
 
 def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_folder):
     before = torch.get_rng_state()
-    captioner, _ = load_captioner(run_folder / "best.pt", "cpu")
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.requires_grad for parameter in captioner.parameters())
     assert not any(tensor.is_meta for tensor in (*captioner.parameters(), *captioner.buffers()))
@@ -316,9 +316,9 @@ def test_sizes_out_of_range_are_an_error(name, value, message):
 
 
 def test_a_checkpoint_gives_back_the_same_model(run_folder):
-    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
     saved = torch.load(run_folder / "best.pt", weights_only=True)
-    assert vocabulary.idx2word == saved["words"] and not captioner.training
+    assert captioner.vocabulary.idx2word == saved["words"] and not captioner.training
     for name, tensor in captioner.state_dict().items():
         assert torch.equal(tensor, saved["model"][name]), name
 

@@ -43,8 +43,8 @@ WAITS = {
     },
     "beam search of two images, each word": {},
     "beam search of two images, the rest": {
-        "evaluation/generation.py caption_images: copy to the CPU": 3,
-        "evaluation/generation.py find_candidates: copy to the CPU": 2,
+        "modules/generation.py caption_batch: copy to the CPU": 3,
+        "modules/generation.py find_candidates: copy to the CPU": 2,
         "modules/step_decoder.py drop_ended: count the nonzero elements": 1,
     },
     "beam search of nine words": {"modules/step_decoder.py drop_ended: count the nonzero elements": 3},  # at 4, 8 and 9

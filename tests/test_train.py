@@ -94,9 +94,9 @@ def test_grounding_moves_the_attention_into_the_boxes(command, shapes, tmp_path)
     for weight in (0, 3):
         settings = replace(SMALL, epochs=4, grounding_weight=weight, ema_decay=0.0)
         assert command(train, *flags(shapes, tmp_path / str(weight), settings))[0] == 0
-        captioner, vocabulary = load_captioner(tmp_path / str(weight) / "last.pt", "cpu")
-        dataset = build_dataset(shapes, "train", vocabulary, captioner, CPU)
-        dataset.use_names(vocabulary)
+        captioner = load_captioner(tmp_path / str(weight) / "last.pt", "cpu")
+        dataset = build_dataset(shapes, "train", captioner, CPU)
+        dataset.use_names(captioner.vocabulary)
         (batch,) = make_loader(dataset, [in_order(len(dataset))])
         with torch.no_grad():
             output = captioner(batch.inputs, batch.words, batch.lengths)
@@ -106,9 +106,9 @@ def test_grounding_moves_the_attention_into_the_boxes(command, shapes, tmp_path)
 
 
 def test_the_validation_loss_is_that_of_each_word_of_each_caption(shapes, run_folder):
-    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
     epoch = torch.load(run_folder / "best.pt", weights_only=True)["epoch"]
-    validation = build_dataset(shapes, "val", vocabulary, captioner, CPU)
+    validation = build_dataset(shapes, "val", captioner, CPU)
     log_prob, words = 0.0, 0
     with torch.no_grad():
         for i in range(len(validation)):
@@ -251,7 +251,7 @@ def scripted_validation(monkeypatch, rows):
     rows = iter(rows)
     losses = []
 
-    def evaluate(captioner, vocabulary, datasets, *arguments):
+    def evaluate(captioner, datasets, *arguments):
         cider, bleu_4, loss = next(rows)
         losses.append(loss)
         return [{"cider": cider, "bleu_4": bleu_4}], [["a"]]

@@ -18,7 +18,7 @@ from common.checkpoints import EmptyWeights, name_impossible_sizes
 from common.files import read_json, save_torch
 from common.pickled import PickledFile, PickledObject, open_pickled
 from models import CHECKPOINT_FORMAT, build_captioner, captioner_from_checkpoint, model_settings
-from text.vocabulary import SPECIAL_TOKENS
+from text.vocabulary import SPECIAL_TOKENS, Vocabulary
 from training.state import git_revision
 from utils import InputError, has_type, run_script
 
@@ -261,7 +261,7 @@ def convert(file: PickledFile, word_map: dict[str, int]) -> dict[str, Any]:
     )
     options = model_settings(asdict(settings))
     with name_impossible_sizes(source), EmptyWeights():
-        captioner = build_captioner(len(word_map), IMAGE_SIZE, "squash", load_weights=False, **options)
+        captioner = build_captioner(Vocabulary(list(word_map)), IMAGE_SIZE, "squash", load_weights=False, **options)
     names = [name for name in captioner.state_dict() if name.startswith("encoder.")]
     return {
         "format": CHECKPOINT_FORMAT,

@@ -58,13 +58,12 @@ def main(settings: Settings) -> None:
     if Path(settings.output).exists() and not settings.overwrite:
         raise InputError(f"{settings.output} exists: give --overwrite or another --output")
     require_writable(Path(settings.output).parent)
-    captioner, vocabulary = load_captioner(settings.checkpoint, runtime.device)
+    captioner = load_captioner(settings.checkpoint, runtime.device)
     if isinstance(captioner.encoder, NoEncoder):
         raise InputError(f"{settings.checkpoint} has no encoder, by whose features similar photos are found")
     dataset = build_dataset(
         settings.data_folder,
         "train",
-        vocabulary,
         captioner,
         runtime,
         features_folder=settings.features_folder,

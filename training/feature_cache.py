@@ -21,7 +21,6 @@ from datasets import Batch, CaptionDataset, in_order, make_batches, make_loader
 from models import Captioner
 from modules.encoders import Encoder, NoEncoder, folded_encoder
 from preparation.storage import read_metadata, region_info
-from text.vocabulary import Vocabulary
 from utils import InputError, Runtime, copy_to_device
 
 NEEDS_BOXES = "leave out --box_features, --geometry and --graph_edges spatial, or prepare features with boxes"
@@ -32,7 +31,6 @@ SAVE_EVERY = 64  # batches after which the features are on the disk, whatever ha
 def build_dataset(
     data_folder: str | Path,
     split: str,
-    vocabulary: Vocabulary,
     captioner: Captioner,
     runtime: Runtime,
     *,
@@ -62,7 +60,7 @@ def build_dataset(
             f"was trained on {captioner.image_size}, {captioner.resize}: run create_input_files.py "
             f"--image_size {captioner.image_size} --resize {captioner.resize}"
         )
-    dataset = CaptionDataset(data_folder, split, vocabulary, metadata)
+    dataset = CaptionDataset(data_folder, split, captioner.vocabulary, metadata)
     encoder = captioner.encoder
     if isinstance(encoder, NoEncoder):
         info = region_info(metadata)

@@ -207,7 +207,7 @@ def find_data_folder(folders: list[str], checkpoint: dict[str, Any], path: str) 
     )
 
 
-def build_from_checkpoint(settings: Any, checkpoint: dict[str, Any]) -> tuple[Captioner, Vocabulary]:
+def build_from_checkpoint(settings: Any, checkpoint: dict[str, Any]) -> Captioner:
     """The captioner of a checkpoint with the model settings of a run that starts from it.
 
     Those that no weight depends on (dropout, graph_knn, ...) may differ. Raises InputError for one whose change the
@@ -239,11 +239,11 @@ def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.de
     torch.manual_seed(settings.seed)
     metadata = read_metadata(settings.data_folder)
     if checkpoint:
-        captioner, vocabulary = build_from_checkpoint(settings, checkpoint)
+        captioner = build_from_checkpoint(settings, checkpoint)
     else:
         vocabulary = Vocabulary.load(settings.data_folder)
         captioner = build_captioner(
-            len(vocabulary),
+            vocabulary,
             metadata["image_size"],
             metadata["resize"],
             info.feature_dim if (info := region_info(metadata)) else 0,
@@ -262,7 +262,7 @@ def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.de
     if rank() > 0:
         torch.manual_seed(settings.seed + rank())  # the same weights, but dropout of its own
     folders = [settings.data_folder, os.path.abspath(settings.data_folder)]
-    state = TrainState(settings, captioner, vocabulary, optimizer, ema, network, metadata["digest"], folders)
+    state = TrainState(settings, captioner, optimizer, ema, network, metadata["digest"], folders)
     if settings.resume:
         assert checkpoint is not None
         state.restore(checkpoint)

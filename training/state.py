@@ -13,7 +13,6 @@ from common.distributed import all_gather, all_reduce_sum, on_rank_zero, rank
 from common.files import save_torch
 from models import CHECKPOINT_FORMAT, Captioner, model_settings
 from modules.encoders import NoEncoder
-from text.vocabulary import Vocabulary
 from training.optim import ModelEMA
 from utils import InputError, has_type
 
@@ -27,7 +26,6 @@ class TrainState:
 
     settings: Any  # of train.py
     captioner: Captioner
-    vocabulary: Vocabulary
     optimizer: torch.optim.Optimizer
     ema: ModelEMA
     network: nn.Module  # the captioner, in DistributedDataParallel where there are several processes
@@ -75,7 +73,7 @@ class TrainState:
             "resize": captioner.resize,
             "feature_dim": captioner.encoder.feature_dim if isinstance(captioner.encoder, NoEncoder) else 0,
             "fine_tune_encoder": captioner.fine_tune_encoder,
-            "words": self.vocabulary.idx2word,
+            "words": captioner.vocabulary.idx2word,
             "settings": asdict(self.settings),
             "defaults": asdict(type(self.settings)()),  # by which an edited default is recognized later
             "epoch": self.epoch,

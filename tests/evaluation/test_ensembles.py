@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from conftest import CPU, SMALL, build
-from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import VIEWS, Ensemble, load_models
-from evaluation.generation import caption_attention, caption_images, encode_words
 from modules.beam_search import SearchSettings, beam_search
+from modules.decoding import DecodingSettings
 from modules.ensemble import EnsembleDecoder
+from modules.generation import caption_attention, caption_batch, encode_words
 from modules.regions import grid_boxes
 from preparation.images import flip_boxes
 from text.vocabulary import Vocabulary
@@ -23,20 +23,19 @@ FROZEN = replace(SMALL, fine_tune_encoder=False)
 DECODING = DecodingSettings(beam_size=3, max_length=6)
 
 
-def captioner_of(seed, **changes):
+def captioner_of(seed, vocabulary=VOCABULARY, **changes):
     """A random captioner in eval mode; all have the same encoder."""
     torch.manual_seed(seed)
-    captioner = build(replace(FROZEN, **changes), len(VOCABULARY)).eval()
+    captioner = build(replace(FROZEN, **changes), vocabulary.idx2word).eval()
     torch.manual_seed(0)
-    captioner.encoder.load_state_dict(build(FROZEN, len(VOCABULARY)).encoder.state_dict())
+    captioner.encoder.load_state_dict(build(FROZEN, VOCABULARY.idx2word).encoder.state_dict())
     for parameter in captioner.decoder.parameters():
         parameter.data *= 3  # far from uniform, so that rankings are clear
     return captioner
 
 
-def ensemble_of(captioners, vocabularies=None, views=("original",)):
-    models = zip(captioners, vocabularies or [VOCABULARY] * len(captioners), strict=True)
-    return Ensemble({str(i): model for i, model in enumerate(models)}, views)
+def ensemble_of(captioners, views=("original",)):
+    return Ensemble({str(i): captioner for i, captioner in enumerate(captioners)}, views)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +69,8 @@ def test_members_with_other_encoders_have_inputs_of_their_own(images):
 
 def test_an_ensemble_of_one_model_captions_as_the_model(images):
     captioner = captioner_of(1)
-    expected = caption_images(captioner, VOCABULARY, images, DECODING, CPU)
-    found = caption_images(ensemble_of([captioner] * 2), VOCABULARY, images, DECODING, CPU)
+    expected = caption_batch(captioner, images, DECODING, CPU)
+    found = caption_batch(ensemble_of([captioner] * 2), images, DECODING, CPU)
     for one, other in zip(found, expected, strict=True):
         assert [each.words for each in one.n_best] == [each.words for each in other.n_best]
         torch.testing.assert_close(one.alpha, other.alpha)
@@ -80,25 +79,25 @@ def test_an_ensemble_of_one_model_captions_as_the_model(images):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_log_probabilities_are_those_of_the_mean(images, shuffled):
-    captioners = [captioner_of(1), captioner_of(2, decoder="transformer")]
     order = [*range(4), 9, 7, 5, 4, 6, 8] if shuffled else list(range(10))
     other = Vocabulary([VOCABULARY.idx2word[i] for i in order])
-    ensemble = ensemble_of(captioners, [VOCABULARY, other])
-    for image in caption_images(ensemble, VOCABULARY, images[:1], DECODING, CPU):
+    captioners = [captioner_of(1), captioner_of(2, other, decoder="transformer")]
+    ensemble = ensemble_of(captioners)
+    for image in caption_batch(ensemble, images[:1], DECODING, CPU):
         for words, log_prob, _ in image.n_best:
             previous, total, states = ["<start>", *words], torch.zeros(()), [None, None]
             for t in range(min(len(words) + 1, DECODING.max_length)):
                 probabilities = []
-                for m, (captioner, vocabulary) in enumerate(zip(captioners, (VOCABULARY, other), strict=True)):
+                for m, captioner in enumerate(captioners):
                     regions = captioner.encode_images(images[:1])
                     state = captioner.decoder.init_state(regions) if states[m] is None else states[m]
-                    word = torch.tensor([[vocabulary.word2idx[previous[t]]]])
+                    word = torch.tensor([[captioner.vocabulary.word2idx[previous[t]]]])
                     with torch.no_grad():
                         logits, _, states[m] = captioner.decoder.step(
                             word, regions, captioner.decoder.keys(regions), state
                         )
                     target = [*words, "<end>"][t]
-                    probabilities.append(logits[0, 0].softmax(0)[vocabulary.word2idx[target]])
+                    probabilities.append(logits[0, 0].softmax(0)[captioner.vocabulary.word2idx[target]])
                 total += (sum(probabilities) / 2).log()
             assert log_prob == pytest.approx(total.item(), rel=1e-4)
 
@@ -108,7 +107,7 @@ def test_the_flipped_view_exchanges_left_and_right(images):
     ensemble = ensemble_of([captioner], views=["original", "hflip"])
     flipped = EnsembleDecoder(ensemble.decoder.members[1:], ensemble.decoder.word_maps[1:])
     captions, _ = beam_search(flipped, ensemble.encode(images).regions[1:], SearchSettings(3, 6))
-    of_flipped, exchange, seen = caption_images(captioner, VOCABULARY, images.flip(-1), DECODING, CPU), {}, set()
+    of_flipped, exchange, seen = caption_batch(captioner, images.flip(-1), DECODING, CPU), {}, set()
     exchange = {"left": "right", "right": "left"}
     for found, other in zip(captions[:, 0], of_flipped, strict=True):
         assert VOCABULARY.decode(found) == [exchange.get(word, word) for word in other.words]
@@ -127,7 +126,7 @@ def test_views_are_encoded_one_by_one(images):
     ]
     torch.testing.assert_close(list(regions), expected)
     assert not torch.equal(regions[0], regions[2]) and not torch.equal(regions[0], regions[4])
-    (image,) = caption_images(ensemble, VOCABULARY, images[:1], DECODING, CPU)
+    (image,) = caption_batch(ensemble, images[:1], DECODING, CPU)
     words = encode_words([image.words], VOCABULARY)
     alpha, gates = caption_attention(captioners[0].decoder, captioners[0].encode_images(images[:1]), words)
     torch.testing.assert_close(image.alpha, alpha[0])  # the first captioner's, of the first view
@@ -146,9 +145,9 @@ def test_a_view_moves_the_boxes_with_the_pixels(images):
     assert encoded.mask[3].all() and encoded.mask[5].tolist() == [[True, True, False]] * 3
     cropped = captioners[1].encode(VIEWS["crop"](images), boxes=torch.tensor([[[3 / 14, 0, 1 / 2, 11 / 14]]] * 3))
     torch.testing.assert_close(encoded.regions[5][:, :2], cropped.regions)
-    found = caption_images(ensemble, VOCABULARY, images, DECODING, CPU, boxes=boxes)
+    found = caption_batch(ensemble, images, DECODING, CPU, boxes=boxes)
     assert all(image.alpha.shape[1] == 16 and torch.equal(image.boxes, grid_boxes(4)) for image in found)
-    found = caption_images(captioners[1], VOCABULARY, images, DECODING, CPU, boxes=boxes * torch.tensor([[[1], [0]]]))
+    found = caption_batch(captioners[1], images, DECODING, CPU, boxes=boxes * torch.tensor([[[1], [0]]]))
     for image in found:  # without the padding
         assert image.alpha.shape[1] == 2 and image.boxes.tolist() == [[0, 0, 1, 1], [0.25, 0, 0.5, 0.75]]
         torch.testing.assert_close(image.alpha[: len(image.words)].sum(1), torch.ones(len(image.words)))
@@ -162,12 +161,12 @@ def test_a_crop_is_the_middle():
 
 def test_what_does_not_go_together_is_named(run_folder):
     small = captioner_of(1)
-    large = build(replace(FROZEN), len(VOCABULARY), image_size=64)
+    large = build(FROZEN, VOCABULARY.idx2word, image_size=64)
     with pytest.raises(InputError, match="0 takes 32 pixels made by squash, 1 takes 64 by squash"):
         ensemble_of([small, large])
     other = Vocabulary.from_counts(Counter([*WORDS[:-1], "cat"]), 1)
     with pytest.raises(InputError, match="0 and 1: an ensemble needs models with the same words: 2 are"):
-        ensemble_of([small, small], [VOCABULARY, other])
+        ensemble_of([small, captioner_of(2, other)])
     for views in (["original", "upside_down"], [""]):
         with pytest.raises(InputError, match=r"--views .*: choose from original hflip crop"):
             load_models([run_folder / "best.pt"], views, "cpu")

@@ -4,24 +4,24 @@ import h5py
 import torch
 
 from datasets import CaptionDataset
-from evaluation.decoding import DecodingSettings
-from evaluation.generation import caption_images
 from evaluation.scoring import caption_dataset, evaluate
 from models import load_captioner
+from modules.decoding import DecodingSettings
+from modules.generation import caption_batch
 from utils import choose_runtime
 
 
 def test_captions_of_a_dataset_are_those_of_each_image(shapes, run_folder):
-    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
     runtime = choose_runtime("cpu", "fp32")
-    dataset = CaptionDataset(shapes, "train", vocabulary)
+    dataset = CaptionDataset(shapes, "train", captioner.vocabulary)
     decoding = DecodingSettings(beam_size=2, max_length=5, batch_size=7)
-    found = caption_dataset(captioner, vocabulary, [dataset], decoding, runtime)
+    found = caption_dataset(captioner, [dataset], decoding, runtime)
     with h5py.File(shapes / "train_images.hdf5") as file:
         images = torch.from_numpy(file["images"][:])
     assert len(found) == len(images)
     for image, caption in zip(images, found, strict=True):
-        (expected,) = caption_images(captioner, vocabulary, image[None], decoding, runtime)
+        (expected,) = caption_batch(captioner, image[None], decoding, runtime)
         assert caption.words == caption.before_consensus == expected.words and 0 < len(caption.words) <= 5
         length = len(expected.alpha)  # a batch is as long as its longest caption
         torch.testing.assert_close(caption.alpha[:length], expected.alpha)
@@ -29,9 +29,9 @@ def test_captions_of_a_dataset_are_those_of_each_image(shapes, run_folder):
 
 
 def test_evaluate_returns_a_row_and_its_captions(shapes, run_folder):
-    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
-    dataset = CaptionDataset(shapes, "val", vocabulary)
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
+    dataset = CaptionDataset(shapes, "val", captioner.vocabulary)
     decoding = DecodingSettings(beam_size=2, max_length=3)
-    (row,), captions = evaluate(captioner, vocabulary, [dataset], decoding, choose_runtime("cpu", "fp32"))
+    (row,), captions = evaluate(captioner, [dataset], decoding, choose_runtime("cpu", "fp32"))
     assert row["beam_size"] == 2 and row["meteor"] is None and 0 <= row["pointing"] <= 1
     assert len(captions) == len(dataset) and all(len(words) <= 3 for words in captions)

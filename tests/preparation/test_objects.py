@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import create_input_files
-from evaluation.photos import find_objects, pad_boxes
-from preparation.images import open_photo, photo_size, place_objects
+from evaluation.photos import find_objects
+from preparation.images import open_photo, pad_boxes, photo_size, place_objects
 from preparation.objects import MAX_OBJECTS, add_objects
 from preparation.records import ImageRecord, pack_sentences
 from utils import InputError

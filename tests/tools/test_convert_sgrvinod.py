@@ -15,6 +15,7 @@ import train
 from convert_sgrvinod import Settings
 from models import load_captioner
 from modules.beam_search import SearchSettings, beam_search
+from text.vocabulary import SPECIAL_TOKENS
 from utils import InputError
 
 WORDS = reference.word_map(["a", "the", "dog", "cat", "red", "blue", "ball", "runs", "sits", "with", "two", "of"])
@@ -43,13 +44,13 @@ def write(folder, content, *, legacy=False, words=WORDS):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["zip", "legacy"])
 def converted(request, tmp_path_factory):
-    """The tutorial's model, and the captioner and vocabulary of its converted checkpoint, with the folder of both."""
+    """The tutorial's model, and the captioner of its converted checkpoint, with the folder of both."""
     folder = tmp_path_factory.mktemp("sgrvinod")
     encoder, decoder = make_model()
     settings = write(folder, reference.checkpoint(encoder, decoder, fine_tuned=True), legacy=request.param)
     # What the step of its optimizers changed is in the file, too.
     convert_sgrvinod.main(settings)
-    return encoder, decoder, *load_captioner(settings.output, "cpu"), folder
+    return encoder, decoder, load_captioner(settings.output, "cpu"), folder
 
 
 def random_regions(count):
@@ -69,14 +70,14 @@ def test_the_regions_are_those_of_the_tutorials_encoder(converted):
 
 @torch.no_grad()
 def test_logits_and_alpha_are_those_of_the_tutorials_equations(converted):
-    _, decoder, captioner, vocabulary, _ = converted
-    ids = [WORDS[word] for word in vocabulary.idx2word]
+    _, decoder, captioner, _ = converted
+    ids = [WORDS[word] for word in captioner.vocabulary.idx2word]
     for regions in random_regions(3):
         keys, state = captioner.decoder.keys(regions[None]), captioner.decoder.init_state(regions[None])
         expected_state = reference.init_state(decoder, regions)
         for word in ("<start>", "a", "red", "dog", "runs", "with", "the", "<unk>", "ball"):
             logits, alpha, state = captioner.decoder.step(
-                torch.tensor([[vocabulary.word2idx[word]]]), regions[None], keys, state
+                torch.tensor([[captioner.vocabulary.word2idx[word]]]), regions[None], keys, state
             )
             expected, expected_alpha, expected_state = reference.step(decoder, WORDS[word], regions, expected_state)
             torch.testing.assert_close(logits[0, 0], expected[ids], rtol=1e-5, atol=1e-5)
@@ -86,13 +87,13 @@ def test_logits_and_alpha_are_those_of_the_tutorials_equations(converted):
 
 @torch.no_grad()
 def test_captions_are_those_of_a_plain_search(converted):
-    _, decoder, captioner, vocabulary, _ = converted
+    _, decoder, captioner, _ = converted
     regions, captions = random_regions(20), []
     found = beam_search(captioner.decoder, regions, SearchSettings(3, 12, 0.0))[0][:, 0]
     for b in range(20):
         expected = reference.plain_beam_search(decoder, regions[b], WORDS, beam_size=3, max_length=12)
         captions.append([IDX2WORD[word_id] for word_id in expected if word_id != WORDS["<end>"]])
-        assert vocabulary.decode(found[b]) == captions[-1]
+        assert captioner.vocabulary.decode(found[b]) == captions[-1]
     assert len(set(map(tuple, captions))) > 10 and len({len(each) for each in captions}) > 3
 
 
@@ -115,14 +116,14 @@ def test_the_converted_file_is_scored_captions_photos_and_is_trained_further(con
         train, *arguments, *data, "--device", "cpu", "--no-fine_tune_encoder", "--unfreeze_from", ""
     )
     assert status == 0, err
-    assert load_captioner(tmp_path / "run" / "best.pt", "cpu")[1].idx2word[:4] == ["<pad>", "<start>", "<end>", "<unk>"]
+    assert load_captioner(tmp_path / "run" / "best.pt", "cpu").vocabulary.idx2word[:4] == SPECIAL_TOKENS
 
 
 def test_an_encoder_that_was_not_trained_stays_frozen(converted, tmp_path):
     encoder, decoder, *_ = converted
     settings = write(tmp_path, reference.checkpoint(encoder, decoder))
     convert_sgrvinod.main(settings)
-    assert converted[2].fine_tune_encoder and not load_captioner(settings.output, "cpu")[0].fine_tune_encoder
+    assert converted[2].fine_tune_encoder and not load_captioner(settings.output, "cpu").fine_tune_encoder
 
 
 def replace_module(path, module):

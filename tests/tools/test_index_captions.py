@@ -13,8 +13,8 @@ from tools import index_captions
 def test_the_index_holds_the_training_photos(command, shapes, run_folder, tmp_path):
     arguments = ["--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output", tmp_path / "index.pt"]
     status, output, _ = command(index_captions, *arguments)
-    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
-    dataset, index = CaptionDataset(shapes, "train", vocabulary), CaptionIndex.load(tmp_path / "index.pt")
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
+    dataset, index = CaptionDataset(shapes, "train", captioner.vocabulary), CaptionIndex.load(tmp_path / "index.pt")
     assert status == 0 and f"{len(dataset)} photos" in output
     assert index.captions.decode() == dataset.references.decode()
     assert index.encoder == captioner.encoder.fingerprint() and index.data_digest == read_metadata(shapes)["digest"]

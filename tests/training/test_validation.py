@@ -42,7 +42,7 @@ def test_the_best_epoch_has_the_highest_key(metric, num_images, rows):
     ],
 )
 def test_epochs_without_improvement_count_only_where_the_score_tells(num_images, rows, counts):
-    state = TrainState(*[None] * 6, "", [])
+    state = TrainState(*[None] * 5, "", [])
     for one, count in zip(rows, counts, strict=True):
         state.end_epoch(epoch_key(one, "cider", num_images))
         assert state.epochs_since_improvement == count

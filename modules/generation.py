@@ -1,27 +1,52 @@
 """Captions of a batch of images, with what they were decoded from.
 
-Shapes: B images, C candidates of an image, T words of a caption, R regions, N neighbors of a region in the graph.
+Shapes: B images, C candidates of an image, T words of a caption, R regions, D features of a region as the decoder sees
+it, F features of the encoder, N neighbors of a region in the graph.
 """
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from evaluation.consensus import Candidate, Consensus
-from evaluation.decoding import DecodingSettings
-from evaluation.ensemble import Ensemble
-from models import Captioner, Encoded
 from modules.decoders import Decoder
+from modules.decoding import Candidate, DecodingSettings
 from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
 from modules.regions import has_area
 from modules.step_decoder import Nested, first_tensor, map_tensors
 from text.vocabulary import END, Vocabulary
 from utils import Runtime, copy_to_device
+
+
+class Encoded(NamedTuple):
+    """What an encoder made of B images; of an ensemble, regions, masks and features are tuples of tensors."""
+
+    regions: Nested  # (B, R, D) for the decoder
+    mask: Nested  # (B, R), False where an image has no region; None: all have R
+    boxes: Tensor  # (B, R, 4) of the regions, as `modules.regions.RegionSource` returns them
+    features: Nested  # (B, R, F) of the grid
+    neighbors: Tensor | None  # (B, R, N) of the graph, as `RegionGraph.forward` returns them
+    edge_weights: list[Tensor]  # (B, R, N) of each graph layer
+
+
+class CaptioningModel(Protocol):
+    """What captions images: a `models.Captioner` or an `evaluation.ensemble.Ensemble`."""
+
+    vocabulary: Vocabulary
+
+    @property
+    def decoder(self) -> Decoder | EnsembleDecoder:
+        """What finds the words."""
+        ...
+
+    def encode(self, inputs: Any, is_features: Any, boxes: Tensor | None) -> Encoded:
+        """What the decoder sees of inputs as `caption_batch` takes them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,8 +63,13 @@ class ImageCaption:
 
     @property
     def words(self) -> list[str]:
-        """The best caption."""
+        """The words of the best caption."""
         return self.n_best[0].words
+
+    @property
+    def caption(self) -> str:
+        """The best caption."""
+        return " ".join(self.words)
 
     @property
     def log_prob(self) -> float:
@@ -48,9 +78,8 @@ class ImageCaption:
 
 
 @torch.no_grad()
-def caption_images(
-    captioner: Captioner | Ensemble,
-    vocabulary: Vocabulary,
+def caption_batch(
+    captioner: CaptioningModel,
     inputs: Nested,
     decoding: DecodingSettings,
     runtime: Runtime,
@@ -58,27 +87,27 @@ def caption_images(
     is_features: bool | Sequence[bool] = False,
     boxes: Tensor | None = None,
     with_attention: bool = True,
-    consensus: Consensus | None = None,
+    rerank: Callable[[list[list[Candidate]], Nested], list[list[Candidate]]] | None = None,
 ) -> list[ImageCaption]:
     """Caption a batch of images with a captioner in eval mode, or with an ensemble.
 
     Args:
         inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F); of an ensemble also a
-            tuple of them, as `Ensemble.encode` takes it.
+            tuple of them, as `evaluation.ensemble.Ensemble.encode` takes it.
         boxes: of objects in the images (B, N, 4), for a captioner that `uses_objects`; of region features (B, R, 4).
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
-        consensus: re-ranks the candidates of each image.
+        rerank: re-ranks the candidates of each image by its features, as `evaluation.consensus.Consensus.rerank`.
     """
     inputs, boxes = map_tensors(lambda x: copy_to_device(x, runtime.device), (inputs, boxes))
     with runtime.autocast():
-        encoded: Encoded = captioner.encode(inputs, is_features, boxes)  # pyright: ignore[reportArgumentType]
-        searched = candidates = find_candidates(captioner, vocabulary, encoded, decoding)
-        if consensus:
-            candidates = consensus.rerank(candidates, encoded.features)
+        encoded = captioner.encode(inputs, is_features, boxes)
+        searched = candidates = find_candidates(captioner, encoded, decoding)
+        if rerank:
+            candidates = rerank(candidates, encoded.features)
         regions = first_tensor(encoded.regions)
         alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
         if with_attention:
-            best = encode_words([image[0].words for image in candidates], vocabulary)
+            best = encode_words([image[0].words for image in candidates], captioner.vocabulary)
             best = copy_to_device(best, regions.device)
             alpha, gates = caption_attention(captioner.decoder, encoded.regions, best, encoded.mask)
     # All moves to the CPU are of the whole batch: each waits for the device.
@@ -101,16 +130,14 @@ def caption_images(
     ]
 
 
-def find_candidates(
-    captioner: Captioner | Ensemble, vocabulary: Vocabulary, encoded: Encoded, decoding: DecodingSettings
-) -> list[list[Candidate]]:
+def find_candidates(captioner: CaptioningModel, encoded: Encoded, decoding: DecodingSettings) -> list[list[Candidate]]:
     """The candidates of B images by beam search or sampling, each image's best first, without repetitions."""
-    captions, *numbers = decoding.find(captioner.decoder, encoded.regions, encoded.mask, vocabulary)
+    captions, *numbers = decoding.find(captioner.decoder, encoded.regions, encoded.mask, captioner.vocabulary)
     found = []
     for image_captions, image_numbers in zip(captions.tolist(), torch.stack(numbers, dim=2).tolist(), strict=True):
         unique: dict[str, Candidate] = {}
         for caption, (log_prob, score) in zip(image_captions, image_numbers, strict=True):
-            words = vocabulary.decode(caption)
+            words = captioner.vocabulary.decode(caption)
             if log_prob != -math.inf:
                 unique.setdefault(" ".join(words), Candidate(words, log_prob, score))
         found.append(list(unique.values()))

@@ -4,7 +4,7 @@ Shapes: B images, C captions of an image, T words of a caption, R regions, D the
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,14 @@ from modules.sampling import SamplingSettings, sample
 from modules.step_decoder import Nested, reorder
 from text.vocabulary import Vocabulary
 from utils import InputError, require_at_least
+
+
+class Candidate(NamedTuple):
+    """A caption that a search or sampling found."""
+
+    words: list[str]
+    log_prob: float
+    score: float  # what captions are ranked by: the log-probability, normalized by the length
 
 
 @dataclass(frozen=True)

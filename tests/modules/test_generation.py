@@ -2,10 +2,10 @@
 
 import torch
 
-from evaluation.decoding import DecodingSettings
-from evaluation.generation import caption_attention, caption_images
 from models import load_captioner
 from modules.beam_search import SearchSettings, beam_search
+from modules.decoding import DecodingSettings
+from modules.generation import caption_attention, caption_batch
 from text.vocabulary import END, START
 from utils import choose_runtime
 
@@ -26,15 +26,17 @@ def test_gates_and_attention_are_those_of_the_steps(tiny_decoder):
 
 
 def test_n_best_is_what_beam_search_finds(shapes, run_folder):
-    captioner, vocabulary = load_captioner(run_folder / "best.pt", "cpu")
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
     runtime = choose_runtime("cpu", "fp32")
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     decoding = DecodingSettings(beam_size=4, max_length=6)
-    found = caption_images(captioner, vocabulary, images, decoding, runtime, with_attention=False)
+    found = caption_batch(captioner, images, decoding, runtime, with_attention=False)
     captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(images), SearchSettings(4, 6))
     for b, image in enumerate(found):
-        assert [each.words for each in image.n_best] == [vocabulary.decode(caption) for caption in captions[b]]
+        assert [each.words for each in image.n_best] == [
+            captioner.vocabulary.decode(caption) for caption in captions[b]
+        ]
         assert [each.log_prob for each in image.n_best] == log_probs[b].tolist()
         assert image.words == image.n_best[0][0] and image.alpha.shape == (0, 16) and image.gates is None
-    (alone,) = caption_images(captioner, vocabulary, images[:1], decoding, runtime)
+    (alone,) = caption_batch(captioner, images[:1], decoding, runtime)
     assert alone.words == found[0].words and len(alone.alpha) == len(alone.gates) >= len(alone.words)

@@ -1,0 +1,56 @@
+"""Captions from Python: `Captioner.caption_images` gives what caption.py prints."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+import caption
+from conftest import SMALL, build
+from models import load_captioner
+from utils import InputError
+
+
+def test_captions_are_those_of_the_script(command, shapes, run_folder):
+    photos = sorted((shapes / "photos").glob("*.png"))
+    status, out, _ = command(
+        caption, *photos, "--checkpoint", run_folder / "best.pt", "--no-pictures", "--json", "--n_best", 3
+    )
+    rows = [json.loads(line) for line in out.splitlines()]
+    captioner = load_captioner(run_folder / "best.pt")
+    found = captioner.caption_images(photos)
+    assert status == 0 and len(rows) == len(found) == 28 and not captioner.training
+    for row, record in zip(rows, found, strict=True):
+        assert row["caption"] == record.caption == " ".join(record.words)
+        assert row["log_prob"] == pytest.approx(record.log_prob, abs=1e-3)
+        assert [each["caption"] for each in row["n_best"]] == [" ".join(each.words) for each in record.n_best[:3]]
+        assert record.alpha.shape[1] == len(record.boxes) == 16 and len(record.alpha) >= len(record.words)
+        assert record.alpha[: len(record.words)].sum(dim=1) == pytest.approx(1, abs=0.02)  # bf16 where it is faster
+
+
+def test_batches_and_images_give_the_same(shapes, run_folder):
+    photos = sorted((shapes / "photos").glob("*.png"))[:5]
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
+    images = [Image.open(photo) for photo in photos]
+    one, other = captioner.caption_images(photos, 3), captioner.caption_images(images, 3, batch_size=2)
+    assert [record.caption for record in one] == [record.caption for record in other]
+    assert captioner.caption_images([]) == []
+    short = captioner.caption_images(map(str, photos[:1]), max_length=2)
+    assert len(short[0].words) <= 2
+
+
+def test_wrong_input_is_named(tmp_path, shapes, run_folder):
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
+    photo = next((shapes / "photos").glob("*.png"))
+    with pytest.raises(InputError, match=r"nowhere\.png: no such file"):
+        captioner.caption_images([tmp_path / "nowhere.png"])
+    with pytest.raises(InputError, match=r"caption_images takes a list of photos, not the single .*png"):
+        captioner.caption_images(str(photo))
+    with pytest.raises(InputError, match="--beam_size 0: must be at least 1"):
+        captioner.caption_images([photo], beam_size=0)
+    with pytest.raises(InputError, match="looks at objects: give those of each photo as objects="):
+        build(replace(SMALL, regions="objects"), 9).caption_images([photo])
+    features = build(replace(SMALL, regions="features", fine_tune_encoder=False), 9, feature_dim=8)
+    with pytest.raises(InputError, match="looks at region features, not at photos"):
+        features.caption_images([photo])
