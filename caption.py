@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,20 +10,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
 from common.files import require_writable
 from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.photos import PhotoRegions, collect_photos, find_objects, load_photos, photo_records
-from evaluation.pictures import Regions, open_for_picture, picture_paths, plot_attention, plot_edges, save_picture
+from evaluation.gallery import Gallery
+from evaluation.photos import (
+    PhotoRegions,
+    collect_photos,
+    display_name,
+    find_objects,
+    load_photos,
+    photo_records,
+)
 from models import Captioner
 from modules.decoding import DecodingSettings
 from modules.generation import ImageCaption, caption_batch
-from modules.graph import edge_attribution
-from modules.relations import spatial_relations
 from preparation.detection import Detector, detect_objects
 from preparation.images import pad_boxes
 from preparation.objects import require_objects_file
@@ -72,6 +74,7 @@ class Settings:
     n_best: int = 1  # captions per photo, up to beam_size or samples
     json: bool = False  # print a line of JSON for each photo: file, caption, log_prob and, from 2 on, n_best
     pictures: bool = True  # save pictures; without them captioning many photos is several times faster
+    report: bool = False  # write report.html, a page to look through all captions with their attention
     alpha_layer: int = 0  # layer whose attention is drawn, from 1, of a transformer decoder; 0: the last
     alpha_head: int = 0  # head of that layer, from 1; 0: the mean of all heads
     graph_word: str = ""  # a word: where a caption has it, plot the graph's edges that mattered for it, too
@@ -93,7 +96,7 @@ def validate_settings(settings: Settings) -> DecodingSettings:
     for name in ("graph_word", "show", "alpha_layer", "alpha_head"):
         if getattr(settings, name) and not settings.pictures:
             raise InputError(f"--{name} needs pictures: leave --no-pictures out")
-    if settings.pictures:
+    if settings.pictures or settings.report:
         require_writable(settings.output_folder)
     return decoding
 
@@ -111,7 +114,7 @@ def validate_graph_word(settings: Settings, captioner: Captioner | Ensemble) -> 
 
 def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str:
     """What is printed of a photo: its captions with their log-probabilities, as text or as a line of JSON."""
-    file = os.fsencode(photo).decode(errors="replace")  # a name may hold what is no Unicode
+    file = display_name(photo)
     n_best = [(" ".join(each.words), each.log_prob) for each in caption.n_best[: settings.n_best]]
     if not settings.json:
         (best, *others) = [f"{words} (log-probability {log_prob:.2f})" for words, log_prob in n_best]
@@ -169,41 +172,6 @@ def regions_of_photos(
     return PhotoRegions(photos, settings.region_features, captioner)
 
 
-def region_names(captioner: Captioner | Ensemble, count: int, objects: Sequence[dict[str, Any]]) -> list[str | None]:
-    """What `Regions` calls the regions of a photo, of which there are `count`, where it has these objects."""
-    source = captioner.region_source
-    if source.uses_region_features:
-        return [""] * count
-    if not source.uses_objects:
-        return [None] * count
-    names: list[str | None] = ["", *(" ".join(item["words"]) for item in objects)]  # the whole photo is first
-    return [None] * (count - len(names)) + names
-
-
-def plot_pictures(
-    photo: str,
-    caption: ImageCaption,
-    captioner: Captioner | Ensemble,
-    graph_word: str,
-    objects: Sequence[dict[str, Any]],
-) -> dict[str, Figure]:
-    """The pictures of a photo with its objects by their kind: attention and, where it has the graph word, edges."""
-    picture_photo = open_for_picture(photo, captioner.resize)
-    words = caption.words if captioner.decoder.has_attention else []
-    regions = Regions(caption.boxes.numpy(), region_names(captioner, len(caption.boxes), objects))
-    of_grid = regions.num_cells == len(regions.boxes)
-    alpha = caption.alpha.numpy()
-    figures = {"attention": plot_attention(picture_photo, words, alpha, caption.gates, None if of_grid else regions)}
-    if graph_word in caption.words and caption.neighbors is not None:
-        alpha = caption.alpha[caption.words.index(graph_word)]
-        edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
-        relations = None
-        if captioner.graph.edges == "spatial":
-            relations = spatial_relations(caption.boxes.unsqueeze(0))[0].numpy()
-        figures["edges"] = plot_edges(picture_photo, graph_word, alpha.numpy(), edges, regions, relations)
-    return figures
-
-
 def main(settings: Settings) -> None:
     """Print the caption of each photo with its log-probability and save its pictures.
 
@@ -224,11 +192,8 @@ def main(settings: Settings) -> None:
         validate_graph_word(settings, captioner)
     objects = objects_of_photos(settings, captioner, photos, runtime.device)
     regions = regions_of_photos(settings, captioner, photos)
-    kinds = ["attention", "edges"] if settings.graph_word else ["attention"]
-    paths = picture_paths(photos, settings.output_folder, kinds if settings.pictures else [])
-    notes = sys.stderr if settings.json else sys.stdout
+    gallery, with_attention = Gallery(settings, captioner, photos), settings.pictures or settings.report
     broken: list[str] = []
-    missing_glyphs: set[str] = set()
     progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
     for indices, images in load_photos(photos, decoding.batch_size, captioner.image_size, captioner.resize, broken):
         inputs, boxes = regions.read(indices) if regions else (images, pad_boxes([objects[i] for i in indices]))
@@ -239,38 +204,21 @@ def main(settings: Settings) -> None:
             runtime,
             is_features=regions is not None,
             boxes=boxes,
-            with_attention=settings.pictures,
+            with_attention=with_attention,
+            with_heads=settings.report,
             rerank=consensus.rerank if consensus else None,
         )
         for i, caption in zip(indices, captions, strict=True):
             tqdm.write(format_caption(photos[i], caption, settings))
-            figures = {}
-            if settings.pictures:
-                figures = plot_pictures(photos[i], caption, captioner, settings.graph_word, objects[i])
-            for kind, figure in figures.items():
-                missing_glyphs |= save_picture(figure, paths[i][kind])
-                tqdm.write(f"  {paths[i][kind]}", file=notes)
-                if settings.show:
-                    Image.open(paths[i][kind]).show()
-            if settings.graph_word and "edges" not in figures:
-                tqdm.write(f"  {settings.graph_word} is not in this caption", file=notes)
+            if with_attention:
+                gallery.add(i, caption, objects[i])
             progress.update(i + 1 - progress.n)  # with those skipped
     progress.close()
-    report_problems(len(photos), broken, missing_glyphs)
-
-
-def report_problems(num_photos: int, broken: list[str], missing_glyphs: set[str]) -> None:
-    """Name what went wrong on the way; exits with status 1 where photos were skipped."""
-    if missing_glyphs:
-        print(
-            f"pictures show boxes for {len(missing_glyphs)} characters that matplotlib's font lacks, such as "
-            f"{min(missing_glyphs)}: install a font that has them and add it to font.family in matplotlibrc",
-            file=sys.stderr,
-        )
-    if broken and num_photos == 1:
+    gallery.finish()
+    if broken and len(photos) == 1:
         raise InputError(broken[0])
     if broken:
-        print("\n  ".join([f"{len(broken)} of {num_photos} photos were skipped:", *broken]), file=sys.stderr)
+        print("\n  ".join([f"{len(broken)} of {len(photos)} photos were skipped:", *broken]), file=sys.stderr)
         sys.exit(1)
 
 

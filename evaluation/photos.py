@@ -72,10 +72,15 @@ def find_objects(photos: Sequence[str], path: str | Path, image_size: int, resiz
     return [found[record.path] for record in records]
 
 
+def display_name(path: str | Path) -> str:
+    """A file's name as text, which it need not be: JSON holds Unicode only."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def photo_records(photos: Sequence[str]) -> list[ImageRecord]:
     """Records of photos without captions; that of a photo that is named twice is the same."""
     files = [Path(os.path.abspath(photo)) for photo in photos]  # a link may have the name that is looked for
-    names = {file: os.fsencode(file).decode(errors="replace") for file in files}  # JSON holds Unicode only
+    names = {file: display_name(file) for file in files}
     records = {file: ImageRecord(file, name, i, "", b"[]") for i, (file, name) in enumerate(names.items())}
     return [records[file] for file in files]
 

@@ -18,6 +18,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from common.files import save_figure
+from evaluation.ensemble import Ensemble
+from models import Captioner
+from modules.generation import ImageCaption
 from modules.relations import RELATIONS
 from preparation.images import open_photo, to_square
 from utils import InputError
@@ -67,6 +70,18 @@ class Regions(NamedTuple):
     def is_part(self, i: int) -> bool:
         """Whether a region is a part of the photo, and no cell of a grid."""
         return self.names[i] is not None and not self.is_whole(i)
+
+
+def name_regions(captioner: Captioner | Ensemble, caption: ImageCaption, objects: Sequence[dict[str, Any]]) -> Regions:
+    """The regions of a caption's photo, which has these objects, with their names."""
+    source, count = captioner.region_source, len(caption.boxes)
+    names: list[str | None] = [None] * count
+    if source.uses_region_features:
+        names = [""] * count
+    elif source.uses_objects:
+        of_objects = ["", *(" ".join(item["words"]) for item in objects)]  # the whole photo is first
+        names[count - len(of_objects) :] = of_objects
+    return Regions(caption.boxes.numpy(), names)
 
 
 def plot_attention(

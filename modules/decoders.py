@@ -91,6 +91,13 @@ class Decoder(nn.Module):
             if value:
                 raise InputError(f"--alpha_{name} {value}: only a transformer decoder has several to choose from")
 
+    def all_alpha(self, regions: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """The attention weights of all L layers and n heads, where a decoder has several; None for all others.
+
+        regions (B, R, D), inputs (B, T) word ids from <start> on, mask (B, R) -> (B, L, n, T, R).
+        """
+        return None
+
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
         """What does not depend on the words, once per image: (B, R, D), mask (B, R) -> tensors (B, ...)."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """Captions of a batch of images, with what they were decoded from.
 
 Shapes: B images, C candidates of an image, T words of a caption, R regions, D features of a region as the decoder sees
-it, F features of the encoder, N neighbors of a region in the graph.
+it, F features of the encoder, N neighbors of a region in the graph, L layers, n heads.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from modules.decoders import Decoder
 from modules.decoding import Candidate, DecodingSettings
@@ -19,7 +20,7 @@ from modules.ensemble import EnsembleDecoder
 from modules.force_decode import force_decode
 from modules.regions import has_area
 from modules.step_decoder import Nested, first_tensor, map_tensors
-from text.vocabulary import END, Vocabulary
+from text.vocabulary import END, START, Vocabulary
 from utils import Runtime, copy_to_device
 
 
@@ -60,6 +61,7 @@ class ImageCaption:
     gates: list[float] | None  # T gates of the best (`Decoder.gate`), from 0 to 1; None where the decoder has none
     neighbors: Tensor | None  # (R, N) of the graph; None without graph layers
     edge_weights: list[Tensor]  # (R, N) of each graph layer
+    heads: Tensor | None = None  # (L, n, T, R) attention weights of all layers and heads, where they were asked for
 
     @property
     def words(self) -> list[str]:
@@ -87,6 +89,7 @@ def caption_batch(
     is_features: bool | Sequence[bool] = False,
     boxes: Tensor | None = None,
     with_attention: bool = True,
+    with_heads: bool = False,
     rerank: Callable[[list[list[Candidate]], Nested], list[list[Candidate]]] | None = None,
 ) -> list[ImageCaption]:
     """Caption a batch of images with a captioner in eval mode, or with an ensemble.
@@ -96,6 +99,7 @@ def caption_batch(
             tuple of them, as `evaluation.ensemble.Ensemble.encode` takes it.
         boxes: of objects in the images (B, N, 4), for a captioner that `uses_objects`; of region features (B, R, 4).
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
+        with_heads: and of a transformer the attention weights of all layers and heads.
         rerank: re-ranks the candidates of each image by its features, as `evaluation.consensus.Consensus.rerank`.
     """
     inputs, boxes = map_tensors(lambda x: copy_to_device(x, runtime.device), (inputs, boxes))
@@ -105,15 +109,18 @@ def caption_batch(
         if rerank:
             candidates = rerank(candidates, encoded.features)
         regions = first_tensor(encoded.regions)
-        alpha, gates = regions.new_zeros(len(regions), 0, regions.shape[1]), None
+        alpha, gates, heads = regions.new_zeros(len(regions), 0, regions.shape[1]), None, None
         if with_attention:
             best = encode_words([image[0].words for image in candidates], captioner.vocabulary)
             best = copy_to_device(best, regions.device)
             alpha, gates = caption_attention(captioner.decoder, encoded.regions, best, encoded.mask)
+            if with_heads:
+                heads = caption_heads(captioner.decoder, encoded.regions, best, encoded.mask)
     # All moves to the CPU are of the whole batch: each waits for the device.
     alpha, region_boxes = alpha.float().cpu(), encoded.boxes.cpu()
     is_region = has_area(region_boxes)  # (B, R)
     gates = None if gates is None else gates.tolist()
+    heads = None if heads is None else heads.float().cpu()
     neighbors = None if encoded.neighbors is None else encoded.neighbors.cpu()
     edge_weights = [weights.float().cpu() for weights in encoded.edge_weights]
     return [
@@ -125,6 +132,7 @@ def caption_batch(
             gates=None if gates is None else gates[b],
             neighbors=None if neighbors is None else neighbors[b][is_region[b]],
             edge_weights=[weights[b][is_region[b]] for weights in edge_weights],
+            heads=None if heads is None else heads[b][..., is_region[b]],
         )
         for b in range(len(candidates))
     ]
@@ -158,10 +166,7 @@ def caption_attention(
 
     Those of an ensemble are its first member's.
     """
-    if isinstance(decoder, EnsembleDecoder):
-        word_map = decoder.word_maps[0]
-        captions = captions if word_map is None else word_map[captions]
-        decoder, regions, mask = decoder.members[0], regions[0], mask[0] if mask else None
+    decoder, regions, captions, mask = _first_member(decoder, regions, captions, mask)
     gates: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         if decoder.gate is not None:
@@ -169,3 +174,26 @@ def caption_attention(
             stack.callback(hook.remove)
         alpha = force_decode(decoder, regions, captions.unsqueeze(1), mask)[1].squeeze(1)
     return alpha, torch.cat(gates, dim=1).squeeze(-1) if gates else None
+
+
+def caption_heads(
+    decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor, mask: Nested = None
+) -> Tensor | None:
+    """Attention weights (B, L, n, T, R) of all layers and heads for captions (B, T); None for decoders without.
+
+    Those of an ensemble are its first member's.
+    """
+    decoder, regions, captions, mask = _first_member(decoder, regions, captions, mask)
+    inputs = functional.pad(captions[:, :-1], (1, 0), value=START)
+    return decoder.all_alpha(regions, inputs, mask)
+
+
+def _first_member(
+    decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor, mask: Nested
+) -> tuple[Decoder, Tensor, Tensor, Tensor | None]:
+    """Of an ensemble the first member, with its regions, its word ids of captions (B, T), and its mask."""
+    if not isinstance(decoder, EnsembleDecoder):
+        return decoder, regions, captions, mask
+    word_map = decoder.word_maps[0]
+    captions = captions if word_map is None else word_map[captions]
+    return decoder.members[0], regions[0], captions, mask[0] if mask else None

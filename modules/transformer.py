@@ -141,6 +141,14 @@ class TransformerDecoder(Decoder):
                 raise InputError(f"--alpha_{name} {value}: the decoder has {count}: give 1 to {count}, or 0")
         self.alpha_layer, self.alpha_head = (layer or layers) - 1, head
 
+    def all_alpha(self, regions: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As `Decoder.all_alpha`: regions (B, R, D), inputs (B, T) word ids -> (B, L, n, T, R)."""
+        x, alphas = self._embed(inputs.unsqueeze(1), torch.arange(inputs.shape[1], device=inputs.device)), []
+        for layer, keys in zip(self.layers, self.keys(regions, mask), strict=True):
+            x, alpha = layer(x, keys, True)
+            alphas.append(alpha)
+        return torch.stack(alphas, dim=1)
+
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
         """What the words share: (B, R, D), mask (B, R) -> of each layer what `DecoderLayer.keys` returns."""
         return tuple(layer.keys(regions, mask) for layer in self.layers if isinstance(layer, DecoderLayer))
