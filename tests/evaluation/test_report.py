@@ -18,7 +18,7 @@ from modules.graph import edge_attribution
 from modules.regions import grid_boxes
 from utils import InputError
 
-WORDS = "a red dog runs over grass".split()
+WORDS = ["a", "red", "dog", "runs", "over", "grass"]
 STRANGE = "</script><script>document.title = 'broken'</script> \"quoted\" & 'so' שלום 🐕"
 OBJECTS = [{"words": ["dog"], "box": [0.5, 0.25, 0.75, 0.75]}, {"words": ["red", "ball"], "box": [0.0, 0.5, 0.25, 1.0]}]
 METRICS = {"cider": "CIDEr", "bleu_4": "BLEU-4"}
@@ -338,7 +338,8 @@ def test_nothing_overlaps(view, width, scheme):
           const inside = boxes(parent);
           const outer = parent.getBoundingClientRect();
           inside.forEach(([one, a], i) => {
-            if (a.left < outer.left - 1 || a.right > outer.right + 1) found.push(["outside", one.outerHTML.slice(0, 80)]);
+            const isOutside = a.left < outer.left - 1 || a.right > outer.right + 1;
+            if (isOutside) found.push(["outside", one.outerHTML.slice(0, 80)]);
             for (const [other, b] of inside.slice(i + 1)) {
               const beside = a.left > b.right - 1 || b.left > a.right - 1;
               if (!beside && a.top < b.bottom - 1 && b.top < a.bottom - 1)
