@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from utils import InputError
 # The columns of the table, in their order.
 TITLES = {
     "model": "model",
+    "runs": "runs",
     "beam_size": "beam",
     "samples": "samples",
     "consensus": "consensus",
@@ -28,17 +30,26 @@ TITLES = {
     "meteor": "METEOR",
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
+    "spice": "SPICE",
     "pointing": "pointing",
     "correctness": "correctness",
     "entropy": "entropy",
     "images_per_second": "images/s",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "vocabulary": "vocabulary",
+    "mean_length": "mean length",
+    "in_training": "in training",
 }
 FORMATS = {  # all others have four digits
     "model": "{}",
+    "runs": "{}",
     "beam_size": "{}",
     "samples": "{}",
     "consensus": "{:g}",
     "images_per_second": "{:.1f}",
+    "vocabulary": "{}",
+    "mean_length": "{:.2f}",
 }
 
 
@@ -59,10 +70,13 @@ class Meteor(reference_meteor.Meteor):
         self.lock = threading.RLock()  # a failed call holds it, and the destructor takes it again
 
 
-def compute_meteor(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> float:
-    """METEOR of predicted captions. Raises InputError where its Java program fails, as for want of memory."""
+def compute_meteor(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> tuple[float, list[float]]:
+    """METEOR of predicted captions, and of each of them, whose mean it is not.
+
+    Raises InputError where its Java program fails, as for want of memory.
+    """
     try:
-        return float(Meteor().compute_score(references, predictions)[0])
+        return Meteor().compute_score(references, predictions)
     except (OSError, ValueError):
         raise InputError("METEOR's Java program failed: does it get the 2 GB of memory that it asks for?") from None
 
@@ -89,19 +103,26 @@ def compute_metrics(
     predicted_texts = {i: [" ".join(words)] for i, words in enumerate(predictions)}
     return {
         **{f"bleu_{n}": float(score) if score > no_match else 0.0 for n, score in enumerate(bleu, start=1)},
-        "meteor": compute_meteor(reference_texts, predicted_texts) if meteor else None,
+        "meteor": compute_meteor(reference_texts, predicted_texts)[0] if meteor else None,
         "rouge_l": float(Rouge().compute_score(reference_texts, predicted_texts)[0]),
         "cider": float(Cider().compute_score(reference_texts, predicted_texts)[0]),
     }
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of scores as a Markdown table, a dash where a row lacks what another has."""
+def format_table(rows: list[dict[str, Any]], spreads: Sequence[dict[str, float]] = ()) -> str:
+    """Rows of scores as a Markdown table, a dash where a row lacks what another has.
+
+    `spreads` are what stands behind the ± of each row's values, for those that have one.
+    """
     columns = [name for name in TITLES if any(row.get(name) is not None for row in rows)]
     lines = ["| " + " | ".join(TITLES[name] for name in columns) + " |", "| ---: " * len(columns) + "|"]
-    for row in rows:
-        values = [(row.get(name), FORMATS.get(name, "{:.4f}")) for name in columns]
-        lines.append("| " + " | ".join("-" if value is None else form.format(value) for value, form in values) + " |")
+    for row, spread in zip(rows, spreads or [{}] * len(rows), strict=True):
+        cells = []
+        for name in columns:
+            form = FORMATS.get(name, "{:.4f}")
+            cells.append("-" if row.get(name) is None else form.format(row[name]))
+            cells[-1] += f" ± {form.format(spread[name])}" if name in spread else ""
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -88,8 +88,8 @@ def test_nothing_replaces_the_scores_of_something_else(evaluate, shapes, run_fol
     for checkpoint in ("best.pt", "last.pt"):
         for split in ("val", "test"):
             assert evaluate("--checkpoint", run / checkpoint, "--split", split)[0] == 0
-    kinds = [f"{kind}_{stem}_shapes_{split}.json" for kind in ("scores", "results") for stem in ("best", "last")
-             for split in ("val", "test")]  # fmt: skip
+    kinds = [f"{kind}_{stem}_shapes_{split}.json" for kind in ("scores", "scores_per_image", "results")
+             for stem in ("best", "last") for split in ("val", "test")]  # fmt: skip
     assert {path.name for path in run.glob("*.json")} == set(kinds)
     path = run / "scores_best_shapes_test.json"
 
