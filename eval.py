@@ -129,7 +129,8 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
     if not isinstance(old, dict) or not isinstance(old.get("checkpoint"), list):
         raise InputError(f"{path} was not written by eval.py: choose another --output_folder")
     before, now = (each["checkpoint"] or [str(each.get("results"))] for each in (old, described))
-    moved = len(now) == 1 and path.resolve().parent == Path(now[0]).parent
+    same_kind = bool(old["checkpoint"]) == bool(described["checkpoint"])  # a results file may be called best.json
+    moved = same_kind and len(now) == 1 and path.resolve().parent == Path(now[0]).parent
     if before != now and not moved:
         raise InputError(f"{path} has the scores of {' '.join(map(str, before))}: choose another --output_folder")
     if all(old.get(name) != described[name] for name in ("data_folder", "digest")):

@@ -77,6 +77,8 @@ def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
         scores["decoding"].items()
         >= {"length_penalty": 0.7, "max_length": 3, "batch_size": 32, "num_beam_groups": 1}.items()
     )
+    assert scores["results"] == "" and scores["comparison"] is None and scores["tokenizer"] == "plain"
+    assert scores["bootstrap"] == {"resamples": 1000, "confidence": 0.95, "seed": 0}
     assert scores["dtype"] == "float32" and scores["versions"]["torch"] == torch.__version__
     assert abs(datetime.datetime.fromisoformat(scores["date"]).timestamp() - time.time()) < 100
     assert scores["git"] == git_revision() and len(scores["scores"]) == 1
