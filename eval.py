@@ -14,7 +14,7 @@ import torch
 
 from common.files import read_json, require_writable, write_json
 from evaluation.bootstrap import CONFIDENCE, RESAMPLES, SEED
-from evaluation.caption_scores import CaptionScorer, ScoredCaptions, format_comparison, format_scores
+from evaluation.caption_scores import CaptionScorer, ScoredCaptions, format_scores, format_tests
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
 from evaluation.decoding import DecodingSettings
 from evaluation.ensemble import Ensemble, combine, load_models
@@ -262,7 +262,7 @@ def main(settings: Settings) -> None:
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
     print(format_scores(rows))
     if comparison:
-        print(f"\n{format_comparison(comparison)}")
+        print(f"\n{format_tests(comparison['tests'], settings.compare)}")
     print(f"{paths['scores']} holds the tables, {paths['scores_per_image']} the last row's captions and their scores")
 
 

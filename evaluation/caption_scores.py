@@ -116,10 +116,10 @@ def format_scores(rows: list[dict[str, Any]]) -> str:
     return f"{format_table(rows, halves)}\n\n{format_table(diverse)}"
 
 
-def format_comparison(comparison: dict[str, Any]) -> str:
-    """The paired test, a line for each score."""
-    lines = [f"these captions minus {comparison['results']} ± standard error:"]
-    for name, test in comparison["tests"].items():
+def format_tests(tests: dict[str, dict[str, float]], path: str) -> str:
+    """The paired test against the captions of a file, a line for each score."""
+    lines = [f"these captions minus {path} ± standard error:"]
+    for name, test in tests.items():
         difference = f"{test['difference']:.4f} ± {test['standard_error']:.4f}"
         lines.append(f"{TITLES[name]}: {difference}, p = {test['p']:.3f}")
     return "\n".join(lines)
