@@ -37,7 +37,7 @@ OF_RUNS = {"runs", "data_folder", "split", "tokenizer", "views", "samples", "con
 
 @dataclass(frozen=True)
 class Settings:
-    """Score a checkpoint, or an ensemble: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr. Edit a value or pass it as a flag."""
+    """Score a checkpoint, an ensemble or captions: BLEU, METEOR, ROUGE-L, CIDEr. Edit a value or pass it as a flag."""
 
     # group: paths
     checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
