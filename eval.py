@@ -1,8 +1,12 @@
-"""Score checkpoints on a prepared folder: python eval.py --checkpoint runs/shapes/best.pt --data_folder data/shapes"""
+"""Score checkpoints on a prepared folder: python eval.py --checkpoint runs/shapes/best.pt --data_folder data/shapes
+
+Or score captions that are there already (--results FILE), or average the scores of several runs (--runs runs/a runs/b).
+"""
 
 import datetime
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,31 +14,49 @@ from typing import Any, Literal
 import torch
 
 from common.files import read_json, require_writable, write_json
+from evaluation.bootstrap import CONFIDENCE, RESAMPLES, SEED
+from evaluation.caption_scores import CaptionScorer, ScoredCaptions, compare_captions, format_scores, format_tests
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.metrics import format_table, has_java
-from evaluation.scoring import evaluate
+from evaluation.metrics import has_java
+from evaluation.report import require_report
+from evaluation.runs import summarize_runs
+from evaluation.scoring import caption_split
+from evaluation.split_report import SplitCaptions, report_split
 from models import Captioner
 from modules.decoding import DecodingSettings
 from preparation.storage import read_metadata
 from training.feature_cache import build_dataset
 from training.state import git_revision
-from utils import InputError, Runtime, choose_runtime, require_at_least, run_script
+from utils import InputError, Runtime, choose_runtime, replace_settings, require_at_least, run_script
 
 # Of the settings, beside DecodingSettings.
 OTHER_DECODING = ("views", "consensus_index", "consensus_weight", "similar_photos")
+DECODED = ("beam_size", "samples")  # of a row, how its captions were decoded
+# The flags that go with --results, and with --runs, which decode nothing; those of --runs name the files of scores.
+OF_SCORES = {"data_folder", "split", "output_folder", "tokenizer", "compare", "spice", "report", "report_photos"}
+OF_RUNS = {"runs", "data_folder", "split", "tokenizer", "views", "samples", "consensus_index"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Score a checkpoint, or an ensemble: BLEU-1 to 4, METEOR, ROUGE-L and CIDEr. Edit a value or pass it as a flag."""
+    """Score a checkpoint, an ensemble or captions: BLEU, METEOR, ROUGE-L, CIDEr. Edit a value or pass it as a flag."""
 
     # group: paths
     checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
+    results: str = ""  # captions in COCO's results format, scored in place of a checkpoint's
+    runs: tuple[str, ...] = ()  # run folders whose best.pt is scored already: mean and deviation of these scores
     data_folder: str = "data/shapes"  # what create_input_files.py wrote
     split: Literal["train", "val", "test"] = "test"  # which images to caption
     output_folder: str = ""  # folder of the scores and captions; empty: the checkpoint's folder
     features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
+
+    # group: scores
+    tokenizer: Literal["plain", "ptb"] = "plain"  # ptb: words of the original sentences as in COCO's scores, needs Java
+    compare: str = ""  # a results file, or a checkpoint: test whether the last row's scores differ from its scores
+    spice: bool = False  # SPICE too; needs Java and parts that are not installed with the rest
+    report: bool = False  # write a page to look through the photos with their captions, references and attention
+    report_photos: int = 0  # photos of the report, the first ones of the split; 0: all
 
     # group: beam search
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # beams per image; 1 is greedy decoding
@@ -68,29 +90,33 @@ class Settings:
 def output_path(settings: Settings, kind: str) -> Path:
     """Where the scores or results go: a name of checkpoint, data folder and split, scores_best_flickr8k_test.json.
 
-    Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json. Views, sampling and
-    consensus have names of their own, scores_best_consensus_flickr8k_test.json.
+    Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json. Views, sampling,
+    consensus and another tokenizer have names of their own, scores_best_consensus_flickr8k_test.json. The scores of a
+    results file lie beside it and have its name in place of the checkpoint's.
     """
-    checkpoint, data_folder = Path(settings.checkpoint[0]), Path(settings.data_folder).resolve()
-    folder = Path(settings.output_folder or checkpoint.parent)
-    name = checkpoint.stem if len(settings.checkpoint) == 1 else f"ensemble{len(settings.checkpoint)}"
+    source, data_folder = Path(settings.results or settings.checkpoint[0]), Path(settings.data_folder).resolve()
+    folder = Path(settings.output_folder or source.parent)
+    is_ensemble = len(settings.checkpoint) > 1 and not settings.results
+    name = f"ensemble{len(settings.checkpoint)}" if is_ensemble else source.stem
     ways = list(settings.views[1:])
     ways += ["samples"] * bool(settings.samples) + ["consensus"] * bool(settings.consensus_index)
+    ways += ["ptb"] * (settings.tokenizer == "ptb")
     return folder / "_".join([kind, name, *ways, data_folder.name, f"{settings.split}.json"])
 
 
-def describe(settings: Settings, dtype: torch.dtype, index: CaptionIndex | None) -> dict[str, Any]:
-    """What the scores are of and how they were made."""
+def describe(settings: Settings) -> dict[str, Any]:
+    """What the scores are of and how they were made, but for the decoding."""
     metadata = read_metadata(settings.data_folder)
+    checkpoints = () if settings.results else settings.checkpoint
     return {
-        "checkpoint": [str(Path(path).resolve()) for path in settings.checkpoint],
+        "checkpoint": [str(Path(path).resolve()) for path in checkpoints],
+        "results": str(Path(settings.results).resolve()) if settings.results else "",
         "dataset": metadata.get("dataset"),
         "data_folder": str(Path(settings.data_folder).resolve()),
         "split": settings.split,
         "digest": metadata["digest"],
-        "decoding": asdict(decoding_of_rows(settings)[-1]) | {name: getattr(settings, name) for name in OTHER_DECODING},
-        "consensus_digest": index.data_digest if index else None,  # of the data that the index is of
-        "dtype": str(dtype).removeprefix("torch."),
+        "tokenizer": settings.tokenizer,
+        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": SEED},
         "git": git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -98,29 +124,37 @@ def describe(settings: Settings, dtype: torch.dtype, index: CaptionIndex | None)
 
 
 def require_same_source(path: Path, described: dict[str, Any]) -> None:
-    """Raise InputError where the scores in a file are those of another checkpoint or data set of the same name.
+    """Raise InputError where the scores in a file are those of another checkpoint, results file or data set.
 
     A run folder that moved with its scores and a data folder that moved are still the same.
     """
     if not path.exists():
         return
     old = read_json(path)
-    checkpoints = described["checkpoint"]
     if not isinstance(old, dict) or not isinstance(old.get("checkpoint"), list):
         raise InputError(f"{path} was not written by eval.py: choose another --output_folder")
-    moved = len(checkpoints) == 1 and path.resolve().parent == Path(checkpoints[0]).parent
-    if old["checkpoint"] != checkpoints and not moved:
-        raise InputError(
-            f"{path} has the scores of {' '.join(map(str, old['checkpoint']))}: choose another --output_folder"
-        )
+    before, now = (each["checkpoint"] or [str(each.get("results"))] for each in (old, described))
+    same_kind = bool(old["checkpoint"]) == bool(described["checkpoint"])  # a results file may be called best.json
+    moved = same_kind and len(now) == 1 and path.resolve().parent == Path(now[0]).parent
+    if before != now and not moved:
+        raise InputError(f"{path} has the scores of {' '.join(map(str, before))}: choose another --output_folder")
     if all(old.get(name) != described[name] for name in ("data_folder", "digest")):
         raise InputError(f"{path} has the scores on {old.get('data_folder')}: choose another --output_folder")
 
 
 def validate_settings(settings: Settings) -> None:
     """Raise InputError where settings are out of range or do not go together."""
+    for mode, flags in (("runs", OF_RUNS), ("results", OF_SCORES | {"results"})):
+        unused = sorted(getattr(settings, "given", frozenset()) - flags) if getattr(settings, mode) else ()
+        for name in unused:
+            raise InputError(f"--{name} does not go with --{mode}, which decodes nothing: leave it out")
+    folders = [str(Path(run).resolve()) for run in settings.runs]
+    if settings.runs and len(set(folders)) < max(2, len(folders)):
+        raise InputError(f"--runs {' '.join(settings.runs)}: give two run folders or more, each once")
     require_at_least(settings, 1, "beam_sizes", "similar_photos")
-    require_at_least(settings, 0, "consensus_weight")
+    require_at_least(settings, 0, "consensus_weight", "report_photos")
+    if settings.report_photos and not settings.report:
+        raise InputError(f"--report_photos {settings.report_photos}: needs --report")
     if settings.consensus_index and settings.split == "train":
         raise InputError("--consensus_index does not go with --split train: the index holds these photos' own captions")
     decoding_of_rows(settings)
@@ -135,13 +169,13 @@ def decoding_of_rows(settings: Settings) -> list[DecodingSettings]:
 
 def evaluate_model(
     settings: Settings,
+    name: str,
     captioner: Captioner | Ensemble,
     runtime: Runtime,
-    *,
-    meteor: bool,
-    consensus: Consensus | None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of a model, and the captions of the last in COCO's results format."""
+    scorer: CaptionScorer,
+    consensus: Consensus | None = None,
+) -> tuple[list[dict[str, Any]], SplitCaptions]:
+    """The rows of a model, and the captions of the last."""
     datasets = [
         build_dataset(
             settings.data_folder,
@@ -155,24 +189,32 @@ def evaluate_model(
     ]
     if captioner.uses_objects:  # maybe not the first of an ensemble's sources
         datasets[0].use_objects()
-    rows, captions = [], []
+    rows, found = [], []
     for decoding in decoding_of_rows(settings):
         torch.manual_seed(decoding.seed)
-        new_rows, captions = evaluate(captioner, datasets, decoding, runtime, meteor=meteor, consensus=consensus)
-        rows += new_rows
-    results = [
-        {"image_id": entry["image_id"], "image": entry["image"], "caption": " ".join(words)}
-        for entry, words in zip(datasets[0].entries, captions, strict=True)
-    ]
-    return rows, results
+        images, row = caption_split(captioner, datasets, decoding, runtime, consensus, for_report=settings.report)
+        if consensus:
+            before = score_words(scorer, [image.before_consensus for image in images])
+            rows.append({name: row[name] for name in DECODED if name in row} | {"consensus": 0.0} | before.row)
+            row["consensus"] = consensus.weight
+        found = [SplitCaptions(name, score_words(scorer, [image.words for image in images]), captioner, images)]
+        rows.append(row | found[0].scored.row)
+    return rows, found[0]
 
 
-def main(settings: Settings) -> None:
-    """Evaluate checkpoints, and the ensemble of several, in all ways that are asked for; write scores and captions."""
-    validate_settings(settings)
+def score_words(scorer: CaptionScorer, captions: list[list[str]]) -> ScoredCaptions:
+    """The scores of captions, lists of words, that a model wrote."""
+    return scorer.score([" ".join(words) for words in captions], captions)
+
+
+def evaluate_checkpoints(
+    settings: Settings, scorer: CaptionScorer, digest: str
+) -> tuple[list[dict[str, Any]], SplitCaptions, dict[str, Any]]:
+    """What `evaluate_model` returns of all checkpoints and their ensemble, and how the captions were decoded.
+
+    `digest` is the data folder's.
+    """
     runtime = choose_runtime(settings.device, settings.precision)
-    scores_path, results_path = output_path(settings, "scores"), output_path(settings, "results")
-    require_writable(scores_path.parent)
     index = CaptionIndex.load(settings.consensus_index) if settings.consensus_index else None
     loaded = load_models(settings.checkpoint, settings.views, runtime.device)
     whole = combine(loaded, settings.views)
@@ -180,25 +222,80 @@ def main(settings: Settings) -> None:
     models = {name: combine({name: model}, settings.views) for name, model in loaded.items()}
     if len(models) > 1:
         models["ensemble"] = whole
-    described = describe(settings, runtime.dtype, index)
-    require_same_source(scores_path, described)
     if index:
         index.find_encoder(whole)  # another encoder is an error before all work, as are other data
-        index.require_data(described["digest"], settings.data_folder)
-    meteor = has_java()
-    if not meteor:
-        print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
-    rows, results = [], []
+        index.require_data(digest, settings.data_folder)
+    rows, found = [], []
     for name, captioner in models.items():
         # Of several models some may have other encoders than the index.
         fits = index and index.encoder in captioner.fingerprints
         consensus = make_consensus(index, captioner, settings, runtime) if index and fits else None
-        new_rows, results = evaluate_model(settings, captioner, runtime, meteor=meteor, consensus=consensus)
+        new_rows, captions = evaluate_model(settings, name, captioner, runtime, scorer, consensus)
+        found = [captions]
         rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
-    write_json(scores_path, described | {"scores": rows}, indent=1)
-    write_json(results_path, results)
-    print(format_table(rows))
-    print(f"{scores_path} holds the table, {results_path} the captions of its last row")
+    decoded = {
+        "decoding": asdict(decoding_of_rows(settings)[-1]) | {name: getattr(settings, name) for name in OTHER_DECODING},
+        "consensus_digest": index.data_digest if index else None,  # of the data that the index is of
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+    }
+    return rows, found[0], decoded
+
+
+def read_compared(settings: Settings, scorer: CaptionScorer) -> Callable[[], SplitCaptions]:
+    """Check --compare before all work; the result scores its captions, a file's or those that its model writes."""
+    path = settings.compare
+    if not path.endswith(".pt"):
+        captions = scorer.read(path)
+        return lambda: SplitCaptions(path, scorer.score(captions, is_compared=True))
+    runtime = choose_runtime(settings.device, settings.precision)
+    captioner = combine(load_models([path], settings.views, runtime.device), settings.views)
+    last = replace_settings(settings, beam_sizes=settings.beam_sizes[-1:])
+    return lambda: evaluate_model(last, path, captioner, runtime, scorer)[1]
+
+
+def main(settings: Settings) -> None:
+    """Score captions, those of checkpoints in all ways that are asked for; write scores and captions."""
+    validate_settings(settings)
+    if settings.runs:
+        of_runs = (replace_settings(settings, checkpoint=(f"{run}/best.pt",)) for run in settings.runs)
+        digest = read_metadata(settings.data_folder)["digest"]
+        print(summarize_runs([output_path(each, "scores") for each in of_runs], digest))
+        return
+    paths = {kind: output_path(settings, kind) for kind in ("scores", "results", "scores_per_image")}
+    report_path = output_path(settings, "report").with_suffix(".html")
+    require_writable(paths["scores"].parent)
+    described = describe(settings)
+    require_same_source(paths["scores"], described)
+    if settings.report:
+        require_report(report_path)
+    java = has_java()
+    scorer = CaptionScorer(settings.data_folder, settings.split, settings.tokenizer, java=java, spice=settings.spice)
+    compared = read_compared(settings, scorer) if settings.compare else None
+    if settings.results:
+        captions = SplitCaptions(settings.results, scorer.score(scorer.read(settings.results)))
+        rows = [captions.scored.row]
+    else:
+        rows, captions, decoded = evaluate_checkpoints(settings, scorer, described["digest"])
+        described |= decoded
+    both, comparison = [captions], None
+    if compared:
+        both.append(compared())
+        comparison = compare_captions(captions.scored, both[1].scored, settings.compare)
+    write_json(paths["scores"], described | {"comparison": comparison, "scores": rows}, indent=1)
+    if not settings.results:
+        write_json(paths["results"], captions.scored.results)
+    write_json(paths["scores_per_image"], captions.scored.per_image)
+    if not java:
+        print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
+    print(format_scores(rows))
+    if comparison:
+        print(f"\n{format_tests(comparison['tests'], settings.compare)}")
+    print(f"{paths['scores']} holds the tables, {paths['scores_per_image']} the last row's captions and their scores")
+    if settings.report:
+        table = format_scores(rows).split("\n\n")[0]
+        count = settings.report_photos
+        report_split(settings.data_folder, settings.split, both, table, described, count).write(report_path)
+        print(f"{report_path} shows them: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -222,9 +222,9 @@ def validate_and_save(
     broadcast(average for average, _ in state.ema.buffers)  # BatchNorm's statistics differ between processes
     captioner = state.ema.captioner
     decoding = DecodingSettings(beam_size=1, max_length=settings.max_length)
-    (scores,), captions = evaluate(captioner, [validation], decoding, runtime)
+    scores, captions = evaluate(captioner, validation, decoding, runtime)
     loss, count = all_reduce_sum([state.loss, state.count])
-    not_logged = ("beam_size", "images_per_second", "meteor")  # METEOR starts slowly: eval.py has it
+    not_logged = ("beam_size", "images_per_second")
     row = {
         "epoch": state.epoch + 1,
         "train/reward" if settings.objective == "scst" else "train/loss": loss / count,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from utils import InputError
 # The columns of the table, in their order.
 TITLES = {
     "model": "model",
+    "runs": "runs",
     "beam_size": "beam",
     "samples": "samples",
     "consensus": "consensus",
@@ -28,17 +30,26 @@ TITLES = {
     "meteor": "METEOR",
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
+    "spice": "SPICE",
     "pointing": "pointing",
     "correctness": "correctness",
     "entropy": "entropy",
     "images_per_second": "images/s",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "vocabulary": "vocabulary",
+    "mean_length": "mean length",
+    "in_training": "in training",
 }
 FORMATS = {  # all others have four digits
     "model": "{}",
+    "runs": "{}",
     "beam_size": "{}",
     "samples": "{}",
     "consensus": "{:g}",
     "images_per_second": "{:.1f}",
+    "vocabulary": "{}",
+    "mean_length": "{:.2f}",
 }
 
 
@@ -59,26 +70,26 @@ class Meteor(reference_meteor.Meteor):
         self.lock = threading.RLock()  # a failed call holds it, and the destructor takes it again
 
 
-def compute_meteor(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> float:
-    """METEOR of predicted captions. Raises InputError where its Java program fails, as for want of memory."""
+def compute_meteor(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> tuple[float, list[float]]:
+    """METEOR of predicted captions, and of each of them, whose mean it is not.
+
+    Raises InputError where its Java program fails, as for want of memory.
+    """
     try:
-        return float(Meteor().compute_score(references, predictions)[0])
+        return Meteor().compute_score(references, predictions)
     except (OSError, ValueError):
         raise InputError("METEOR's Java program failed: does it get the 2 GB of memory that it asks for?") from None
 
 
-def compute_metrics(
-    references: list[list[list[str]]], predictions: list[list[str]], meteor: bool = False
-) -> dict[str, float | None]:
+def compute_metrics(references: list[list[list[str]]], predictions: list[list[str]]) -> dict[str, float]:
     """Score predicted captions against the reference captions of each image.
 
-    BLEU-1 to 4 are nltk's corpus BLEU (Papineni et al., 2002); METEOR, ROUGE-L and CIDEr are those of pycocoevalcap.
+    BLEU-1 to 4 are nltk's corpus BLEU (Papineni et al., 2002); ROUGE-L and CIDEr are those of pycocoevalcap.
     CIDEr is between 0 and 10, all others between 0 and 1; BLEU-n is 0 where no n-gram is in a reference.
 
     Args:
         references: for each image its captions, each a list of words.
         predictions: for each image one caption, a list of words.
-        meteor: compute METEOR, which needs Java; it is None otherwise.
     """
     ngram_weights = [(1,), (1 / 2,) * 2, (1 / 3,) * 3, (1 / 4,) * 4]
     with warnings.catch_warnings():
@@ -89,19 +100,25 @@ def compute_metrics(
     predicted_texts = {i: [" ".join(words)] for i, words in enumerate(predictions)}
     return {
         **{f"bleu_{n}": float(score) if score > no_match else 0.0 for n, score in enumerate(bleu, start=1)},
-        "meteor": compute_meteor(reference_texts, predicted_texts) if meteor else None,
         "rouge_l": float(Rouge().compute_score(reference_texts, predicted_texts)[0]),
         "cider": float(Cider().compute_score(reference_texts, predicted_texts)[0]),
     }
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of scores as a Markdown table, a dash where a row lacks what another has."""
+def format_table(rows: list[dict[str, Any]], spreads: Sequence[dict[str, float]] = ()) -> str:
+    """Rows of scores as a Markdown table, a dash where a row lacks what another has.
+
+    `spreads` are what stands behind the ± of each row's values, for those that have one.
+    """
     columns = [name for name in TITLES if any(row.get(name) is not None for row in rows)]
     lines = ["| " + " | ".join(TITLES[name] for name in columns) + " |", "| ---: " * len(columns) + "|"]
-    for row in rows:
-        values = [(row.get(name), FORMATS.get(name, "{:.4f}")) for name in columns]
-        lines.append("| " + " | ".join("-" if value is None else form.format(value) for value, form in values) + " |")
+    for row, spread in zip(rows, spreads or [{}] * len(rows), strict=True):
+        cells = []
+        for name in columns:
+            form = FORMATS.get(name, "{:.4f}")
+            cells.append("-" if row.get(name) is None else form.format(row[name]))
+            cells[-1] += f" ± {form.format(spread[name])}" if name in spread else ""
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

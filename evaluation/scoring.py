@@ -25,13 +25,17 @@ def caption_dataset(
     decoding: DecodingSettings,
     runtime: Runtime,
     consensus: Consensus | None = None,
+    *,
+    for_report: bool = False,
 ) -> list[ImageCaption]:
     """Caption every image of a split; each process decodes its share.
 
     Args:
         datasets: the split, as the captioner takes it; of an ensemble, as each of its `sources` takes it.
+        for_report: keep all that a report shows, a graph's edges and the attention weights of all heads.
 
-    Returns the captions in the split's order, with attention weights where it has boxes to compare them with.
+    Returns the captions in the split's order, with attention weights where the split has boxes to compare them with,
+    or for a report.
     """
     captioner.eval()
     results: list[tuple[int, ImageCaption]] = []  # of this process
@@ -48,44 +52,47 @@ def caption_dataset(
                 runtime,
                 is_features=are_features[0] if single else are_features,
                 boxes=parts[0].boxes,
-                with_attention=datasets[0].has_boxes,
+                with_attention=datasets[0].has_boxes or for_report,
+                with_heads=for_report,
                 rerank=consensus.rerank if consensus else None,
             )
             for index, image in zip(parts[0].indices, decoded, strict=True):
-                results.append((index, replace(image, neighbors=None, edge_weights=[])))
+                results.append((index, image if for_report else replace(image, neighbors=None, edge_weights=[])))
             progress.update(len(decoded) * world_size())
     return [image for _, image in sorted(all_gather(results), key=lambda result: result[0])]
 
 
-def evaluate(
+def caption_split(
     captioner: Captioner | Ensemble,
     datasets: Sequence[CaptionDataset],
     decoding: DecodingSettings,
     runtime: Runtime,
-    *,
-    meteor: bool = False,
     consensus: Consensus | None = None,
-) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    """Caption a split, as `caption_dataset` does, and score the captions.
+    *,
+    for_report: bool = False,
+) -> tuple[list[ImageCaption], dict[str, Any]]:
+    """What `caption_dataset` returns, and what it says of a row of scores beside the scores.
 
-    Returns a row of scores, with `attention_metrics` where the split has boxes and the decoder has attention, and the
-    captions as lists of words. With a `consensus`, a row of the captions without it comes first.
+    That is how the captions were decoded and how fast, and `attention_metrics` where the split has boxes and the
+    decoder has attention.
     """
     start = time.perf_counter()
-    images = caption_dataset(captioner, datasets, decoding, runtime, consensus)
+    images = caption_dataset(captioner, datasets, decoding, runtime, consensus, for_report=for_report)
     seconds = time.perf_counter() - start
-    references = datasets[0].references.decode()
     row: dict[str, Any] = {"samples": decoding.samples} if decoding.samples else {"beam_size": decoding.beam_size}
-    rows = []
-    if consensus:
-        captions = [image.before_consensus for image in images]
-        rows.append(row | {"consensus": 0.0} | compute_metrics(references, captions, meteor))
-        row["consensus"] = consensus.weight
-    captions = [image.words for image in images]
-    row |= compute_metrics(references, captions, meteor)
     row["images_per_second"] = len(images) / seconds
     if datasets[0].has_boxes and captioner.decoder.has_attention:
+        captions = [image.words for image in images]
         row |= attention_metrics(
             datasets[0].objects, captions, [image.alpha for image in images], [image.boxes for image in images]
         )
-    return [*rows, row], captions
+    return images, row
+
+
+def evaluate(
+    captioner: Captioner, dataset: CaptionDataset, decoding: DecodingSettings, runtime: Runtime
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """Caption a split and score the captions: a row of `caption_split` and `compute_metrics`, and the captions."""
+    images, row = caption_split(captioner, [dataset], decoding, runtime)
+    captions = [image.words for image in images]
+    return row | compute_metrics(dataset.references.decode(), captions), captions

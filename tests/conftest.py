@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import random
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -123,6 +124,23 @@ def flags(data_folder, run_folder, settings=SMALL):
 def weights(path):
     """The model's weights in a checkpoint."""
     return torch.load(path, weights_only=True)["model"]
+
+
+def random_captions(num_images, seed=0, shortest=0):
+    """References, one to five for each image, and predictions of random words, most of them much like a reference."""
+    generator = random.Random(seed)
+    vocabulary = ["a", "the", "dog", "cat", "man", "red", "blue", "runs", "sits", "on", "in", "grass"]
+
+    def draw(minimum):
+        return generator.choices(vocabulary, k=generator.randint(minimum, 12))
+
+    references = [[draw(1) for _ in range(generator.randint(1, 5))] for _ in range(num_images)]
+    predictions = []
+    for captions in references:
+        words = list(generator.choice(captions)) if generator.random() < 0.7 else draw(shortest)
+        words[len(words) // 2 : len(words) // 2 + 1] = draw(1)[:1]
+        predictions.append([*words, *["ball"] * max(0, shortest - len(words))])
+    return references, predictions
 
 
 @pytest.fixture

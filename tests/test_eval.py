@@ -77,6 +77,8 @@ def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
         scores["decoding"].items()
         >= {"length_penalty": 0.7, "max_length": 3, "batch_size": 32, "num_beam_groups": 1}.items()
     )
+    assert scores["results"] == "" and scores["comparison"] is None and scores["tokenizer"] == "plain"
+    assert scores["bootstrap"] == {"resamples": 1000, "confidence": 0.95, "seed": 0}
     assert scores["dtype"] == "float32" and scores["versions"]["torch"] == torch.__version__
     assert abs(datetime.datetime.fromisoformat(scores["date"]).timestamp() - time.time()) < 100
     assert scores["git"] == git_revision() and len(scores["scores"]) == 1
@@ -88,8 +90,8 @@ def test_nothing_replaces_the_scores_of_something_else(evaluate, shapes, run_fol
     for checkpoint in ("best.pt", "last.pt"):
         for split in ("val", "test"):
             assert evaluate("--checkpoint", run / checkpoint, "--split", split)[0] == 0
-    kinds = [f"{kind}_{stem}_shapes_{split}.json" for kind in ("scores", "results") for stem in ("best", "last")
-             for split in ("val", "test")]  # fmt: skip
+    kinds = [f"{kind}_{stem}_shapes_{split}.json" for kind in ("scores", "scores_per_image", "results")
+             for stem in ("best", "last") for split in ("val", "test")]  # fmt: skip
     assert {path.name for path in run.glob("*.json")} == set(kinds)
     path = run / "scores_best_shapes_test.json"
 

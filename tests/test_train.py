@@ -251,10 +251,10 @@ def scripted_validation(monkeypatch, rows):
     rows = iter(rows)
     losses = []
 
-    def evaluate(captioner, datasets, *arguments):
+    def evaluate(captioner, dataset, *arguments):
         cider, bleu_4, loss = next(rows)
         losses.append(loss)
-        return [{"cider": cider, "bleu_4": bleu_4}], [["a"]]
+        return {"cider": cider, "bleu_4": bleu_4}, [["a"]]
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "validation_loss", lambda *arguments: losses[-1])

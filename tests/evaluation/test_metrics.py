@@ -7,7 +7,7 @@ from nltk.translate.bleu_score import sentence_bleu
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.meteor.meteor import Meteor
 
-from evaluation.metrics import compute_metrics
+from evaluation.metrics import compute_meteor, compute_metrics
 from utils import InputError
 
 REFERENCES = [
@@ -22,10 +22,18 @@ PREDICTIONS = [
 ]
 
 
+def texts(captions):
+    """Captions as METEOR takes them: a dictionary of lists of sentences."""
+    return {i: [" ".join(words) for words in of_image] for i, of_image in enumerate(captions)}
+
+
+def meteor_of(predictions):
+    return compute_meteor(texts(REFERENCES), texts([[words] for words in predictions]))[0]
+
+
 def test_bleu_equals_pycocoevalcap():
     scores = compute_metrics(REFERENCES, PREDICTIONS)
-    references = {i: [" ".join(words) for words in captions] for i, captions in enumerate(REFERENCES)}
-    predictions = {i: [" ".join(words)] for i, words in enumerate(PREDICTIONS)}
+    references, predictions = texts(REFERENCES), texts([[words] for words in PREDICTIONS])
     expected, _ = Bleu(4).compute_score(references, predictions, verbose=0)
     assert [scores[f"bleu_{n}"] for n in range(1, 5)] == pytest.approx(expected, rel=1e-6)
 
@@ -54,30 +62,24 @@ def test_bleu_without_a_common_ngram_is_zero():
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
 @pytest.mark.parametrize("locale", ["de_DE", "tr_TR"])
 def test_meteor_is_the_same_in_every_locale(monkeypatch, locale):
-    expected = compute_metrics(REFERENCES, [["A", "DOG", "IS", "IN"], [], []], meteor=True)["meteor"]
+    expected = meteor_of([["A", "DOG", "IS", "IN"], [], []])
     language, country = locale.split("_")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", f"-Duser.language={language} -Duser.country={country}")
     monkeypatch.setenv("LC_ALL", f"{locale}.UTF-8")
-    scores = compute_metrics(REFERENCES, [["A", "DOG", "IS", "IN"], [], []], meteor=True)
-    assert scores["meteor"] == expected > 0.05
+    assert meteor_of([["A", "DOG", "IS", "IN"], [], []]) == expected > 0.05
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
 def test_meteor_equals_pycocoevalcap():
-    references = {i: [" ".join(words) for words in captions] for i, captions in enumerate(REFERENCES)}
-    predictions = {i: [" ".join(words)] for i, words in enumerate(PREDICTIONS)}
-    expected = Meteor().compute_score(references, predictions)[0]
-    assert compute_metrics(REFERENCES, PREDICTIONS, meteor=True)["meteor"] == expected
+    references, predictions = texts(REFERENCES), texts([[words] for words in PREDICTIONS])
+    assert compute_meteor(references, predictions) == Meteor().compute_score(references, predictions)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
 def test_meteor_prefers_the_better_captions():
-    scores = [
-        compute_metrics(REFERENCES, predictions, meteor=True)["meteor"]
-        for predictions in (PREDICTIONS, [["x"], [], []])
-    ]
+    scores = [meteor_of(PREDICTIONS), meteor_of([["x"], [], []])]
     assert scores[0] > 0.3 > 0.01 > scores[1]
 
 
@@ -86,4 +88,4 @@ def test_a_java_that_fails_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(InputError, match="METEOR's Java program failed"):
-        compute_metrics([[["a", "dog"]]], [["a", "dog"]], meteor=True)
+        meteor_of(PREDICTIONS)

@@ -32,6 +32,6 @@ def test_evaluate_returns_a_row_and_its_captions(shapes, run_folder):
     captioner = load_captioner(run_folder / "best.pt", "cpu")
     dataset = CaptionDataset(shapes, "val", captioner.vocabulary)
     decoding = DecodingSettings(beam_size=2, max_length=3)
-    (row,), captions = evaluate(captioner, [dataset], decoding, choose_runtime("cpu", "fp32"))
-    assert row["beam_size"] == 2 and row["meteor"] is None and 0 <= row["pointing"] <= 1
+    row, captions = evaluate(captioner, dataset, decoding, choose_runtime("cpu", "fp32"))
+    assert row["beam_size"] == 2 and 0 <= row["cider"] <= 10 and 0 <= row["pointing"] <= 1
     assert len(captions) == len(dataset) and all(len(words) <= 3 for words in captions)

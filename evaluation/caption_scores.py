@@ -1,0 +1,123 @@
+"""All scores of sets of captions of one split, with intervals, per image, and against each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.bootstrap import (
+    confidence_intervals,
+    image_statistics,
+    paired_test,
+    scores_of_sums,
+)
+from evaluation.diversity import diversity, training_captions
+from evaluation.metrics import TITLES, compute_meteor, format_table
+from evaluation.per_image import image_scores
+from evaluation.results_files import read_results
+from evaluation.spice import compute_spice, require_spice
+from evaluation.tokenization import ptb_references, ptb_tokenize
+from preparation.storage import read_captions, read_metadata
+from text.tokenizer import tokenize
+from utils import InputError
+
+ROW_TITLES = ("model", "beam_size", "samples", "consensus")  # columns that say what a row is of
+
+
+@dataclass(frozen=True)
+class ScoredCaptions:
+    """The scores of one caption for each of N images."""
+
+    row: dict[str, Any]  # of the table, with "intervals" and "diversity"
+    results: list[dict[str, Any]]  # the captions in COCO's results format, with the photos' file names
+    per_image: list[dict[str, Any]]  # the same with their scores
+    statistics: np.ndarray  # (N, 12), of `image_statistics`
+
+
+class CaptionScorer:
+    """Scores captions of one split of a prepared folder.
+
+    Args:
+        tokenizer: "plain" or "ptb", which needs Java.
+        java: whether Java runs, so that there is METEOR.
+        spice: compute SPICE, which needs Java and parts of its own.
+
+    Raises InputError where the split cannot be read or something that was asked for is missing.
+    """
+
+    def __init__(self, data_folder: str | Path, split: str, tokenizer: str, *, java: bool, spice: bool) -> None:
+        if tokenizer == "ptb" and not java:
+            raise InputError("--tokenizer ptb needs Java: install a Java runtime (such as openjdk)")
+        if spice:
+            require_spice(java)
+        metadata = read_metadata(data_folder)
+        self.where = f"the {split} split of {data_folder}"
+        self.is_ptb, self.meteor, self.spice = tokenizer == "ptb", java, spice
+        self.entries, captions, _ = read_captions(data_folder, split, metadata)
+        self.references = ptb_references(data_folder, split) if self.is_ptb else captions.decode()
+        self.training = training_captions(data_folder, metadata)
+
+    def read(self, path: str) -> list[str]:
+        """The captions of a results file, in the split's order; InputError where they are not those of the split."""
+        return read_results(path, self.entries, self.where)
+
+    def score(
+        self, sentences: list[str], words: list[list[str]] | None = None, *, is_compared: bool = False
+    ) -> ScoredCaptions:
+        """Score a caption for each image, in the split's order.
+
+        Args:
+            words: of the captions where a model wrote them; otherwise the repository's tokenizer finds them.
+            is_compared: the captions are those that others are compared with; METEOR and SPICE, which are slow, are
+                left out.
+        """
+        words = [tokenize(sentence) for sentence in sentences] if words is None else words
+        predictions = ptb_tokenize(sentences) if self.is_ptb else words
+        scores = image_scores(self.references, predictions)
+        statistics = image_statistics(self.references, predictions, scores)
+        of_split = scores_of_sums(statistics.sum(axis=0), len(words))
+        row: dict[str, Any] = {name: float(score) for name, score in of_split.items()} | {"meteor": None}
+        reference_texts = {i: [" ".join(caption) for caption in captions] for i, captions in enumerate(self.references)}
+        predicted_texts = {i: [" ".join(caption)] for i, caption in enumerate(predictions)}
+        if self.meteor and not is_compared:
+            row["meteor"], of_images = compute_meteor(reference_texts, predicted_texts)
+            scores["meteor"] = np.array(of_images)
+        if self.spice and not is_compared:
+            scores["spice"] = compute_spice(reference_texts, predicted_texts)
+            row["spice"] = float(scores["spice"].mean())
+        row |= {"intervals": confidence_intervals(statistics), "diversity": diversity(words, self.training)}
+        results = [
+            {"image_id": entry["image_id"], "image": entry["image"], "caption": sentence}
+            for entry, sentence in zip(self.entries, sentences, strict=True)
+        ]
+        values = zip(*(each.tolist() for each in scores.values()), strict=True)
+        per_image = [
+            result | dict(zip(scores, of_image, strict=True)) for result, of_image in zip(results, values, strict=True)
+        ]
+        return ScoredCaptions(row, results, per_image, statistics)
+
+
+def compare_captions(scored: ScoredCaptions, other: ScoredCaptions, path: str) -> dict[str, Any]:
+    """The paired test of scored captions against those of a file, for the file of scores."""
+    tests = paired_test(scored.statistics, other.statistics)
+    return {"file": str(Path(path).resolve()), "tests": tests}
+
+
+def format_scores(rows: list[dict[str, Any]]) -> str:
+    """The table of scores, ± half the width of their intervals, and the table of the captions' diversity."""
+    intervals = [row.get("intervals", {}) for row in rows]
+    halves = [{name: (high - low) / 2 for name, (low, high) in each.items()} for each in intervals]
+    diverse = [
+        {name: row[name] for name in ROW_TITLES if name in row} | row["diversity"] for row in rows if "diversity" in row
+    ]
+    return f"{format_table(rows, halves)}\n\n{format_table(diverse)}"
+
+
+def format_tests(tests: dict[str, dict[str, float]], path: str) -> str:
+    """The paired test against the captions of a file, a line for each score."""
+    lines = [f"these captions minus {path} ± standard error:"]
+    for name, test in tests.items():
+        difference = f"{test['difference']:.4f} ± {test['standard_error']:.4f}"
+        lines.append(f"{TITLES[name]}: {difference}, p = {test['p']:.3f}")
+    return "\n".join(lines)

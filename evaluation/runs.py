@@ -1,0 +1,50 @@
+"""The mean and the standard deviation of scores over runs, from the files that eval.py wrote."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import read_json
+from evaluation.metrics import TITLES, format_table
+from utils import InputError
+
+ROW_KEYS = ("beam_size", "samples", "consensus")  # that say which row of a file one is
+
+
+def summarize_runs(paths: Sequence[Path], digest: str) -> str:
+    """A table of means ± sample standard deviations over files of scores, a row for each of theirs.
+
+    `digest` is that of the data that they must be of. Raises InputError where a file is missing, is of other data, or
+    has other rows or decoding settings than the first.
+    """
+    files = [_read_scores(path) for path in paths]
+    for path, scores in zip(paths, files, strict=True):
+        if scores.get("digest") != digest:
+            raise InputError(f"{path} has the scores of other data than this folder's: score that run again")
+        if _decoding(scores) != _decoding(files[0]):
+            raise InputError(f"{path} has other rows or decoding settings than {paths[0]}: score both with the same")
+    means, deviations = [], []
+    for rows in zip(*(scores["scores"] for scores in files), strict=True):
+        values = {name: [row.get(name) for row in rows] for name in TITLES if name not in ROW_KEYS}
+        measured = {name: each for name, each in values.items() if all(isinstance(value, float) for value in each)}
+        identity = {name: rows[0][name] for name in ROW_KEYS if name in rows[0]}
+        means.append(identity | {"runs": len(rows)} | {name: statistics.mean(each) for name, each in measured.items()})
+        deviations.append({name: statistics.stdev(each) for name, each in measured.items()})
+    return format_table(means, deviations)
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    """A file of scores."""
+    if not path.is_file():
+        raise InputError(f"no such file: {path}: score this run first, or give the --data_folder and --split it is of")
+    scores = read_json(path)
+    rows = scores.get("scores") if isinstance(scores, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in [*rows, scores.get("decoding")]):
+        raise InputError(f"{path} was not written by eval.py: score this run again")
+    return scores
+
+
+def _decoding(scores: dict[str, Any]) -> tuple[Any, ...]:
+    """What the rows of a file were decoded with."""
+    return scores["decoding"], [[row.get(name) for name in ROW_KEYS] for row in scores["scores"]]
