@@ -66,8 +66,8 @@ def _eighth(x: Tensor, y: Tensor) -> Tensor:
     """
     in_upper_half = (y > 0) | ((y == 0) & (x < 0))
     x, y = torch.where(in_upper_half, x, -x), torch.where(in_upper_half, y, -y)
-    eighth = (y > x).long() + (x < 0) + (x + y < 0)
-    return torch.where((x == 0) & (y == 0), 7, torch.where(in_upper_half, eighth, eighth + 4))
+    eighth = (y > x).long() + (x < 0) + (x + y < 0) + 4 * ~in_upper_half
+    return eighth.masked_fill((x == 0) & (y == 0), 7)
 
 
 def reverse_relations(relations: Tensor) -> Tensor:
