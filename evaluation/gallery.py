@@ -5,25 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 from evaluation.ensemble import Ensemble
 from evaluation.photos import display_name
-from evaluation.pictures import (
-    name_regions,
-    open_for_picture,
-    picture_paths,
-    plot_attention,
-    plot_edges,
-    save_picture,
-)
 from evaluation.report import Report, describe_caption, describe_photo, require_report
+from evaluation.visualization import open_for_picture, picture_paths
 from models import Captioner
 from modules.generation import ImageCaption
-from modules.graph import edge_attribution
-from modules.relations import spatial_relations
 
 
 class Gallery:
@@ -55,8 +45,15 @@ class Gallery:
         if settings.report:
             described = describe_caption(self.captioner, caption, objects)
             self.report.cards.append(describe_photo(display_name(path), photo, [described]))
-        if not settings.pictures:
-            return
+        if settings.pictures:
+            self._save_pictures(index, photo, caption, objects)
+
+    def _save_pictures(
+        self, index: int, photo: Image.Image, caption: ImageCaption, objects: Sequence[dict[str, Any]]
+    ) -> None:
+        from evaluation.pictures import plot_pictures, save_picture  # matplotlib takes half a second to import
+
+        settings = self.settings
         figures = plot_pictures(photo, caption, self.captioner, settings.graph_word, objects)
         for kind, figure in figures.items():
             picture = self.paths[index][kind]
@@ -78,29 +75,3 @@ class Gallery:
                 f"{min(self.missing_glyphs)}: install a font that has them and add it to font.family in matplotlibrc",
                 file=sys.stderr,
             )
-
-
-def plot_pictures(
-    photo: Image.Image,
-    caption: ImageCaption,
-    captioner: Captioner | Ensemble,
-    graph_word: str,
-    objects: Sequence[dict[str, Any]],
-) -> dict[str, Figure]:
-    """The pictures of a photo with its objects by their kind: attention and, where it has the graph word, edges.
-
-    The photo is as `open_for_picture` returns it.
-    """
-    words = caption.words if captioner.decoder.has_attention else []
-    regions = name_regions(captioner, caption, objects)
-    of_grid = regions.num_cells == len(regions.boxes)
-    alpha = caption.alpha.numpy()
-    figures = {"attention": plot_attention(photo, words, alpha, caption.gates, None if of_grid else regions)}
-    if graph_word in caption.words and caption.neighbors is not None:
-        alpha = caption.alpha[caption.words.index(graph_word)]
-        edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
-        relations = None
-        if captioner.graph.edges == "spatial":
-            relations = spatial_relations(caption.boxes.unsqueeze(0))[0].numpy()
-        figures["edges"] = plot_edges(photo, graph_word, alpha.numpy(), edges, regions, relations)
-    return figures

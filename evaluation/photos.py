@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from evaluation.ensemble import Ensemble
-from evaluation.pictures import is_our_picture
+from evaluation.visualization import is_our_picture
 from models import Captioner
 from preparation.folder_formats import PHOTO_SUFFIXES
 from preparation.images import load_image, photo_size, place_objects

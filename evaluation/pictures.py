@@ -4,12 +4,10 @@ Shapes: T words of a caption, R regions, a square grid where they are not descri
 100 pixels.
 """
 
-import itertools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,69 +17,45 @@ from PIL import Image
 
 from common.files import save_figure
 from evaluation.ensemble import Ensemble
+from evaluation.visualization import FULL_BRIGHTNESS, MAX_FRAMES, MAX_NAMED_EDGES, SOFTWARE, Regions, name_regions
 from models import Captioner
 from modules.generation import ImageCaption
-from modules.relations import RELATIONS
-from preparation.images import open_photo, to_square
-from utils import InputError
+from modules.graph import edge_attribution
+from modules.relations import RELATIONS, spatial_relations
 
-SOFTWARE = "caption.py (image captioning)"  # PNG metadata by which our pictures are told from the user's files
-PHOTO_SIDE = 400  # pixels of a photo's longer side in a picture
-MAX_ASPECT = 2.5  # of a photo's sides in a picture, a longer one is squeezed: the model sees a square anyway
 MAX_WIDTH, MAX_HEIGHT = 11.5, 16.0  # inches of a picture
 TILE_WIDTH, TITLE_HEIGHT, GAP = 2.3, 0.42, 0.03  # inches; the width at most, smaller where tiles are many
-MAX_FRAMES, FRAME_COLOR = 3, "orange"  # of the objects in a tile
-MAX_EDGES, MAX_NAMED_EDGES = 30, 8  # in a picture
-FULL_BRIGHTNESS = 4.0  # attention, in multiples of the uniform weight 1 / R, from which a tile is fully bright
+FRAME_COLOR = "orange"
+MAX_EDGES = 30  # in a picture, where they have no names
 
 
-def open_for_picture(path: str | Path, resize_mode: str) -> Image.Image:
-    """A photo as its pictures show it, so that the grid of regions spans it exactly.
+def plot_pictures(
+    photo: Image.Image,
+    caption: ImageCaption,
+    captioner: Captioner | Ensemble,
+    graph_word: str,
+    objects: Sequence[dict[str, Any]],
+) -> dict[str, Figure]:
+    """The pictures of a photo with its objects by their kind: attention and, where it has the graph word, edges.
 
-    The image that the model sees is the whole photo where `resize_mode` is squash, otherwise its square
-    (`preparation.images.to_square`).
+    The photo is as `open_for_picture` returns it.
     """
-    photo = open_photo(path, PHOTO_SIDE)
-    if resize_mode != "squash":
-        return Image.fromarray(to_square(photo, PHOTO_SIDE, resize_mode).permute(1, 2, 0).numpy())
-    longer = min(PHOTO_SIDE, max(photo.size))
-    shorter = max(1, round(longer * min(photo.size) / max(photo.size)), round(longer / MAX_ASPECT))
-    return photo.resize((longer, shorter) if photo.width > photo.height else (shorter, longer))
+    words = caption.words if captioner.decoder.has_attention else []
+    regions = name_regions(captioner, caption, objects)
+    of_grid = regions.num_cells == len(regions.boxes)
+    alpha = caption.alpha.numpy()
+    figures = {"attention": plot_attention(photo, words, alpha, caption.gates, None if of_grid else regions)}
+    if graph_word in caption.words and caption.neighbors is not None:
+        alpha = caption.alpha[caption.words.index(graph_word)]
+        edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
+        relations = None
+        if captioner.graph.edges == "spatial":
+            relations = spatial_relations(caption.boxes.unsqueeze(0))[0].numpy()
+        figures["edges"] = plot_edges(photo, graph_word, alpha.numpy(), edges, regions, relations)
+    return figures
 
 
 # ---------------------------------------------------------------------------------------------------- attention
-
-
-class Regions(NamedTuple):
-    """What the attention looks at."""
-
-    boxes: np.ndarray  # (R, 4) left, top, right and bottom in fractions of the sides
-    names: Sequence[str | None]  # of the R regions, "" where it is not known; None: cells of a grid, which come first
-
-    @property
-    def num_cells(self) -> int:
-        """How many regions are cells of a grid."""
-        return self.names.count(None)
-
-    def is_whole(self, i: int) -> bool:
-        """Whether a region is the whole photo."""
-        return bool((self.boxes[i] == (0, 0, 1, 1)).all())
-
-    def is_part(self, i: int) -> bool:
-        """Whether a region is a part of the photo, and no cell of a grid."""
-        return self.names[i] is not None and not self.is_whole(i)
-
-
-def name_regions(captioner: Captioner | Ensemble, caption: ImageCaption, objects: Sequence[dict[str, Any]]) -> Regions:
-    """The regions of a caption's photo, which has these objects, with their names."""
-    source, count = captioner.region_source, len(caption.boxes)
-    names: list[str | None] = [None] * count
-    if source.uses_region_features:
-        names = [""] * count
-    elif source.uses_objects:
-        of_objects = ["", *(" ".join(item["words"]) for item in objects)]  # the whole photo is first
-        names[count - len(of_objects) :] = of_objects
-    return Regions(caption.boxes.numpy(), names)
 
 
 def plot_attention(
@@ -231,39 +205,6 @@ def plot_edges(
             x, y = 0.6 * centers[source] + 0.4 * centers[target]  # not in the middle: an edge back has its name, too
             axes.text(x, y, RELATIONS[relations[source, target]], color="white", fontsize=8, ha="center")
     return figure
-
-
-# -------------------------------------------------------------------------------------------------------- files
-
-
-def picture_paths(photos: Sequence[str], folder: str | Path, kinds: Sequence[str]) -> list[dict[str, Path]]:
-    """For each photo the paths of its pictures by kind: cat_attention.png, cat-2_attention.png for another cat.
-
-    Raises InputError where a picture would replace a file that is not one of ours.
-    """
-    names: dict[str, None] = {}  # an ordered set
-    for photo in photos:
-        stem = name = Path(photo).stem
-        suffixes = itertools.count(2)
-        while name in names:
-            name = f"{stem}-{next(suffixes)}"
-        names[name] = None
-    paths = [{kind: Path(folder) / f"{name}_{kind}.png" for kind in kinds} for name in names]
-    for path in itertools.chain.from_iterable(by_kind.values() for by_kind in paths):
-        if os.path.lexists(path) and not is_our_picture(path):
-            raise InputError(
-                f"{path} is not a picture of caption.py and is not replaced: choose another --output_folder"
-            )
-    return paths
-
-
-def is_our_picture(path: str | Path) -> bool:
-    """Whether `save_picture` wrote a file."""
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            return picture.info.get("Software") == SOFTWARE
-    except Exception:  # no file, no PNG, or a damaged one, which raises almost anything
-        return False
 
 
 def save_picture(figure: Figure, path: str | Path) -> set[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.files import atomic_write
 from evaluation.ensemble import Ensemble
-from evaluation.pictures import FULL_BRIGHTNESS, MAX_FRAMES, MAX_NAMED_EDGES, Regions, name_regions
+from evaluation.visualization import FULL_BRIGHTNESS, MAX_FRAMES, MAX_NAMED_EDGES, Regions, name_regions
 from models import Captioner
 from modules.generation import ImageCaption
 from modules.graph import edge_attribution
