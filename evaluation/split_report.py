@@ -16,6 +16,7 @@ from models import Captioner
 from modules.generation import ImageCaption
 from preparation.storage import open_images, read_captions
 
+DECODING_SHOWN = ("beam_size", "samples", "length_penalty", "no_repeat_ngram", "min_length", "consensus_index")
 PER_IMAGE = ("cider", "bleu_4", "rouge_l")  # scores of a card
 
 
@@ -56,7 +57,8 @@ def report_split(
         name: described[name] for name in ("dataset", "split", "tokenizer", "dtype", "date") if name in described
     }
     if "decoding" in described:
-        details["decoding"] = ", ".join(f"{name} {value}" for name, value in described["decoding"].items() if value)
+        values = {name: described["decoding"][name] for name in DECODING_SHOWN}
+        details["decoding"] = ", ".join(f"{name} {value}" for name, value in values.items() if value)
     metrics = {name: TITLES[name] for name in PER_IMAGE}
     title = f"Captions of {Path(data_folder).resolve().name}, {split} split"
     report = Report(title, [each.name for each in captions], metrics, details, table)

@@ -65,17 +65,19 @@ def similar_neighbors(features: Tensor, exists: Tensor, knn: int, on_grid: bool)
     """
     B, R, _ = features.shape
     first = grid_neighbors(round(R**0.5)) if on_grid else torch.arange(R).unsqueeze(1)  # (R, 9) or (R, 1)
-    first = copy_to_device(first, features.device)
-    knn = min(knn, R - 1)
-    if not knn:
+    excluded = first.where(first >= 0, R)  # an additional column R takes the index -1
+    first, excluded = (copy_to_device(x, features.device) for x in (first, excluded))
+    k = torch.sym_min(knn, R - 1)  # min would fix R where it is exported
+    if not k:
         return first.expand(B, -1, -1)
     with torch.autocast(features.device.type, enabled=False):  # bfloat16 is too coarse to rank the similarities
         directions = functional.normalize(features.detach().float(), dim=-1)
         similarity = directions @ directions.transpose(1, 2)  # (B, R, R)
-    # Exclude the first neighbors; an additional column takes the index -1.
-    is_neighbor = torch.zeros(R, R + 1, dtype=torch.bool, device=features.device).scatter(1, first % (R + 1), True)
+    # Exclude the first neighbors.
+    is_neighbor = torch.zeros(R, R + 1, dtype=torch.bool, device=features.device)
+    is_neighbor = is_neighbor.scatter(1, excluded, True)
     similarity = similarity.masked_fill(is_neighbor[:, :R] | ~(exists.unsqueeze(1) & exists.unsqueeze(2)), -2)
-    nearest = similarity.topk(knn)  # -2 is below any cosine
+    nearest = similarity.topk(k)  # -2 is below any cosine
     similar = nearest.indices.masked_fill(nearest.values < -1.5, -1)  # there may be fewer than knn others
     return torch.cat([first.expand(B, -1, -1), similar], dim=-1)
 

@@ -61,7 +61,7 @@ def additive_scores(keys: Tensor, query: Tensor, weight: Tensor) -> Tensor:
         query: (B, C, A).
         weight: (A,).
     """
-    if keys.is_cpu:
+    if keys.is_cpu and not torch.compiler.is_exporting():  # the number of blocks depends on the sizes
         with torch.autocast("cpu", enabled=False):
             return _BlockedAdditiveScores.apply(keys.float(), query.float(), weight)
     return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_() @ weight.to(keys.dtype)

@@ -113,7 +113,7 @@ class RecurrentDecoder(Decoder):
         The captions of a search share most of their words: on a CPU each is computed once, which saves a search a
         tenth of its time. On a GPU the host would have to wait for their number.
         """
-        if self.training or not words.is_cpu:
+        if self.training or not words.is_cpu or torch.compiler.is_exporting():
             embedded = self.dropout(self.embedding(words))
             return embedded, self._word_gates(embedded)
         distinct, indices = words.unique(return_inverse=True)

@@ -4,8 +4,6 @@ Shapes: B images, R regions. A box is (left, top, right, bottom) in fractions of
 stand for none.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ def spatial_relations(boxes: Tensor) -> Tensor:
     j; 3, their intersection over union is at least 0.5; 4 to 11, the direction from the center of i to that of j, where
     they are less than half of the image's diagonal apart. A region has no relation to itself, nor to what is no region.
     """
-    boxes = boxes.double()  # in single precision an angle of 45 degrees may be a little more
+    boxes = boxes.double()  # in single precision two equal distances may differ a little
     first, second = boxes.unsqueeze(2), boxes.unsqueeze(1)  # (B, R, 1, 4), (B, 1, R, 4)
     contains = (first[..., :2] <= second[..., :2]).all(-1) & (first[..., 2:] >= second[..., 2:]).all(-1)
     same = (first == second).all(-1)
@@ -49,10 +47,8 @@ def spatial_relations(boxes: Tensor) -> Tensor:
     union = areas.unsqueeze(2) + areas.unsqueeze(1) - intersection
     centers = (boxes[..., :2] + boxes[..., 2:]) / 2
     x, y = (centers.unsqueeze(1) - centers.unsqueeze(2)).unbind(-1)  # from i to j, y downward
-    eighths = torch.atan2(-y, x) / (math.pi / 4)
-    eighths = torch.where(eighths <= 0, eighths + 8, eighths)  # in (0, 8]
-    direction = (eighths - 1e-9).ceil().long() + 3
-    is_near = x.hypot(y) < math.sqrt(2) / 2
+    direction = 4 + _eighth(x, -y)
+    is_near = x.square() + y.square() < 0.5
     relations = direction.where(is_near, NO_RELATION)
     relations = relations.masked_fill(intersection >= 0.5 * union, 3)
     inside = contains & ~same
@@ -60,6 +56,18 @@ def spatial_relations(boxes: Tensor) -> Tensor:
     exists = has_area(boxes)
     itself = torch.eye(boxes.shape[1], dtype=torch.bool, device=boxes.device)
     return relations.masked_fill(itself | ~(exists.unsqueeze(1) & exists.unsqueeze(2)), NO_RELATION)
+
+
+def _eighth(x: Tensor, y: Tensor) -> Tensor:
+    """The eighth of a turn in which a direction (x, y) lies: 0 to 7, counterclockwise from the right, y upward.
+
+    A direction between two eighths is in the first of them, the right in the last, and so is no direction (0, 0).
+    By comparisons: they are exact, and ONNX Runtime has no arctangent in double precision.
+    """
+    in_upper_half = (y > 0) | ((y == 0) & (x < 0))
+    x, y = torch.where(in_upper_half, x, -x), torch.where(in_upper_half, y, -y)
+    eighth = (y > x).long() + (x < 0) + (x + y < 0) + 4 * ~in_upper_half
+    return eighth.masked_fill((x == 0) & (y == 0), 7)
 
 
 def reverse_relations(relations: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import random
+import re
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -119,6 +120,12 @@ def flags(data_folder, run_folder, settings=SMALL):
     for name, value in values.items():
         arguments += [switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)]
     return arguments
+
+
+def report_data(path):
+    """The data in a report."""
+    page = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
 def weights(path):

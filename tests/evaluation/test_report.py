@@ -1,7 +1,6 @@
 """The report: what the page says of captions, alone and in a browser, where there is one."""
 
 import base64
-import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import report_data
 from evaluation.report import Report, describe_caption, describe_photo, describe_text
 from modules.decoding import Candidate
 from modules.generation import ImageCaption
@@ -54,12 +54,6 @@ def image_caption(words, seed, *, side=4, objects=(), heads=None, graph=False):
 
 def photo(seed=0, size=(68, 68)):  # cells of 17 pixels, of which one is the center
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
-def data_of(path):
-    """The data in a page."""
-    content = path.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', content, re.DOTALL)[1])
 
 
 def decode(text, *shape):
@@ -121,7 +115,7 @@ def test_the_page_holds_its_data_and_loads_nothing(tmp_path):
     report = small_report()
     report.cards[0]["name"] = STRANGE
     report.write(tmp_path / "report.html")
-    page, data = (tmp_path / "report.html").read_text(encoding="utf-8"), data_of(tmp_path / "report.html")
+    page, data = (tmp_path / "report.html").read_text(encoding="utf-8"), report_data(tmp_path / "report.html")
     assert data["cards"][0]["name"] == STRANGE and page.count("<script") == 2 and "{{" not in page
     assert data["table"] == [["beam", "CIDEr"], ["3", "0.8333"]]
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(http|//)", page) and "default-src 'none'" in page
