@@ -8,7 +8,7 @@ RUN := .venv/bin/python
 .venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest pytest-xdist ruff "pyright[nodejs]" \
-	    onnx onnxscript onnxruntime
+	    onnx onnxscript onnxruntime nbclient nbformat ipykernel
 	touch $@
 
 # Draws shapes, trains a small captioner, scores it and captions a picture.

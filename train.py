@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
 from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
+from evaluation.samples import draw_samples
 from evaluation.scoring import evaluate
 from models import DECODERS
 from modules.attention import ATTENTIONS
@@ -25,22 +26,14 @@ from modules.regions import REGIONS
 from text.cider import CiderD
 from training.checks import print_warnings, validate_settings
 from training.feature_cache import build_dataset
-from training.logs import plot_curves, plot_runs, write_tensorboard
+from training.logs import plot_curves, plot_runs, write_samples, write_tensorboard
 from training.optim import learning_rate_factor
 from training.shutdown import graceful_shutdown
 from training.start import choose_run_device, lock_run_folder, prepare_run, start_files, start_run
 from training.state import TrainState
 from training.steps import scst_step, train_step
 from training.validation import describe_best, epoch_key, print_epoch, validation_loss
-from utils import (
-    InputError,
-    Runtime,
-    StopRequested,
-    choose_runtime,
-    first_line,
-    replace_settings,
-    run_script,
-)
+from utils import InputError, Runtime, StopRequested, choose_runtime, first_line, replace_settings, run_script
 
 
 @dataclass(frozen=True)
@@ -238,12 +231,14 @@ def validate_and_save(
     folder = Path(settings.run_folder)
     on_rank_zero(lambda: append_jsonl(folder / "log.jsonl", row))
     on_rank_zero(lambda: write_tensorboard(folder / "tensorboard", [row]))
+    draw = functools.partial(draw_samples, captioner, validation, captions)
+    on_rank_zero(lambda: write_samples(folder / "tensorboard", row["epoch"], draw))
     if improved:
         state.save("best.pt", with_training_state=False)
     state.save("last.pt", with_training_state=True)
     on_rank_zero(lambda: plot_curves([folder / "log.jsonl"], folder / "curves.png"))
     print_epoch(row, improved)
-    print(f"  {validation.entries[0]['image']}: {' '.join(captions[0])}")
+    print(f"  {validation.entries[0]['image']}: {captions[0].caption}")
 
 
 # ---------------------------------------------------------------------------------------------------- all of it

@@ -18,6 +18,8 @@ from modules.decoding import DecodingSettings
 from modules.generation import ImageCaption, caption_batch
 from utils import Runtime
 
+NUM_PICTURES = 2  # first images of a split whose captions always have attention weights, to be drawn
+
 
 def caption_dataset(
     captioner: Captioner | Ensemble,
@@ -35,7 +37,7 @@ def caption_dataset(
         for_report: keep all that a report shows, a graph's edges and the attention weights of all heads.
 
     Returns the captions in the split's order, with attention weights where the split has boxes to compare them with,
-    or for a report.
+    or for a report, and in any case those of the first NUM_PICTURES images.
     """
     captioner.eval()
     results: list[tuple[int, ImageCaption]] = []  # of this process
@@ -44,7 +46,7 @@ def caption_dataset(
     with tqdm(total=len(datasets[0]), desc=title, unit="image", leave=False, disable=rank() > 0) as progress:
         for parts in zip(*(make_loader(dataset, batches) for dataset in datasets), strict=True):
             inputs, are_features = tuple(part.inputs for part in parts), [part.is_features for part in parts]
-            single = isinstance(captioner, Captioner)
+            single, is_drawn = isinstance(captioner, Captioner), min(parts[0].indices) < NUM_PICTURES
             decoded = caption_batch(
                 captioner,
                 inputs[0] if single else inputs,
@@ -52,7 +54,7 @@ def caption_dataset(
                 runtime,
                 is_features=are_features[0] if single else are_features,
                 boxes=parts[0].boxes,
-                with_attention=datasets[0].has_boxes or for_report,
+                with_attention=datasets[0].has_boxes or for_report or is_drawn,
                 with_heads=for_report,
                 rerank=consensus.rerank if consensus else None,
             )
@@ -91,8 +93,7 @@ def caption_split(
 
 def evaluate(
     captioner: Captioner, dataset: CaptionDataset, decoding: DecodingSettings, runtime: Runtime
-) -> tuple[dict[str, Any], list[list[str]]]:
+) -> tuple[dict[str, Any], list[ImageCaption]]:
     """Caption a split and score the captions: a row of `caption_split` and `compute_metrics`, and the captions."""
     images, row = caption_split(captioner, [dataset], decoding, runtime)
-    captions = [image.words for image in images]
-    return row | compute_metrics(dataset.references.decode(), captions), captions
+    return row | compute_metrics(dataset.references.decode(), [image.words for image in images]), images

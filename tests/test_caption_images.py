@@ -1,7 +1,10 @@
 """Captions from Python: `Captioner.caption_images` gives what caption.py prints."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,6 +13,8 @@ import caption
 from conftest import SMALL, build
 from models import load_captioner
 from utils import InputError
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_captions_are_those_of_the_script(command, shapes, run_folder):
@@ -38,6 +43,18 @@ def test_batches_and_images_give_the_same(shapes, run_folder):
     assert captioner.caption_images([]) == []
     short = captioner.caption_images(map(str, photos[:1]), max_length=2)
     assert len(short[0].words) <= 2
+
+
+def test_the_lines_of_the_readme_run(shapes, run_folder, tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for folder in ("photos", "runs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(run_folder, target_is_directory=True)
+    photo = shutil.copy(min((shapes / "photos").glob("*.png")), tmp_path / "photos" / "dog.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    (record,) = load_captioner(run_folder / "last.pt").caption_images([photo], beam_size=5)
+    assert capsys.readouterr().out == f"{record.caption} {record.log_prob}\n"
 
 
 def test_wrong_input_is_named(tmp_path, shapes, run_folder):

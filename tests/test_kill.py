@@ -131,6 +131,7 @@ def test_features_of_a_killed_run_are_continued_bit_for_bit(shapes, tmp_path):
         ("torch", "save", 3),  # best.pt
         ("train", "append_jsonl", 1),
         ("train", "write_tensorboard", 2),
+        ("train", "write_samples", 2),
         ("train", "plot_curves", 2),
     ],
 )

@@ -21,9 +21,9 @@ SCRIPTS = ["create_input_files.py", "train.py", "eval.py", "caption.py"]
 SCRIPTS += [f"{name}/{path.name}" for name in ("tools", "benchmarks") for path in sorted((ROOT / name).glob("*.py"))]
 SCRIPTS += ["docs/figures.py"]
 WITHOUT_FLAGS = "docs/onnx_example.py"  # it knows nothing of this repository
-# Flags of pytest, torchrun and srun, and what --hflip was called when the results were measured.
+# Flags of pytest, torchrun, srun and TensorBoard, and what --hflip was called when the results were measured.
 FOREIGN_FLAGS = {"help", "durations", "kills", "mirror", "nodes", "ntasks", "nproc_per_node", "nnodes"}
-FOREIGN_FLAGS |= {"rdzv_backend", "rdzv_endpoint"}
+FOREIGN_FLAGS |= {"rdzv_backend", "rdzv_endpoint", "logdir"}
 # Names of the first version. The names that replaced them are the field's.
 OLD_NAMES = """
 add_up take_from_first set_random_state keep_freed_memory stop_signals written_whole append_log read_log write_log

@@ -213,12 +213,12 @@ def test_plot_draws_several_runs_into_one_picture(command, run_folder, tmp_path)
     assert Image.open(tmp_path / "curves.png").size == (1200, 350)
 
 
-def test_tensorboard_gets_each_epochs_numbers_where_it_is_installed(shapes, tmp_path, monkeypatch):
-    written = []
+def test_tensorboard_gets_each_epochs_numbers_and_samples_where_it_is_installed(shapes, tmp_path, monkeypatch):
+    written, samples = [], []
 
     class SummaryWriter:
-        def __init__(self, folder):
-            self.folder = folder
+        def __init__(self, folder, filename_suffix):
+            self.folder, self.suffix = folder, filename_suffix
 
         def __enter__(self):
             return self
@@ -229,12 +229,20 @@ def test_tensorboard_gets_each_epochs_numbers_where_it_is_installed(shapes, tmp_
         def add_scalar(self, name, value, epoch):
             written.append((self.folder, name, value, epoch))
 
+        def add_image(self, name, value, epoch, dataformats):
+            samples.append((self.suffix, name, epoch))
+
+        def add_text(self, name, value, epoch):
+            samples.append((self.suffix, name, epoch))
+
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path), fine_tune_encoder=False))
     rows = read_jsonl(tmp_path / "log.jsonl")
     for name in ("train/loss", "val/loss", "lr", "val/cider"):
         expected = [(str(tmp_path / "tensorboard"), name, row[name], row["epoch"]) for row in rows]
         assert [one for one in written if one[1] == name] == expected
+    names = ("attention/1", "attention/2", "captions")
+    assert samples == [(f".samples-{epoch}", name, epoch) for epoch in (1, 2) for name in names]
 
 
 def test_early_stopping_and_decay(shapes, tmp_path):
@@ -251,10 +259,10 @@ def scripted_validation(monkeypatch, rows):
     rows = iter(rows)
     losses = []
 
-    def evaluate(captioner, dataset, *arguments):
+    def evaluate(*arguments, original=train.evaluate):
         cider, bleu_4, loss = next(rows)
         losses.append(loss)
-        return {"cider": cider, "bleu_4": bleu_4}, [["a"]]
+        return {"cider": cider, "bleu_4": bleu_4}, original(*arguments)[1]
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "validation_loss", lambda *arguments: losses[-1])

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from models import Captioner, build_captioner, captioner_from_checkpoint, load_c
 from preparation.storage import read_metadata, region_info
 from text.embeddings import read_pretrained_embeddings
 from text.vocabulary import Vocabulary
-from training.logs import write_tensorboard
+from training.logs import rewrite_tensorboard
 from training.optim import ModelEMA, make_optimizer
 from training.state import TrainState
 from utils import InputError, choose_device, has_type, replace_settings
@@ -282,6 +281,4 @@ def clean_files(folder: Path, epoch: int) -> None:
         for name in ("best.pt", "curves.png"):
             (folder / name).unlink(missing_ok=True)
     write_jsonl(folder / "log.jsonl", rows)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    if rows:
-        write_tensorboard(folder / "tensorboard", rows)
+    rewrite_tensorboard(folder / "tensorboard", rows)

@@ -34,4 +34,4 @@ def test_evaluate_returns_a_row_and_its_captions(shapes, run_folder):
     decoding = DecodingSettings(beam_size=2, max_length=3)
     row, captions = evaluate(captioner, dataset, decoding, choose_runtime("cpu", "fp32"))
     assert row["beam_size"] == 2 and 0 <= row["cider"] <= 10 and 0 <= row["pointing"] <= 1
-    assert len(captions) == len(dataset) and all(len(words) <= 3 for words in captions)
+    assert len(captions) == len(dataset) and all(len(image.words) <= 3 for image in captions)

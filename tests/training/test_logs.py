@@ -1,0 +1,63 @@
+"""What TensorBoard reads of a run."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import train
+from common.files import read_jsonl
+from conftest import SMALL
+from training.logs import rewrite_tensorboard, write_samples, write_tensorboard
+
+
+def read_tensorboard(folder):
+    """The epochs of each curve, picture and text, and the first text."""
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    everything = module.EventAccumulator(str(folder), size_guidance={module.IMAGES: 0, module.TENSORS: 0})
+    everything.Reload()
+    tags = everything.Tags()
+    found = {tag: everything.Scalars(tag) for tag in tags["scalars"]}
+    found |= {tag: everything.Images(tag) for tag in tags["images"]}
+    found |= {tag: everything.Tensors(tag) for tag in tags["tensors"]}
+    texts = [event.tensor_proto.string_val[0].decode() for event in found.get("captions/text_summary", [])]
+    return {tag: [event.step for event in events] for tag, events in found.items()}, texts
+
+
+def write_epoch(folder, epoch):
+    write_tensorboard(folder, [{"epoch": epoch, "lr": 0.1}])
+    write_samples(folder, epoch, lambda: ([np.zeros((4, 6, 3), np.uint8)], f"text {epoch}"))
+
+
+def test_a_resumed_run_keeps_the_samples_of_its_epochs(tmp_path):
+    for epoch in (1, 2, 3):  # the third was not complete
+        write_epoch(tmp_path, epoch)
+    rewrite_tensorboard(tmp_path, [{"epoch": 1, "lr": 0.1}, {"epoch": 2, "lr": 0.2}])
+    write_epoch(tmp_path, 3)
+    epochs, texts = read_tensorboard(tmp_path)
+    assert epochs == {tag: [1, 2, 3] for tag in ("lr", "attention/1", "captions/text_summary")}
+    assert texts == ["text 1", "text 2", "text 3"]
+
+
+def test_nothing_is_left_of_a_run_that_is_overwritten(tmp_path):
+    write_epoch(tmp_path, 1)
+    rewrite_tensorboard(tmp_path, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_drawn_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    write_samples(tmp_path / "tensorboard", 1, draw=lambda: pytest.fail("drawn"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_and_its_resume_show_all_epochs_once(shapes, tmp_path, command):
+    train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path)))
+    assert command(train, "--resume", tmp_path / "last.pt", "--epochs", 3)[0] == 0
+    epochs, texts = read_tensorboard(tmp_path / "tensorboard")
+    tags = read_jsonl(tmp_path / "log.jsonl")[0].keys() - {"epoch"}
+    tags |= {"attention/1", "attention/2", "captions/text_summary"}
+    assert epochs == {tag: [1, 2, 3] for tag in tags}
+    assert all(text.startswith("| photo | caption | references |") for text in texts)
