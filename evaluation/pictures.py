@@ -22,7 +22,7 @@ from evaluation.ensemble import Ensemble
 from models import Captioner
 from modules.generation import ImageCaption
 from modules.relations import RELATIONS
-from preparation.images import open_photo, to_square
+from preparation.images import PhotoBytes, open_photo, to_square
 from utils import InputError
 
 SOFTWARE = "caption.py (image captioning)"  # PNG metadata by which our pictures are told from the user's files
@@ -35,7 +35,7 @@ MAX_EDGES, MAX_NAMED_EDGES = 30, 8  # in a picture
 FULL_BRIGHTNESS = 4.0  # attention, in multiples of the uniform weight 1 / R, from which a tile is fully bright
 
 
-def open_for_picture(path: str | Path, resize_mode: str) -> Image.Image:
+def open_for_picture(path: str | Path | PhotoBytes, resize_mode: str) -> Image.Image:
     """A photo as its pictures show it, so that the grid of regions spans it exactly.
 
     The image that the model sees is the whole photo where `resize_mode` is squash, otherwise its square
