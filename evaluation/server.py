@@ -113,6 +113,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: CaptionServer
     timeout = TIMEOUT
+    default_request_version = "HTTP/1.0"  # of a request that names none: its answer has a status all the same
 
     def do_GET(self) -> None:
         """Answer a request."""
