@@ -73,6 +73,7 @@ class CaptionServer(ThreadingHTTPServer):
 
     def __init__(self, page: str, make_card: Callable[[PhotoBytes], dict[str, Any]], port: int) -> None:
         self.page, self.make_card, self.lock = page.encode(), make_card, threading.Lock()
+        self.is_ending = False
         try:
             super().__init__((HOST, port), Handler)
         except OSError as error:
@@ -87,8 +88,9 @@ class CaptionServer(ThreadingHTTPServer):
         try:
             self.serve_forever()
         finally:
-            self.lock.acquire()  # for good: the program must not end while a thread computes, nor may the next begin
-            self.server_close()
+            self.is_ending = True
+            with self.lock:  # the program must not end while a thread computes
+                self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print the traceback of an error in the program; clients that went away are none."""
@@ -189,6 +191,8 @@ class Handler(BaseHTTPRequestHandler):
         if len(content) < length:
             raise RequestError(400, f"{name}: {len(content)} of {length} bytes arrived")
         with self.server.lock:  # also while it is decoded, which may take a lot of memory
+            if self.server.is_ending:
+                raise RequestError(503, f"{name}: caption.py is ending")
             return self.server.make_card(PhotoBytes(name, content))
 
     def _length(self) -> int:

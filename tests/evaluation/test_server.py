@@ -275,6 +275,11 @@ def test_an_error_of_the_model_is_answered(quick_server, capfd):
     assert "RuntimeError: a bug" in capfd.readouterr().err and ask(quick_server, None, "GET", "/")[0] == 200
 
 
+def test_no_photo_begins_when_the_server_ends(quick_server):
+    quick_server.is_ending = True
+    assert ask(quick_server) == (503, {"error": "photo: caption.py is ending"}) and not quick_server.asked
+
+
 def test_names_are_text_in_one_line(quick_server):
     for name, shown in ((STRANGE, STRANGE), ("a\r\n b", "a b"), ("\ud800", "photo"), (" ", "photo"), ("../a", "../a")):
         assert ask(quick_server, X_Photo_Name=quote(name, errors="ignore"))[1]["name"] == shown
