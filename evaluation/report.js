@@ -356,7 +356,9 @@ function update() {
   visible = sorted.filter(fits);
   for (const card of cards) card.node.hidden = true;
   for (const card of visible) card.node.hidden = false;
+  const focused = document.activeElement;
   byId("cards").replaceChildren(...sorted.map((card) => card.node));
+  if (focused !== document.activeElement) focused.focus({ preventScroll: true }); // a node that moves loses the focus
   byId("count").textContent = `${visible.length} of ${cards.length} photos`;
 }
 
@@ -402,7 +404,7 @@ function onKey(event) {
       each.clear();
     }
   }
-  if (event.target.closest("input, select")) return;
+  if (event.target.closest("input:not([type=file]), select")) return;
   const word = document.activeElement?.closest(".word");
   if (word && (event.key === "ArrowRight" || event.key === "ArrowLeft")) {
     const step = event.key === "ArrowRight" ? 1 : -1;
@@ -434,6 +436,7 @@ let sent = 0, total = 0, lastUpload = Promise.resolve();
 
 // Caption files one after the other; more may be added while it works.
 function upload(files) {
+  if (!files.length) return;
   if (sent === total) {
     sent = total = 0;
     byId("errors").replaceChildren();

@@ -365,6 +365,27 @@ def test_samples_are_those_of_a_single_photo(run_folder, photos):
 # ------------------------------------------------------------------------------------------------ in a browser
 
 
+def wait_for(page, progress):
+    deadline = time.monotonic() + 20
+    while page.find_element("id", "progress").text != progress and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def drop_and_paste(page, content):
+    """Drop a photo on the page and, before it is captioned, paste it."""
+    script = """
+        const transfer = (name) => {
+          const data = new DataTransfer();
+          data.items.add(new File([Uint8Array.from(arguments[0])], name));
+          return data;
+        };
+        const drop = { bubbles: true, cancelable: true, dataTransfer: transfer("dropped.jpg") };
+        document.body.dispatchEvent(new DragEvent("drop", drop));
+        const paste = { bubbles: true, clipboardData: transfer("pasted.jpg") };
+        document.body.dispatchEvent(new ClipboardEvent("paste", paste));"""
+    page.execute_script(script, list(content))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_chosen_photos_become_cards_newest_first(open_page, server, photos, tmp_path, width):
@@ -376,9 +397,7 @@ def test_chosen_photos_become_cards_newest_first(open_page, server, photos, tmp_
     page = open_page(f"http://127.0.0.1:{server.server_port}/", width)
     assert not page.find_element("id", "controls").is_displayed()
     page.find_element("id", "photos").send_keys("\n".join([*chosen, str(tmp_path / "b.txt")]))
-    deadline = time.monotonic() + 20
-    while page.find_element("id", "progress").text != "2 of 3 captioned" and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(page, "2 of 3 captioned")
     assert page.find_element("id", "errors").text.startswith("b.txt: not a photo (JPEG")
     assert [entry["message"] for entry in page.get_log("browser") if "400" not in entry["message"]] == []
     assert names(page) == [STRANGE, "1.jpg"] and page.find_element("id", "count").text == "2 of 2 photos"
@@ -389,8 +408,13 @@ def test_chosen_photos_become_cards_newest_first(open_page, server, photos, tmp_
         "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 3)"
     )
     assert np.mean(blackness) > 10
+    page.execute_script("document.querySelector('.card .word').focus()")
+    drop_and_paste(page, photos["1.jpg"])
+    wait_for(page, "2 of 2 captioned")
+    assert names(page) == ["pasted.jpg", "dropped.jpg", STRANGE, "1.jpg"]
+    assert page.execute_script("return document.activeElement.closest('.card').ariaLabel") == STRANGE
     page.find_element("id", "direction").click()
-    assert names(page) == ["1.jpg", STRANGE]
+    assert names(page) == ["1.jpg", STRANGE, "dropped.jpg", "pasted.jpg"]
     page.find_element("id", "search").send_keys("zebra")
     assert names(page) == [] and overlapping(page) == []
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
