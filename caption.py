@@ -1,10 +1,11 @@
 """Caption photos and plot the attention at each word: python caption.py photo.jpg --checkpoint best.pt"""
 
 import contextlib
+import functools
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +25,21 @@ from evaluation.photos import (
     load_photos,
     photo_records,
 )
+from evaluation.report import Report
+from evaluation.server import CaptionServer, CardMaker
 from models import Captioner
 from modules.decoding import DecodingSettings
 from modules.generation import ImageCaption, caption_batch
 from preparation.detection import Detector, detect_objects
 from preparation.images import pad_boxes
 from preparation.objects import require_objects_file
-from utils import InputError, choose_runtime, require_at_least, run_script
+from utils import InputError, Runtime, choose_runtime, require_at_least, run_script
+
+# Settings of photos that are named and of the files of their pictures; the page has its own choice of layers and heads.
+NOT_SERVED = (
+    *("objects", "region_features", "output_folder", "batch_size", "json", "report"),
+    *("alpha_layer", "alpha_head", "graph_word", "show"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,10 @@ class Settings:
     graph_word: str = ""  # a word: where a caption has it, plot the graph's edges that mattered for it, too
     show: bool = False  # open each picture
 
+    # group: page
+    serve: bool = False  # a page in the browser, on this machine only, to drop photos on; none are named here then
+    port: int = 8000  # of the page; 0: any free one
+
     # group: run
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
     device: str = "auto"  # auto, cpu or cuda
@@ -87,6 +100,7 @@ class Settings:
 
 def validate_settings(settings: Settings) -> DecodingSettings:
     """How captions are decoded. Raises InputError where a value is out of range or two do not go together."""
+    validate_serve(settings)
     require_at_least(settings, 1, "n_best", "similar_photos")
     require_at_least(settings, 0, "consensus_weight")
     decoding = DecodingSettings.from_settings(settings)
@@ -96,9 +110,27 @@ def validate_settings(settings: Settings) -> DecodingSettings:
     for name in ("graph_word", "show", "alpha_layer", "alpha_head"):
         if getattr(settings, name) and not settings.pictures:
             raise InputError(f"--{name} needs pictures: leave --no-pictures out")
-    if settings.pictures or settings.report:
+    if (settings.pictures or settings.report) and not settings.serve:
         require_writable(settings.output_folder)
     return decoding
+
+
+def validate_serve(settings: Settings) -> None:
+    """Raise InputError where photos are neither named nor served, or a setting has no effect on the page."""
+    if not settings.serve:
+        if not settings.photos:
+            raise InputError("photos are missing: name files or folders, or give --serve for a page to drop them on")
+        if settings.port != Settings.port:
+            raise InputError(f"--port {settings.port}: is of --serve, give both")
+        return
+    if settings.photos:
+        raise InputError(f"{settings.photos[0]}: --serve takes photos on its page, leave it out")
+    for name in NOT_SERVED:
+        if getattr(settings, name) != getattr(Settings, name):
+            raise InputError(f"--{name} has no effect on the page of --serve, leave it out")
+    require_at_least(settings, 0, "port")
+    if settings.port > 65535:
+        raise InputError(f"--port {settings.port}: must be at most 65535")
 
 
 def validate_graph_word(settings: Settings, captioner: Captioner | Ensemble) -> None:
@@ -123,24 +155,27 @@ def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str
     return json.dumps({"file": file} | rows[0] | ({"n_best": rows} if settings.n_best > 1 else {}))
 
 
-def objects_of_photos(
-    settings: Settings, captioner: Captioner | Ensemble, photos: Sequence[str], device: torch.device
-) -> list[list[dict[str, Any]]]:
-    """The objects of each photo, none where the model looks at none. Raises InputError where flags do not fit."""
+def validate_objects(settings: Settings, captioner: Captioner | Ensemble) -> None:
+    """Raise InputError where --objects and --detect do not fit the model, or each other."""
     if settings.detector_weights != "coco" and not settings.detect:
         raise InputError(f"--detector_weights {settings.detector_weights}: is of --detect, give both")
     given = {name: getattr(settings, name) for name in ("objects", "detect") if getattr(settings, name)}
     if captioner.uses_objects and not given:
-        raise InputError(
-            f"{' '.join(settings.checkpoint)} looks at objects: give those that a detector found in the photos as "
-            f"--objects FILE, or find them with --detect NAME"
-        )
+        of_files = "" if settings.serve else "give those that a detector found in the photos as --objects FILE, or "
+        raise InputError(f"{' '.join(settings.checkpoint)} looks at objects: {of_files}find them with --detect NAME")
     if len(given) > 1:
         raise InputError("--objects and --detect: give one of them")
     for name, value in given.items():
         if not captioner.uses_objects:
             raise InputError(f"--{name} {value}: the model looks at no objects, leave it out")
-    if not given:
+
+
+def objects_of_photos(
+    settings: Settings, captioner: Captioner | Ensemble, photos: Sequence[str], device: torch.device
+) -> list[list[dict[str, Any]]]:
+    """The objects of each photo, none where the model looks at none. Raises InputError where flags do not fit."""
+    validate_objects(settings, captioner)
+    if not captioner.uses_objects:
         return [[] for _ in photos]
     size = captioner.image_size, captioner.resize
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # JSON has stdout to itself
@@ -172,21 +207,49 @@ def regions_of_photos(
     return PhotoRegions(photos, settings.region_features, captioner)
 
 
+def load(
+    settings: Settings, decoding: DecodingSettings, runtime: Runtime
+) -> tuple[Captioner | Ensemble, Callable[..., list[ImageCaption]]]:
+    """The captioner of the settings, and `modules.generation.caption_batch` with it and all that is the same for all.
+
+    Raises InputError where a file cannot be read, or does not fit the others.
+    """
+    captioner = combine(load_models(settings.checkpoint, settings.views, runtime.device), settings.views)
+    torch.manual_seed(decoding.seed)
+    decoding.constraints(captioner.vocabulary)  # an unknown word is an error before all work
+    rerank = None
+    if settings.consensus_index:
+        rerank = make_consensus(CaptionIndex.load(settings.consensus_index), captioner, settings, runtime).rerank
+    return captioner, functools.partial(caption_batch, captioner, decoding=decoding, runtime=runtime, rerank=rerank)
+
+
+def make_server(settings: Settings) -> CaptionServer:
+    """The server of the page, which does not run yet. Raises InputError where it cannot caption photos as they are."""
+    decoding = validate_settings(settings)
+    runtime = choose_runtime(settings.device, settings.precision)
+    captioner, caption = load(settings, decoding, runtime)
+    checkpoint = " ".join(settings.checkpoint)
+    if captioner.uses_region_features:
+        raise InputError(f"--serve: {checkpoint} looks at the region features of a detector, not at photos")
+    validate_objects(settings, captioner)
+    detector = Detector(settings.detect, settings.detector_weights, runtime.device) if settings.detect else None
+    report = Report("Image captioning", settings.checkpoint[:1], details={"checkpoint": checkpoint}, serve=True)
+    return CaptionServer(report.page(), CardMaker(captioner, caption, detector, decoding.seed), settings.port)
+
+
 def main(settings: Settings) -> None:
-    """Print the caption of each photo with its log-probability and save its pictures.
+    """Print the caption of each photo with its log-probability and save its pictures, or serve the page.
 
     Photos that cannot be read are skipped, listed at the end, and make the exit status 1; a single one is an error.
     """
+    if settings.serve:
+        server = make_server(settings)
+        print(f"http://127.0.0.1:{server.server_port}/ captions photos until Ctrl-C", flush=True)
+        return server.run()
     decoding = validate_settings(settings)
     runtime = choose_runtime(settings.device, settings.precision)
     photos = collect_photos(settings.photos)
-    loaded = load_models(settings.checkpoint, settings.views, runtime.device)
-    captioner = combine(loaded, settings.views)
-    torch.manual_seed(decoding.seed)
-    decoding.constraints(captioner.vocabulary)  # an unknown word is an error before all work
-    consensus = None
-    if settings.consensus_index:
-        consensus = make_consensus(CaptionIndex.load(settings.consensus_index), captioner, settings, runtime)
+    captioner, caption = load(settings, decoding, runtime)
     captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:
         validate_graph_word(settings, captioner)
@@ -197,21 +260,17 @@ def main(settings: Settings) -> None:
     progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
     for indices, images in load_photos(photos, decoding.batch_size, captioner.image_size, captioner.resize, broken):
         inputs, boxes = regions.read(indices) if regions else (images, pad_boxes([objects[i] for i in indices]))
-        captions = caption_batch(
-            captioner,
+        captions = caption(
             inputs,
-            decoding,
-            runtime,
             is_features=regions is not None,
             boxes=boxes,
             with_attention=with_attention,
             with_heads=settings.report,
-            rerank=consensus.rerank if consensus else None,
         )
-        for i, caption in zip(indices, captions, strict=True):
-            tqdm.write(format_caption(photos[i], caption, settings))
+        for i, found in zip(indices, captions, strict=True):
+            tqdm.write(format_caption(photos[i], found, settings))
             if with_attention:
-                gallery.add(i, caption, objects[i])
+                gallery.add(i, found, objects[i])
             progress.update(i + 1 - progress.n)  # with those skipped
     progress.close()
     gallery.finish()

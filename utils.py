@@ -37,9 +37,9 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
 
     The field gives the type, the default and, through Literal, the choices; the comment behind it is the help, and a
     line `# group: NAME` starts a group of flags. bool becomes --x/--no-x, a tuple takes several values, and a field
-    without a default is positional. Text that is ~ or starts with ~/ is a path in the user's home folder, which a shell
-    does not expand in quotes or after a =. The attribute `given` of the result holds the names of the flags on the
-    command line, those given at their defaults too.
+    without a default is positional; where it is a tuple, there may be none. Text that is ~ or starts with ~/ is a path
+    in the user's home folder, which a shell does not expand in quotes or after a =. The attribute `given` of the result
+    holds the names of the flags on the command line, those given at their defaults too.
     """
     parser = _Parser(description=settings_class.__doc__, allow_abbrev=False)
     source = inspect.getsource(settings_class)
@@ -60,6 +60,8 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
         else:
             options.update(type=kind, metavar=name.upper())
         if field.default is dataclasses.MISSING:
+            if get_origin(kind) is tuple:
+                options.update(nargs="*")
             group.add_argument(name, **options)
         else:
             defaults[name] = field.default

@@ -293,7 +293,8 @@ function describe(caption, t, weights) {
 
 // What cards are sorted and filtered by: the title of each key, and its value of a card.
 function makeKeys() {
-  const keys = [["order", "Order in the data", (card) => card.index]], first = (card) => card.record.captions[0];
+  const order = report.serve ? ["order", "Newest first", (card) => -card.index] : ["order", "Order in the data", (card) => card.index];
+  const keys = [order], first = (card) => card.record.captions[0];
   for (const [name, title] of report.metrics) {
     keys.push([name, title, (card) => first(card).scores[name] ?? 0]);
     if (report.models.length > 1) {
@@ -343,6 +344,7 @@ function setLimits(low, high) {
 
 // Show the cards that fit, sorted.
 function update() {
+  byId("controls").hidden = !cards.length;
   histogram();
   const [name, , value] = chosenKey(), [least, most] = range(), [low, high] = limits();
   const terms = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -354,7 +356,9 @@ function update() {
   visible = sorted.filter(fits);
   for (const card of cards) card.node.hidden = true;
   for (const card of visible) card.node.hidden = false;
+  const focused = document.activeElement;
   byId("cards").replaceChildren(...sorted.map((card) => card.node));
+  if (focused !== document.activeElement) focused.focus({ preventScroll: true }); // a node that moves loses the focus
   byId("count").textContent = `${visible.length} of ${cards.length} photos`;
 }
 
@@ -400,7 +404,7 @@ function onKey(event) {
       each.clear();
     }
   }
-  if (event.target.closest("input, select")) return;
+  if (event.target.closest("input:not([type=file]), select")) return;
   const word = document.activeElement?.closest(".word");
   if (word && (event.key === "ArrowRight" || event.key === "ArrowLeft")) {
     const step = event.key === "ArrowRight" ? 1 : -1;
@@ -416,6 +420,80 @@ function choices(select, names) {
   byId(select).replaceChildren(...names.map((name, i) => element("option", { value: i }, name)));
 }
 
+// Offer the layers, heads and relations that the captions have.
+function offerChoices() {
+  const captions = cards.flatMap((card) => card.record.captions), heads = captions.filter((caption) => caption.layers);
+  const [layers, perLayer] = [0, 1].map((i) => Math.max(0, ...heads.map((caption) => caption.layers[i])));
+  choices("layer", ["the last, heads' mean", ...Array.from({ length: layers }, (_, i) => String(i + 1))]);
+  choices("head", ["mean", ...Array.from({ length: perLayer }, (_, i) => String(i + 1))]);
+  byId("layer-field").hidden = byId("head-field").hidden = !layers;
+  byId("edges-field").hidden = !captions.some((caption) => caption.edges);
+}
+
+// ------------------------------------------------------------------------------------------------- photos to caption
+
+let sent = 0, total = 0, lastUpload = Promise.resolve();
+
+// Caption files one after the other; more may be added while it works.
+function upload(files) {
+  if (!files.length) return;
+  if (sent === total) {
+    sent = total = 0;
+    byId("errors").replaceChildren();
+  }
+  total += files.length;
+  for (const file of files) lastUpload = lastUpload.then(() => captionFile(file));
+}
+
+async function captionFile(file) {
+  byId("progress").textContent = `Captioning ${sent + 1} of ${total}: ${file.name}`;
+  byId("upload").classList.add("busy");
+  try {
+    const headers = { "X-Photo-Name": encodeURIComponent(file.name) };
+    const response = await fetch("/caption", { method: "POST", headers, body: file }), answer = await response.json();
+    if (response.ok) addCard(answer);
+    else showError(answer.error.startsWith(file.name) ? answer.error : `${file.name}: ${answer.error}`);
+  } catch (error) {
+    showError(`${file.name}: not captioned (${error.message}): is it a file, and does caption.py still run?`);
+  }
+  sent++;
+  if (sent < total) return;
+  byId("upload").classList.remove("busy");
+  byId("progress").textContent = `${total - byId("errors").childElementCount} of ${total} captioned`;
+}
+
+function showError(text) {
+  byId("errors").append(element("li", { dir: "auto" }, text));
+}
+
+function addCard(record) {
+  const card = new Card(record, cards.length);
+  cards.push(card);
+  if (cards.length === 1) offerChoices(); // the same for all: they are of one model
+  card.fill();
+  update();
+}
+
+function acceptPhotos() {
+  byId("upload").hidden = false;
+  byId("photos").addEventListener("change", () => {
+    upload([...byId("photos").files]);
+    byId("photos").value = ""; // so that the same photo can be chosen again
+  });
+  const highlight = (isOver) => byId("upload").classList.toggle("over", isOver);
+  document.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    highlight(true);
+  });
+  document.addEventListener("dragleave", () => highlight(false));
+  document.addEventListener("drop", (event) => {
+    event.preventDefault(); // the browser would open the file in place of this page
+    highlight(false);
+    upload([...event.dataTransfer.files]);
+  });
+  document.addEventListener("paste", (event) => upload([...event.clipboardData.files]));
+}
+
 function start() {
   document.title = report.title;
   byId("title").textContent = report.title;
@@ -427,14 +505,9 @@ function start() {
   byId("details").append(...report.details.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
   byId("about").hidden = !(rows.length || report.details.length);
   choices("key", keys.map(([, title]) => title));
-  const captions = cards.flatMap((card) => card.record.captions), heads = captions.filter((caption) => caption.layers);
-  const [layers, perLayer] = [0, 1].map((i) => Math.max(0, ...heads.map((caption) => caption.layers[i])));
-  choices("layer", ["the last, heads' mean", ...Array.from({ length: layers }, (_, i) => String(i + 1))]);
-  choices("head", ["mean", ...Array.from({ length: perLayer }, (_, i) => String(i + 1))]);
-  byId("layer-field").hidden = byId("head-field").hidden = !layers;
-  byId("edges-field").hidden = !captions.some((caption) => caption.edges);
+  offerChoices();
   byId("head").addEventListener("change", () => {
-    if (byId("layer").value === "0") byId("layer").value = String(layers); // a head is one of a layer
+    if (byId("layer").value === "0") byId("layer").selectedIndex = byId("layer").length - 1; // a head is one of a layer
   });
   byId("layer").addEventListener("change", () => {
     if (byId("layer").value === "0") byId("head").value = "0";
@@ -457,6 +530,7 @@ function start() {
     for (const entry of entries) if (entry.isIntersecting) entry.target.card.fill();
   }, { rootMargin: "900px" });
   for (const card of cards) observer.observe(card.node);
+  if (report.serve) acceptPhotos();
   update();
 }
 

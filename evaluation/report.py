@@ -40,6 +40,7 @@ class Report:
         metrics: what the cards have scores of: column names and their titles.
         details: what the captions are of and how they were made, name and value.
         table: scores of the whole split in Markdown, as `evaluation.metrics.format_table` has them.
+        serve: whether photos can be dropped on the page, which `evaluation.server` captions.
     """
 
     title: str
@@ -48,10 +49,16 @@ class Report:
     details: Mapping[str, str] = field(default_factory=dict)
     table: str = ""
     cards: list[dict[str, Any]] = field(default_factory=list)
+    serve: bool = False
 
     def write(self, path: str | Path) -> None:
         """Write the page; one of ours is replaced. Raises InputError where another file is in the way."""
         require_report(path)
+        with atomic_write(path) as temporary:
+            Path(temporary).write_text(self.page(), encoding="utf-8")
+
+    def page(self) -> str:
+        """The page as HTML."""
         rows = [line.strip("| ").split(" | ") for line in self.table.splitlines()]
         data = {
             "title": self.title,
@@ -62,14 +69,17 @@ class Report:
             "relations": RELATIONS,
             "full_brightness": FULL_BRIGHTNESS,
             "max_frames": MAX_FRAMES,
+            "serve": self.serve,
             "cards": self.cards,
         }
-        with atomic_write(path) as temporary:
-            Path(temporary).write_text(fill_page(data), encoding="utf-8")
+        return fill_page(data)
 
 
 def fill_page(data: dict[str, Any]) -> str:
-    """The page with its style, its script and data. Its policy lets no other script run and nothing be loaded."""
+    """The page with its style, its script and data. Its policy lets no other script run and nothing be loaded.
+
+    A page that is served may send photos to its server.
+    """
     folder = Path(__file__).parent
     page, style, script = (
         (folder / f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
@@ -77,6 +87,7 @@ def fill_page(data: dict[str, Any]) -> str:
     content = json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")  # ends no <script>
     hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
     parts = {"GENERATOR": GENERATOR, "STYLE_HASH": hashes[0], "SCRIPT_HASH": hashes[1]}
+    parts["CONNECT"] = "'self'" if data["serve"] else "'none'"
     for name, part in (parts | {"STYLE": style, "SCRIPT": script, "DATA": content}).items():
         page = page.replace(f"{{{{{name}}}}}", part, 1)
     return page

@@ -15,7 +15,7 @@ from PIL import Image
 from evaluation.ensemble import Ensemble
 from models import Captioner
 from modules.generation import ImageCaption
-from preparation.images import open_photo, to_square
+from preparation.images import PhotoBytes, open_photo, to_square
 from utils import InputError
 
 SOFTWARE = "caption.py (image captioning)"  # PNG metadata by which our pictures are told from the user's files
@@ -26,7 +26,7 @@ MAX_FRAMES = 3  # of the objects at a word
 MAX_NAMED_EDGES = 8  # of a graph at a word
 
 
-def open_for_picture(path: str | Path, resize_mode: str) -> Image.Image:
+def open_for_picture(path: str | Path | PhotoBytes, resize_mode: str) -> Image.Image:
     """A photo as its pictures show it, so that the grid of regions spans it exactly.
 
     The image that the model sees is the whole photo where `resize_mode` is squash, otherwise its square

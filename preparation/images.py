@@ -1,9 +1,10 @@
 """Photos of all common formats, upright, in RGB and square, as training and captioning both see them."""
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,17 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 PAD_COLOR = (124, 116, 104)  # ImageNet's mean color, about zero after normalization
 
 
-def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
+class PhotoBytes(NamedTuple):
+    """A photo's file in memory, which is opened as one on the disk."""
+
+    name: str  # in messages
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def open_photo(path: str | Path | PhotoBytes, min_side: int = 0) -> Image.Image:
     """Read a photo upright and in RGB: the first frame of an animation, white behind transparent pixels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as each side keeps `min_side` pixels; 0: at its full size.
@@ -50,17 +61,18 @@ def open_photo(path: str | Path, min_side: int = 0) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{path}: {describe_other_file(Path(path))}") from None
+        raise InputError(f"{path}: {describe_other_file(path)}") from None
     except Image.DecompressionBombError:  # Pillow's own limit is for JPEGs, which are decoded at a smaller size
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels, make it smaller") from None
     except Exception as error:  # a damaged file raises almost anything
         raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
 
 
-def _open_file(path: str | Path) -> Image.Image:
+def _open_file(path: str | Path | PhotoBytes) -> Image.Image:
     """Open a photo of PHOTO_FORMATS without decoding it; raises what Pillow does."""
     Image.init()  # or no format is registered yet
-    return Image.open(path, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN])
+    file = io.BytesIO(path.content) if isinstance(path, PhotoBytes) else path
+    return Image.open(file, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN])
 
 
 def photo_size(photo: str | Path | Image.Image) -> tuple[int, int]:
@@ -79,9 +91,9 @@ def photo_size(photo: str | Path | Image.Image) -> tuple[int, int]:
         raise InputError(f"{photo}: not a readable photo: {first_line(error)}") from None
 
 
-def describe_other_file(path: Path) -> str:
+def describe_other_file(path: str | Path | PhotoBytes) -> str:
     """Why a file is none of PHOTO_FORMATS."""
-    with open(path, "rb") as file:
+    with io.BytesIO(path.content) if isinstance(path, PhotoBytes) else open(path, "rb") as file:
         start = file.read(16)
     if not start:
         return "an empty file"
@@ -152,7 +164,7 @@ def flip_boxes(boxes: Tensor) -> Tensor:
     return torch.stack([1 - right, top, 1 - left, bottom], dim=-1)
 
 
-def load_image(photo: str | Path | Image.Image, size: int, resize: str = "squash") -> np.ndarray:
+def load_image(photo: str | Path | PhotoBytes | Image.Image, size: int, resize: str = "squash") -> np.ndarray:
     """A photo, a file or Pillow's, as the square image (3, size, size) uint8 that training and captioning both see.
 
     Raises InputError as `open_photo`.

@@ -183,10 +183,9 @@ def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]
             numbers = by_photo.pop(photo)
             if size := file.sizes.get(photo) or record_size(record):
                 placed += [_in_fractions(numbers[k : k + 6], words, size) for k in range(0, len(numbers), 6)]
-        inside = sorted((item for item in placed if item), key=lambda item: -item["score"])
-        kept = inside[:MAX_OBJECTS]
-        counts["outside of their photo"] += len(placed) - len(inside)
-        counts[f"beyond the best {MAX_OBJECTS} of a photo"] += len(inside) - len(kept)
+        kept, inside = _best_inside(placed)
+        counts["outside of their photo"] += len(placed) - inside
+        counts[f"beyond the best {MAX_OBJECTS} of a photo"] += inside - len(kept)
         counts["objects"] += len(kept)
         counts["photos"] += bool(kept)
         added.append(replace(record, objects=kept))
@@ -198,7 +197,20 @@ def add_objects(records: Sequence[ImageRecord], path: Path) -> list[ImageRecord]
     return added
 
 
-def _in_fractions(numbers: array, words: list[list[str]], size: tuple[int, int]) -> dict[str, Any] | None:
+def objects_of_detections(detections: Sequence[dict[str, Any]], size: tuple[int, int]) -> list[dict[str, Any]]:
+    """What a `preparation.detection.Detector` found in a photo (width, height), as `add_objects` gives it."""
+    words = [tokenize(item["category"]) or [item["category"]] for item in detections]
+    numbers = [[i, item["score"], *item["bbox"]] for i, item in enumerate(detections)]
+    return _best_inside([_in_fractions(each, words, size) for each in numbers])[0]
+
+
+def _best_inside(placed: Sequence[dict[str, Any] | None]) -> tuple[list[dict[str, Any]], int]:
+    """The best MAX_OBJECTS of a photo by descending score, without those outside, and how many are inside."""
+    inside = sorted((item for item in placed if item), key=lambda item: -item["score"])
+    return inside[:MAX_OBJECTS], len(inside)
+
+
+def _in_fractions(numbers: Sequence[float], words: list[list[str]], size: tuple[int, int]) -> dict[str, Any] | None:
     """A record's object from its category, score and box in pixels; None where it lies outside of the photo."""
     category, score, left, top, width, height = numbers
     edges = (left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])

@@ -205,6 +205,16 @@ def run_folder(shapes, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def objects_run(shapes, tmp_path_factory):
+    """A run that looks at the cells of a grid and at objects."""
+    folder = tmp_path_factory.mktemp("runs") / "both"
+    train.main(
+        replace(SMALL, data_folder=str(shapes), run_folder=str(folder), regions="both", box_features=True, epochs=1)
+    )
+    return folder
+
+
 SOFT_LSTM = {"cell": "lstm", "attention": "soft", "image_first": False, "layers": 1}
 
 
@@ -256,3 +266,35 @@ def command(monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A browser without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "window-size=1280,1000"):
+        options.add_argument(f"--{argument}")
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def open_page(browser):
+    """Open an address in the browser; afterwards it must have logged no error."""
+
+    def opened(address, width=1280, scheme="light"):
+        scheme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(address)
+        return browser
+
+    yield opened
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

@@ -56,16 +56,6 @@ def test_a_photo_gets_a_sentence_and_a_picture(command, shapes, run_folder, tmp_
         assert picture.width > 300 and np.asarray(picture.convert("L")).std() > 5
 
 
-@pytest.fixture(scope="module")
-def objects_run(shapes, tmp_path_factory):
-    """A run that looks at the cells of a grid and at objects."""
-    folder = tmp_path_factory.mktemp("runs") / "both"
-    train.main(
-        replace(SMALL, data_folder=str(shapes), run_folder=str(folder), regions="both", box_features=True, epochs=1)
-    )
-    return folder
-
-
 @pytest.mark.parametrize("resize", ["squash", "crop"])
 def test_a_model_of_objects_captions_a_photo_with_its_objects(command, shapes, objects_run, tmp_path, resize):
     photo = photo_of(shapes)

@@ -2,7 +2,6 @@
 
 import base64
 import re
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +15,7 @@ from modules.decoding import Candidate
 from modules.generation import ImageCaption
 from modules.graph import edge_attribution
 from modules.regions import grid_boxes
+from report_page import hover, names, overlapping, press, shade, words_of
 from utils import InputError
 
 WORDS = ["a", "red", "dog", "runs", "over", "grass"]
@@ -129,68 +129,15 @@ def test_the_page_holds_its_data_and_loads_nothing(tmp_path):
 # ------------------------------------------------------------------------------------------------ in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "window-size=1280,1000"):
-        options.add_argument(f"--{argument}")
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as opened:
-        yield opened
-
-
 @pytest.fixture
-def view(browser, tmp_path):
-    """Open a report in the browser; afterwards it must have logged no error."""
+def view(open_page, tmp_path):
+    """Open a report in the browser."""
 
     def opened(report, width=1280, scheme="light"):
         report.write(tmp_path / "report.html")
-        scheme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
-        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get((tmp_path / "report.html").as_uri())
-        return browser
+        return open_page((tmp_path / "report.html").as_uri(), width, scheme)
 
-    yield opened
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-
-
-def names(page):
-    """The names of the visible cards in their order."""
-    script = "return [...document.querySelectorAll('.card:not([hidden]) h2')].map((each) => each.textContent)"
-    return page.execute_script(script)
-
-
-def hover(page, word):
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    ActionChains(page).move_to_element(word).perform()
-
-
-def press(page, *keys):
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    ActionChains(page).send_keys(*keys).perform()
-
-
-def words_of(page, card=0):
-    return page.find_elements("css selector", ".card")[card].find_elements("css selector", ".word")
-
-
-def shade(page, points, card=0):
-    """How black the overlay is, from 0 to 255, at points (x, y) in fractions of the photo's sides."""
-    script = """
-        const canvas = document.querySelectorAll(".card")[arguments[0]].querySelector("canvas");
-        const context = canvas.getContext("2d");
-        return arguments[1].map(([x, y]) =>
-          context.getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data[3]);"""
-    return np.array(page.execute_script(script, card, points))
+    return opened
 
 
 def expected_shade(weights):
@@ -324,25 +271,7 @@ def test_nothing_overlaps(view, width, scheme):
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     for details in page.find_elements("css selector", "details"):
         page.execute_script("arguments[0].open = true", details)
-    overlapping = page.execute_script("""
-        const boxes = (parent) => [...parent.children]
-          .filter((each) => each.offsetParent).map((each) => [each, each.getBoundingClientRect()]);
-        const found = [];
-        for (const parent of document.querySelectorAll("body, header, #controls, main, .card, .caption")) {
-          const inside = boxes(parent);
-          const outer = parent.getBoundingClientRect();
-          inside.forEach(([one, a], i) => {
-            const isOutside = a.left < outer.left - 1 || a.right > outer.right + 1;
-            if (isOutside) found.push(["outside", one.outerHTML.slice(0, 80)]);
-            for (const [other, b] of inside.slice(i + 1)) {
-              const beside = a.left > b.right - 1 || b.left > a.right - 1;
-              if (!beside && a.top < b.bottom - 1 && b.top < a.bottom - 1)
-                found.push([one.outerHTML.slice(0, 80), other.outerHTML.slice(0, 80)]);
-            }
-          });
-        }
-        return found;""")
-    assert overlapping == []
+    assert overlapping(page) == []
     background = page.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background))) < 300) == (scheme == "dark")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from preparation.images import PAD_COLOR, load_image, open_photo
+from preparation.images import PAD_COLOR, PhotoBytes, load_image, open_photo
 from utils import InputError
 
 RED, GREEN, BLUE = (200, 30, 20), (20, 160, 40), (0, 0, 255)
@@ -204,8 +204,9 @@ def test_other_files_and_damaged_photos_are_named(tmp_path, content, message):
         Image.effect_noise((64, 64), 50).save(path)
         content = path.read_bytes()[:800]
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"my photo é\.jpg: {message}"):
-        load_image(path, 8)
+    for photo in (path, PhotoBytes("my photo é.jpg", content)):
+        with pytest.raises(InputError, match=rf"my photo é\.jpg: {message}"):
+            load_image(photo, 8)
 
 
 def test_missing_photos_and_folders_are_named(tmp_path):

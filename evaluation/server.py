@@ -1,0 +1,207 @@
+"""The page to try a model: a server on this machine that captions the photos dropped on the report's page."""
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote
+
+import torch
+
+from evaluation.ensemble import Ensemble
+from evaluation.report import describe_caption, describe_photo
+from evaluation.visualization import open_for_picture
+from models import Captioner
+from modules.generation import ImageCaption
+from preparation.detection import Detector
+from preparation.images import PhotoBytes, load_image, open_photo, pad_boxes, place_objects
+from preparation.objects import objects_of_detections
+from utils import InputError, first_line, is_out_of_memory
+
+HOST = "127.0.0.1"  # no other machine reaches it
+MAX_UPLOAD = 32 * 2**20  # bytes of a photo's file
+MAX_IGNORED = 2**30  # bytes that are read of a refused request, so that its sender gets to the answer
+TIMEOUT = 30  # seconds that a client may be silent
+ROUTES = {"/": ("GET", "HEAD"), "/caption": ("POST",)}  # the methods of each path
+
+
+@dataclass(frozen=True)
+class CardMaker:
+    """Captions a photo and describes it as a card of the report.
+
+    Args:
+        captioner: in eval mode, or an ensemble; not of region features.
+        caption: `modules.generation.caption_batch` of it, with the settings of the decoding.
+        detector: finds the objects that the captioner looks at; None where it looks at none.
+        seed: of each photo's samples.
+    """
+
+    captioner: Captioner | Ensemble
+    caption: Callable[..., list[ImageCaption]]
+    detector: Detector | None
+    seed: int
+
+    def __call__(self, photo: PhotoBytes) -> dict[str, Any]:
+        """The card. Raises InputError where the photo cannot be read, as `preparation.images.open_photo`."""
+        size = self.captioner.image_size, self.captioner.resize
+        image, objects = torch.from_numpy(load_image(photo, *size)), []
+        if self.detector:
+            opened = open_photo(photo)
+            objects = objects_of_detections(self.detector(opened), opened.size)
+            objects = place_objects(objects, opened.size, *size)
+        torch.manual_seed(self.seed)
+        (caption,) = self.caption(image.unsqueeze(0), boxes=pad_boxes([objects]), with_heads=True)
+        described = describe_caption(self.captioner, caption, objects)
+        return describe_photo(photo.name, open_for_picture(photo, self.captioner.resize), [described])
+
+
+class CaptionServer(ThreadingHTTPServer):
+    """Serves the page, and the cards of the photos that it sends, one after the other.
+
+    Args:
+        page: HTML.
+        make_card: called with one photo at a time; its InputErrors are answers to the client.
+        port: 0 for any free one.
+
+    Raises InputError where the port cannot be had.
+    """
+
+    def __init__(self, page: str, make_card: Callable[[PhotoBytes], dict[str, Any]], port: int) -> None:
+        self.page, self.make_card, self.lock = page.encode(), make_card, threading.Lock()
+        self.is_ending = False
+        try:
+            super().__init__((HOST, port), Handler)
+        except OSError as error:
+            raise InputError(f"--port {port}: {error.strerror}: give another one, or 0 for any that is free") from None
+        names = (HOST, "localhost")
+        self.hosts = {f"{name}:{self.server_port}" for name in names}
+        if self.server_port == 80:  # which browsers leave out
+            self.hosts |= set(names)
+
+    def run(self) -> None:
+        """Serve until Ctrl-C."""
+        try:
+            self.serve_forever()
+        finally:
+            self.is_ending = True
+            with self.lock:  # the program must not end while a thread computes
+                self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the traceback of an error in the program; clients that went away are none."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class RequestError(Exception):
+    """A request that is answered with an HTTP status and one line."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET / with the page and POST /caption, a photo's bytes, with its card in JSON.
+
+    Everything else is answered with a status and {"error": "one line"}. No path is one of the file system. Requests
+    under another host name (DNS rebinding) or of another site's page are refused.
+    """
+
+    server: CaptionServer
+    timeout = TIMEOUT
+    default_request_version = "HTTP/1.0"  # of a request that names none: its answer has a status all the same
+
+    def do_GET(self) -> None:
+        """Answer a request."""
+        try:
+            self._check_host()
+            if self.command == "POST":
+                content, kind = json.dumps(self._card()).encode(), "application/json"
+            else:
+                content, kind = self.server.page, "text/html; charset=utf-8"
+        except RequestError as error:
+            self.send_error(error.status, str(error))
+        except InputError as error:
+            self.send_error(400, str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.send_error(500, f"out of memory ({first_line(error)})")
+        else:
+            self._send(200, kind, content)
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Send {"error": message} with an HTTP status: http.server does for requests that it cannot read, too."""
+        code = 405 if code == 501 else code  # a method without a do_ function
+        error = {"error": " ".join(str(message).split())}
+        self._send(code, "application/json", json.dumps(error).encode())
+        self._ignore_rest()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing of requests."""
+
+    def _send(self, status: int, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": len(content), "Connection": "close"}
+        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        headers["Content-Security-Policy"] = "frame-ancestors 'none'"  # beside that of the page, which cannot say it
+        if status == 405:
+            headers["Allow"] = ", ".join(ROUTES.get(self.path, ()))
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _ignore_rest(self) -> None:
+        """Read what a client still sends: closing the connection before would take the answer from it."""
+        self.close_connection = True
+        ignored = 0
+        with contextlib.suppress(OSError):  # it has gone, or is silent
+            self.connection.shutdown(socket.SHUT_WR)
+            while ignored < MAX_IGNORED and (part := self.rfile.read1(2**16)):
+                ignored += len(part)
+
+    def _check_host(self) -> None:
+        """Raise RequestError for another host, origin, path or method."""
+        hosts, address = self.headers.get_all("Host", []), f"http://{HOST}:{self.server.server_port}/"
+        if len(hosts) != 1 or hosts[0].lower() not in self.server.hosts:
+            raise RequestError(403, f"another host: open {address}")
+        origin = self.headers.get("Origin")
+        if origin is not None and origin.removeprefix("http://") not in self.server.hosts:
+            raise RequestError(403, f"a page of another origin: open {address}")
+        if self.path not in ROUTES:
+            raise RequestError(404, f"there is only {address}")
+        if self.command not in ROUTES[self.path]:
+            raise RequestError(405, f"{self.command} is not a method of {self.path}: {' '.join(ROUTES[self.path])}")
+
+    def _card(self) -> dict[str, Any]:
+        """The card of the photo in the request's body, whose name is in the header X-Photo-Name, percent-encoded."""
+        name = " ".join(unquote(self.headers.get("X-Photo-Name", "")).split()) or "photo"
+        length = self._length()
+        content = self.rfile.read(length)
+        if len(content) < length:
+            raise RequestError(400, f"{name}: {len(content)} of {length} bytes arrived")
+        with self.server.lock:  # also while it is decoded, which may take a lot of memory
+            if self.server.is_ending:
+                raise RequestError(503, f"{name}: caption.py is ending")
+            return self.server.make_card(PhotoBytes(name, content))
+
+    def _length(self) -> int:
+        """The length of the body. Raises RequestError where it is not known or too large."""
+        lengths = self.headers.get_all("Content-Length", [])
+        if not lengths or "Transfer-Encoding" in self.headers:
+            raise RequestError(411, "a photo needs a Content-Length, and no Transfer-Encoding")
+        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdecimal()):
+            raise RequestError(400, f"Content-Length {', '.join(lengths)}: must be one number of bytes")
+        if len(lengths[0]) > 15 or int(lengths[0]) > MAX_UPLOAD:  # Python refuses to read very long numbers
+            raise RequestError(413, f"more than {MAX_UPLOAD // 2**20} MB: make the photo smaller")
+        return int(lengths[0])

@@ -1,0 +1,420 @@
+"""The page that is served: captions as caption.py's, refusals in one line, and what no request can bring about."""
+
+import http.client
+import io
+import json
+import random
+import re
+import socket
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import caption
+from evaluation.report import describe_photo
+from evaluation.server import MAX_UPLOAD, CaptionServer, Handler
+from models import Captioner
+from report_page import hover, names, overlapping, words_of
+from utils import InputError
+
+DECODING = {"max_length": 6, "device": "cpu", "precision": "fp32"}
+STRANGE = "<img src=x onerror=alert(1)> & 猫.png"
+
+
+@contextmanager
+def running(server):
+    """A server that answers meanwhile."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def server(run_folder):
+    """A running server of the small run."""
+    settings = caption.Settings((), (str(run_folder / "best.pt"),), serve=True, port=0, **DECODING)
+    with running(caption.make_server(settings)) as server:
+        yield server
+
+
+@pytest.fixture
+def quick_server():
+    """A running server whose cards take no model, and the names of the photos that it was asked for."""
+    asked, busy = [], threading.Lock()
+
+    def make_card(photo):
+        assert busy.acquire(blocking=False), "one photo at a time"
+        time.sleep(0.01)
+        asked.append(photo.name)
+        busy.release()
+        return {"name": photo.name, "bytes": len(photo.content)}
+
+    with running(CaptionServer("<p>page", make_card, 0)) as server:
+        server.asked = asked
+        yield server
+
+
+def ask(server, body=b"photo", method="POST", path="/caption", **headers):
+    """Send a request; returns the status and what the answer says."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    return response.status, json.loads(content) if "json" in response.headers["Content-Type"] else content.decode()
+
+
+def send(server, text):
+    """Send bytes as they are; returns the status and the line of the error, or None where there is no answer."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+        connection.sendall(text.replace("HOST", f"Host: 127.0.0.1:{server.server_port}").encode())
+        answer = b"".join(iter(lambda: connection.recv(2**16), b"")).decode()
+    return (int(answer.split()[1]), json.loads(answer.splitlines()[-1])["error"]) if answer else None
+
+
+def upload(server, name, content):
+    """Send a photo; returns the status and its card, or the error."""
+    return ask(server, content, X_Photo_Name=quote(name))
+
+
+def encode(photo, suffix, **options):
+    """A photo as the bytes of a file."""
+    file = io.BytesIO()
+    photo.save(file, {"jpg": "JPEG"}.get(suffix, suffix), **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photos(shapes):
+    """Files of photos by their names: scenes and noise in three formats, JPEGs turned by their EXIF orientation."""
+    found = {}
+    for i, path in enumerate(sorted((shapes / "photos").glob("*.png"))[:12]):
+        photo = Image.open(path).convert("RGB").resize((40 + i, 30))
+        orientation = Image.Exif()
+        orientation[0x0112] = 1 + i % 8
+        found[f"{i} ä.png"] = encode(photo, "png")
+        found[f"{i}.jpg"] = encode(photo, "jpg", exif=orientation)
+        found[f"{i}.gif"] = encode(photo, "gif")
+    return found
+
+
+BROKEN = {
+    "text.txt": (b"A dog runs.", "text.txt: not a photo (JPEG,"),
+    "empty.jpg": (b"", "empty.jpg: an empty file"),
+    "cut.jpg": (encode(Image.effect_noise((64, 64), 50), "jpg")[:800], "cut.jpg: not a readable photo: "),
+}
+
+
+@pytest.mark.slow
+def test_each_photo_is_captioned_as_by_caption_py_or_named(command, server, run_folder, photos, tmp_path, monkeypatch):
+    for name, content in photos.items():
+        (tmp_path / name).write_bytes(content)
+    arguments = ("--checkpoint", run_folder / "best.pt", "--no-pictures", "--json", "--batch_size", 1)
+    flags = [argument for name, value in DECODING.items() for argument in (f"--{name}", value)]
+    status, out, _ = command(caption, tmp_path, *arguments, *flags)
+    expected = {row["file"].split("/")[-1]: row for row in map(json.loads, out.splitlines())}
+    assert status == 0 and expected.keys() == photos.keys()
+    for folder in ("working", "temporary"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    def check(name):
+        if name in BROKEN:
+            content, message = BROKEN[name]
+            status, answer = upload(server, name, content)
+            assert status == 400 and answer.keys() == {"error"} and answer["error"].startswith(message)
+        else:
+            status, card = upload(server, name, photos[name])
+            (found,) = card["captions"]
+            assert status == 200 and card["name"] == name and " ".join(found["words"]) == expected[name]["caption"]
+            assert found["log_prob"] == pytest.approx(expected[name]["log_prob"], abs=2e-3)
+
+    order = random.Random(0).choices([*photos, *BROKEN], k=200)
+    for name in order[:150]:
+        check(name)
+    with ThreadPoolExecutor(10) as pool:  # ten at once
+        list(pool.map(check, order[150:]))
+    status, answer = upload(server, "large.jpg", bytes(50 * 2**20))
+    assert (status, answer) == (413, {"error": "more than 32 MB: make the photo smaller"})
+    check(next(iter(photos)))
+    assert not [*(tmp_path / "working").iterdir(), *(tmp_path / "temporary").iterdir()]
+
+
+def test_a_card_is_that_of_the_report(server, photos):
+    _, card = upload(server, "0.jpg", photos["0.jpg"])
+    assert card.keys() == describe_photo("0.jpg", Image.new("RGB", (2, 2)), []).keys()
+    assert {"words", "log_prob", "n_best", "alpha", "cells", "boxes"} <= card["captions"][0].keys()
+
+
+def test_photos_wait_for_each_other(quick_server):
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda i: upload(quick_server, f"{i}", bytes(i + 1)), range(10)))
+    assert answers == [(200, {"name": f"{i}", "bytes": i + 1}) for i in range(10)]
+
+
+def test_the_page_sends_to_its_server_only(server):
+    status, page = ask(server, None, "GET", "/")
+    (policy,) = re.findall(r'Content-Security-Policy"\s+content="(.*?)">', page)
+    assert status == 200 and "default-src 'none'; img-src data:; connect-src 'self';" in policy
+    assert '"serve":true' in page
+    assert ask(server, None, "HEAD", "/") == (200, "")
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST"])
+def test_the_page_has_two_names(quick_server, name):
+    host = f"{name}:{quick_server.server_port}"
+    assert ask(quick_server, None, "GET", "/", Host=host)[0] == 200
+    assert ask(quick_server, Host=host, Origin=f"http://{host.lower()}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:PORT"},
+        {"Host": "127.0.0.1"},
+        {"Host": "127.0.0.1:1"},
+        {"Host": "127.0.0.1.evil.example:PORT"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "https://127.0.0.1:PORT"},
+        {"Origin": "null"},
+    ],
+)
+def test_other_sites_are_refused(quick_server, headers):
+    headers = {name: value.replace("PORT", str(quick_server.server_port)) for name, value in headers.items()}
+    status, answer = ask(quick_server, **headers)
+    assert status == 403 and answer["error"].endswith(f"open http://127.0.0.1:{quick_server.server_port}/")
+    assert ask(quick_server, None, "GET", "/", **headers)[0] == 403 and not quick_server.asked
+
+
+@pytest.mark.parametrize(
+    ("request_text", "status", "message"),
+    [
+        ("GET /../../etc/passwd HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only http://127.0.0.1:"),
+        ("GET /%2e%2e/caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only"),
+        ("GET //caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only"),
+        ("POST /caption/x HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 404, "there is only"),
+        ("GET /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "GET is not a method of /caption: POST"),
+        ("POST / HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 405, "POST is not a method of /: GET HEAD"),
+        ("DELETE / HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method ('DELETE')"),
+        ("OPTIONS /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method"),
+        ("POST /caption HTTP/1.1\r\n\r\n", 403, "another host"),
+        ("POST /caption HTTP/1.1\r\nHOST\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 403, "another host"),
+        ("POST /caption HTTP/1.1\r\nHOST\r\n\r\n", 411, "a photo needs a Content-Length"),
+        (
+            "POST /caption HTTP/1.1\r\nHOST\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
+            411,
+            "a photo needs a Content-Length, and no Transfer-Encoding",
+        ),
+        ("POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: -1\r\n\r\n", 400, "Content-Length -1: must be one number"),
+        ("POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: 1_0\r\n\r\n", 400, "Content-Length 1_0: must be one"),
+        (
+            "POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
+            400,
+            "Content-Length 1, 2: must be one",
+        ),
+        (f"POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: {MAX_UPLOAD + 1}\r\n\r\nx", 413, "more than 32 MB"),
+        (f"POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: {'9' * 5000}\r\n\r\nx", 413, "more than 32 MB"),
+        ("no request\r\n\r\n", 400, "Bad HTTP/0.9 request type"),
+    ],
+)
+def test_requests_without_a_photo_are_answered_in_one_line(quick_server, monkeypatch, request_text, status, message):
+    monkeypatch.setattr(Handler, "timeout", 0.5)
+    found, error = send(quick_server, request_text)
+    assert found == status and message in error and not quick_server.asked
+    assert ask(quick_server)[0] == 200
+
+
+def test_slow_and_broken_clients_stop_nobody(quick_server, monkeypatch, capsys):
+    monkeypatch.setattr(Handler, "timeout", 0.5)
+    beginnings = ["", "POST /cap", "POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: 9\r\n\r\nhalf"]
+    with ThreadPoolExecutor(len(beginnings)) as pool:
+        silent = [pool.submit(send, quick_server, text) for text in beginnings]
+        assert ask(quick_server)[0] == 200  # meanwhile
+        assert [each.result() for each in silent] == [None] * 3
+    with socket.create_connection(("127.0.0.1", quick_server.server_port)) as connection:
+        text = f"POST /caption HTTP/1.1\r\nHost: 127.0.0.1:{quick_server.server_port}\r\nContent-Length: 9\r\n\r\nhalf"
+        connection.sendall(text.encode())
+        connection.shutdown(socket.SHUT_WR)
+        assert b"photo: 4 of 9 bytes arrived" in b"".join(iter(lambda: connection.recv(2**16), b""))
+    with socket.create_connection(("127.0.0.1", quick_server.server_port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset in place of an end
+        connection.sendall(text.replace(": 9", ": 4").encode())
+    assert ask(quick_server)[0] == 200 and "Traceback" not in capsys.readouterr().err
+
+
+def test_an_error_of_the_model_is_answered(quick_server, capfd):
+    def fail(error):
+        def make_card(photo):
+            raise error
+
+        quick_server.make_card = make_card
+
+    fail(InputError("a photo\nin two lines"))
+    assert ask(quick_server) == (400, {"error": "a photo in two lines"})
+    fail(MemoryError("of 9 GB"))
+    assert ask(quick_server) == (500, {"error": "out of memory (of 9 GB)"})
+    fail(RuntimeError("a bug"))
+    with pytest.raises(http.client.RemoteDisconnected):
+        ask(quick_server)
+    assert "RuntimeError: a bug" in capfd.readouterr().err and ask(quick_server, None, "GET", "/")[0] == 200
+
+
+def test_no_photo_begins_when_the_server_ends(quick_server):
+    quick_server.is_ending = True
+    assert ask(quick_server) == (503, {"error": "photo: caption.py is ending"}) and not quick_server.asked
+
+
+def test_names_are_text_in_one_line(quick_server):
+    for name, shown in ((STRANGE, STRANGE), ("a\r\n b", "a b"), ("\ud800", "photo"), (" ", "photo"), ("../a", "../a")):
+        assert ask(quick_server, X_Photo_Name=quote(name, errors="ignore"))[1]["name"] == shown
+    assert ask(quick_server)[1]["name"] == "photo"
+
+
+def test_no_other_address_is_bound(quick_server):
+    assert quick_server.server_address == ("127.0.0.1", quick_server.server_port)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", quick_server.server_port), timeout=2)
+
+
+def test_the_address_is_printed_and_ctrl_c_ends_it(command, run_folder, monkeypatch):
+    ports = []
+
+    def serve_forever(server):
+        ports.append(server.server_port)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CaptionServer, "serve_forever", serve_forever)
+    status, out, err = command(caption, "--serve", "--port", 0, "--checkpoint", run_folder / "best.pt")
+    assert out == f"http://127.0.0.1:{ports[0]}/ captions photos until Ctrl-C\n"
+    assert status == 130 and err == "\ninterrupted\n"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", ports[0]), timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "photos are missing: name files or folders, or give --serve for a page to drop them on"),
+        (("a.jpg", "--port", "1"), "--port 1: is of --serve, give both"),
+        (("a.jpg", "--serve"), "a.jpg: --serve takes photos on its page, leave it out"),
+        (("--serve", "--report"), "--report has no effect on the page of --serve, leave it out"),
+        (("--serve", "--alpha_layer", "1"), "--alpha_layer has no effect on the page"),
+        (("--serve", "--objects", "x.json"), "--objects has no effect on the page"),
+        (("--serve", "--port", "65536"), "--port 65536: must be at most 65535"),
+        (("--serve", "--port", "-1"), "--port -1: must be at least 0"),
+        (("--serve", "--port", "USED"), ": give another one, or 0 for any that is free"),
+        (("--serve", "--detect", "x"), "--detect x: the model looks at no objects, leave it out"),
+        (("--serve", "--n_best", "6"), "--n_best 6: more than --beam_size 5"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(command, quick_server, run_folder, arguments, message):
+    arguments = [argument.replace("USED", str(quick_server.server_port)) for argument in arguments]
+    status, out, err = command(caption, *arguments, "--checkpoint", run_folder / "best.pt")
+    assert status == 2 and message in err and err.count("\n") == 1 and not out
+
+
+def test_models_of_region_features_take_no_photos(command, run_folder, monkeypatch):
+    monkeypatch.setattr(Captioner, "uses_region_features", property(lambda captioner: True))
+    status, _, err = command(caption, "--serve", "--checkpoint", run_folder / "best.pt")
+    assert status == 2 and "best.pt looks at the region features of a detector, not at photos" in err
+
+
+@pytest.mark.slow
+def test_a_detector_finds_the_objects_of_each_photo(command, objects_run, detector_weights, photos, tmp_path):
+    best, name = str(objects_run / "best.pt"), "fasterrcnn_mobilenet_v3_large_320_fpn"
+    status, _, err = command(caption, "--serve", "--checkpoint", best)
+    assert status == 2 and err.endswith("best.pt looks at objects: find them with --detect NAME\n")
+    detect = {"detect": name, "detector_weights": detector_weights}
+    settings = caption.Settings((), (best,), serve=True, port=0, **detect, **DECODING)
+    (tmp_path / "1.jpg").write_bytes(photos["1.jpg"])
+    flags = [argument for name, value in (detect | DECODING).items() for argument in (f"--{name}", value)]
+    _, out, _ = command(caption, tmp_path / "1.jpg", "--checkpoint", best, "--no-pictures", "--json", *flags)
+    with running(caption.make_server(settings)) as server:
+        status, card = upload(server, "1.jpg", photos["1.jpg"])
+    (found,), expected = card["captions"], json.loads(out)
+    assert status == 200 and found["cells"] == 16 and found["names"][:2] == ["", "dog"]
+    assert " ".join(found["words"]) == expected["caption"]
+    assert found["log_prob"] == pytest.approx(expected["log_prob"], abs=2e-3)
+
+
+def test_samples_are_those_of_a_single_photo(run_folder, photos):
+    settings = caption.Settings(
+        (), (str(run_folder / "best.pt"),), serve=True, port=0, samples=4, seed=3, n_best=2, **DECODING
+    )
+    with running(caption.make_server(settings)) as server:
+        first, _, again = (upload(server, name, photos[name])[1] for name in ("0.gif", "1.gif", "0.gif"))
+    assert first == again and len(first["captions"][0]["n_best"]) > 1
+
+
+# ------------------------------------------------------------------------------------------------ in a browser
+
+
+def wait_for(page, progress):
+    deadline = time.monotonic() + 20
+    while page.find_element("id", "progress").text != progress and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def drop_and_paste(page, content):
+    """Drop a photo on the page and, before it is captioned, paste it."""
+    script = """
+        const transfer = (name) => {
+          const data = new DataTransfer();
+          data.items.add(new File([Uint8Array.from(arguments[0])], name));
+          return data;
+        };
+        const drop = { bubbles: true, cancelable: true, dataTransfer: transfer("dropped.jpg") };
+        document.body.dispatchEvent(new DragEvent("drop", drop));
+        const paste = { bubbles: true, clipboardData: transfer("pasted.jpg") };
+        document.body.dispatchEvent(new ClipboardEvent("paste", paste));"""
+    page.execute_script(script, list(content))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_chosen_photos_become_cards_newest_first(open_page, server, photos, tmp_path, width):
+    chosen = []
+    for name in ("1.jpg", STRANGE):
+        (tmp_path / name).write_bytes(photos["1.jpg"])
+        chosen.append(str(tmp_path / name))
+    (tmp_path / "b.txt").write_text("no photo")
+    page = open_page(f"http://127.0.0.1:{server.server_port}/", width)
+    assert not page.find_element("id", "controls").is_displayed()
+    page.find_element("id", "photos").send_keys("\n".join([*chosen, str(tmp_path / "b.txt")]))
+    wait_for(page, "2 of 3 captioned")
+    assert page.find_element("id", "errors").text.startswith("b.txt: not a photo (JPEG")
+    assert [entry["message"] for entry in page.get_log("browser") if "400" not in entry["message"]] == []
+    assert names(page) == [STRANGE, "1.jpg"] and page.find_element("id", "count").text == "2 of 2 photos"
+    hover(page, words_of(page)[0])
+    assert "largest weight at row" in page.find_element("css selector", ".status").text
+    blackness = page.execute_script(
+        "const c = document.querySelector('.card canvas');"
+        "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 3)"
+    )
+    assert np.mean(blackness) > 10
+    page.execute_script("document.querySelector('.card .word').focus()")
+    drop_and_paste(page, photos["1.jpg"])
+    wait_for(page, "2 of 2 captioned")
+    assert names(page) == ["pasted.jpg", "dropped.jpg", STRANGE, "1.jpg"]
+    assert page.execute_script("return document.activeElement.closest('.card').ariaLabel") == STRANGE
+    page.find_element("id", "direction").click()
+    assert names(page) == ["1.jpg", STRANGE, "dropped.jpg", "pasted.jpg"]
+    page.find_element("id", "search").send_keys("zebra")
+    assert names(page) == [] and overlapping(page) == []
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
