@@ -14,18 +14,18 @@ from typing import Any, Literal
 import torch
 
 from common.files import read_json, require_writable, write_json
-from evaluation.bootstrap import CONFIDENCE, RESAMPLES, SEED
-from evaluation.caption_scores import CaptionScorer, ScoredCaptions, compare_captions, format_scores, format_tests
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.metrics import has_java
 from evaluation.report import require_report
-from evaluation.runs import summarize_runs
 from evaluation.scoring import caption_split
 from evaluation.split_report import SplitCaptions, report_split
 from models import Captioner
 from modules.decoding import DecodingSettings
 from preparation.storage import read_metadata
+from scores.bootstrap import CONFIDENCE, RESAMPLES, SEED
+from scores.caption_scores import CaptionScorer, ScoredCaptions, compare_captions, format_scores, format_tests
+from scores.metrics import has_java
+from scores.runs import summarize_runs
 from training.feature_cache import build_dataset
 from training.state import git_revision
 from utils import InputError, Runtime, choose_runtime, replace_settings, require_at_least, run_script

@@ -42,7 +42,6 @@ from diagrams import (
     draw_teacher_forcing,
     show_image,
 )
-from evaluation.metrics import Meteor, compute_metrics, has_java
 from evaluation.pictures import plot_attention
 from models import Captioner, load_captioner
 from modules.beam_search import SearchSettings, beam_search
@@ -52,6 +51,7 @@ from modules.sampling import SamplingSettings, sample
 from preparation.images import load_image, to_square
 from preparation.shapes import draw_scene
 from preparation.storage import read_captions
+from scores.metrics import Meteor, compute_metrics, has_java
 from text.cider import CiderD
 from text.vocabulary import END
 from utils import Runtime, choose_runtime, run_script

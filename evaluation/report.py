@@ -39,7 +39,7 @@ class Report:
         models: the models' names, one or two; the captions of two are compared.
         metrics: what the cards have scores of: column names and their titles.
         details: what the captions are of and how they were made, name and value.
-        table: scores of the whole split in Markdown, as `evaluation.metrics.format_table` has them.
+        table: scores of the whole split in Markdown, as `scores.metrics.format_table` has them.
         serve: whether photos can be dropped on the page, which `evaluation.server` captions.
     """
 

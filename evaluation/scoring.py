@@ -11,11 +11,11 @@ from common.distributed import all_gather, rank, world_size
 from datasets import CaptionDataset, in_order, make_batches, make_loader
 from evaluation.consensus import Consensus
 from evaluation.ensemble import Ensemble
-from evaluation.metrics import compute_metrics
-from evaluation.pointing import attention_metrics
 from models import Captioner
 from modules.decoding import DecodingSettings
 from modules.generation import ImageCaption, caption_batch
+from scores.metrics import compute_metrics
+from scores.pointing import attention_metrics
 from utils import Runtime
 
 NUM_PICTURES = 2  # first images of a split whose captions always have attention weights, to be drawn

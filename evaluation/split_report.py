@@ -8,13 +8,13 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.caption_scores import ScoredCaptions
 from evaluation.ensemble import Ensemble
-from evaluation.metrics import TITLES
 from evaluation.report import Report, describe_caption, describe_photo, describe_text
 from models import Captioner
 from modules.generation import ImageCaption
 from preparation.storage import open_images, read_captions
+from scores.caption_scores import ScoredCaptions
+from scores.metrics import TITLES
 
 DECODING_SHOWN = ("beam_size", "samples", "length_penalty", "no_repeat_ngram", "min_length", "consensus_index")
 PER_IMAGE = ("cider", "bleu_4", "rouge_l")  # scores of a card

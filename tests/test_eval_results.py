@@ -12,10 +12,10 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 import eval as eval_script
-from evaluation.metrics import compute_metrics
-from evaluation.per_image import image_scores
-from evaluation.tokenization import ptb_tokenize
 from preparation.storage import read_captions
+from scores.metrics import compute_metrics
+from scores.per_image import image_scores
+from scores.tokenization import ptb_tokenize
 from text.tokenizer import tokenize
 
 SCORES = ("bleu_4", "rouge_l", "cider")
@@ -112,7 +112,7 @@ def test_a_checkpoint_is_compared_with_its_own_captions(score, run_folder, resul
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_ptb_scores_are_those_of_cocos_pipeline(command, shapes, tmp_path, monkeypatch):
     """1,000 images of synthetic captions with punctuation, hyphens and contractions."""
-    monkeypatch.setattr("evaluation.caption_scores.compute_meteor", lambda *_: (0.0, [0.0] * 1000))  # slow
+    monkeypatch.setattr("scores.caption_scores.compute_meteor", lambda *_: (0.0, [0.0] * 1000))  # slow
     generator = random.Random(0)
     parts = [
         "A man",
@@ -143,7 +143,7 @@ def test_ptb_scores_are_those_of_cocos_pipeline(command, shapes, tmp_path, monke
     metadata = json.loads((folder / "dataset.json").read_text())
     metadata["splits"]["val"] |= {"images": 1000}
     (folder / "dataset.json").write_text(json.dumps(metadata))
-    monkeypatch.setattr("evaluation.caption_scores.read_captions", lambda *_: (entries, None, None))
+    monkeypatch.setattr("scores.caption_scores.read_captions", lambda *_: (entries, None, None))
     (folder / "val_captions.json").write_text(json.dumps(entries))
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{"image_id": i, "caption": text} for i, text in enumerate(predictions)]))
@@ -168,7 +168,7 @@ def test_ptb_scores_are_those_of_cocos_pipeline(command, shapes, tmp_path, monke
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_ptb_scores_of_a_checkpoint(command, shapes, run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.caption_scores.compute_meteor", lambda *_: (0.5, [0.5] * 24))  # slow
+    monkeypatch.setattr("scores.caption_scores.compute_meteor", lambda *_: (0.5, [0.5] * 24))  # slow
     arguments = ("--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--split", "train")
     status, _, err = command(eval_script, *arguments, "--output_folder", tmp_path, "--tokenizer", "ptb")
     assert status == 0, err

@@ -7,8 +7,8 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from conftest import random_captions
-from evaluation.metrics import compute_metrics
-from evaluation.per_image import bleu_statistics, corpus_bleu, image_scores
+from scores.metrics import compute_metrics
+from scores.per_image import bleu_statistics, corpus_bleu, image_scores
 
 
 @pytest.mark.parametrize("shortest", [0, 4])

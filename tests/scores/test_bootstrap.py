@@ -5,7 +5,7 @@ import pytest
 from nltk.translate.bleu_score import corpus_bleu
 
 from conftest import random_captions
-from evaluation.bootstrap import (
+from scores.bootstrap import (
     RESAMPLES,
     SEED,
     confidence_intervals,
@@ -15,7 +15,7 @@ from evaluation.bootstrap import (
     resampled_sums,
     two_sided_p,
 )
-from evaluation.per_image import image_scores
+from scores.per_image import image_scores
 
 
 def statistics_of(references, predictions):

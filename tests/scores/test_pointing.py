@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from evaluation.pointing import attention_metrics
 from modules.regions import grid_boxes
+from scores.pointing import attention_metrics
 
 CELLS = grid_boxes(2)
 

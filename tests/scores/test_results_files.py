@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evaluation.results_files import read_results
+from scores.results_files import read_results
 from utils import InputError
 
 ENTRIES = [{"image": f"{i}.jpg", "image_id": 10 + i} for i in range(6)]

@@ -5,7 +5,7 @@ import sys
 import pytest
 from pycocoevalcap.spice import spice
 
-from evaluation.spice import compute_spice, require_spice
+from scores.spice import compute_spice, require_spice
 from utils import InputError
 
 FAKE = """#!{python}

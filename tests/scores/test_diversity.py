@@ -2,7 +2,7 @@
 
 import json
 
-from evaluation.diversity import diversity, training_captions
+from scores.diversity import diversity, training_captions
 
 
 def test_diversity_by_hand():

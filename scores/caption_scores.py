@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.bootstrap import (
+from preparation.storage import read_captions, read_metadata
+from scores.bootstrap import (
     confidence_intervals,
     image_statistics,
     paired_test,
     scores_of_sums,
 )
-from evaluation.diversity import diversity, training_captions
-from evaluation.metrics import TITLES, compute_meteor, format_table
-from evaluation.per_image import image_scores
-from evaluation.results_files import read_results
-from evaluation.spice import compute_spice, require_spice
-from evaluation.tokenization import ptb_references, ptb_tokenize
-from preparation.storage import read_captions, read_metadata
+from scores.diversity import diversity, training_captions
+from scores.metrics import TITLES, compute_meteor, format_table
+from scores.per_image import image_scores
+from scores.results_files import read_results
+from scores.spice import compute_spice, require_spice
+from scores.tokenization import ptb_references, ptb_tokenize
 from text.tokenizer import tokenize
 from utils import InputError
 

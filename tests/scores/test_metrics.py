@@ -7,7 +7,7 @@ from nltk.translate.bleu_score import sentence_bleu
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.meteor.meteor import Meteor
 
-from evaluation.metrics import compute_meteor, compute_metrics
+from scores.metrics import compute_meteor, compute_metrics
 from utils import InputError
 
 REFERENCES = [

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_json
-from evaluation.metrics import TITLES, format_table
+from scores.metrics import TITLES, format_table
 from utils import InputError
 
 ROW_KEYS = ("beam_size", "samples", "consensus")  # that say which row of a file one is

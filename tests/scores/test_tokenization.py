@@ -6,7 +6,7 @@ import shutil
 import pytest
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from evaluation.tokenization import ptb_references, ptb_tokenize
+from scores.tokenization import ptb_references, ptb_tokenize
 from utils import InputError
 
 SENTENCES = ["A man, in a T-shirt (red) .", "", "It's the dog's ball; isn't it?", "...", "Deux \u00e9t\u00e9s 3/4 & 5"]
@@ -35,7 +35,7 @@ def test_a_java_that_fails_is_an_error(monkeypatch, tmp_path):
 
 
 def test_references_are_of_the_original_sentences(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.tokenization.ptb_tokenize", lambda sentences: [[text] for text in sentences])
+    monkeypatch.setattr("scores.tokenization.ptb_tokenize", lambda sentences: [[text] for text in sentences])
     entries = json.loads((shapes / "val_captions.json").read_text())
     expected = [[[caption["raw"]] for caption in entry["captions"]] for entry in entries]
     assert ptb_references(shapes, "val") == expected
