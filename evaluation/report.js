@@ -505,6 +505,8 @@ function start() {
   byId("details").append(...report.details.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
   byId("about").hidden = !(rows.length || report.details.length);
   choices("key", keys.map(([, title]) => title));
+  // Of two models, those photos come first on which the first one loses most.
+  byId("key").selectedIndex = Math.max(0, keys.findIndex(([name]) => name.endsWith(" difference")));
   offerChoices();
   byId("head").addEventListener("change", () => {
     if (byId("layer").value === "0") byId("layer").selectedIndex = byId("layer").length - 1; // a head is one of a layer
