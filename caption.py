@@ -108,7 +108,8 @@ def validate_settings(settings: Settings) -> DecodingSettings:
     if settings.n_best > getattr(settings, candidates):
         raise InputError(f"--n_best {settings.n_best}: more than --{candidates} {getattr(settings, candidates)}")
     for name in ("graph_word", "show", "alpha_layer", "alpha_head"):
-        if getattr(settings, name) and not settings.pictures:
+        in_report = settings.report and name.startswith("alpha")
+        if getattr(settings, name) and not (settings.pictures or in_report):
             raise InputError(f"--{name} needs pictures: leave --no-pictures out")
     if (settings.pictures or settings.report) and not settings.serve:
         require_writable(settings.output_folder)
@@ -273,9 +274,9 @@ def main(settings: Settings) -> None:
                 gallery.add(i, found, objects[i])
             progress.update(i + 1 - progress.n)  # with those skipped
     progress.close()
-    gallery.finish()
     if broken and len(photos) == 1:
         raise InputError(broken[0])
+    gallery.finish()
     if broken:
         print("\n  ".join([f"{len(broken)} of {len(photos)} photos were skipped:", *broken]), file=sys.stderr)
         sys.exit(1)

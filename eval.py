@@ -6,7 +6,6 @@ Or score captions that are there already (--results FILE), or average the scores
 import datetime
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import torch
 from common.files import read_json, require_writable, write_json
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
+from evaluation.photos import display_name
 from evaluation.report import require_report
 from evaluation.scoring import caption_split
 from evaluation.split_report import SplitCaptions, report_split
@@ -23,16 +23,22 @@ from models import Captioner
 from modules.decoding import DecodingSettings
 from preparation.storage import read_metadata
 from scores.bootstrap import CONFIDENCE, RESAMPLES, SEED
-from scores.caption_scores import CaptionScorer, ScoredCaptions, compare_captions, format_scores, format_tests
-from scores.metrics import has_java
+from scores.caption_scores import (
+    CaptionScorer,
+    ScoredCaptions,
+    compare_captions,
+    format_scores,
+    format_tests,
+    half_intervals,
+)
+from scores.metrics import ROW_KEYS, has_java, table_cells
 from scores.runs import summarize_runs
-from training.feature_cache import build_dataset
+from training.feature_cache import build_dataset, require_fitting_images
 from training.state import git_revision
 from utils import InputError, Runtime, choose_runtime, replace_settings, require_at_least, run_script
 
 # Of the settings, beside DecodingSettings.
 OTHER_DECODING = ("views", "consensus_index", "consensus_weight", "similar_photos")
-DECODED = ("beam_size", "samples")  # of a row, how its captions were decoded
 # The flags that go with --results, and with --runs, which decode nothing; those of --runs name the files of scores.
 OF_SCORES = {"data_folder", "split", "output_folder", "tokenizer", "compare", "spice", "report", "report_photos"}
 OF_RUNS = {"runs", "data_folder", "split", "tokenizer", "views", "samples", "consensus_index"}
@@ -98,10 +104,10 @@ def output_path(settings: Settings, kind: str) -> Path:
     folder = Path(settings.output_folder or source.parent)
     is_ensemble = len(settings.checkpoint) > 1 and not settings.results
     name = f"ensemble{len(settings.checkpoint)}" if is_ensemble else source.stem
-    ways = list(settings.views[1:])
-    ways += ["samples"] * bool(settings.samples) + ["consensus"] * bool(settings.consensus_index)
-    ways += ["ptb"] * (settings.tokenizer == "ptb")
-    return folder / "_".join([kind, name, *ways, data_folder.name, f"{settings.split}.json"])
+    parts = list(settings.views[1:])
+    parts += ["samples"] * bool(settings.samples) + ["consensus"] * bool(settings.consensus_index)
+    parts += ["ptb"] * (settings.tokenizer == "ptb")
+    return folder / "_".join([kind, name, *parts, data_folder.name, f"{settings.split}.json"])
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -109,10 +115,10 @@ def describe(settings: Settings) -> dict[str, Any]:
     metadata = read_metadata(settings.data_folder)
     checkpoints = () if settings.results else settings.checkpoint
     return {
-        "checkpoint": [str(Path(path).resolve()) for path in checkpoints],
-        "results": str(Path(settings.results).resolve()) if settings.results else "",
+        "checkpoint": [display_name(Path(path).resolve()) for path in checkpoints],
+        "results": display_name(Path(settings.results).resolve()) if settings.results else "",
         "dataset": metadata.get("dataset"),
-        "data_folder": str(Path(settings.data_folder).resolve()),
+        "data_folder": display_name(Path(settings.data_folder).resolve()),
         "split": settings.split,
         "digest": metadata["digest"],
         "tokenizer": settings.tokenizer,
@@ -151,6 +157,8 @@ def validate_settings(settings: Settings) -> None:
     folders = [str(Path(run).resolve()) for run in settings.runs]
     if settings.runs and len(set(folders)) < max(2, len(folders)):
         raise InputError(f"--runs {' '.join(settings.runs)}: give two run folders or more, each once")
+    if settings.results and is_checkpoint(settings.compare):
+        raise InputError(f"--compare {settings.compare}: --results decodes nothing, give that model's results file")
     require_at_least(settings, 1, "beam_sizes", "similar_photos")
     require_at_least(settings, 0, "consensus_weight", "report_photos")
     if settings.report_photos and not settings.report:
@@ -190,12 +198,15 @@ def evaluate_model(
     if captioner.uses_objects:  # maybe not the first of an ensemble's sources
         datasets[0].use_objects()
     rows, found = [], []
-    for decoding in decoding_of_rows(settings):
+    decodings = decoding_of_rows(settings)
+    shown = (settings.report_photos or len(datasets[0])) if settings.report else 0
+    for decoding in decodings:
         torch.manual_seed(decoding.seed)
-        images, row = caption_split(captioner, datasets, decoding, runtime, consensus, for_report=settings.report)
+        num_shown = shown if decoding is decodings[-1] else 0  # of the last row
+        images, row = caption_split(captioner, datasets, decoding, runtime, consensus, num_shown=num_shown)
         if consensus:
             before = score_words(scorer, [image.before_consensus for image in images])
-            rows.append({name: row[name] for name in DECODED if name in row} | {"consensus": 0.0} | before.row)
+            rows.append({name: row[name] for name in ROW_KEYS if name in row} | {"consensus": 0.0} | before.row)
             row["consensus"] = consensus.weight
         found = [SplitCaptions(name, score_words(scorer, [image.words for image in images]), captioner, images)]
         rows.append(row | found[0].scored.row)
@@ -209,48 +220,54 @@ def score_words(scorer: CaptionScorer, captions: list[list[str]]) -> ScoredCapti
 
 def evaluate_checkpoints(
     settings: Settings, scorer: CaptionScorer, digest: str
-) -> tuple[list[dict[str, Any]], SplitCaptions, dict[str, Any]]:
-    """What `evaluate_model` returns of all checkpoints and their ensemble, and how the captions were decoded.
+) -> tuple[list[dict[str, Any]], list[SplitCaptions], dict[str, Any]]:
+    """The rows of all checkpoints and of their ensemble, the last captions, and how captions were decoded.
 
-    `digest` is the data folder's.
+    Where --compare names a checkpoint, its captions come after the last ones. `digest` is the data folder's.
     """
     runtime = choose_runtime(settings.device, settings.precision)
     index = CaptionIndex.load(settings.consensus_index) if settings.consensus_index else None
     loaded = load_models(settings.checkpoint, settings.views, runtime.device)
-    whole = combine(loaded, settings.views)
-    decoding_of_rows(settings)[0].constraints(whole.vocabulary)  # an unknown word is an error before all work
     models = {name: combine({name: model}, settings.views) for name, model in loaded.items()}
     if len(models) > 1:
-        models["ensemble"] = whole
+        models["ensemble"] = combine(loaded, settings.views)
+    compared = {}
+    if is_checkpoint(settings.compare):
+        compared = load_models([settings.compare], settings.views, runtime.device)
+        compared = {name: combine({name: model}, settings.views) for name, model in compared.items()}
+    for captioner in [*models.values(), *compared.values()]:  # an error is one before all work
+        decoding_of_rows(settings)[0].constraints(captioner.vocabulary)
+        require_fitting_images(captioner, read_metadata(settings.data_folder), settings.data_folder)
     if index:
-        index.find_encoder(whole)  # another encoder is an error before all work, as are other data
+        index.find_encoder(list(models.values())[-1])
         index.require_data(digest, settings.data_folder)
-    rows, found = [], []
-    for name, captioner in models.items():
+
+    def evaluate(name: str, captioner: Captioner | Ensemble) -> tuple[list[dict[str, Any]], SplitCaptions]:
         # Of several models some may have other encoders than the index.
         fits = index and index.encoder in captioner.fingerprints
         consensus = make_consensus(index, captioner, settings, runtime) if index and fits else None
-        new_rows, captions = evaluate_model(settings, name, captioner, runtime, scorer, consensus)
+        if name in compared:
+            last = replace_settings(settings, beam_sizes=settings.beam_sizes[-1:])
+            return evaluate_model(last, name, captioner, runtime, scorer.quick(), consensus)
+        return evaluate_model(settings, name, captioner, runtime, scorer, consensus)
+
+    rows, found = [], []
+    for name, captioner in models.items():
+        new_rows, captions = evaluate(name, captioner)
         found = [captions]
         rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
+    found += [evaluate(name, captioner)[1] for name, captioner in compared.items()]
     decoded = {
         "decoding": asdict(decoding_of_rows(settings)[-1]) | {name: getattr(settings, name) for name in OTHER_DECODING},
         "consensus_digest": index.data_digest if index else None,  # of the data that the index is of
         "dtype": str(runtime.dtype).removeprefix("torch."),
     }
-    return rows, found[0], decoded
+    return rows, found, decoded
 
 
-def read_compared(settings: Settings, scorer: CaptionScorer) -> Callable[[], SplitCaptions]:
-    """Check --compare before all work; the result scores its captions, a file's or those that its model writes."""
-    path = settings.compare
-    if not path.endswith(".pt"):
-        captions = scorer.read(path)
-        return lambda: SplitCaptions(path, scorer.score(captions, is_compared=True))
-    runtime = choose_runtime(settings.device, settings.precision)
-    captioner = combine(load_models([path], settings.views, runtime.device), settings.views)
-    last = replace_settings(settings, beam_sizes=settings.beam_sizes[-1:])
-    return lambda: evaluate_model(last, path, captioner, runtime, scorer)[1]
+def is_checkpoint(path: str) -> bool:
+    """Whether --compare names a checkpoint, and not a results file."""
+    return path.endswith(".pt")
 
 
 def main(settings: Settings) -> None:
@@ -270,21 +287,22 @@ def main(settings: Settings) -> None:
         require_report(report_path)
     java = has_java()
     scorer = CaptionScorer(settings.data_folder, settings.split, settings.tokenizer, java=java, spice=settings.spice)
-    compared = read_compared(settings, scorer) if settings.compare else None
+    others = scorer.read(settings.compare) if settings.compare and not is_checkpoint(settings.compare) else None
     if settings.results:
-        captions = SplitCaptions(settings.results, scorer.score(scorer.read(settings.results)))
-        rows = [captions.scored.row]
+        captions = [SplitCaptions(settings.results, scorer.score(scorer.read(settings.results)))]
+        rows = [captions[0].scored.row]
     else:
         rows, captions, decoded = evaluate_checkpoints(settings, scorer, described["digest"])
         described |= decoded
-    both, comparison = [captions], None
-    if compared:
-        both.append(compared())
-        comparison = compare_captions(captions.scored, both[1].scored, settings.compare)
+    if others:
+        captions.append(SplitCaptions(settings.compare, scorer.quick().score(others)))
+    comparison = None
+    if settings.compare:
+        comparison = compare_captions(captions[0].scored, captions[1].scored, settings.compare)
     write_json(paths["scores"], described | {"comparison": comparison, "scores": rows}, indent=1)
     if not settings.results:
-        write_json(paths["results"], captions.scored.results)
-    write_json(paths["scores_per_image"], captions.scored.per_image)
+        write_json(paths["results"], captions[0].scored.results)
+    write_json(paths["scores_per_image"], captions[0].scored.per_image)
     if not java:
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
     print(format_scores(rows))
@@ -292,9 +310,8 @@ def main(settings: Settings) -> None:
         print(f"\n{format_tests(comparison['tests'], settings.compare)}")
     print(f"{paths['scores']} holds the tables, {paths['scores_per_image']} the last row's captions and their scores")
     if settings.report:
-        table = format_scores(rows).split("\n\n")[0]
-        count = settings.report_photos
-        report_split(settings.data_folder, settings.split, both, table, described, count).write(report_path)
+        described |= {"table": table_cells(rows, half_intervals(rows))}
+        report_split(described, captions, settings.report_photos).write(report_path)
         print(f"{report_path} shows them: open it in a browser")
 
 

@@ -144,6 +144,7 @@ class Captioner(nn.Module):
                 in fractions of the photo's sides.
             precision: auto: bf16 mixed precision where it is faster.
             decoding: other fields of `modules.decoding.DecodingSettings`, such as batch_size=8 or length_penalty=1.
+                With samples, torch's generators are seeded.
 
         Raises InputError for a photo that cannot be read, and for a captioner of region features.
         """
@@ -154,9 +155,13 @@ class Captioner(nn.Module):
             raise InputError("this model looks at region features, not at photos: use caption.py --region_features")
         if self.uses_objects and (objects is None or len(objects) != len(photos)):
             raise InputError("this model looks at objects: give those of each photo as objects=")
+        if objects is not None and not self.uses_objects:
+            raise InputError("this model looks at no objects: leave objects= out")
         settings = DecodingSettings(beam_size=beam_size, **decoding)
         runtime = choose_runtime(next(self.parameters()).device, precision)
         captions = []
+        if settings.samples:
+            torch.manual_seed(settings.seed)
         for start in range(0, len(photos), settings.batch_size):
             batch = range(start, min(start + settings.batch_size, len(photos)))
             images = np.stack([load_image(photos[i], self.image_size, self.resize) for i in batch])

@@ -78,7 +78,7 @@ def parse_settings(settings_class: type, arguments: Sequence[str] | None = None)
 def replace_settings(settings: Any, **changes: Any) -> Any:
     """As `dataclasses.replace`, but the result was given the same flags."""
     replaced = dataclasses.replace(settings, **changes)
-    object.__setattr__(replaced, "given", settings.given)
+    object.__setattr__(replaced, "given", getattr(settings, "given", frozenset()))
     return replaced
 
 

@@ -33,6 +33,9 @@ class Gallery:
         self.paths = picture_paths(photos, settings.output_folder, kinds if settings.pictures else [])
         self.report_path = Path(settings.output_folder) / "report.html"
         self.report = Report("Captions", settings.checkpoint[:1], details={"checkpoint": " ".join(settings.checkpoint)})
+        if settings.alpha_layer or settings.alpha_head:
+            layer = f"layer {settings.alpha_layer}" if settings.alpha_layer else "last layer"
+            self.report.attention = f"{layer}, " + (f"head {settings.alpha_head}" if settings.alpha_head else "mean")
         if settings.report:
             require_report(self.report_path)
         self.notes = sys.stderr if settings.json else sys.stdout
@@ -66,7 +69,7 @@ class Gallery:
 
     def finish(self) -> None:
         """Write the report, and say which characters the pictures could not show."""
-        if self.settings.report:
+        if self.report.cards:
             self.report.write(self.report_path)
             print(f"{self.report_path} shows all: open it in a browser", file=self.notes)
         if self.missing_glyphs:

@@ -15,7 +15,7 @@ function element(tag, attributes = {}, ...children) {
   const node = isDrawing ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value === true ? "" : value);
+    else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children);
   return node;
@@ -28,16 +28,18 @@ function decodeWeights(text) {
   return Float32Array.from(atob(text), (character) => (character.charCodeAt(0) / 255) ** 2);
 }
 
-// The weights (R) at word t: those of the chosen layer and head, or what the decoder shows by default.
+// The weights (R) at word t: those of the chosen layer and head, null where the model has none such, or what it gave.
 function weightsAt(caption, t) {
   const regions = caption.cells + caption.boxes.length;
   const layer = Number(byId("layer").value), head = Number(byId("head").value);
   if (caption.heads && layer) {
     caption.allHeads ??= decodeWeights(caption.heads);
-    const [layers, heads] = caption.layers, words = caption.words.length, mean = new Float32Array(regions);
+    const [layers, heads] = caption.layers;
+    if (layer > layers || head > heads) return null;
+    const words = caption.words.length, mean = new Float32Array(regions);
     for (let h = 0; h < heads; h++) {
       if (head && h !== head - 1) continue;
-      const start = (((Math.min(layer, layers) - 1) * heads + h) * words + t) * regions;
+      const start = (((layer - 1) * heads + h) * words + t) * regions;
       for (let r = 0; r < regions; r++) mean[r] += caption.allHeads[start + r] / (head ? 1 : heads);
     }
     return mean;
@@ -46,7 +48,7 @@ function weightsAt(caption, t) {
   return caption.weights.subarray(t * regions, (t + 1) * regions);
 }
 
-// Brightness (height * width) from 0 to 1 on one scale for all words: 1 from `full_brightness` times the uniform weight.
+// Brightness (height * width) from 0 to 1, for all words 1 from `full_brightness` times the uniform weight on.
 // That of cells is interpolated between their centers; an object is as bright as its weight.
 function brightness(caption, weights, width, height) {
   const light = new Float32Array(width * height), side = Math.sqrt(caption.cells);
@@ -73,6 +75,9 @@ function brightness(caption, weights, width, height) {
   });
   return light.map((weight) => Math.min(1, weight * scale));
 }
+
+// Whether nobody knows where the regions are: region features without boxes.
+const lacksBoxes = (caption) => caption.boxes.length > 1 && !caption.cells && caption.boxes.every(isWhole);
 
 const isWhole = ([left, top, right, bottom]) => left === 0 && top === 0 && right === 1 && bottom === 1;
 
@@ -118,8 +123,8 @@ class Card {
   constructor(record, index) {
     this.record = record;
     this.index = index;
-    this.text = [...record.captions.map((caption) => caption.words.join(" ")), ...record.references]
-      .join("\n").toLowerCase();
+    const texts = [...record.captions.map((caption) => caption.words.join(" ")), ...record.references];
+    this.text = ` ${texts.join(" ")}`.toLowerCase(); // each word behind a space
     this.node = element("article", { class: "card", tabindex: -1, "aria-label": record.name });
     this.node.card = this;
     this.isFilled = false;
@@ -133,13 +138,14 @@ class Card {
     this.canvas = element("canvas", { width, height });
     this.drawing = element("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": true });
     const alt = record.captions.map((caption) => caption.words.join(" ")).join("; ");
-    this.image = element("img", { src: `data:image/jpeg;base64,${record.photo}`, width, height, alt, decoding: "async" });
+    const src = `data:image/jpeg;base64,${record.photo}`;
+    this.image = element("img", { src, width, height, alt, decoding: "async" });
     const photo = element("div", { class: "photo" }, this.image, this.canvas, this.drawing);
     photo.style.width = `${MAX_PHOTO_HEIGHT * width / height}rem`; // high photos are narrow
     this.status = element("p", { class: "status", "aria-live": "polite" });
     this.words = [];
     this.node.append(
-      element("h2", { dir: "auto", title: record.name }, record.name.split("/").pop()),
+      element("h2", { dir: "auto", title: record.name }, record.name.split(/[\\/]/).pop()),
       photo,
       this.status,
       ...record.captions.flatMap((caption, model) => this.captionNodes(caption, model)),
@@ -179,7 +185,8 @@ class Card {
     if (caption.n_best?.length > 1) {
       const items = caption.n_best.map(([text, logProb]) =>
         element("li", { dir: "auto" }, `${text} (${logProb.toFixed(2)})`));
-      nodes.push(element("details", {}, element("summary", {}, `${items.length} best captions`), element("ol", {}, ...items)));
+      const summary = element("summary", {}, `${items.length} best captions`);
+      nodes.push(element("details", {}, summary, element("ol", {}, ...items)));
     }
     return nodes;
   }
@@ -187,7 +194,8 @@ class Card {
   referencesNode() {
     const { references, captions } = this.record, items = references.map((reference) => {
       const words = reference.split(" "), longest = matches(words, captions[0].words);
-      const parts = words.flatMap((word, i) => [longest[i] ? element("mark", { "data-n": longest[i] }, word) : word, " "]);
+      const marked = (word, i) => longest[i] ? element("mark", { "data-n": longest[i] }, word) : word;
+      const parts = words.flatMap((word, i) => [marked(word, i), " "]);
       return element("li", { dir: "auto" }, ...parts);
     });
     const summary = `${items.length} reference caption${items.length > 1 ? "s" : ""}`;
@@ -203,9 +211,14 @@ class Card {
     this.shown = button;
     const { caption, t } = button, { width, height } = this.record;
     if (!caption.alpha) return this.erase(`${caption.words[t]}: no attention is known of this caption`);
-    const weights = weightsAt(caption, t), light = brightness(caption, weights, width, height);
+    const weights = weightsAt(caption, t);
+    if (!weights) return this.erase(`${caption.words[t]}: this model has no such layer or head`);
+    if (lacksBoxes(caption)) return this.erase(describe(caption, t, weights));
+    const light = brightness(caption, weights, width, height);
     const pixels = new ImageData(width, height);
-    light.forEach((value, i) => { pixels.data[4 * i + 3] = Math.round(255 * 0.8 * (1 - value)); }); // black above the photo
+    light.forEach((value, i) => {
+      pixels.data[4 * i + 3] = Math.round(255 * 0.8 * (1 - value)); // black above the photo
+    });
     this.canvas.getContext("2d").putImageData(pixels, 0, 0);
     this.drawing.replaceChildren(...this.frames(caption, weights), ...this.arrows(caption, t));
     this.status.textContent = describe(caption, t, weights);
@@ -217,11 +230,13 @@ class Card {
     return caption.boxes
       .map((box, i) => ({ box, name: caption.names[i], weight: weights[caption.cells + i] }))
       .filter(({ box, weight }) => weight > uniform && !isWhole(box))
-      .sort((one, other) => other.weight - one.weight)
+      .sort((a, b) => b.weight - a.weight)
       .slice(0, report.max_frames)
       .flatMap(({ box: [left, top, right, bottom], name, weight }, i) => [
-        element("rect", { x: left * width, y: top * height, width: (right - left) * width,
-          height: (bottom - top) * height, "stroke-width": 1 + 2 * Math.min(1, weight / uniform / report.full_brightness) }),
+        element("rect", {
+          x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height,
+          "stroke-width": 1 + 2 * Math.min(1, weight / uniform / report.full_brightness),
+        }),
         // A corner of its own for each name: objects that share a name often overlap.
         element("text", i === 1 ? { x: right * width - 3, y: bottom * height - 4, "text-anchor": "end" }
           : { x: left * width + 3, y: i ? bottom * height - 4 : top * height + 10 }, name),
@@ -278,22 +293,24 @@ class Card {
 
 // What the status line says of a word: where the largest weights are, in words and numbers.
 function describe(caption, t, weights) {
-  const order = [...weights.keys()].sort((one, other) => weights[other] - weights[one]), side = Math.sqrt(caption.cells);
-  const place = (i) => {
+  const order = [...weights.keys()].sort((i, j) => weights[j] - weights[i]), side = Math.sqrt(caption.cells);
+  const regionName = (i) => {
     if (i < caption.cells) return `row ${Math.floor(i / side) + 1}, column ${i % side + 1} of ${side}`;
     const [box, name] = [caption.boxes[i - caption.cells], caption.names[i - caption.cells]];
-    return isWhole(box) ? "the whole photo" : name || `region ${i - caption.cells + 1}`;
+    return isWhole(box) && !lacksBoxes(caption) ? "the whole photo" : name || `region ${i - caption.cells + 1}`;
   };
-  const largest = order.slice(0, caption.boxes.length ? 3 : 1).map((i) => `${place(i)}: ${weights[i].toFixed(3)}`);
+  const largest = order.slice(0, caption.boxes.length ? 3 : 1).map((i) => `${regionName(i)}: ${weights[i].toFixed(3)}`);
   const gate = caption.gates ? `, gate ${caption.gates[t].toFixed(2)}` : "";
-  return `“${caption.words[t]}”${gate} – largest weight at ${largest.join("; ")} (uniform: ${(1 / weights.length).toFixed(3)})`;
+  const uniform = (1 / weights.length).toFixed(3);
+  return `“${caption.words[t]}”${gate} – largest weight at ${largest.join("; ")} (uniform: ${uniform})`;
 }
 
 // ------------------------------------------------------------------------------------------------- sort and filter
 
 // What cards are sorted and filtered by: the title of each key, and its value of a card.
 function makeKeys() {
-  const order = report.serve ? ["order", "Newest first", (card) => -card.index] : ["order", "Order in the data", (card) => card.index];
+  const order = report.serve ? ["order", "Newest first", (card) => -card.index]
+    : ["order", "Order in the data", (card) => card.index];
   const keys = [order], first = (card) => card.record.captions[0];
   for (const [name, title] of report.metrics) {
     keys.push([name, title, (card) => first(card).scores[name] ?? 0]);
@@ -302,13 +319,15 @@ function makeKeys() {
         (card) => (first(card).scores[name] ?? 0) - (card.record.captions[1].scores[name] ?? 0)]);
     }
   }
-  keys.push(["log_prob", "Log-probability", (card) => first(card).log_prob ?? 0]);
+  if (report.serve || report.cards.some((record) => record.captions[0].log_prob !== undefined)) {
+    keys.push(["log_prob", "Log-probability", (card) => first(card).log_prob ?? 0]);
+  }
   keys.push(["length", "Length in words", (card) => first(card).words.length]);
   return keys;
 }
 
 const keys = makeKeys(), cards = report.cards.map((record, i) => new Card(record, i));
-let visible = [];
+let visible = [], isAscending = true;
 
 const chosenKey = () => keys[byId("key").selectedIndex];
 
@@ -320,7 +339,9 @@ function range() {
 function histogram() {
   const [least, most] = range(), [name, title, value] = chosenKey(), counts = new Array(BINS).fill(0);
   byId("filter").hidden = name === "order" || least === most;
-  for (const card of cards) counts[Math.min(BINS - 1, Math.floor((value(card) - least) / (most - least || 1) * BINS))]++;
+  for (const card of cards) {
+    counts[Math.min(BINS - 1, Math.floor((value(card) - least) / (most - least || 1) * BINS))]++;
+  }
   const [low, high] = limits(), tallest = Math.max(...counts);
   byId("histogram").replaceChildren(...counts.map((count, i) => {
     const height = count ? Math.max(2, 46 * count / tallest) : 0;
@@ -348,11 +369,11 @@ function update() {
   histogram();
   const [name, , value] = chosenKey(), [least, most] = range(), [low, high] = limits();
   const terms = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const isAscending = byId("direction").getAttribute("aria-pressed") === "false";
   const bin = (card) => (value(card) - least) / (most - least || 1) * BINS;
-  const fits = (card) => terms.every((term) => card.text.includes(term)) &&
+  const fits = (card) => terms.every((term) => card.text.includes(` ${term}`)) && // words that start so
     (name === "order" || (bin(card) >= low && (bin(card) < high || high === BINS)));
-  const sorted = [...cards].sort((one, other) => (value(one) - value(other)) * (isAscending ? 1 : -1) || one.index - other.index);
+  const sign = isAscending ? 1 : -1;
+  const sorted = [...cards].sort((a, b) => sign * (value(a) - value(b)) || a.index - b.index);
   visible = sorted.filter(fits);
   for (const card of cards) card.node.hidden = true;
   for (const card of visible) card.node.hidden = false;
@@ -369,6 +390,7 @@ function redraw() {
 }
 
 function brush(event) {
+  if (event.button !== 0) return;
   const box = byId("histogram").getBoundingClientRect();
   const bin = (x) => Math.min(BINS, Math.max(0, (x - box.left) / box.width * BINS));
   const start = bin(event.clientX);
@@ -379,7 +401,7 @@ function brush(event) {
   };
   byId("histogram").setPointerCapture(event.pointerId);
   byId("histogram").addEventListener("pointermove", move);
-  byId("histogram").addEventListener("pointerup", () => {
+  byId("histogram").addEventListener("lostpointercapture", () => {
     byId("histogram").removeEventListener("pointermove", move);
   }, { once: true });
   move(event);
@@ -410,7 +432,10 @@ function onKey(event) {
     const step = event.key === "ArrowRight" ? 1 : -1;
     card.words[card.words.indexOf(word) + step]?.focus();
   } else if (event.key === "j" || event.key === "k") focusCard(event.key === "j" ? 1 : -1);
-  else if (event.key === "p" && card) card.play(card.words.filter((each) => each.caption === (word ?? card.words[0]).caption));
+  else if (event.key === "p" && card) {
+    const { caption } = word ?? card.words[0];
+    card.play(card.words.filter((each) => each.caption === caption));
+  }
   else if (event.key === "/") byId("search").focus();
   else return;
   event.preventDefault();
@@ -424,7 +449,7 @@ function choices(select, names) {
 function offerChoices() {
   const captions = cards.flatMap((card) => card.record.captions), heads = captions.filter((caption) => caption.layers);
   const [layers, perLayer] = [0, 1].map((i) => Math.max(0, ...heads.map((caption) => caption.layers[i])));
-  choices("layer", ["the last, heads' mean", ...Array.from({ length: layers }, (_, i) => String(i + 1))]);
+  choices("layer", [report.attention, ...Array.from({ length: layers }, (_, i) => String(i + 1))]);
   choices("head", ["mean", ...Array.from({ length: perLayer }, (_, i) => String(i + 1))]);
   byId("layer-field").hidden = byId("head-field").hidden = !layers;
   byId("edges-field").hidden = !captions.some((caption) => caption.edges);
@@ -502,7 +527,9 @@ function start() {
     element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title))),
     ...rows.map((row) => element("tr", {}, ...row.map((cell) => element("td", {}, cell)))),
   );
-  byId("details").append(...report.details.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+  for (const [name, value] of report.details) {
+    byId("details").append(element("dt", {}, name), element("dd", {}, value));
+  }
   byId("about").hidden = !(rows.length || report.details.length);
   choices("key", keys.map(([, title]) => title));
   // Of two models, those photos come first on which the first one loses most.
@@ -521,9 +548,8 @@ function start() {
   byId("key").addEventListener("change", () => setLimits(0, BINS));
   byId("reset").addEventListener("click", () => setLimits(0, BINS));
   byId("direction").addEventListener("click", () => {
-    const isPressed = byId("direction").getAttribute("aria-pressed") === "true";
-    byId("direction").setAttribute("aria-pressed", String(!isPressed));
-    byId("direction").textContent = isPressed ? "Ascending" : "Descending";
+    isAscending = !isAscending;
+    byId("direction").textContent = isAscending ? "Ascending" : "Descending";
     update();
   });
   byId("histogram").addEventListener("pointerdown", brush);

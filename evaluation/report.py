@@ -27,7 +27,7 @@ from modules.relations import RELATIONS, spatial_relations
 from utils import InputError
 
 GENERATOR = "image captioning report"  # by which a report is told from the user's files
-PHOTO_SIDE, JPEG_QUALITY = 256, 80  # of the photos in the page
+THUMBNAIL_SIDE, JPEG_QUALITY = 256, 80  # of the photos in the page
 
 
 @dataclass
@@ -39,7 +39,8 @@ class Report:
         models: the models' names, one or two; the captions of two are compared.
         metrics: what the cards have scores of: column names and their titles.
         details: what the captions are of and how they were made, name and value.
-        table: scores of the whole split in Markdown, as `scores.metrics.format_table` has them.
+        table: scores of the whole split, as `scores.metrics.table_cells` returns them.
+        attention: which attention weights of a transformer decoder are shown at first.
         serve: whether photos can be dropped on the page, which `evaluation.server` captions.
     """
 
@@ -47,8 +48,9 @@ class Report:
     models: Sequence[str]
     metrics: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, str] = field(default_factory=dict)
-    table: str = ""
+    table: Sequence[Sequence[str]] = ()
     cards: list[dict[str, Any]] = field(default_factory=list)
+    attention: str = "last layer, mean of its heads"
     serve: bool = False
 
     def write(self, path: str | Path) -> None:
@@ -59,16 +61,16 @@ class Report:
 
     def page(self) -> str:
         """The page as HTML."""
-        rows = [line.strip("| ").split(" | ") for line in self.table.splitlines()]
         data = {
             "title": self.title,
             "models": list(self.models),
             "metrics": list(self.metrics.items()),
             "details": list(self.details.items()),
-            "table": rows[:1] + rows[2:],  # without the line below the titles
+            "table": self.table,
             "relations": RELATIONS,
             "full_brightness": FULL_BRIGHTNESS,
             "max_frames": MAX_FRAMES,
+            "attention": self.attention,
             "serve": self.serve,
             "cards": self.cards,
         }
@@ -109,7 +111,7 @@ def describe_photo(
 ) -> dict[str, Any]:
     """A card: the photo as the model saw it, captions of `describe_caption`, one a model, and reference captions."""
     photo = photo.copy()
-    photo.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
+    photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     jpeg = io.BytesIO()
     photo.save(jpeg, "JPEG", quality=JPEG_QUALITY)
     return {
@@ -153,9 +155,9 @@ def describe_caption(
     return described
 
 
-def describe_text(caption: str, scores: Mapping[str, float]) -> dict[str, Any]:
+def describe_text(words: Sequence[str], scores: Mapping[str, float]) -> dict[str, Any]:
     """As `describe_caption`, of a caption of which nothing else is known."""
-    return {"words": caption.split(), "scores": {name: round(float(score), 4) for name, score in scores.items()}}
+    return {"words": list(words), "scores": {name: round(float(score), 4) for name, score in scores.items()}}
 
 
 def describe_edges(caption: ImageCaption, regions: Regions, has_relations: bool) -> list[list[list[float]]]:

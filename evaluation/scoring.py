@@ -18,7 +18,7 @@ from scores.metrics import compute_metrics
 from scores.pointing import attention_metrics
 from utils import Runtime
 
-NUM_PICTURES = 2  # first images of a split whose captions always have attention weights, to be drawn
+NUM_PICTURES = 2  # first images of a split whose captions `evaluate` returns with attention weights, to be drawn
 
 
 def caption_dataset(
@@ -28,16 +28,16 @@ def caption_dataset(
     runtime: Runtime,
     consensus: Consensus | None = None,
     *,
-    for_report: bool = False,
+    num_shown: int = 0,
 ) -> list[ImageCaption]:
     """Caption every image of a split; each process decodes its share.
 
     Args:
         datasets: the split, as the captioner takes it; of an ensemble, as each of its `sources` takes it.
-        for_report: keep all that a report shows, a graph's edges and the attention weights of all heads.
+        num_shown: of so many images, the first ones, keep all that is shown: attention weights, those of all heads and
+            a graph's edges.
 
-    Returns the captions in the split's order, with attention weights where the split has boxes to compare them with,
-    or for a report, and in any case those of the first NUM_PICTURES images.
+    Returns the captions in the split's order, with attention weights where the split has boxes to compare them with.
     """
     captioner.eval()
     results: list[tuple[int, ImageCaption]] = []  # of this process
@@ -46,7 +46,7 @@ def caption_dataset(
     with tqdm(total=len(datasets[0]), desc=title, unit="image", leave=False, disable=rank() > 0) as progress:
         for parts in zip(*(make_loader(dataset, batches) for dataset in datasets), strict=True):
             inputs, are_features = tuple(part.inputs for part in parts), [part.is_features for part in parts]
-            single, is_drawn = isinstance(captioner, Captioner), min(parts[0].indices) < NUM_PICTURES
+            single, is_shown = isinstance(captioner, Captioner), min(parts[0].indices) < num_shown
             decoded = caption_batch(
                 captioner,
                 inputs[0] if single else inputs,
@@ -54,12 +54,14 @@ def caption_dataset(
                 runtime,
                 is_features=are_features[0] if single else are_features,
                 boxes=parts[0].boxes,
-                with_attention=datasets[0].has_boxes or for_report or is_drawn,
-                with_heads=for_report,
+                with_attention=datasets[0].has_boxes or is_shown,
+                with_heads=is_shown,
                 rerank=consensus.rerank if consensus else None,
             )
             for index, image in zip(parts[0].indices, decoded, strict=True):
-                results.append((index, image if for_report else replace(image, neighbors=None, edge_weights=[])))
+                if index >= num_shown:
+                    image = replace(image, neighbors=None, edge_weights=[], heads=None)
+                results.append((index, image))
             progress.update(len(decoded) * world_size())
     return [image for _, image in sorted(all_gather(results), key=lambda result: result[0])]
 
@@ -71,7 +73,7 @@ def caption_split(
     runtime: Runtime,
     consensus: Consensus | None = None,
     *,
-    for_report: bool = False,
+    num_shown: int = 0,
 ) -> tuple[list[ImageCaption], dict[str, Any]]:
     """What `caption_dataset` returns, and what it says of a row of scores beside the scores.
 
@@ -79,7 +81,7 @@ def caption_split(
     decoder has attention.
     """
     start = time.perf_counter()
-    images = caption_dataset(captioner, datasets, decoding, runtime, consensus, for_report=for_report)
+    images = caption_dataset(captioner, datasets, decoding, runtime, consensus, num_shown=num_shown)
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {"samples": decoding.samples} if decoding.samples else {"beam_size": decoding.beam_size}
     row["images_per_second"] = len(images) / seconds
@@ -95,5 +97,5 @@ def evaluate(
     captioner: Captioner, dataset: CaptionDataset, decoding: DecodingSettings, runtime: Runtime
 ) -> tuple[dict[str, Any], list[ImageCaption]]:
     """Caption a split and score the captions: a row of `caption_split` and `compute_metrics`, and the captions."""
-    images, row = caption_split(captioner, [dataset], decoding, runtime)
+    images, row = caption_split(captioner, [dataset], decoding, runtime, num_shown=NUM_PICTURES)
     return row | compute_metrics(dataset.references.decode(), [image.words for image in images]), images

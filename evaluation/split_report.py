@@ -1,7 +1,7 @@
 """The report of a split: its photos with the captions of a model, or of two that are compared."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ from tqdm import tqdm
 from evaluation.ensemble import Ensemble
 from evaluation.report import Report, describe_caption, describe_photo, describe_text
 from models import Captioner
+from modules.decoding import DecodingSettings
 from modules.generation import ImageCaption
 from preparation.storage import open_images, read_captions
 from scores.caption_scores import ScoredCaptions
 from scores.metrics import TITLES
 
-DECODING_SHOWN = ("beam_size", "samples", "length_penalty", "no_repeat_ngram", "min_length", "consensus_index")
 PER_IMAGE = ("cider", "bleu_4", "rouge_l")  # scores of a card
 
 
@@ -34,37 +34,44 @@ class SplitCaptions:
         item = self.scored.per_image[index]
         scores = {name: item[name] for name in PER_IMAGE}
         if self.captioner is None:
-            return describe_text(item["caption"], scores)
+            return describe_text(self.scored.words[index], scores)
         return describe_caption(self.captioner, self.images[index], objects, scores)
 
 
-def report_split(
-    data_folder: str | Path,
-    split: str,
-    captions: Sequence[SplitCaptions],
-    table: str,
-    described: dict[str, Any],
-    count: int,
-) -> Report:
+def report_split(described: dict[str, Any], captions: Sequence[SplitCaptions], count: int) -> Report:
     """The report of the first `count` photos of a split, or of all where it is 0.
 
-    `described` says how the captions were made, as in the file of scores; of paths the report shows those in names.
+    `described` is what the file of scores says of data and decoding, with the "table" of all rows. Of its paths the
+    report shows none but the models' names.
     """
-    entries, packed, objects = read_captions(data_folder, split)
+    folder = Path(described["data_folder"])
+    entries, packed, objects = read_captions(folder, described["split"])
     references, count = packed.decode(), min(count or len(entries), len(entries))
     details = {"captions": ", ".join(each.name for each in captions), "photos": f"{count} of {len(entries)}"}
-    details |= {
-        name: described[name] for name in ("dataset", "split", "tokenizer", "dtype", "date") if name in described
-    }
+    shown = ("dataset", "split", "tokenizer", "dtype", "date")
+    details |= {name: str(described[name]) for name in shown if name in described}
     if "decoding" in described:
-        values = {name: described["decoding"][name] for name in DECODING_SHOWN}
-        details["decoding"] = ", ".join(f"{name} {value}" for name, value in values.items() if value)
+        details["decoding"] = describe_decoding(described["decoding"])
     metrics = {name: TITLES[name] for name in PER_IMAGE}
-    title = f"Captions of {Path(data_folder).resolve().name}, {split} split"
-    report = Report(title, [each.name for each in captions], metrics, details, table)
-    with open_images(Path(data_folder) / f"{split}_images.hdf5") as images:
+    title = f"Captions of {folder.name}, {described['split']} split"
+    report = Report(title, [each.name for each in captions], metrics, details, described["table"])
+    with open_images(folder / f"{described['split']}_images.hdf5") as images:
         for i in tqdm(range(count), desc="report", unit="photo", leave=False):
             photo = Image.fromarray(images[i].transpose(1, 2, 0))
-            described_captions = [each.describe(i, objects[i]) for each in captions]
-            report.cards.append(describe_photo(entries[i]["image"], photo, described_captions, references[i]))
+            of_models = [each.describe(i, objects[i]) for each in captions]
+            report.cards.append(describe_photo(entries[i]["image"], photo, of_models, references[i]))
     return report
+
+
+def describe_decoding(decoding: dict[str, Any]) -> str:
+    """How captions were decoded: beam size or samples, and what is not at its default."""
+    first = "samples" if decoding["samples"] else "beam_size"
+    usual = asdict(DecodingSettings()) | {"views": ("original",), "consensus_index": ""}
+    with_index = ("consensus_weight", "similar_photos")
+    parts = {first: decoding[first], "length_penalty": decoding["length_penalty"]}
+    for name, value in decoding.items():
+        if (name in with_index and decoding["consensus_index"]) or value != usual.get(name, value):
+            parts[name] = " ".join(value) if isinstance(value, tuple) else value
+    if first == "samples":
+        parts.pop("beam_size", None)
+    return ", ".join(f"{name} {value}" for name, value in parts.items())

@@ -33,8 +33,8 @@ class PhotoBytes(NamedTuple):
         return self.name
 
 
-def open_photo(path: str | Path | PhotoBytes, min_side: int = 0) -> Image.Image:
-    """Read a photo upright and in RGB: the first frame of an animation, white behind transparent pixels.
+def open_photo(path: str | Path | PhotoBytes | Image.Image, min_side: int = 0) -> Image.Image:
+    """Read a photo, or take Pillow's, upright and in RGB: an animation's first frame, white behind transparent pixels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as each side keeps `min_side` pixels; 0: at its full size.
     Raises InputError where the photo is missing, damaged, too large or of another format.
@@ -61,6 +61,7 @@ def open_photo(path: str | Path | PhotoBytes, min_side: int = 0) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnidentifiedImageError:
+        assert not isinstance(path, Image.Image)
         raise InputError(f"{path}: {describe_other_file(path)}") from None
     except Image.DecompressionBombError:  # Pillow's own limit is for JPEGs, which are decoded at a smaller size
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels, make it smaller") from None
@@ -68,21 +69,20 @@ def open_photo(path: str | Path | PhotoBytes, min_side: int = 0) -> Image.Image:
         raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
 
 
-def _open_file(path: str | Path | PhotoBytes) -> Image.Image:
-    """Open a photo of PHOTO_FORMATS without decoding it; raises what Pillow does."""
+def _open_file(path: str | Path | PhotoBytes | Image.Image) -> Image.Image:
+    """Open a photo of PHOTO_FORMATS without decoding it, or copy Pillow's; raises what Pillow does."""
+    if isinstance(path, Image.Image):
+        return path.copy()
     Image.init()  # or no format is registered yet
     file = io.BytesIO(path.content) if isinstance(path, PhotoBytes) else path
     return Image.open(file, formats=[name for name in PHOTO_FORMATS if name in Image.OPEN])
 
 
 def photo_size(photo: str | Path | Image.Image) -> tuple[int, int]:
-    """Width and height in pixels of Pillow's image, or of a file, upright as `open_photo` reads it.
+    """Width and height of a photo in pixels, upright as `open_photo` reads it. Raises InputError where it is damaged.
 
-    A file's pixels are not decoded, but those of PNGs, whose orientation may come last. Raises InputError where it is
-    damaged.
+    The pixels of a file are not decoded, but those of PNGs, whose orientation may come last.
     """
-    if isinstance(photo, Image.Image):
-        return photo.size
     try:
         with _open_file(photo) as file:
             is_turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
@@ -169,5 +169,4 @@ def load_image(photo: str | Path | PhotoBytes | Image.Image, size: int, resize: 
 
     Raises InputError as `open_photo`.
     """
-    opened = photo.convert("RGB") if isinstance(photo, Image.Image) else open_photo(photo, round(MIN_DECODED * size))
-    return to_square(opened, size, resize).numpy()
+    return to_square(open_photo(photo, round(MIN_DECODED * size)), size, resize).numpy()

@@ -1,5 +1,7 @@
 """All scores of sets of captions of one split, with intervals, per image, and against each other."""
 
+import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,13 @@ from scores.bootstrap import (
     scores_of_sums,
 )
 from scores.diversity import diversity, training_captions
-from scores.metrics import TITLES, compute_meteor, format_table
+from scores.metrics import ROW_KEYS, TITLES, compute_meteor, format_table
 from scores.per_image import image_scores
 from scores.results_files import read_results
 from scores.spice import compute_spice, require_spice
 from scores.tokenization import ptb_references, ptb_tokenize
 from text.tokenizer import tokenize
 from utils import InputError
-
-ROW_TITLES = ("model", "beam_size", "samples", "consensus")  # columns that say what a row is of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class ScoredCaptions:
     results: list[dict[str, Any]]  # the captions in COCO's results format, with the photos' file names
     per_image: list[dict[str, Any]]  # the same with their scores
     statistics: np.ndarray  # (N, 12), of `image_statistics`
+    words: list[list[str]]  # of the captions, by the repository's tokenizer or as a model wrote them
 
 
 class CaptionScorer:
@@ -62,15 +63,16 @@ class CaptionScorer:
         """The captions of a results file, in the split's order; InputError where they are not those of the split."""
         return read_results(path, self.entries, self.where)
 
-    def score(
-        self, sentences: list[str], words: list[list[str]] | None = None, *, is_compared: bool = False
-    ) -> ScoredCaptions:
+    def quick(self) -> "CaptionScorer":
+        """The same without METEOR and SPICE, which are slow, for captions that others are compared with."""
+        other = copy.copy(self)
+        other.meteor = other.spice = False
+        return other
+
+    def score(self, sentences: list[str], words: list[list[str]] | None = None) -> ScoredCaptions:
         """Score a caption for each image, in the split's order.
 
-        Args:
-            words: of the captions where a model wrote them; otherwise the repository's tokenizer finds them.
-            is_compared: the captions are those that others are compared with; METEOR and SPICE, which are slow, are
-                left out.
+        `words` are those of the captions where a model wrote them; otherwise the repository's tokenizer finds them.
         """
         words = [tokenize(sentence) for sentence in sentences] if words is None else words
         predictions = ptb_tokenize(sentences) if self.is_ptb else words
@@ -80,10 +82,10 @@ class CaptionScorer:
         row: dict[str, Any] = {name: float(score) for name, score in of_split.items()} | {"meteor": None}
         reference_texts = {i: [" ".join(caption) for caption in captions] for i, captions in enumerate(self.references)}
         predicted_texts = {i: [" ".join(caption)] for i, caption in enumerate(predictions)}
-        if self.meteor and not is_compared:
+        if self.meteor:
             row["meteor"], of_images = compute_meteor(reference_texts, predicted_texts)
             scores["meteor"] = np.array(of_images)
-        if self.spice and not is_compared:
+        if self.spice:
             scores["spice"] = compute_spice(reference_texts, predicted_texts)
             row["spice"] = float(scores["spice"].mean())
         row |= {"intervals": confidence_intervals(statistics), "diversity": diversity(words, self.training)}
@@ -95,23 +97,29 @@ class CaptionScorer:
         per_image = [
             result | dict(zip(scores, of_image, strict=True)) for result, of_image in zip(results, values, strict=True)
         ]
-        return ScoredCaptions(row, results, per_image, statistics)
+        return ScoredCaptions(row, results, per_image, statistics, words)
 
 
 def compare_captions(scored: ScoredCaptions, other: ScoredCaptions, path: str) -> dict[str, Any]:
     """The paired test of scored captions against those of a file, for the file of scores."""
     tests = paired_test(scored.statistics, other.statistics)
-    return {"file": str(Path(path).resolve()), "tests": tests}
+    return {"file": os.fsencode(Path(path).resolve()).decode(errors="replace"), "tests": tests}
+
+
+def half_intervals(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Half the width of each row's intervals, by the name of the score."""
+    intervals = [row.get("intervals", {}) for row in rows]
+    return [{name: (high - low) / 2 for name, (low, high) in each.items()} for each in intervals]
 
 
 def format_scores(rows: list[dict[str, Any]]) -> str:
     """The table of scores, ± half the width of their intervals, and the table of the captions' diversity."""
-    intervals = [row.get("intervals", {}) for row in rows]
-    halves = [{name: (high - low) / 2 for name, (low, high) in each.items()} for each in intervals]
     diverse = [
-        {name: row[name] for name in ROW_TITLES if name in row} | row["diversity"] for row in rows if "diversity" in row
+        {name: row[name] for name in ("model", *ROW_KEYS) if name in row} | row["diversity"]
+        for row in rows
+        if "diversity" in row
     ]
-    return f"{format_table(rows, halves)}\n\n{format_table(diverse)}"
+    return f"{format_table(rows, half_intervals(rows))}\n\n{format_table(diverse)}"
 
 
 def format_tests(tests: dict[str, dict[str, float]], path: str) -> str:

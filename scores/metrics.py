@@ -41,6 +41,7 @@ TITLES = {
     "mean_length": "mean length",
     "in_training": "in training",
 }
+ROW_KEYS = ("beam_size", "samples", "consensus")  # say how the captions of a row were decoded
 FORMATS = {  # all others have four digits
     "model": "{}",
     "runs": "{}",
@@ -105,21 +106,27 @@ def compute_metrics(references: list[list[list[str]]], predictions: list[list[st
     }
 
 
-def format_table(rows: list[dict[str, Any]], spreads: Sequence[dict[str, float]] = ()) -> str:
-    """Rows of scores as a Markdown table, a dash where a row lacks what another has.
+def table_cells(rows: list[dict[str, Any]], spreads: Sequence[dict[str, float]] = ()) -> list[list[str]]:
+    """Rows of scores as the cells of a table, their titles first, a dash where a row lacks what another has.
 
     `spreads` are what stands behind the ± of each row's values, for those that have one.
     """
     columns = [name for name in TITLES if any(row.get(name) is not None for row in rows)]
-    lines = ["| " + " | ".join(TITLES[name] for name in columns) + " |", "| ---: " * len(columns) + "|"]
+    table = [[TITLES[name] for name in columns]]
     for row, spread in zip(rows, spreads or [{}] * len(rows), strict=True):
         cells = []
         for name in columns:
             form = FORMATS.get(name, "{:.4f}")
             cells.append("-" if row.get(name) is None else form.format(row[name]))
             cells[-1] += f" ± {form.format(spread[name])}" if name in spread else ""
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append(cells)
+    return table
+
+
+def format_table(rows: list[dict[str, Any]], spreads: Sequence[dict[str, float]] = ()) -> str:
+    """What `table_cells` returns, in Markdown."""
+    titles, *cells = (f"| {' | '.join(row)} |" for row in table_cells(rows, spreads))
+    return "\n".join([titles, "| ---: " * (titles.count(" | ") + 1) + "|", *cells])
 
 
 def has_java() -> bool:

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_json
-from scores.metrics import TITLES, format_table
+from scores.metrics import ROW_KEYS, TITLES, format_table
 from utils import InputError
-
-ROW_KEYS = ("beam_size", "samples", "consensus")  # that say which row of a file one is
 
 
 def summarize_runs(paths: Sequence[Path], digest: str) -> str:
@@ -47,4 +45,5 @@ def _read_scores(path: Path) -> dict[str, Any]:
 
 def _decoding(scores: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows of a file were decoded with."""
-    return scores["decoding"], [[row.get(name) for name in ROW_KEYS] for row in scores["scores"]]
+    rows = [[row.get(name) for name in ROW_KEYS] for row in scores["scores"]]
+    return scores["decoding"], scores.get("dtype"), scores.get("consensus_digest"), rows

@@ -19,7 +19,10 @@ BUGS = [
         "the graph's grid stays on the CPU",
         "graph",
         (modules.graph, "similar_neighbors"),
-        ("first = copy_to_device(first, features.device)", "first = first.clone()"),
+        (
+            "(copy_to_device(x, features.device) for x in (first, excluded))",
+            "(first, copy_to_device(excluded, features.device))",
+        ),
     ),
     (
         "a mask stays on the CPU",

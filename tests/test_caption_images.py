@@ -6,12 +6,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import caption
 from conftest import SMALL, build
 from models import load_captioner
+from preparation.images import load_image, photo_size
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +59,30 @@ def test_the_lines_of_the_readme_run(shapes, run_folder, tmp_path, monkeypatch, 
     assert capsys.readouterr().out == f"{record.caption} {record.log_prob}\n"
 
 
+def test_images_are_read_as_their_files(tmp_path, run_folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 4), np.uint8)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).save(tmp_path / "transparent.png")
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(pixels[..., 0]).convert("P").save(tmp_path / "palette.gif")
+    for path in tmp_path.iterdir():
+        assert np.array_equal(load_image(path, 32, "pad"), load_image(Image.open(path), 32, "pad")), path
+        assert photo_size(path) == photo_size(Image.open(path))
+    (tmp_path / "half.png").write_bytes((tmp_path / "turned.png").read_bytes()[:2000])
+    with pytest.raises(InputError, match="not a readable photo"):
+        load_captioner(run_folder / "best.pt", "cpu").caption_images([Image.open(tmp_path / "half.png")])
+
+
+def test_samples_depend_on_their_seed(shapes, run_folder):
+    photos = sorted((shapes / "photos").glob("*.png"))[:8]
+    captioner = load_captioner(run_folder / "best.pt", "cpu")
+    found = [captioner.caption_images(photos, 1, samples=2, seed=seed) for seed in (3, 3, 4)]
+    captions = [[record.caption for record in records] for records in found]
+    assert captions[0] == captions[1] != captions[2]
+
+
 def test_wrong_input_is_named(tmp_path, shapes, run_folder):
     captioner = load_captioner(run_folder / "best.pt", "cpu")
     photo = next((shapes / "photos").glob("*.png"))
@@ -64,6 +90,8 @@ def test_wrong_input_is_named(tmp_path, shapes, run_folder):
         captioner.caption_images([tmp_path / "nowhere.png"])
     with pytest.raises(InputError, match=r"caption_images takes a list of photos, not the single .*png"):
         captioner.caption_images(str(photo))
+    with pytest.raises(InputError, match="looks at no objects: leave objects= out"):
+        captioner.caption_images([photo], objects=[[]])
     with pytest.raises(InputError, match="--beam_size 0: must be at least 1"):
         captioner.caption_images([photo], beam_size=0)
     with pytest.raises(InputError, match="looks at objects: give those of each photo as objects="):

@@ -230,6 +230,7 @@ def test_runs_of_real_checkpoints(score, shapes, run_folder, tmp_path):
         ({"decoding": {"max_length": 3}}, "has other rows or decoding settings than {folder}/a"),
         ({"scores": [{"beam_size": 1, "cider": 1.0}]}, "has other rows or decoding settings than {folder}/a"),
         ({"scores": "none"}, "b/scores_best_shapes_train.json was not written by eval.py"),
+        ({"dtype": "float32"}, "b/scores_best_shapes_train.json has other rows or decoding settings"),
         ({"decoding": None}, "b/scores_best_shapes_train.json was not written by eval.py"),
     ],
 )
@@ -253,6 +254,10 @@ def test_runs_that_do_not_match_are_named(score, digest, tmp_path, changes, mess
         (("--results", "{far}", "--compare", "missing.json"), "no such file: missing.json"),
         (("--results", "{far}", "--tokenizer", "ptb"), "--tokenizer ptb needs Java"),
         (("--results", "{far}", "--spice"), "--spice needs Java"),
+        (
+            ("--results", "{far}", "--compare", "best.pt"),
+            "--compare best.pt: --results decodes nothing, give that model",
+        ),
         (("--runs", "a", "b", "--results", "{far}"), "--results does not go with --runs"),
         (("--runs", "a", "b", "--spice"), "--spice does not go with --runs"),
         (("--runs", "a"), "--runs a: give two run folders or more"),

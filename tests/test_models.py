@@ -128,7 +128,7 @@ def test_every_model(variant, tmp_path):
     outputs = captioner(images, batch.words, batch.lengths, boxes=boxes)
     T, R = int(batch.lengths.max()), captioner.encoder.num_regions
     R = {"grid": R, "objects": 3, "both": R + 3}[settings.regions]
-    assert outputs.logits.shape == (int(batch.lengths.sum()), WORDS)
+    assert outputs.logits.shape == (int(batch.lengths.sum()), len(WORDS))
     assert outputs.alpha.shape == (T, 4, 2, R) and captioner.encode(images, boxes=boxes).regions.shape[:2] == (4, R)
     real = torch.arange(T).view(-1, 1, 1) < batch.lengths
     torch.testing.assert_close(outputs.alpha.sum(-1), real.float())

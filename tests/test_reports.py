@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import asdict
 
 import h5py
 import numpy as np
@@ -13,7 +14,9 @@ from PIL import Image
 import caption
 import eval as eval_script
 from conftest import report_data
+from evaluation.split_report import describe_decoding
 from models import load_captioner
+from modules.decoding import DecodingSettings
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_the_report_of_results_has_no_attention(command, shapes, no_meteor, tmp_
     assert status == 0 and f"{path} shows them" in out, err
     data = report_data(path)
     assert len(data["cards"]) == 24 and "alpha" not in data["cards"][0]["captions"][1]
-    assert data["cards"][0]["captions"][0]["words"] == ["a", "red", "<b>circle</b>"]
+    assert data["cards"][0]["captions"][0]["words"] == ["a", "red", "b", "circle", "b"]  # as it is scored
 
 
 @pytest.mark.parametrize("resize", ["squash", "pad"])
@@ -94,3 +97,29 @@ def test_the_report_of_photos_shows_them_as_the_model_saw_them(command, shapes, 
     for card in data["cards"]:
         assert f"{card['name']}: {' '.join(card['captions'][0]['words'])} (log" in out
         assert len(base64.b64decode(card["captions"][0]["alpha"])) == 16 * len(card["captions"][0]["words"])
+
+
+def test_a_photo_that_cannot_be_read_leaves_the_report_alone(command, shapes, run_folder, tmp_path):
+    arguments = ("--checkpoint", run_folder / "best.pt", "--no-pictures", "--report", "--output_folder", tmp_path)
+    assert command(caption, next((shapes / "photos").glob("*.png")), *arguments)[0] == 0
+    before = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "broken.png").write_text("no photo")
+    status, out, err = command(caption, tmp_path / "broken.png", *arguments)
+    assert status == 2 and out == "" and err.count("\n") == 1 and (tmp_path / "report.html").read_bytes() == before
+
+
+def test_a_model_of_other_images_is_refused_before_all_work(evaluate, run_folder, tmp_path):
+    torch.save(torch.load(run_folder / "best.pt", weights_only=True) | {"resize": "pad"}, tmp_path / "pad.pt")
+    arguments = ("--checkpoint", run_folder / "best.pt", "--output_folder", tmp_path / "out")
+    status, err = evaluate(*arguments, "--compare", tmp_path / "pad.pt")
+    assert status == 2 and err.count("\n") == 1 and "made by squash, the model was trained on 32, pad" in err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_the_decoding_is_described():
+    plain = asdict(DecodingSettings(beam_size=3)) | {"views": ("original",), "consensus_index": ""}
+    plain |= {"consensus_weight": 10.0, "similar_photos": 50}
+    assert describe_decoding(plain) == "beam_size 3, length_penalty 0.5"
+    sampled = plain | {"samples": 2, "temperature": 0.5, "views": ("original", "hflip"), "consensus_index": "a.pt"}
+    expected = "samples 2, length_penalty 0.5, temperature 0.5, views original hflip, consensus_index a.pt"
+    assert describe_decoding(sampled) == f"{expected}, consensus_weight 10.0, similar_photos 50"

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -54,12 +54,7 @@ def build_dataset(
     captioner needs them, or where features cannot be cached.
     """
     metadata = read_metadata(data_folder)
-    if (metadata["image_size"], metadata["resize"]) != (captioner.image_size, captioner.resize):
-        raise InputError(
-            f"{data_folder} has images of {metadata['image_size']} pixels, made by {metadata['resize']}, the model "
-            f"was trained on {captioner.image_size}, {captioner.resize}: run create_input_files.py "
-            f"--image_size {captioner.image_size} --resize {captioner.resize}"
-        )
+    require_fitting_images(captioner, metadata, data_folder)
     dataset = CaptionDataset(data_folder, split, captioner.vocabulary, metadata)
     encoder = captioner.encoder
     if isinstance(encoder, NoEncoder):
@@ -86,6 +81,16 @@ def build_dataset(
     elif in_memory:
         dataset.load_into_memory()
     return dataset
+
+
+def require_fitting_images(captioner: Any, metadata: dict[str, Any], data_folder: str | Path) -> None:
+    """Raise InputError where a folder of this metadata has other images than a captioner, or an ensemble, takes."""
+    if (metadata["image_size"], metadata["resize"]) != (captioner.image_size, captioner.resize):
+        raise InputError(
+            f"{data_folder} has images of {metadata['image_size']} pixels, made by {metadata['resize']}, the model "
+            f"was trained on {captioner.image_size}, {captioner.resize}: run create_input_files.py "
+            f"--image_size {captioner.image_size} --resize {captioner.resize}"
+        )
 
 
 def cache_names(dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, hflip: bool) -> list[str]:

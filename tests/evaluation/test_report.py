@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,7 +108,7 @@ def small_report(**changes):
             [("b", "a red dog runs over grass", 0.5), ("a", "two cats sleep", 2.0), ("c", "a man in the snow", 0.0)]
         )
     ]
-    table = "| beam | CIDEr |\n| ---: | ---: |\n| 3 | 0.8333 |"
+    table = [["beam", "CIDEr"], ["3", "0.8333"]]
     return Report("Test", ["best.pt"], METRICS, {"split": "val"}, table, cards, **changes)
 
 
@@ -215,7 +216,7 @@ def test_references_and_other_models_are_compared_word_by_word(view):
     report.models = ["mine", "theirs"]
     others = [("a dog runs over green grass", 0.9), ("two cats sleep", 1.0), ("a woman", 0.4)]
     for card, (text, score) in zip(report.cards, others, strict=True):
-        card["captions"].append(describe_text(text, {"cider": score, "bleu_4": 0.1}))
+        card["captions"].append(describe_text(text.split(), {"cider": score, "bleu_4": 0.1}))
     page = view(report)
     assert names(page) == ["b.jpg", "c.jpg", "a.jpg"]  # by the difference of CIDEr
     script = "return [...document.querySelectorAll('.card:first-child mark')].map((m) => [m.textContent, m.dataset.n])"
@@ -233,25 +234,57 @@ def test_references_and_other_models_are_compared_word_by_word(view):
 def test_layers_heads_objects_and_arrows_are_shown(view):
     from selenium.webdriver.support.ui import Select
 
-    caption = image_caption(WORDS, 3, objects=OBJECTS, heads=(2, 3), graph=True)
+    caption = image_caption(WORDS, 3, side=0, objects=OBJECTS, heads=(2, 3), graph=True)
     described = describe_caption(captioner(objects=True, edges="spatial"), caption, OBJECTS)
-    page = view(Report("Objects", ["best.pt"], cards=[describe_photo("x.jpg", photo(size=(60, 40)), [described])]))
+    other = describe_caption(
+        captioner(objects=True), image_caption(WORDS, 4, side=0, objects=OBJECTS, heads=(1, 1)), OBJECTS
+    )
+    card = describe_photo("x.jpg", photo(size=(60, 40)), [described, other])
+    page = view(Report("Objects", ["best.pt", "other.pt"], cards=[card], attention="layer 1, head 3"))
     first = words_of(page)[0]
+    layer, head = (Select(page.find_element("id", name)) for name in ("layer", "head"))
+    assert layer.first_selected_option.text == "layer 1, head 3"
+
+    def check(weights):
+        # The whole photo lights all of it, an object its box: each is as bright as the larger weight.
+        expected = expected_shade(weights)[[0, 1, 2]]
+        assert np.abs(shade(page, [[0.9, 0.1], [0.6, 0.5], [0.1, 0.9]]) - np.minimum(expected, expected[0])).max() < 1
+
     hover(page, first)
-    alpha = decode(described["alpha"], 6, 19)
-    inside = [[0.6, 0.5], [0.1, 0.9]]
-    at_least = expected_shade(alpha[0])[[17, 18]]  # objects are as bright as their weight, or brighter
-    assert (shade(page, inside) <= at_least + 1).all() and "row" in page.find_element("css selector", ".status").text
-    Select(page.find_element("id", "head")).select_by_value("2")
-    assert page.find_element("id", "layer").get_attribute("value") == "2"
-    heads = decode(described["heads"], 2, 3, 6, 19)
-    assert (shade(page, inside) <= expected_shade(heads[1, 1, 0])[[17, 18]] + 1).all()
+    check(decode(described["alpha"], 6, 3)[0])
+    heads = decode(described["heads"], 2, 3, 6, 3)
+    head.select_by_value("2")
+    assert layer.first_selected_option.text == "2"
+    check(heads[1, 1, 0])
+    layer.select_by_value("1")
+    check(heads[0, 1, 0])
+    head.select_by_value("0")
+    check(heads[0, :, 0].mean(axis=0))
+    layer.select_by_value("2")
+    hover(page, words_of(page)[6])
+    assert "no such layer or head" in page.find_element("css selector", ".status").text
     assert not page.find_elements("css selector", ".photo line")
     page.find_element("id", "edges").click()
     hover(page, first)
     arrows = page.find_elements("css selector", ".photo line")
     named = {text.get_attribute("textContent") for text in page.find_elements("css selector", ".photo text")}
-    assert len(arrows) == 3 * len(described["edges"][0]) and named & {"left of", "right of", "inside", "around"}
+    assert len(arrows) == 3 * len(described["edges"][0]) and named >= {"left of", "right of"}
+
+
+@pytest.mark.slow
+def test_regions_without_boxes_have_numbers(view):
+    caption = replace(image_caption(WORDS, 3, side=2), boxes=torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(4, 1))
+    features = captioner()
+    features.region_source.uses_region_features = True
+    page = view(
+        Report(
+            "Features", ["best.pt"], cards=[describe_photo("x.jpg", photo(), [describe_caption(features, caption, [])])]
+        )
+    )
+    hover(page, words_of(page)[0])
+    largest = int(caption.alpha[0].argmax()) + 1
+    assert f"largest weight at region {largest}: " in page.find_element("css selector", ".status").text
+    assert (shade(page, CENTERS) == 0).all()
 
 
 @pytest.mark.slow
