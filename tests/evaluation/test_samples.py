@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL, build
 from datasets import CaptionDataset
 from evaluation.samples import draw_samples
-from evaluation.scoring import caption_dataset
+from evaluation.scoring import NUM_PICTURES, caption_dataset
 from models import load_captioner
 from modules.decoding import DecodingSettings
 from utils import choose_runtime
@@ -21,7 +21,7 @@ def dataset(shapes, run_folder):
 
 def sample(captioner, dataset):
     decoding = DecodingSettings(max_length=5, batch_size=7)
-    captions = caption_dataset(captioner, [dataset], decoding, choose_runtime("cpu", "fp32"))
+    captions = caption_dataset(captioner, [dataset], decoding, choose_runtime("cpu", "fp32"), num_shown=NUM_PICTURES)
     return captions, draw_samples(captioner, dataset, captions)
 
 
