@@ -219,11 +219,11 @@ def score_words(scorer: CaptionScorer, captions: list[list[str]]) -> ScoredCapti
 
 
 def evaluate_checkpoints(
-    settings: Settings, scorer: CaptionScorer, digest: str
+    settings: Settings, scorer: CaptionScorer
 ) -> tuple[list[dict[str, Any]], list[SplitCaptions], dict[str, Any]]:
     """The rows of all checkpoints and of their ensemble, the last captions, and how captions were decoded.
 
-    Where --compare names a checkpoint, its captions come after the last ones. `digest` is the data folder's.
+    Where --compare names a checkpoint, its captions come after the last ones.
     """
     runtime = choose_runtime(settings.device, settings.precision)
     index = CaptionIndex.load(settings.consensus_index) if settings.consensus_index else None
@@ -235,28 +235,27 @@ def evaluate_checkpoints(
     if is_checkpoint(settings.compare):
         compared = load_models([settings.compare], settings.views, runtime.device)
         compared = {name: combine({name: model}, settings.views) for name, model in compared.items()}
+    metadata = read_metadata(settings.data_folder)
     for captioner in [*models.values(), *compared.values()]:  # an error is one before all work
         decoding_of_rows(settings)[0].constraints(captioner.vocabulary)
-        require_fitting_images(captioner, read_metadata(settings.data_folder), settings.data_folder)
+        require_fitting_images(captioner, metadata, settings.data_folder)
     if index:
         index.find_encoder(list(models.values())[-1])
-        index.require_data(digest, settings.data_folder)
+        index.require_data(metadata["digest"], settings.data_folder)
 
-    def evaluate(name: str, captioner: Captioner | Ensemble) -> tuple[list[dict[str, Any]], SplitCaptions]:
+    def consensus_of(captioner: Captioner | Ensemble) -> Consensus | None:
         # Of several models some may have other encoders than the index.
         fits = index and index.encoder in captioner.fingerprints
-        consensus = make_consensus(index, captioner, settings, runtime) if index and fits else None
-        if name in compared:
-            last = replace_settings(settings, beam_sizes=settings.beam_sizes[-1:])
-            return evaluate_model(last, name, captioner, runtime, scorer.quick(), consensus)
-        return evaluate_model(settings, name, captioner, runtime, scorer, consensus)
+        return make_consensus(index, captioner, settings, runtime) if index and fits else None
 
     rows, found = [], []
     for name, captioner in models.items():
-        new_rows, captions = evaluate(name, captioner)
+        new_rows, captions = evaluate_model(settings, name, captioner, runtime, scorer, consensus_of(captioner))
         found = [captions]
         rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
-    found += [evaluate(name, captioner)[1] for name, captioner in compared.items()]
+    last = replace_settings(settings, beam_sizes=settings.beam_sizes[-1:])
+    for name, captioner in compared.items():
+        found.append(evaluate_model(last, name, captioner, runtime, scorer.quick(), consensus_of(captioner))[1])
     decoded = {
         "decoding": asdict(decoding_of_rows(settings)[-1]) | {name: getattr(settings, name) for name in OTHER_DECODING},
         "consensus_digest": index.data_digest if index else None,  # of the data that the index is of
@@ -292,7 +291,7 @@ def main(settings: Settings) -> None:
         captions = [SplitCaptions(settings.results, scorer.score(scorer.read(settings.results)))]
         rows = [captions[0].scored.row]
     else:
-        rows, captions, decoded = evaluate_checkpoints(settings, scorer, described["digest"])
+        rows, captions, decoded = evaluate_checkpoints(settings, scorer)
         described |= decoded
     if others:
         captions.append(SplitCaptions(settings.compare, scorer.quick().score(others)))

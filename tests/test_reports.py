@@ -116,6 +116,15 @@ def test_a_model_of_other_images_is_refused_before_all_work(evaluate, run_folder
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_model_compared_with_itself_keeps_its_rows(evaluate, shapes, run_folder, tmp_path):
+    best = run_folder / "best.pt"
+    status, err = evaluate("--checkpoint", best, "--output_folder", tmp_path, "--beam_sizes", 1, 3, "--compare", best)
+    assert status == 0, err
+    scores = json.loads((tmp_path / f"scores_best_{shapes.name}_train.json").read_text())
+    assert [row["beam_size"] for row in scores["scores"]] == [1, 3]
+    assert scores["comparison"]["tests"]["cider"]["difference"] == 0
+
+
 def test_the_decoding_is_described():
     plain = asdict(DecodingSettings(beam_size=3)) | {"views": ("original",), "consensus_index": ""}
     plain |= {"consensus_weight": 10.0, "similar_photos": 50}
