@@ -13,14 +13,13 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from common.files import require_writable
+from common.files import display_name, require_writable
 from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.gallery import Gallery
 from evaluation.photos import (
     PhotoRegions,
     collect_photos,
-    display_name,
     find_objects,
     load_photos,
     photo_records,
@@ -245,7 +244,7 @@ def main(settings: Settings) -> None:
     """
     if settings.serve:
         server = make_server(settings)
-        print(f"http://127.0.0.1:{server.server_port}/ captions photos until Ctrl-C", flush=True)
+        print(f"{server.address} captions photos until Ctrl-C", flush=True)
         return server.run()
     decoding = validate_settings(settings)
     runtime = choose_runtime(settings.device, settings.precision)

@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from common.files import read_json, require_writable, write_json
+from common.files import path_text, read_json, require_writable, write_json
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.photos import display_name
 from evaluation.report import require_report
 from evaluation.scoring import caption_split
 from evaluation.split_report import SplitCaptions, report_split
@@ -115,10 +114,10 @@ def describe(settings: Settings) -> dict[str, Any]:
     metadata = read_metadata(settings.data_folder)
     checkpoints = () if settings.results else settings.checkpoint
     return {
-        "checkpoint": [display_name(Path(path).resolve()) for path in checkpoints],
-        "results": display_name(Path(settings.results).resolve()) if settings.results else "",
+        "checkpoint": [path_text(path) for path in checkpoints],
+        "results": path_text(settings.results) if settings.results else "",
         "dataset": metadata.get("dataset"),
-        "data_folder": display_name(Path(settings.data_folder).resolve()),
+        "data_folder": path_text(settings.data_folder),
         "split": settings.split,
         "digest": metadata["digest"],
         "tokenizer": settings.tokenizer,

@@ -82,6 +82,16 @@ def name_in_errors(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def display_name(path: str | Path) -> str:
+    """A file's name as text, which it need not be: JSON holds Unicode only."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def path_text(path: str | Path) -> str:
+    """An absolute path, as `display_name`."""
+    return display_name(Path(path).resolve())
+
+
 def remove_leftovers(folder: Path, pattern: str) -> None:
     """Remove the temporary files of `atomic_write` that killed processes left in a folder, by a pattern of names.
 

@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from common.files import display_name
 from evaluation.ensemble import Ensemble
-from evaluation.photos import display_name
 from evaluation.report import Report, describe_caption, describe_photo, require_report
 from evaluation.visualization import open_for_picture, picture_paths
 from models import Captioner

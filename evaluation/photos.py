@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from common.files import display_name
 from evaluation.ensemble import Ensemble
 from evaluation.visualization import is_our_picture
 from models import Captioner
@@ -70,11 +71,6 @@ def find_objects(photos: Sequence[str], path: str | Path, image_size: int, resiz
             objects = place_objects(objects, photo_size(record.path), image_size, resize)
         found[record.path] = objects
     return [found[record.path] for record in records]
-
-
-def display_name(path: str | Path) -> str:
-    """A file's name as text, which it need not be: JSON holds Unicode only."""
-    return os.fsencode(path).decode(errors="replace")
 
 
 def photo_records(photos: Sequence[str]) -> list[ImageRecord]:

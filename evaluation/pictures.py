@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.files import save_figure
 from evaluation.ensemble import Ensemble
-from evaluation.visualization import FULL_BRIGHTNESS, MAX_FRAMES, MAX_NAMED_EDGES, SOFTWARE, Regions, name_regions
+from evaluation.visualization import FULL_BRIGHTNESS, MAX_FRAMES, SOFTWARE, Regions, name_regions
 from models import Captioner
 from modules.generation import ImageCaption
 from modules.graph import edge_attribution
@@ -191,8 +191,7 @@ def plot_edges(
     axes.scatter(*centers.T, s=400 * alpha / alpha.max(), color="white", alpha=0.6)
     largest = list(edges.items())[:MAX_EDGES]
     if relations is not None:
-        largest = [(edge, share) for edge, share in edges.items() if not any(map(regions.is_whole, edge))]
-        largest = largest[:MAX_NAMED_EDGES]
+        largest = regions.named_edges(edges)
     whole = (0.0, 0.0, photo.width, photo.height)
     for i, name in enumerate(regions.names):
         if regions.is_part(i) and any(i in edge for edge, _ in largest):

@@ -163,16 +163,14 @@ def describe_text(words: Sequence[str], scores: Mapping[str, float]) -> dict[str
 def describe_edges(caption: ImageCaption, regions: Regions, has_relations: bool) -> list[list[list[float]]]:
     """For each word the edges of the graph that mattered most: source, target, share, index of the relation or 0.
 
-    As `evaluation.pictures.plot_edges`, those of the whole photo are left out where relations are named.
+    Where relations are named they are those of `Regions.named_edges`.
     """
     assert caption.neighbors is not None
     relations = spatial_relations(caption.boxes.unsqueeze(0))[0] if has_relations else None
     described = []
     for alpha in caption.alpha[: len(caption.words)]:
-        edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights).items()
-        if has_relations:
-            edges = [(edge, share) for edge, share in edges if not any(map(regions.is_whole, edge))]
-        largest = list(edges)[:MAX_NAMED_EDGES]
+        edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
+        largest = regions.named_edges(edges) if has_relations else list(edges.items())[:MAX_NAMED_EDGES]
         described.append(
             [[*edge, round(share, 4), 0 if relations is None else int(relations[edge])] for edge, share in largest]
         )

@@ -83,6 +83,11 @@ class CaptionServer(ThreadingHTTPServer):
         if self.server_port == 80:  # which browsers leave out
             self.hosts |= set(names)
 
+    @property
+    def address(self) -> str:
+        """Where the page is."""
+        return f"http://{HOST}:{self.server_port}/"
+
     def run(self) -> None:
         """Serve until Ctrl-C."""
         try:
@@ -172,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_host(self) -> None:
         """Raise RequestError for another host, origin, path or method."""
-        hosts, address = self.headers.get_all("Host", []), f"http://{HOST}:{self.server.server_port}/"
+        hosts, address = self.headers.get_all("Host", []), self.server.address
         if len(hosts) != 1 or hosts[0].lower() not in self.server.hosts:
             raise RequestError(403, f"another host: open {address}")
         origin = self.headers.get("Origin")

@@ -55,6 +55,14 @@ class Regions(NamedTuple):
         """Whether a region is the whole photo."""
         return bool((self.boxes[i] == (0, 0, 1, 1)).all())
 
+    def named_edges(self, edges: dict[tuple[int, int], float]) -> list[tuple[tuple[int, int], float]]:
+        """Of edges with their shares, largest first, those whose relations are named, MAX_NAMED_EDGES at most.
+
+        Those of the whole photo, which is around everything, are left out.
+        """
+        kept = [(edge, share) for edge, share in edges.items() if not any(map(self.is_whole, edge))]
+        return kept[:MAX_NAMED_EDGES]
+
     def is_part(self, i: int) -> bool:
         """Whether a region is a part of the photo, and no cell of a grid."""
         return self.names[i] is not None and not self.is_whole(i)

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import write_json
+from common.files import path_text, write_json
 from preparation.images import MIN_DECODED, open_photo, place_objects, to_square
 from preparation.installation import require_space
 from preparation.records import ImageRecord
@@ -247,11 +247,6 @@ def describe_split(split: str, records: list[ImageRecord], vocabulary: Vocabular
         f"{split}: {len(records)} images, {len(lengths)} captions of {lengths[0]} to {lengths[-1]} words "
         f"(median {statistics.median_low(lengths)}), {unknown / sum(lengths):.2%} <unk>"
     )
-
-
-def path_text(path: str | Path) -> str:
-    """An absolute path as JSON can hold it."""
-    return os.fsencode(Path(path).resolve()).decode(errors="replace")
 
 
 def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:

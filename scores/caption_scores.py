@@ -1,13 +1,13 @@
 """All scores of sets of captions of one split, with intervals, per image, and against each other."""
 
 import copy
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.files import path_text
 from preparation.storage import read_captions, read_metadata
 from scores.bootstrap import (
     confidence_intervals,
@@ -17,7 +17,7 @@ from scores.bootstrap import (
 )
 from scores.diversity import diversity, training_captions
 from scores.metrics import ROW_KEYS, TITLES, compute_meteor, format_table
-from scores.per_image import image_scores
+from scores.per_image import image_scores, image_texts
 from scores.results_files import read_results
 from scores.spice import compute_spice, require_spice
 from scores.tokenization import ptb_references, ptb_tokenize
@@ -80,13 +80,12 @@ class CaptionScorer:
         statistics = image_statistics(self.references, predictions, scores)
         of_split = scores_of_sums(statistics.sum(axis=0), len(words))
         row: dict[str, Any] = {name: float(score) for name, score in of_split.items()} | {"meteor": None}
-        reference_texts = {i: [" ".join(caption) for caption in captions] for i, captions in enumerate(self.references)}
-        predicted_texts = {i: [" ".join(caption)] for i, caption in enumerate(predictions)}
+        texts = image_texts(self.references, predictions)
         if self.meteor:
-            row["meteor"], of_images = compute_meteor(reference_texts, predicted_texts)
+            row["meteor"], of_images = compute_meteor(*texts)
             scores["meteor"] = np.array(of_images)
         if self.spice:
-            scores["spice"] = compute_spice(reference_texts, predicted_texts)
+            scores["spice"] = compute_spice(*texts)
             row["spice"] = float(scores["spice"].mean())
         row |= {"intervals": confidence_intervals(statistics), "diversity": diversity(words, self.training)}
         results = [
@@ -103,7 +102,7 @@ class CaptionScorer:
 def compare_captions(scored: ScoredCaptions, other: ScoredCaptions, path: str) -> dict[str, Any]:
     """The paired test of scored captions against those of a file, for the file of scores."""
     tests = paired_test(scored.statistics, other.statistics)
-    return {"file": os.fsencode(Path(path).resolve()).decode(errors="replace"), "tests": tests}
+    return {"file": path_text(path), "tests": tests}
 
 
 def half_intervals(rows: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor as reference_meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
+from scores.per_image import image_texts
 from utils import InputError
 
 # The columns of the table, in their order.
@@ -97,12 +98,11 @@ def compute_metrics(references: list[list[list[str]]], predictions: list[list[st
         warnings.simplefilter("ignore")  # of n-grams without a match, whose precision is then the smallest float
         bleu: Any = corpus_bleu(references, predictions, ngram_weights)
     no_match = sys.float_info.min ** (1 / 4)  # BLEU-4 at most, with such a precision; BLEU-2 and 3 are below
-    reference_texts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
-    predicted_texts = {i: [" ".join(words)] for i, words in enumerate(predictions)}
+    texts = image_texts(references, predictions)
     return {
         **{f"bleu_{n}": float(score) if score > no_match else 0.0 for n, score in enumerate(bleu, start=1)},
-        "rouge_l": float(Rouge().compute_score(reference_texts, predicted_texts)[0]),
-        "cider": float(Cider().compute_score(reference_texts, predicted_texts)[0]),
+        "rouge_l": float(Rouge().compute_score(*texts)[0]),
+        "cider": float(Cider().compute_score(*texts)[0]),
     }
 
 

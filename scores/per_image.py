@@ -22,13 +22,20 @@ def image_scores(references: list[list[list[str]]], predictions: list[list[str]]
         references: for each image its captions, each a list of words.
         predictions: for each image one caption, a list of words.
     """
-    reference_texts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
-    predicted_texts = {i: [" ".join(words)] for i, words in enumerate(predictions)}
+    texts = image_texts(references, predictions)
     return {
         "bleu_4": _smoothed_bleu(bleu_statistics(references, predictions)),
-        "rouge_l": np.asarray(Rouge().compute_score(reference_texts, predicted_texts)[1]),
-        "cider": np.asarray(Cider().compute_score(reference_texts, predicted_texts)[1]),
+        "rouge_l": np.asarray(Rouge().compute_score(*texts)[1]),
+        "cider": np.asarray(Cider().compute_score(*texts)[1]),
     }
+
+
+def image_texts(
+    references: list[list[list[str]]], predictions: list[list[str]]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """References and predictions of `image_scores` as pycocoevalcap takes them: each image's sentences by its index."""
+    reference_texts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
+    return reference_texts, {i: [" ".join(words)] for i, words in enumerate(predictions)}
 
 
 def bleu_statistics(references: list[list[list[str]]], predictions: list[list[str]]) -> np.ndarray:
