@@ -39,7 +39,17 @@ from utils import InputError, Runtime, choose_runtime, replace_settings, require
 # Of the settings, beside DecodingSettings.
 OTHER_DECODING = ("views", "consensus_index", "consensus_weight", "similar_photos")
 # The flags that go with --results, and with --runs, which decode nothing; those of --runs name the files of scores.
-OF_SCORES = {"data_folder", "split", "output_folder", "tokenizer", "compare", "spice", "report", "report_photos"}
+OF_SCORES = {
+    "data_folder",
+    "split",
+    "output_folder",
+    "photos",
+    "tokenizer",
+    "compare",
+    "spice",
+    "report",
+    "report_photos",
+}
 OF_RUNS = {"runs", "data_folder", "split", "tokenizer", "views", "samples", "consensus_index"}
 
 
@@ -57,6 +67,7 @@ class Settings:
     features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
 
     # group: scores
+    photos: str = ""  # of --results, score only those of the photos that this text file names, one a line
     tokenizer: Literal["plain", "ptb"] = "plain"  # ptb: words of the original sentences as in COCO's scores, needs Java
     compare: str = ""  # a results file, or a checkpoint: test whether the last row's scores differ from its scores
     spice: bool = False  # SPICE too; needs Java and parts that are not installed with the rest
@@ -97,7 +108,7 @@ def output_path(settings: Settings, kind: str) -> Path:
 
     Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json. Views, sampling,
     consensus and another tokenizer have names of their own, scores_best_consensus_flickr8k_test.json. The scores of a
-    results file lie beside it and have its name in place of the checkpoint's.
+    results file lie beside it and have its name in place of the checkpoint's, and that of the list of --photos.
     """
     source, data_folder = Path(settings.results or settings.checkpoint[0]), Path(settings.data_folder).resolve()
     folder = Path(settings.output_folder or source.parent)
@@ -105,7 +116,7 @@ def output_path(settings: Settings, kind: str) -> Path:
     name = f"ensemble{len(settings.checkpoint)}" if is_ensemble else source.stem
     parts = list(settings.views[1:])
     parts += ["samples"] * bool(settings.samples) + ["consensus"] * bool(settings.consensus_index)
-    parts += ["ptb"] * (settings.tokenizer == "ptb")
+    parts += ["ptb"] * (settings.tokenizer == "ptb") + [Path(settings.photos).stem] * bool(settings.photos)
     return folder / "_".join([kind, name, *parts, data_folder.name, f"{settings.split}.json"])
 
 
@@ -119,6 +130,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         "dataset": metadata.get("dataset"),
         "data_folder": path_text(settings.data_folder),
         "split": settings.split,
+        "photos": path_text(settings.photos) if settings.photos else "",
         "digest": metadata["digest"],
         "tokenizer": settings.tokenizer,
         "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": SEED},
@@ -156,6 +168,8 @@ def validate_settings(settings: Settings) -> None:
     folders = [str(Path(run).resolve()) for run in settings.runs]
     if settings.runs and len(set(folders)) < max(2, len(folders)):
         raise InputError(f"--runs {' '.join(settings.runs)}: give two run folders or more, each once")
+    if settings.photos and (settings.report or not settings.results):
+        raise InputError(f"--photos {settings.photos}: goes with --results, without --report")
     if settings.results and is_checkpoint(settings.compare):
         raise InputError(f"--compare {settings.compare}: --results decodes nothing, give that model's results file")
     require_at_least(settings, 1, "beam_sizes", "similar_photos")
@@ -284,7 +298,14 @@ def main(settings: Settings) -> None:
     if settings.report:
         require_report(report_path)
     java = has_java()
-    scorer = CaptionScorer(settings.data_folder, settings.split, settings.tokenizer, java=java, spice=settings.spice)
+    scorer = CaptionScorer(
+        settings.data_folder,
+        settings.split,
+        settings.tokenizer,
+        photos=settings.photos,
+        java=java,
+        spice=settings.spice,
+    )
     others = scorer.read(settings.compare) if settings.compare and not is_checkpoint(settings.compare) else None
     if settings.results:
         captions = [SplitCaptions(settings.results, scorer.score(scorer.read(settings.results)))]

@@ -41,13 +41,16 @@ class CaptionScorer:
 
     Args:
         tokenizer: "plain" or "ptb", which needs Java.
+        photos: a text file that names the photos to score, one a line; "": all.
         java: whether Java runs, so that there is METEOR.
         spice: compute SPICE, which needs Java and parts of its own.
 
     Raises InputError where the split cannot be read or something that was asked for is missing.
     """
 
-    def __init__(self, data_folder: str | Path, split: str, tokenizer: str, *, java: bool, spice: bool) -> None:
+    def __init__(
+        self, data_folder: str | Path, split: str, tokenizer: str, *, photos: str = "", java: bool, spice: bool
+    ) -> None:
         if tokenizer == "ptb" and not java:
             raise InputError("--tokenizer ptb needs Java: install a Java runtime (such as openjdk)")
         if spice:
@@ -55,13 +58,30 @@ class CaptionScorer:
         metadata = read_metadata(data_folder)
         self.where = f"the {split} split of {data_folder}"
         self.is_ptb, self.meteor, self.spice = tokenizer == "ptb", java, spice
-        self.entries, captions, _ = read_captions(data_folder, split, metadata)
-        self.references = ptb_references(data_folder, split) if self.is_ptb else captions.decode()
+        self.all_entries, captions, _ = read_captions(data_folder, split, metadata)
+        references = ptb_references(data_folder, split) if self.is_ptb else captions.decode()
+        self.indices = self._named(photos) if photos else range(len(references))
+        self.entries = [self.all_entries[i] for i in self.indices]
+        self.references = [references[i] for i in self.indices]
         self.training = training_captions(data_folder, metadata)
 
     def read(self, path: str) -> list[str]:
-        """The captions of a results file, in the split's order; InputError where they are not those of the split."""
-        return read_results(path, self.entries, self.where)
+        """The captions of a results file, in the split's order; InputError where they are not those of the split.
+
+        The file has a caption for each image, also where only some are scored.
+        """
+        captions = read_results(path, self.all_entries, self.where)
+        return [captions[i] for i in self.indices]
+
+    def _named(self, path: str) -> list[int]:
+        """The images that a text file names, in the split's order; InputError for none or an unknown one."""
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        names = {line.strip() for line in lines} - {""}
+        if not names:
+            raise InputError(f"--photos {path} names no photo: it is a text file with the name of a photo on each line")
+        if unknown := sorted(names - {entry["image"] for entry in self.all_entries}):
+            raise InputError(f"--photos {path}: {unknown[0]} is not in {self.where}")
+        return [i for i, entry in enumerate(self.all_entries) if entry["image"] in names]
 
     def quick(self) -> "CaptionScorer":
         """The same without METEOR and SPICE, which are slow, for captions that others are compared with."""

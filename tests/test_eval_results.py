@@ -108,6 +108,44 @@ def test_a_checkpoint_is_compared_with_its_own_captions(score, run_folder, resul
     assert [item["caption"] for item in per_image] == [item["caption"] for item in json.loads(own.read_text())]
 
 
+def test_only_the_photos_of_a_list_are_scored(score, shapes, entries, results, tmp_path):
+    near, far = results
+    kept = [entry["image"] for entry in entries[1::2]]
+    photos = tmp_path / "every_second.txt"
+    photos.write_text("\n".join(reversed(kept)) + "\n\n")
+    status, _, err = score("--results", near, "--photos", photos, "--compare", far)
+    assert status == 0, err
+    scores = json.loads((tmp_path / "scores_near_every_second_shapes_train.json").read_text())
+    assert scores["photos"] == str(photos)
+    words = [tokenize(item["caption"]) for item in json.loads(near.read_text())][1::2]
+    references = read_captions(shapes, "train").captions.decode()[1::2]
+    expected = compute_metrics(references, words)
+    assert {name: scores["scores"][0][name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    per_image = json.loads((tmp_path / "scores_per_image_near_every_second_shapes_train.json").read_text())
+    assert [item["image"] for item in per_image] == kept
+    others = [tokenize(item["caption"]) for item in json.loads(far.read_text())][1::2]
+    difference = expected["cider"] - compute_metrics(references, others)["cider"]
+    assert scores["comparison"]["tests"]["cider"]["difference"] == pytest.approx(difference)
+
+
+def test_a_list_of_photos_is_checked(score, run_folder, results, tmp_path):
+    near, photos = results[0], tmp_path / "photos.txt"
+
+    def refused(*arguments):
+        status, _, err = score(*arguments)
+        assert status == 2 and err.count("\n") == 1 and "Traceback" not in err
+        return err
+
+    assert "No such file" in refused("--results", near, "--photos", photos)
+    photos.write_text("\n")
+    assert "names no photo" in refused("--results", near, "--photos", photos)
+    photos.write_text("nowhere.png\n")
+    assert "nowhere.png is not in the train split" in refused("--results", near, "--photos", photos)
+    assert "goes with --results" in refused("--checkpoint", run_folder / "best.pt", "--photos", photos)
+    assert "without --report" in refused("--results", near, "--photos", photos, "--report")
+    assert not list(tmp_path.glob("scores*"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_ptb_scores_are_those_of_cocos_pipeline(command, shapes, tmp_path, monkeypatch):
