@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo check test lint bench
+.PHONY: demo check test lint bench record
 
 .venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,11 @@ lint: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
+
+# Trains Flickr8k's best captioner and scores it: make record RECORD="--captions dataset_flickr8k.json --images Images".
+# Hours of work, which may be interrupted and started again: docs/results.md.
+record: .venv/installed
+	$(RUN) benchmarks/record.py $(RECORD)
 
 bench: .venv/installed
 	$(RUN) benchmarks/bench_train.py

@@ -1,0 +1,112 @@
+"""The best recipe for Flickr8k, from photos to scores: python benchmarks/record.py --captions dataset_flickr8k.json
+
+It runs the scripts one after another and prints each command. What is finished is not repeated and a training that was
+stopped is resumed, so start it again after an interruption. docs/results.md has what it gave, and how long it took.
+"""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.files import atomic_write
+from preparation.storage import read_captions
+from utils import InputError, require_at_least, run_script
+
+ROOT = Path(__file__).parent.parent
+BEAM_SIZE, CONSENSUS_BEAM_SIZE = 5, 10
+HALVES = ("chosen_on", "reported_on")  # of the validation photos
+FINISHED = "finished"  # an empty file in the folder of a training that ran to its end
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Prepare Flickr8k, train the models of the record, score each and all together on the validation photos."""
+
+    captions: str = "dataset_flickr8k.json"  # of Karpathy's format, as create_input_files.py takes it
+    images: str = "Images"  # folder of the photos
+    encoder: str = "resnet50"  # torchvision network
+    encoder_weights: str = "imagenet"  # imagenet, or the path of a torchvision state dict
+    data_folder: str = "data/flickr8k"  # the prepared folder; one that is there is taken
+    output_folder: str = "runs/record"  # folder of the runs
+    seeds: tuple[int, ...] = (0, 1, 2)  # each is one model
+    epochs: int = 8  # of cross-entropy
+    scst_epochs: int = 8  # of self-critical training
+
+
+def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
+    """Each command, and the file that is there once it has run; the commands before it have run then."""
+    data, runs = Path(settings.data_folder), Path(settings.output_folder)
+    prepare = ["--dataset", "flickr8k", "--captions", settings.captions, "--images", settings.images]
+    yield (
+        data / "dataset.json",
+        ["create_input_files.py", *prepare, "--image_size", "224", "--output_folder", str(data)],
+    )
+    common = ["--data_folder", str(data), "--hflip"]
+    encoder = ["--encoder", settings.encoder, "--encoder_weights", settings.encoder_weights]
+    trained = []
+    for seed in settings.seeds:
+        first, then = runs / f"cross_entropy{seed}", runs / f"scst{seed}"
+        begin = [*encoder, "--seed", str(seed), "--epochs", str(settings.epochs)]
+        yield from training(first, [*common, *begin])
+        scst = ["--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40", "--seed", str(seed)]
+        scst += ["--epochs", str(settings.scst_epochs)]
+        yield from training(then, ["--init_from", str(first / "best.pt"), *common, *scst])
+        trained.append(str(then / "best.pt"))
+    index = runs / "consensus.pt"
+    yield index, ["tools/index_captions.py", "--checkpoint", trained[0], *common[:2], "--output", str(index)]
+    evaluate = ["eval.py", *common[:2], "--split", "val"]
+    for seed, checkpoint in zip(settings.seeds, trained, strict=True):
+        scores = runs / f"scst{seed}" / f"scores_best_{data.name}_val.json"
+        yield scores, [*evaluate, "--checkpoint", checkpoint, "--beam_sizes", str(BEAM_SIZE)]
+    consensus = ["--beam_sizes", str(CONSENSUS_BEAM_SIZE), "--consensus_index", str(index)]
+    name = f"ensemble{len(trained)}" if len(trained) > 1 else "best"
+    together = f"{name}_consensus_{data.name}_val"
+    folder = Path(trained[0]).parent
+    yield folder / f"scores_{together}.json", [*evaluate, "--checkpoint", *trained, *consensus]
+    write_halves(settings)
+    for half in HALVES:
+        scores = folder / f"scores_results_{together}_{half}_{data.name}_val.json"
+        results = ["--results", str(folder / f"results_{together}.json"), "--photos", str(runs / f"{half}.txt")]
+        yield scores, [*evaluate, *results]
+
+
+def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """A training from the start or from where it stopped; train.py itself says where nothing is left to do."""
+    last = folder / "last.pt"
+    resume = ["--resume", str(last)] if last.exists() else [*arguments, "--run_folder", str(folder)]
+    yield folder / FINISHED, ["train.py", *resume]
+
+
+def write_halves(settings: Settings) -> None:
+    """Lists of the validation photos: settings are chosen on one half and reported on the other.
+
+    Of the names in their order every second one is in each.
+    """
+    names = sorted(entry["image"] for entry in read_captions(settings.data_folder, "val").entries)
+    for i, half in enumerate(HALVES):
+        with atomic_write(Path(settings.output_folder) / f"{half}.txt") as temporary:
+            temporary.write_text("\n".join(names[i::2]) + "\n", encoding="utf-8")
+
+
+def main(settings: Settings) -> None:
+    """Run what is not done yet."""
+    require_at_least(settings, 1, "epochs", "scst_epochs")
+    if not settings.seeds:
+        raise InputError("--seeds: give one seed or more")
+    for done, command in steps(settings):
+        if done.exists():
+            continue
+        print(f"\n$ python {shlex.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
+        if status:
+            sys.exit(status)  # the script has said why
+        if done.name == FINISHED:
+            done.touch()
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
