@@ -14,8 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common.files import display_name, require_writable
-from evaluation.caption_index import CaptionIndex
-from evaluation.consensus import make_consensus
+from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.gallery import Gallery
 from evaluation.photos import (

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 
 from common.files import path_text, read_json, require_writable, write_json
-from evaluation.caption_index import CaptionIndex
-from evaluation.consensus import Consensus, make_consensus
+from evaluation.consensus import CaptionIndex, Consensus, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
 from evaluation.report import require_report
 from evaluation.scoring import caption_split

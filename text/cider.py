@@ -54,12 +54,12 @@ class CiderD:
                 caption_counts.append(len(image_captions))
                 yield from image_captions
 
-        ids, lengths = encode_words(all_captions(), self.ids)
+        ids, lengths = self._encode(all_captions())
         if not len(ids):
             raise ValueError("no caption has a word")
         images = np.repeat(np.arange(len(caption_counts), dtype=np.uint64), caption_counts)  # of each caption
         found = []  # each n-gram once for each image
-        for owners, hashes in ngrams(ids, lengths):
+        for owners, hashes in _ngrams(ids, lengths):
             _, first = np.unique(hashes * np.uint64(MULTIPLIER) + images[owners], return_index=True)
             found.append(hashes[first])
         # Both (G,): the n-grams, and how many images have each.
@@ -88,7 +88,7 @@ class CiderD:
 
     def _tfidf(self, captions: Sequence[Sequence]) -> "_Vectors":
         """The TF-IDF weights of the n-grams of captions."""
-        parts = list(ngrams(*encode_words(captions, self.ids)))
+        parts = list(_ngrams(*self._encode(captions)))
         owners, hashes = (np.concatenate(part) for part in zip(*parts, strict=True))
         sizes = np.repeat(np.arange(1, MAX_N + 1), [len(part) for part, _ in parts])
         distinct, first, columns = np.unique(hashes, return_index=True, return_inverse=True)
@@ -105,21 +105,17 @@ class CiderD:
         frequencies = np.where(self.hashes[positions] == hashes, self.frequencies[positions], 1)
         return self.log_images - np.log(frequencies)
 
-
-def encode_words(captions: Iterable[Sequence], ids: dict[Any, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The words of M captions as ids from 1 on, concatenated (L,), and the captions' lengths (M,).
-
-    Words that `ids` lacks are added to it.
-    """
-    word_ids, lengths = array("Q"), array("q")
-    for words in captions:
-        word_ids.extend([ids.setdefault(word, len(ids) + 1) for word in words])
-        lengths.append(len(words))
-    return np.asarray(word_ids), np.asarray(lengths)
+    def _encode(self, captions: Iterable[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+        """The words of M captions as ids from 1 on, concatenated (L,), and the captions' lengths (M,)."""
+        ids, lengths = array("Q"), array("q")
+        for words in captions:
+            ids.extend([self.ids.setdefault(word, len(self.ids) + 1) for word in words])
+            lengths.append(len(words))
+        return np.asarray(ids), np.asarray(lengths)
 
 
-def ngrams(ids: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For n from 1 to MAX_N the n-grams of captions as `encode_words` gives them: the caption and hash of each."""
+def _ngrams(ids: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For n from 1 to MAX_N the n-grams of captions as `CiderD._encode` gives them: the caption and hash of each."""
     owners = np.repeat(np.arange(len(lengths)), lengths)  # (L,)
     remaining = np.cumsum(lengths)[owners] - np.arange(len(ids))  # words from each one to its caption's end
     hashes = np.zeros_like(ids)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import require_writable
 from datasets import CaptionDataset, in_order, make_batches, make_loader
-from evaluation.caption_index import CaptionIndex, is_index_file
+from evaluation.consensus import CaptionIndex, is_index_file
 from models import Captioner, load_captioner
 from modules.encoders import NoEncoder
 from preparation.storage import read_metadata

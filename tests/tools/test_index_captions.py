@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from datasets import CaptionDataset
-from evaluation.caption_index import CaptionIndex
+from evaluation.consensus import CaptionIndex
 from models import load_captioner
 from preparation.storage import read_metadata
 from tools import index_captions
@@ -22,7 +22,7 @@ def test_the_index_holds_the_training_photos(command, shapes, run_folder, tmp_pa
         images = torch.from_numpy(np.stack([dataset[i, False][1] for i in range(len(dataset))]))
         means = captioner.encoder(images).mean(dim=1)
     torch.testing.assert_close(index.center, means.mean(dim=0), rtol=1e-2, atol=1e-3)
-    norms = index.embeddings.float().norm(dim=1)
+    norms = index.features.float().norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=2e-3)
 
 
