@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import atomic_write
 from preparation.storage import read_captions
-from utils import InputError, require_at_least, run_script
+from utils import require_at_least, run_script
 
 ROOT = Path(__file__).parent.parent
 BEAM_SIZE, CONSENSUS_BEAM_SIZE = 5, 10
@@ -24,7 +24,7 @@ FINISHED = "finished"  # an empty file in the folder of a training that ran to i
 
 @dataclass(frozen=True)
 class Settings:
-    """Prepare Flickr8k, train the models of the record, score each and all together on the validation photos."""
+    """Prepare Flickr8k, train its best model, a mean of several trainings, and score it on the validation photos."""
 
     captions: str = "dataset_flickr8k.json"  # of Karpathy's format, as create_input_files.py takes it
     images: str = "Images"  # folder of the photos
@@ -32,7 +32,7 @@ class Settings:
     encoder_weights: str = "imagenet"  # imagenet, or the path of a torchvision state dict
     data_folder: str = "data/flickr8k"  # the prepared folder; one that is there is taken
     output_folder: str = "runs/record"  # folder of the runs
-    seeds: tuple[int, ...] = (0, 1, 2)  # each is one model
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the trainings whose weights are averaged; the first is of the start, too
     epochs: int = 8  # of cross-entropy
     scst_epochs: int = 8  # of self-critical training
 
@@ -47,31 +47,42 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     )
     common = ["--data_folder", str(data), "--hflip"]
     encoder = ["--encoder", settings.encoder, "--encoder_weights", settings.encoder_weights]
-    trained = []
-    for seed in settings.seeds:
-        first, then = runs / f"cross_entropy{seed}", runs / f"scst{seed}"
-        begin = [*encoder, "--seed", str(seed), "--epochs", str(settings.epochs)]
-        yield from training(first, [*common, *begin])
-        scst = ["--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40", "--seed", str(seed)]
-        scst += ["--epochs", str(settings.scst_epochs)]
-        yield from training(then, ["--init_from", str(first / "best.pt"), *common, *scst])
-        trained.append(str(then / "best.pt"))
-    index = runs / "consensus.pt"
-    yield index, ["tools/index_captions.py", "--checkpoint", trained[0], *common[:2], "--output", str(index)]
+    start, seeds = runs / "cross_entropy", list(map(str, settings.seeds))
+    yield from training(start, [*common, *encoder, "--seed", seeds[0], "--epochs", str(settings.epochs)])
+    scst = [
+        "--objective",
+        "scst",
+        "--learning_rate",
+        "3e-4",
+        "--batch_size",
+        "40",
+        "--epochs",
+        str(settings.scst_epochs),
+    ]
+    models = {seed: runs / f"scst{seed}" for seed in seeds}
+    for seed, folder in models.items():
+        yield from training(folder, ["--init_from", str(start / "best.pt"), *common, *scst, "--seed", seed])
+    if len(seeds) > 1:
+        models["soup"] = runs / "soup"
+        members = [str(models[seed] / "best.pt") for seed in seeds]
+        best = models["soup"] / "best.pt"
+        yield best, ["tools/average_checkpoints.py", *members, "--output", str(best)]
+    index, final = runs / "consensus.pt", list(models.values())[-1]
+    yield (
+        index,
+        ["tools/index_captions.py", "--checkpoint", str(start / "best.pt"), *common[:2], "--output", str(index)],
+    )
     evaluate = ["eval.py", *common[:2], "--split", "val"]
-    for seed, checkpoint in zip(settings.seeds, trained, strict=True):
-        scores = runs / f"scst{seed}" / f"scores_best_{data.name}_val.json"
-        yield scores, [*evaluate, "--checkpoint", checkpoint, "--beam_sizes", str(BEAM_SIZE)]
+    for folder in models.values():
+        scores = folder / f"scores_best_{data.name}_val.json"
+        yield scores, [*evaluate, "--checkpoint", str(folder / "best.pt"), "--beam_sizes", str(BEAM_SIZE)]
     consensus = ["--beam_sizes", str(CONSENSUS_BEAM_SIZE), "--consensus_index", str(index)]
-    name = f"ensemble{len(trained)}" if len(trained) > 1 else "best"
-    together = f"{name}_consensus_{data.name}_val"
-    folder = Path(trained[0]).parent
-    yield folder / f"scores_{together}.json", [*evaluate, "--checkpoint", *trained, *consensus]
+    name = f"best_consensus_{data.name}_val"
+    yield final / f"scores_{name}.json", [*evaluate, "--checkpoint", str(final / "best.pt"), *consensus]
     write_halves(settings)
     for half in HALVES:
-        scores = folder / f"scores_results_{together}_{half}_{data.name}_val.json"
-        results = ["--results", str(folder / f"results_{together}.json"), "--photos", str(runs / f"{half}.txt")]
-        yield scores, [*evaluate, *results]
+        results = ["--results", str(final / f"results_{name}.json"), "--photos", str(runs / f"{half}.txt")]
+        yield final / f"scores_results_{name}_{half}_{data.name}_val.json", [*evaluate, *results]
 
 
 def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[str]]]:
@@ -95,8 +106,6 @@ def write_halves(settings: Settings) -> None:
 def main(settings: Settings) -> None:
     """Run what is not done yet."""
     require_at_least(settings, 1, "epochs", "scst_epochs")
-    if not settings.seeds:
-        raise InputError("--seeds: give one seed or more")
     for done, command in steps(settings):
         if done.exists():
             continue

@@ -1,7 +1,7 @@
 """The commands of benchmarks/record.py: the scripts take them, finished ones are not repeated, stopped ones resumed."""
 
 import importlib
-import sys
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +21,8 @@ def run_record(command, monkeypatch, shapes, tmp_path):
 
         def fake(command):
             script, flags = command[1].name, list(map(str, command[2:]))
-            module = importlib.import_module(f"tools.{script[:-3]}" if "index" in script else script[:-3])
+            folder = "tools." if "tools" in command[1].parts else ""
+            module = importlib.import_module(folder + script.removesuffix(".py"))
             utils.parse_settings(module.Settings, flags)  # each flag is one of the script's
             commands.append((script, flags))
             if script in failing:
@@ -30,8 +31,10 @@ def run_record(command, monkeypatch, shapes, tmp_path):
                 run_folder = record.Path(flags[flags.index("--run_folder") + 1])
                 run_folder.mkdir(parents=True)
                 (run_folder / "last.pt").touch()
-            if script == "index_captions.py":
-                record.Path(flags[flags.index("--output") + 1]).touch()
+            if "--output" in flags:
+                output = record.Path(flags[flags.index("--output") + 1])
+                output.parent.mkdir(exist_ok=True)
+                output.touch()
             return SimpleNamespace(returncode=0)
 
         monkeypatch.setattr(record.subprocess, "run", fake)
@@ -50,11 +53,14 @@ def test_the_scripts_take_the_commands(run_record):
     status, commands = run_record.run("--seeds", 4, 5)
     assert status == 0
     scripts = [script for script, _ in commands]
-    assert scripts == ["train.py"] * 4 + ["index_captions.py"] + ["eval.py"] * 5  # the folder is prepared already
-    first, scst = commands[0][1], commands[1][1]
-    assert first[first.index("--seed") + 1] == "4" and first[first.index("--epochs") + 1] == "3"
-    assert scst[scst.index("--init_from") + 1] == str(run_record.folder / "cross_entropy4" / "best.pt")
-    assert scst[scst.index("--objective") + 1] == "scst" and scst[scst.index("--epochs") + 1] == "2"
+    tools = ["average_checkpoints.py", "index_captions.py"]
+    assert scripts == ["train.py"] * 3 + tools + ["eval.py"] * 6  # the folder is prepared already
+    flags = [dict(itertools.pairwise(each)) for _, each in commands]
+    assert flags[0]["--seed"] == "4" and flags[0]["--epochs"] == "3"
+    for each, seed in zip(flags[1:3], "45", strict=True):
+        assert each["--init_from"] == str(run_record.folder / "cross_entropy" / "best.pt")
+        assert (each["--objective"], each["--epochs"], each["--seed"]) == ("scst", "2", seed)
+    assert flags[-3]["--checkpoint"] == str(run_record.folder / "soup" / "best.pt")
 
 
 def test_every_second_photo_is_in_each_half(run_record, shapes):
@@ -76,6 +82,8 @@ def test_what_is_finished_is_not_repeated_and_what_stopped_is_resumed(run_record
     assert commands[0] == resumed and all(script == "eval.py" for script, _ in commands[1:])
 
 
-def test_a_seed_is_needed(run_record):
-    assert sys.modules["record"] is record
-    assert run_record.run("--seeds")[0] == 2
+def test_one_training_needs_no_mean(run_record):
+    status, commands = run_record.run("--seeds", 0)
+    assert (
+        status == 0 and [script for script, _ in commands] == ["train.py"] * 2 + ["index_captions.py"] + ["eval.py"] * 4
+    )
