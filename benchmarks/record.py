@@ -17,7 +17,8 @@ from preparation.storage import read_captions
 from utils import require_at_least, run_script
 
 ROOT = Path(__file__).parent.parent
-BEAM_SIZE, CONSENSUS_BEAM_SIZE = 5, 10
+BEAM_SIZE = 5  # of each model
+CONSENSUS = ("--beam_sizes", "10", "--consensus_weight", "20")  # of the best
 HALVES = ("chosen_on", "reported_on")  # of the validation photos
 FINISHED = "finished"  # an empty file in the folder of a training that ran to its end
 
@@ -76,7 +77,7 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     for folder in models.values():
         scores = folder / f"scores_best_{data.name}_val.json"
         yield scores, [*evaluate, "--checkpoint", str(folder / "best.pt"), "--beam_sizes", str(BEAM_SIZE)]
-    consensus = ["--beam_sizes", str(CONSENSUS_BEAM_SIZE), "--consensus_index", str(index)]
+    consensus = [*CONSENSUS, "--consensus_index", str(index)]
     name = f"best_consensus_{data.name}_val"
     yield final / f"scores_{name}.json", [*evaluate, "--checkpoint", str(final / "best.pt"), *consensus]
     write_halves(settings)
