@@ -17,6 +17,7 @@ from preparation.storage import read_captions
 from utils import require_at_least, run_script
 
 ROOT = Path(__file__).parent.parent
+SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
 BEAM_SIZE = 5  # of each model
 CONSENSUS = ("--beam_sizes", "10", "--consensus_weight", "20")  # of the best
 HALVES = ("chosen_on", "reported_on")  # of the validation photos
@@ -42,24 +43,13 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     """Each command, and the file that is there once it has run; the commands before it have run then."""
     data, runs = Path(settings.data_folder), Path(settings.output_folder)
     prepare = ["--dataset", "flickr8k", "--captions", settings.captions, "--images", settings.images]
-    yield (
-        data / "dataset.json",
-        ["create_input_files.py", *prepare, "--image_size", "224", "--output_folder", str(data)],
-    )
+    prepare += ["--image_size", "224", "--output_folder", str(data)]
+    yield data / "dataset.json", ["create_input_files.py", *prepare]
     common = ["--data_folder", str(data), "--hflip"]
     encoder = ["--encoder", settings.encoder, "--encoder_weights", settings.encoder_weights]
     start, seeds = runs / "cross_entropy", list(map(str, settings.seeds))
     yield from training(start, [*common, *encoder, "--seed", seeds[0], "--epochs", str(settings.epochs)])
-    scst = [
-        "--objective",
-        "scst",
-        "--learning_rate",
-        "3e-4",
-        "--batch_size",
-        "40",
-        "--epochs",
-        str(settings.scst_epochs),
-    ]
+    scst = [*SCST, "--epochs", str(settings.scst_epochs)]
     models = {seed: runs / f"scst{seed}" for seed in seeds}
     for seed, folder in models.items():
         yield from training(folder, ["--init_from", str(start / "best.pt"), *common, *scst, "--seed", seed])
@@ -69,10 +59,8 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
         best = models["soup"] / "best.pt"
         yield best, ["tools/average_checkpoints.py", *members, "--output", str(best)]
     index, final = runs / "consensus.pt", list(models.values())[-1]
-    yield (
-        index,
-        ["tools/index_captions.py", "--checkpoint", str(start / "best.pt"), *common[:2], "--output", str(index)],
-    )
+    of_index = ["--checkpoint", str(start / "best.pt"), *common[:2], "--output", str(index)]
+    yield index, ["tools/index_captions.py", *of_index]
     evaluate = ["eval.py", *common[:2], "--split", "val"]
     for folder in models.values():
         scores = folder / f"scores_best_{data.name}_val.json"
