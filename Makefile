@@ -34,7 +34,7 @@ lint: .venv/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 
-# Trains Flickr8k's best captioner and scores it: make record RECORD="--captions dataset_flickr8k.json --images Images".
+# The recipe for the best captions of Flickr8k: make record RECORD="--captions dataset_flickr8k.json --images Images".
 # Hours of work, which may be interrupted and started again: docs/results.md.
 record: .venv/installed
 	$(RUN) benchmarks/record.py $(RECORD)

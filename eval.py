@@ -141,7 +141,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 
 def require_same_source(path: Path, described: dict[str, Any]) -> None:
-    """Raise InputError where the scores in a file are those of another checkpoint, results file or data set.
+    """Raise InputError where the scores in a file are of another checkpoint, results file, list of photos or data set.
 
     A run folder that moved with its scores and a data folder that moved are still the same.
     """
@@ -155,6 +155,9 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
     moved = same_kind and len(now) == 1 and path.resolve().parent == Path(now[0]).parent
     if before != now and not moved:
         raise InputError(f"{path} has the scores of {' '.join(map(str, before))}: choose another --output_folder")
+    if old.get("photos", "") != described["photos"]:
+        photos = f"of the photos of {old['photos']}" if old.get("photos") else "of the whole split"
+        raise InputError(f"{path} has the scores {photos}: choose another --output_folder")
     if all(old.get(name) != described[name] for name in ("data_folder", "digest")):
         raise InputError(f"{path} has the scores on {old.get('data_folder')}: choose another --output_folder")
 

@@ -1,26 +1,27 @@
-"""The best recipe for Flickr8k, from photos to scores: python benchmarks/record.py --captions dataset_flickr8k.json
+"""The recipe for the best captions of Flickr8k: python benchmarks/record.py --captions dataset_flickr8k.json
 
 It runs the scripts one after another and prints each command. What is finished is not repeated and a training that was
-stopped is resumed, so start it again after an interruption. docs/results.md has what it gave, and how long it took.
+stopped is resumed, so start it again after an interruption. docs/results.md has what is known of it.
 """
 
+import contextlib
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.files import atomic_write
+from common.files import atomic_write, read_json, write_json
 from preparation.storage import read_captions
-from utils import require_at_least, run_script
+from utils import InputError, require_at_least, run_script
 
 ROOT = Path(__file__).parent.parent
 SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
 BEAM_SIZE = 5  # of each model
 CONSENSUS = ("--beam_sizes", "10", "--consensus_weight", "20")  # of the best
-HALVES = ("chosen_on", "reported_on")  # of the validation photos
+HALVES = ("half1", "half2")  # of the validation photos
 FINISHED = "finished"  # an empty file in the folder of a training that ran to its end
 
 
@@ -40,8 +41,9 @@ class Settings:
 
 
 def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
-    """Each command, and the file that is there once it has run; the commands before it have run then."""
+    """Each command, and the file that it writes last; the commands before it have run then."""
     data, runs = Path(settings.data_folder), Path(settings.output_folder)
+    suffix = f"{data.resolve().name}_val.json"  # of the files that eval.py writes
     prepare = ["--dataset", "flickr8k", "--captions", settings.captions, "--images", settings.images]
     prepare += ["--image_size", "224", "--output_folder", str(data)]
     yield data / "dataset.json", ["create_input_files.py", *prepare]
@@ -63,15 +65,18 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     yield index, ["tools/index_captions.py", *of_index]
     evaluate = ["eval.py", *common[:2], "--split", "val"]
     for folder in models.values():
-        scores = folder / f"scores_best_{data.name}_val.json"
+        scores = folder / f"scores_per_image_best_{suffix}"
         yield scores, [*evaluate, "--checkpoint", str(folder / "best.pt"), "--beam_sizes", str(BEAM_SIZE)]
     consensus = [*CONSENSUS, "--consensus_index", str(index)]
-    name = f"best_consensus_{data.name}_val"
-    yield final / f"scores_{name}.json", [*evaluate, "--checkpoint", str(final / "best.pt"), *consensus]
+    results = final / f"results_best_consensus_{suffix}"
+    yield (
+        final / f"scores_per_image_best_consensus_{suffix}",
+        [*evaluate, "--checkpoint", str(final / "best.pt"), *consensus],
+    )
     write_halves(settings)
     for half in HALVES:
-        results = ["--results", str(final / f"results_{name}.json"), "--photos", str(runs / f"{half}.txt")]
-        yield final / f"scores_results_{name}_{half}_{data.name}_val.json", [*evaluate, *results]
+        of_half = ["--results", str(results), "--photos", str(runs / f"{half}.txt")]
+        yield final / f"scores_per_image_{results.stem}_{half}_{suffix}", [*evaluate, *of_half]
 
 
 def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[str]]]:
@@ -82,9 +87,9 @@ def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[st
 
 
 def write_halves(settings: Settings) -> None:
-    """Lists of the validation photos: settings are chosen on one half and reported on the other.
+    """Lists of the validation photos, every second name in each: a setting that is chosen on one is tried on the other.
 
-    Of the names in their order every second one is in each.
+    The epochs of best.pt are chosen on both.
     """
     names = sorted(entry["image"] for entry in read_captions(settings.data_folder, "val").entries)
     for i, half in enumerate(HALVES):
@@ -92,16 +97,45 @@ def write_halves(settings: Settings) -> None:
             temporary.write_text("\n".join(names[i::2]) + "\n", encoding="utf-8")
 
 
+def require_same_settings(settings: Settings) -> None:
+    """Keep the settings in the output folder; InputError where what is there was made with others."""
+    path = Path(settings.output_folder) / "settings.json"
+    now = {name: value for name, value in asdict(settings).items() if name not in ("captions", "images")}
+    now["seeds"] = list(settings.seeds)
+    for name, value in read_json(path).items() if path.exists() else ():
+        if value != now[name]:
+            raise InputError(
+                f"{settings.output_folder} was begun with --{name} {value} and not {now[name]}: give another "
+                f"--output_folder"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, now)
+
+
+def run(command: list[str]) -> int:
+    """Run a script with its arguments; returns its exit status, below 0 where a signal killed it."""
+    process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]])
+    while process.returncode is None:
+        with contextlib.suppress(KeyboardInterrupt):  # it got the signal, too, and saves what it has
+            process.wait()
+    return process.returncode
+
+
 def main(settings: Settings) -> None:
     """Run what is not done yet."""
     require_at_least(settings, 1, "epochs", "scst_epochs")
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise InputError(f"--seeds {' '.join(map(str, settings.seeds))}: give each once")
+    require_same_settings(settings)
     for done, command in steps(settings):
         if done.exists():
             continue
         print(f"\n$ python {shlex.join(command)}", flush=True)
-        status = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
+        status = run(command)
+        if status < 0:
+            print(f"{command[0]} was killed by signal {-status}: start again to go on", file=sys.stderr)
         if status:
-            sys.exit(status)  # the script has said why
+            sys.exit(status if status > 0 else 128 - status)  # above 0: the script has said why
         if done.name == FINISHED:
             done.touch()
 

@@ -75,12 +75,14 @@ class CaptionScorer:
 
     def _named(self, path: str) -> list[int]:
         """The images that a text file names, in the split's order; InputError for none or an unknown one."""
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        if not Path(path).is_file():
+            raise InputError(f"--photos {path}: no such file")
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
         names = {line.strip() for line in lines} - {""}
         if not names:
             raise InputError(f"--photos {path} names no photo: it is a text file with the name of a photo on each line")
         if unknown := sorted(names - {entry["image"] for entry in self.all_entries}):
-            raise InputError(f"--photos {path}: {unknown[0]} is not in {self.where}")
+            raise InputError(f"--photos {path}: {unknown[0]} is not in {self.where}, give the --split that it is of")
         return [i for i, entry in enumerate(self.all_entries) if entry["image"] in names]
 
     def quick(self) -> "CaptionScorer":

@@ -117,6 +117,12 @@ def test_only_the_photos_of_a_list_are_scored(score, shapes, entries, results, t
     assert status == 0, err
     scores = json.loads((tmp_path / "scores_near_every_second_shapes_train.json").read_text())
     assert scores["photos"] == str(photos)
+    other = tmp_path / "other" / photos.name
+    other.parent.mkdir()
+    other.write_bytes(b"\xef\xbb\xbf" + photos.read_bytes())  # as some editors write it
+    status, _, err = score("--results", near, "--photos", other)
+    assert status == 2 and f"has the scores of the photos of {photos}: choose another --output_folder" in err
+    assert score("--results", near, "--photos", other, "--output_folder", other.parent)[0] == 0
     words = [tokenize(item["caption"]) for item in json.loads(near.read_text())][1::2]
     references = read_captions(shapes, "train").captions.decode()[1::2]
     expected = compute_metrics(references, words)
@@ -136,7 +142,7 @@ def test_a_list_of_photos_is_checked(score, run_folder, results, tmp_path):
         assert status == 2 and err.count("\n") == 1 and "Traceback" not in err
         return err
 
-    assert "No such file" in refused("--results", near, "--photos", photos)
+    assert f"--photos {photos}: no such file" in refused("--results", near, "--photos", photos)
     photos.write_text("\n")
     assert "names no photo" in refused("--results", near, "--photos", photos)
     photos.write_text("nowhere.png\n")

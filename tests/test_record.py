@@ -2,46 +2,55 @@
 
 import importlib
 import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import record
 
+import eval as eval_script
 import utils
 
 
 @pytest.fixture
 def run_record(command, monkeypatch, shapes, tmp_path):
-    """Run record.py with scripts that only leave what they would: -> exit status, the commands that were run."""
+    """Run record.py with scripts that only leave the files that they would: -> exit status, stderr, their commands."""
     folder = tmp_path / "runs"
-    failing = []
+    failing: dict[str, int] = {}  # scripts with their exit status
 
-    def run(*arguments):
+    def run(*arguments, data_folder=shapes):
         commands = []
 
         def fake(command):
-            script, flags = command[1].name, list(map(str, command[2:]))
-            folder = "tools." if "tools" in command[1].parts else ""
-            module = importlib.import_module(folder + script.removesuffix(".py"))
-            utils.parse_settings(module.Settings, flags)  # each flag is one of the script's
+            script, flags = command[0], command[1:]
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            settings = utils.parse_settings(module.Settings, flags)  # each flag is one of the script's
             commands.append((script, flags))
             if script in failing:
-                return SimpleNamespace(returncode=2)
-            if script == "train.py" and "--run_folder" in flags:
-                run_folder = record.Path(flags[flags.index("--run_folder") + 1])
-                run_folder.mkdir(parents=True)
-                (run_folder / "last.pt").touch()
-            if "--output" in flags:
-                output = record.Path(flags[flags.index("--output") + 1])
-                output.parent.mkdir(exist_ok=True)
-                output.touch()
-            return SimpleNamespace(returncode=0)
+                return failing[script]
+            outputs = [Path(settings.output)] if script.startswith("tools") else []
+            if script == "create_input_files.py":
+                Path(settings.output_folder).symlink_to(shapes)
+            if script == "train.py" and not settings.resume:
+                outputs = [Path(settings.run_folder) / name for name in ("last.pt", "best.pt")]
+            if script == "eval.py":
+                outputs = [eval_script.output_path(settings, "scores_per_image")]
+            for path in outputs:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            return 0
 
-        monkeypatch.setattr(record.subprocess, "run", fake)
+        monkeypatch.setattr(record, "run", fake)
         monkeypatch.setattr(record, "read_captions", read_training)
-        fixed = ("--data_folder", shapes, "--output_folder", folder, "--epochs", 3, "--scst_epochs", 2)
-        status, _, _ = command(record, *fixed, *arguments)
-        return status, commands
+        fixed = ("--data_folder", data_folder, "--output_folder", folder, "--epochs", 3, "--scst_epochs", 2)
+        status, _, err = command(record, *fixed, *arguments)
+        return status, err, commands
 
     def read_training(data_folder, _, read=record.read_captions):  # shapes as small as these have no photos to validate
         return read(data_folder, "train")
@@ -49,18 +58,27 @@ def run_record(command, monkeypatch, shapes, tmp_path):
     return SimpleNamespace(run=run, folder=folder, failing=failing)
 
 
+def scripts(commands):
+    return [script for script, _ in commands]
+
+
 def test_the_scripts_take_the_commands(run_record):
-    status, commands = run_record.run("--seeds", 4, 5)
-    assert status == 0
-    scripts = [script for script, _ in commands]
-    tools = ["average_checkpoints.py", "index_captions.py"]
-    assert scripts == ["train.py"] * 3 + tools + ["eval.py"] * 6  # the folder is prepared already
+    status, err, commands = run_record.run("--seeds", 4, 5)
+    assert status == 0, err
+    tools = ["tools/average_checkpoints.py", "tools/index_captions.py"]
+    assert scripts(commands) == ["train.py"] * 3 + tools + ["eval.py"] * 6  # the folder is prepared already
     flags = [dict(itertools.pairwise(each)) for _, each in commands]
     assert flags[0]["--seed"] == "4" and flags[0]["--epochs"] == "3"
     for each, seed in zip(flags[1:3], "45", strict=True):
         assert each["--init_from"] == str(run_record.folder / "cross_entropy" / "best.pt")
         assert (each["--objective"], each["--epochs"], each["--seed"]) == ("scst", "2", seed)
     assert flags[-3]["--checkpoint"] == str(run_record.folder / "soup" / "best.pt")
+
+
+def test_one_training_needs_no_mean(run_record):
+    status, _, commands = run_record.run("--seeds", 0)
+    assert status == 0
+    assert scripts(commands) == ["train.py"] * 2 + ["tools/index_captions.py"] + ["eval.py"] * 4
 
 
 def test_every_second_photo_is_in_each_half(run_record, shapes):
@@ -70,20 +88,56 @@ def test_every_second_photo_is_in_each_half(run_record, shapes):
     assert halves == [names[::2], names[1::2]]
 
 
-def test_what_is_finished_is_not_repeated_and_what_stopped_is_resumed(run_record):
-    run_record.failing.append("eval.py")
-    status, commands = run_record.run("--seeds", 0)
-    assert status == 2 and [script for script, _ in commands] == ["train.py"] * 2 + ["index_captions.py", "eval.py"]
+def test_what_is_finished_is_not_repeated_and_what_stopped_is_resumed(run_record, tmp_path):
+    new = tmp_path / "prepared"  # becomes a link, whose own name the files of the scores do not have
+    run_record.failing["eval.py"] = 2
+    status, _, commands = run_record.run("--seeds", 0, data_folder=new)
+    first = ["create_input_files.py", "train.py", "train.py", "tools/index_captions.py", "eval.py"]
+    assert status == 2 and scripts(commands) == first
     run_record.failing.clear()
     (run_record.folder / "scst0" / record.FINISHED).unlink()  # as if it had been killed
-    status, commands = run_record.run("--seeds", 0)
-    assert status == 0
-    resumed = ("train.py", ["--resume", str(run_record.folder / "scst0" / "last.pt")])
-    assert commands[0] == resumed and all(script == "eval.py" for script, _ in commands[1:])
+    status, err, commands = run_record.run("--seeds", 0, data_folder=new)
+    assert status == 0, err
+    assert commands[0] == ("train.py", ["--resume", str(run_record.folder / "scst0" / "last.pt")])
+    assert scripts(commands[1:]) == ["eval.py"] * 4
+    assert run_record.run("--seeds", 0, data_folder=new) == (0, "", [])
 
 
-def test_one_training_needs_no_mean(run_record):
-    status, commands = run_record.run("--seeds", 0)
-    assert (
-        status == 0 and [script for script, _ in commands] == ["train.py"] * 2 + ["index_captions.py"] + ["eval.py"] * 4
+def test_other_settings_need_another_folder(run_record):
+    run_record.run("--seeds", 0, 1)
+    for arguments, named in (
+        (("--seeds", 0, 1, 2), "seeds [0, 1]"),
+        (("--seeds", 0, 1, "--encoder", "vgg16"), "encoder"),
+    ):
+        status, err, commands = run_record.run(*arguments)
+        assert status == 2 and f"--{named}" in err and "another --output_folder" in err and not commands
+    assert run_record.run("--seeds", 0, 1, "--captions", "moved.json") == (0, "", [])
+    assert json.loads((run_record.folder / "settings.json").read_text())["seeds"] == [0, 1]
+
+
+def test_a_seed_is_given_once(run_record):
+    status, err, commands = run_record.run("--seeds", 1, 1)
+    assert status == 2 and "--seeds 1 1: give each once" in err and not commands
+
+
+def test_a_killed_script_is_named(run_record):
+    run_record.failing["train.py"] = -signal.SIGKILL
+    status, err, _ = run_record.run()
+    assert status == 128 + signal.SIGKILL and err == "train.py was killed by signal 9: start again to go on\n"
+
+
+def test_an_interrupted_script_has_the_time_to_save(tmp_path):
+    """Ctrl-C reaches both processes: record.py waits for the script."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import pathlib, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "try:\n    (folder / 'ready').touch()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1)\n    (folder / 'saved').touch()\n    raise SystemExit(130)\n"
     )
+    program = f"import sys; sys.path[:0] = {sys.path!r}; import record; sys.exit(record.run([{str(script)!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130 and (tmp_path / "saved").exists()

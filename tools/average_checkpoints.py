@@ -1,6 +1,6 @@
 """Average the weights of models that share a start: python tools/average_checkpoints.py runs/a/best.pt runs/b/best.pt
 
-The result captions as fast as one of them. docs/training.md says when it pays.
+The result captions as fast as one of them. docs/training.md has an example.
 """
 
 import sys
@@ -72,6 +72,8 @@ def main(settings: Settings) -> None:
             require_same_model(checkpoints[0], checkpoint, (settings.checkpoints[0], path))
         if "optimizer" in checkpoint:
             raise InputError(f"{path} has the weights of a run's last step, which is no result: give its best.pt")
+        if not checkpoint.get("settings", {}).get("init_from"):
+            raise InputError(f"{path} was trained from scratch: average runs that began with the same --init_from")
         checkpoints.append(checkpoint)
     weights = average_weights([checkpoint["model"] for checkpoint in checkpoints])
     require_writable(Path(settings.output).parent)

@@ -13,6 +13,7 @@ def models(run_folder, tmp_path):
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for path in paths:
         checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
+        checkpoint["settings"]["init_from"] = "start.pt"
         if path is paths[1]:
             checkpoint["model"] = {
                 name: weight + 1 if name.startswith("decoder.") else weight
@@ -58,6 +59,7 @@ def test_what_has_no_common_meaning_is_refused(command, models, run_folder, tmp_
 
     assert "two checkpoints or more" in refused(a)
     assert "give its best.pt" in refused(a, run_folder / "last.pt")
+    assert "trained from scratch" in refused(a, run_folder / "best.pt")
     words = torch.load(b, weights_only=True)["words"]
     change(b, words=words[:-2] + words[:-3:-1])
     assert "they differ in words" in refused(a, b)
