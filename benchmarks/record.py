@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
 BEAM_SIZE = 5  # of each model
 CONSENSUS = ("--beam_sizes", "10", "--consensus_weight", "20")  # of the best
+START = "cross_entropy"  # folder of the run that all others begin with
 HALVES = ("half1", "half2")  # of the validation photos
 FINISHED = "finished"  # an empty file in the folder of a training that ran to its end
 
@@ -49,7 +50,7 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     yield data / "dataset.json", ["create_input_files.py", *prepare]
     common = ["--data_folder", str(data), "--hflip"]
     encoder = ["--encoder", settings.encoder, "--encoder_weights", settings.encoder_weights]
-    start, seeds = runs / "cross_entropy", list(map(str, settings.seeds))
+    start, seeds = runs / START, list(map(str, settings.seeds))
     yield from training(start, [*common, *encoder, "--seed", seeds[0], "--epochs", str(settings.epochs)])
     scst = [*SCST, "--epochs", str(settings.scst_epochs)]
     models = {seed: runs / f"scst{seed}" for seed in seeds}
@@ -102,10 +103,11 @@ def require_same_settings(settings: Settings) -> None:
     path = Path(settings.output_folder) / "settings.json"
     now = {name: value for name, value in asdict(settings).items() if name not in ("captions", "images")}
     now["seeds"] = list(settings.seeds)
-    for name, value in read_json(path).items() if path.exists() else ():
-        if value != now[name]:
+    has_begun = path.exists() and (path.parent / START).exists()  # a wrong path of weights may be corrected
+    for name, value in read_json(path).items() if has_begun else ():
+        if value != now.get(name):
             raise InputError(
-                f"{settings.output_folder} was begun with --{name} {value} and not {now[name]}: give another "
+                f"{settings.output_folder} was begun with --{name} {value} and not {now.get(name)}: give another "
                 f"--output_folder"
             )
     path.parent.mkdir(parents=True, exist_ok=True)

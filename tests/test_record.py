@@ -115,6 +115,13 @@ def test_other_settings_need_another_folder(run_record):
     assert json.loads((run_record.folder / "settings.json").read_text())["seeds"] == [0, 1]
 
 
+def test_a_mistake_at_the_start_may_be_corrected(run_record):
+    run_record.failing["train.py"] = 2
+    assert run_record.run("--encoder_weights", "typo.pth")[0] == 2
+    run_record.failing.clear()
+    assert run_record.run("--encoder_weights", "right.pth")[0] == 0
+
+
 def test_a_seed_is_given_once(run_record):
     status, err, commands = run_record.run("--seeds", 1, 1)
     assert status == 2 and "--seeds 1 1: give each once" in err and not commands
