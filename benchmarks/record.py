@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import eval as eval_script
 from common.files import atomic_write, read_json, write_json
+from eval import output_path
 from preparation.storage import read_captions
-from utils import InputError, require_at_least, run_script
+from utils import InputError, parse_settings, require_at_least, run_script
 
 ROOT = Path(__file__).parent.parent
 SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
@@ -28,7 +30,7 @@ FINISHED = "finished"  # an empty file in the folder of a training that ran to i
 
 @dataclass(frozen=True)
 class Settings:
-    """Prepare Flickr8k, train its best model, a mean of several trainings, and score it on the validation photos."""
+    """Prepare Flickr8k, train one model, the mean of several trainings, and score it on the validation photos."""
 
     captions: str = "dataset_flickr8k.json"  # of Karpathy's format, as create_input_files.py takes it
     images: str = "Images"  # folder of the photos
@@ -44,7 +46,6 @@ class Settings:
 def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     """Each command, and the file that it writes last; the commands before it have run then."""
     data, runs = Path(settings.data_folder), Path(settings.output_folder)
-    suffix = f"{data.resolve().name}_val.json"  # of the files that eval.py writes
     prepare = ["--dataset", "flickr8k", "--captions", settings.captions, "--images", settings.images]
     prepare += ["--image_size", "224", "--output_folder", str(data)]
     yield data / "dataset.json", ["create_input_files.py", *prepare]
@@ -64,20 +65,15 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     index, final = runs / "consensus.pt", list(models.values())[-1]
     of_index = ["--checkpoint", str(start / "best.pt"), *common[:2], "--output", str(index)]
     yield index, ["tools/index_captions.py", *of_index]
-    evaluate = ["eval.py", *common[:2], "--split", "val"]
+    validation = [*common[:2], "--split", "val"]
     for folder in models.values():
-        scores = folder / f"scores_per_image_best_{suffix}"
-        yield scores, [*evaluate, "--checkpoint", str(folder / "best.pt"), "--beam_sizes", str(BEAM_SIZE)]
-    consensus = [*CONSENSUS, "--consensus_index", str(index)]
-    results = final / f"results_best_consensus_{suffix}"
-    yield (
-        final / f"scores_per_image_best_consensus_{suffix}",
-        [*evaluate, "--checkpoint", str(final / "best.pt"), *consensus],
-    )
+        yield scoring([*validation, "--checkpoint", str(folder / "best.pt"), "--beam_sizes", str(BEAM_SIZE)])
+    consensus = [*validation, "--checkpoint", str(final / "best.pt"), *CONSENSUS, "--consensus_index", str(index)]
+    yield scoring(consensus)
     write_halves(settings)
+    results = output_path(parse_settings(eval_script.Settings, consensus), "results")
     for half in HALVES:
-        of_half = ["--results", str(results), "--photos", str(runs / f"{half}.txt")]
-        yield final / f"scores_per_image_{results.stem}_{half}_{suffix}", [*evaluate, *of_half]
+        yield scoring([*validation, "--results", str(results), "--photos", str(runs / f"{half}.txt")])
 
 
 def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[str]]]:
@@ -85,6 +81,11 @@ def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[st
     last = folder / "last.pt"
     resume = ["--resume", str(last)] if last.exists() else [*arguments, "--run_folder", str(folder)]
     yield folder / FINISHED, ["train.py", *resume]
+
+
+def scoring(flags: list[str]) -> tuple[Path, list[str]]:
+    """A scoring by eval.py, which writes the scores of each image last."""
+    return output_path(parse_settings(eval_script.Settings, flags), "scores_per_image"), ["eval.py", *flags]
 
 
 def write_halves(settings: Settings) -> None:

@@ -62,8 +62,10 @@ def main(settings: Settings) -> None:
     """Read the checkpoints one by one, average them, write the result."""
     if len(settings.checkpoints) < 2:
         raise InputError("give two checkpoints or more: one needs no average")
-    if Path(settings.output).exists() and not settings.overwrite:
-        raise InputError(f"{settings.output} exists: give --overwrite or another --output")
+    if Path(settings.output).exists():
+        load_checkpoint(settings.output)  # another file is not replaced
+        if not settings.overwrite:
+            raise InputError(f"{settings.output} exists: give --overwrite or another --output")
     checkpoints = []
     for path in settings.checkpoints:
         checkpoint = load_checkpoint(path)

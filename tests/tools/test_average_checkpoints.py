@@ -43,6 +43,13 @@ def test_weights_are_averaged(command, models, tmp_path):
     assert command(average_checkpoints, *models, "--output", output, "--overwrite")[0] == 0
 
 
+def test_another_file_is_not_replaced(command, models, tmp_path):
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"a photo")
+    status, _, err = command(average_checkpoints, *models, "--output", photo, "--overwrite")
+    assert status == 2 and "photo.jpg" in err and err.count("\n") == 1 and photo.read_bytes() == b"a photo"
+
+
 def test_an_equal_weight_keeps_every_bit(models):
     weight = torch.tensor([0.1, 1e-30, 3.0])
     found = average_checkpoints.average_weights([{"a": weight, "n": torch.tensor(2)}] * 3)
