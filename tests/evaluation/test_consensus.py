@@ -58,7 +58,8 @@ def captioner_of(fingerprint, feature_dim=3, *others):
         decoder=decoder(),
         encode_features=lambda features, boxes: SimpleNamespace(regions=features, mask=None),
     )
-    return SimpleNamespace(fingerprints=[*others, fingerprint], sources=[source] * (1 + len(others)))
+    sources = [source] * (1 + len(others))
+    return SimpleNamespace(fingerprints=[*others, fingerprint], sources=sources, uses_region_features=False)
 
 
 def consensus(index, weight, similar_photos, captioner=None):
@@ -281,6 +282,13 @@ def test_an_index_of_another_encoder_is_refused(index):
     found = consensus(index, 2.0, 3, captioner_of(index.encoder, 3, other))
     features = (torch.zeros(1, 2, 5), torch.tensor([[[0.5, 0.4, 0], [1.5, 0, 0.2]]]))  # of the two encoders
     assert found.rerank([CANDIDATES], features) == consensus(index, 2.0, 3).rerank([CANDIDATES], features[1])
+
+
+def test_a_model_of_region_features_has_no_consensus(index):
+    captioner = captioner_of(("", "", 0, ""))
+    captioner.uses_region_features = True
+    with pytest.raises(InputError, match="a model of region features has not: leave --consensus_index out"):
+        consensus(index, 1.0, 2, captioner)
 
 
 def test_features_of_another_width_than_the_encoders_are_refused(index):
