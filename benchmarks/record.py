@@ -22,7 +22,7 @@ from utils import InputError, parse_settings, require_at_least, run_script
 ROOT = Path(__file__).parent.parent
 SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
 BEAM_SIZE = 5  # of each model
-BEST = ("--beam_sizes", "10", "--views", "original", "hflip", "crop")  # how the mean's captions are found
+BEST = ("--beam_sizes", "10", "--views", "original", "hflip", "crop")  # of the last model
 START = "cross_entropy"  # folder of the run that all others begin with
 HALVES = ("half1", "half2")  # of the validation photos
 FINISHED = "finished"  # an empty file in the folder of a training that ran to its end
@@ -52,7 +52,7 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     common = ["--data_folder", str(data), "--hflip"]
     encoder = ["--encoder", settings.encoder, "--encoder_weights", settings.encoder_weights]
     start, seeds = runs / START, list(map(str, settings.seeds))
-    sizes = ["--attention_dim", "64"]  # faster on a CPU, and it scores as 512 do: docs/results.md
+    sizes = ["--attention_dim", "64"]  # faster on a CPU; after three epochs it scored as 512: docs/results.md
     yield from training(start, [*common, *encoder, *sizes, "--seed", seeds[0], "--epochs", str(settings.epochs)])
     scst = [*SCST, "--epochs", str(settings.scst_epochs)]
     models = {seed: runs / f"scst{seed}" for seed in seeds}

@@ -1,15 +1,11 @@
 """Consensus re-ranking: of the captions that a search found, those that resemble the captions of similar photos win.
 
 Sources: "Deep Captioning with Multimodal Recurrent Neural Networks" (Mao et al., 2015, section 8) and "Exploring
-Nearest Neighbor Approaches for Image Captioning" (Devlin et al., 2015). What similar photos agree on can often be said
-of any photo, so captions also lose by their probability without the photo, as in "A Diversity-Promoting Objective
-Function for Neural Conversation Models" (Li et al., 2016, section 3: maximum mutual information, MMI-antiLM).
-
-Shapes: B images, C candidates of an image, R regions, F features of the encoder, N indexed photos, k similar photos.
+Nearest Neighbor Approaches for Image Captioning" (Devlin et al., 2015). Shapes: B images, R regions, F features of the
+encoder, N indexed photos, k similar photos.
 """
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +20,13 @@ from evaluation.ensemble import Ensemble
 from models import Captioner
 from modules.decoding import Candidate
 from modules.encoders import Encoder
-from modules.force_decode import force_decode
-from modules.generation import encode_words
 from modules.step_decoder import Nested
 from preparation.storage import PackedCaptions
 from text.cider import CiderD
-from utils import InputError, Runtime, copy_to_device
+from utils import InputError, Runtime
 
 INDEX_FORMAT = 1
-# Chosen on Flickr8k's validation photos.
-SIMILARITY_POWER = 4  # in the weights of similar photos' captions
-PRIOR_WEIGHT = 0.25  # of the log-probability without the photo
+SIMILARITY_POWER = 4  # in the weights of similar photos' captions; 2 scored lower on Flickr8k's validation photos
 CAPTION_ARRAYS = ("word_ids", "caption_offsets", "image_offsets")
 TENSORS = {  # of the file, with dtype and number of dimensions
     "center": (torch.float32, 1),
@@ -95,8 +87,8 @@ class CaptionIndex:
         fingerprints = captioner.fingerprints
         if captioner.uses_region_features:
             raise InputError(
-                "consensus finds similar photos by the features of an encoder, which a model of region features has "
-                "not: leave --consensus_index out"
+                "consensus finds similar photos by the features of an encoder, which a model of region features does "
+                "not have: leave --consensus_index out"
             )
         if self.encoder not in fingerprints:
             raise InputError(
@@ -168,12 +160,9 @@ def _check_content(content: dict[str, Any], path: str | Path) -> None:
 class Consensus:
     """Re-ranks captions by their log-probabilities and by their mean CIDEr-D against those of similar photos.
 
-    What counts of a log-probability is how much the photo adds to it: it is less `PRIOR_WEIGHT` of that for the mean of
-    all photos, where the weight of the consensus is not 0.
-
     Args:
         index: photos with captions.
-        captioner: whose captions are re-ranked, in eval mode; of an ensemble, one encoder is the index's.
+        captioner: whose captions are re-ranked; of an ensemble, one encoder is the index's.
         weight: of the mean CIDEr-D (0 to 10) beside the length-normalized log-probability.
         similar_photos: how many vote, k; each counts by its similarity to the power of `SIMILARITY_POWER`.
         device: where the similarities are computed.
@@ -191,7 +180,6 @@ class Consensus:
         device: torch.device,
     ) -> None:
         self.source = index.find_encoder(captioner)
-        self.captioner = captioner.sources[self.source]  # tells the log-probabilities without the photo
         self.weight, self.similar_photos = weight, min(similar_photos, len(index.features))
         self.center, self.features = index.center.to(device), index.features.to(device).float()
         self.captions = index.captions  # packed: as lists of strings they take many times the memory
@@ -210,35 +198,16 @@ class Consensus:
 
     def rerank(self, candidates: list[list[Candidate]], features: Nested) -> list[list[Candidate]]:
         """The candidates of B images, each image's best first: features (B, R, F), or a tuple of each encoder's."""
-        if not self.weight:
-            return candidates
         cosines, indices = self.similar(features if isinstance(features, Tensor) else features[self.source])
-        weights = cosines.pow(SIMILARITY_POWER).tolist()
-        images = zip(candidates, self.priors(candidates), weights, indices.tolist(), strict=True)
+        images = zip(candidates, cosines.pow(SIMILARITY_POWER).tolist(), indices.tolist(), strict=True)
         return [self._rerank_image(*image) for image in images]
 
-    @torch.no_grad()
-    def priors(self, candidates: list[list[Candidate]]) -> list[list[float]]:
-        """The log-probabilities of candidates where all regions have the mean features of all photos."""
-        encoder, vocabulary = self.captioner.encoder, self.captioner.vocabulary
-        no_boxes = self.center.new_zeros(1, 0, 4) if self.captioner.uses_objects else None
-        encoded = self.captioner.encode_features(self.center.expand(1, encoder.num_regions, -1), no_boxes)
-        captions = encode_words([each.words for image in candidates for each in image], vocabulary)
-        captions = copy_to_device(captions.unsqueeze(0), self.center.device)  # (1, B * C, T): all of one photo
-        log_probs = iter(force_decode(self.captioner.decoder, encoded.regions, captions, encoded.mask)[0][0].tolist())
-        return [list(islice(log_probs, len(image))) for image in candidates]
-
-    def _rerank_image(
-        self, candidates: list[Candidate], priors: list[float], weights: list[float], indices: list[int]
-    ) -> list[Candidate]:
+    def _rerank_image(self, candidates: list[Candidate], weights: list[float], indices: list[int]) -> list[Candidate]:
         references = [(caption, w) for i, w in zip(indices, weights, strict=True) for caption in self.captions[i]]
         shares = np.array([w for _, w in references]) / max(sum(w for _, w in references), 1e-12)
         encoded = [[self._word_id(word) for word in words] for words, *_ in candidates]
         ciders = self.cider.pairwise(encoded, [words for words, _ in references]) @ shares
-        scores = [
-            each.normalize(each.log_prob - PRIOR_WEIGHT * prior) + self.weight * cider
-            for each, prior, cider in zip(candidates, priors, ciders, strict=True)
-        ]
+        scores = [each.score + self.weight * cider for each, cider in zip(candidates, ciders, strict=True)]
         order = sorted(range(len(candidates)), key=lambda i: -scores[i])
         return [candidates[i] for i in order]
 

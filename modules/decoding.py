@@ -26,10 +26,6 @@ class Candidate(NamedTuple):
     log_prob: float
     score: float  # what captions are ranked by: the log-probability, normalized by the length
 
-    def normalize(self, log_prob: float) -> float:
-        """Another log-probability of the caption, normalized by its length as its own is."""
-        return log_prob * self.score / self.log_prob if self.log_prob else log_prob
-
 
 @dataclass(frozen=True)
 class DecodingSettings:

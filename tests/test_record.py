@@ -72,7 +72,12 @@ def test_the_scripts_take_the_commands(run_record):
     for each, seed in zip(flags[1:3], "45", strict=True):
         assert each["--init_from"] == str(run_record.folder / "cross_entropy" / "best.pt")
         assert (each["--objective"], each["--epochs"], each["--seed"]) == ("scst", "2", seed)
+    assert flags[0]["--attention_dim"] == "64" and "--attention_dim" not in flags[1]  # the start's sizes
     assert flags[-3]["--checkpoint"] == str(run_record.folder / "soup" / "best.pt")
+    best = commands[-3][1]
+    views = best.index("--views")
+    assert best[views + 1 : views + 4] == ["original", "hflip", "crop"] and flags[-3]["--beam_sizes"] == "10"
+    assert flags[-3]["--consensus_index"] == str(run_record.folder / "consensus.pt")
 
 
 def test_one_training_needs_no_mean(run_record):
