@@ -1,7 +1,7 @@
 """The recipe for the best captions of Flickr8k: python benchmarks/record.py --captions dataset_flickr8k.json
 
 It runs the scripts one after another and prints each command. What is finished is not repeated and a training that was
-stopped is resumed, so start it again after an interruption. docs/results.md has what is known of it.
+stopped is resumed, so start it again after an interruption. docs/results.md has its scores and its time.
 """
 
 import contextlib
