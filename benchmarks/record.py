@@ -15,14 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as eval_script
 from common.files import atomic_write, read_json, write_json
-from eval import output_path
 from preparation.storage import read_captions
 from utils import InputError, parse_settings, require_at_least, run_script
 
 ROOT = Path(__file__).parent.parent
 SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
 BEAM_SIZE = 5  # of each model
-BEST = ("--beam_sizes", "10", "--views", "original", "hflip", "crop")  # of the last model
+BEST = ("--beam_sizes", "10", "--views", "original", "hflip", "crop")  # how the last model captions
 START = "cross_entropy"  # folder of the run that all others begin with
 HALVES = ("half1", "half2")  # of the validation photos
 FINISHED = "finished"  # an empty file in the folder of a training that ran to its end
@@ -72,7 +71,7 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     consensus = [*validation, "--checkpoint", str(final / "best.pt"), *BEST, "--consensus_index", str(index)]
     yield scoring(consensus)
     write_halves(settings)
-    results = output_path(parse_settings(eval_script.Settings, consensus), "results")
+    results = eval_script.output_path(parse_settings(eval_script.Settings, consensus), "results")
     for half in HALVES:
         yield scoring([*validation, "--results", str(results), "--photos", str(runs / f"{half}.txt")])
 
@@ -86,7 +85,8 @@ def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[st
 
 def scoring(flags: list[str]) -> tuple[Path, list[str]]:
     """A scoring by eval.py, which writes the scores of each image last."""
-    return output_path(parse_settings(eval_script.Settings, flags), "scores_per_image"), ["eval.py", *flags]
+    settings = parse_settings(eval_script.Settings, flags)
+    return eval_script.output_path(settings, "scores_per_image"), ["eval.py", *flags]
 
 
 def write_halves(settings: Settings) -> None:

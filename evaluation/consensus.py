@@ -84,12 +84,12 @@ class CaptionIndex:
 
     def find_encoder(self, captioner: Captioner | Ensemble) -> int:
         """Which of a captioner's `sources` has the index's encoder. Raises InputError where none has it."""
-        fingerprints = captioner.fingerprints
         if captioner.uses_region_features:
             raise InputError(
                 "consensus finds similar photos by the features of an encoder, which a model of region features does "
                 "not have: leave --consensus_index out"
             )
+        fingerprints = captioner.fingerprints
         if self.encoder not in fingerprints:
             raise InputError(
                 f"the index was made with another encoder, {self.encoder[0]} with other weights, layer or grid: make "
