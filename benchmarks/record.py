@@ -39,7 +39,7 @@ class Settings:
     output_folder: str = "runs/record"  # folder of the runs
     seeds: tuple[int, ...] = (0, 1, 2)  # of the trainings whose weights are averaged; the first is of the start, too
     epochs: int = 8  # of cross-entropy
-    scst_epochs: int = 5  # of self-critical training
+    scst_epochs: int = 8  # of self-critical training
 
 
 def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
