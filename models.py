@@ -42,10 +42,8 @@ DECODERS = {
     "sgrvinod": SgrvinodDecoder,
 }
 CHECKPOINT_FORMAT = 7
-# What inference needs.
-# What `build_captioner` takes beside the settings.
-DATA_KEYS = ("image_size", "resize", "feature_dim", "fine_tune_encoder")
-CHECKPOINT_KEYS = {"format", "model", "model_settings", "words", *DATA_KEYS}
+DATA_KEYS = ("image_size", "resize", "feature_dim", "fine_tune_encoder")  # for `build_captioner` beside the settings
+CHECKPOINT_KEYS = {"format", "model", "model_settings", "words", *DATA_KEYS}  # what inference needs
 # A checkpoint of others, or a slip of the hand, could ask for any amount of memory and time otherwise.
 MAX_IMAGE_SIZE, MAX_LAYERS, MAX_FEATURES = 4096, 100, 65_536
 
