@@ -173,13 +173,19 @@ def test_an_ensemble_with_consensus_has_a_row_without_and_with(command, evaluate
 
 
 def test_the_index_may_be_of_the_second_models_encoder(command, evaluate, shapes, run_folder, tmp_path):
-    models, index, found = [run_folder / "best.pt", run_folder / "last.pt"], tmp_path / "index.pt", []
+    models, index, found = [run_folder / "best.pt", tmp_path / "other.pt"], tmp_path / "index.pt", []
+    other = torch.load(models[0], weights_only=True)
+    for name, weight in other["model"].items():
+        if name.startswith("encoder.") and weight.ndim == 4:
+            weight.copy_(weight.flip(0))  # its features find other photos
+    torch.save(other, models[1])
     assert command(index_captions, "--checkpoint", models[0], "--data_folder", shapes, "--output", index)[0] == 0
     for i, checkpoints in enumerate((models, models[::-1])):
         out = tmp_path / str(i)
         arguments = ("--output_folder", out, "--consensus_index", index, "--consensus_weight", 50, "--beam_sizes", 4)
         assert evaluate("--checkpoint", *checkpoints, *arguments)[0] == 0
         found.append(json.loads((out / f"scores_ensemble2_consensus_{shapes.name}_test.json").read_text())["scores"])
+    assert [row.get("consensus") for row in found[1] if row["model"] == str(models[1])] == [None]  # its encoder differs
     of_ensemble = [[row["cider"] for row in rows if row["model"] == "ensemble"] for rows in found]
     assert of_ensemble[0] == of_ensemble[1]  # the order of the models changes nothing
     assert of_ensemble[1][0] != of_ensemble[1][1]  # without and with consensus
