@@ -19,7 +19,7 @@ demo: .venv/installed
 	    --attention_dim 64 --hidden_dim 128 --dropout 0.1 --label_smoothing 0 --learning_rate 2e-3 \
 	    --batch_size 16 --epochs 8
 	$(RUN) eval.py --beam_sizes 3
-	$(RUN) caption.py data/shapes/photos/test_04401.png
+	$(RUN) caption.py data/shapes/photos/test_04407.png
 
 # What to run at every step: style, types and the fast tests. Two processes of one thread each.
 check: lint
