@@ -7,14 +7,23 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common.checkpoints import EmptyWeights, check_weights, check_words, name_impossible_sizes, shown
+from common.checkpoints import (
+    EmptyWeights,
+    check_fit,
+    check_settings,
+    check_types,
+    check_weights,
+    check_words,
+    name_impossible_sizes,
+    shown,
+)
 from common.files import safe_load
 from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
@@ -33,7 +42,7 @@ from modules.transformer import TransformerDecoder
 from modules.up_down import UpDownDecoder
 from preparation.images import load_image, pad_boxes, photo_size, place_objects
 from text.vocabulary import Vocabulary
-from utils import InputError, choose_device, choose_runtime, has_type, require_at_least, require_below_one
+from utils import InputError, choose_device, choose_runtime, require_at_least, require_below_one
 
 DECODERS = {
     "recurrent": ShowAttendTell,
@@ -350,20 +359,7 @@ def captioner_from_checkpoint(
     with name_impossible_sizes(path), EmptyWeights():
         vocabulary = Vocabulary(checkpoint["words"])
         captioner = build_captioner(vocabulary, *data_settings, load_weights=False, **settings)
-    expected = captioner.state_dict()
-    for name in [*expected, *weights]:
-        if name not in expected or name not in weights:
-            state = "missing" if name in expected else "not a part of the model"
-            raise InputError(f"{path}: its weights do not fit its settings: {shown(name)} is {state}")
-    for name, weight in weights.items():
-        wanted = expected[name]
-        if (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype):
-            raise InputError(
-                f"{path}: its weights do not fit its settings and {len(vocabulary)} words: {name} is {weight.dtype} "
-                f"{tuple(weight.shape)}, not {wanted.dtype} {tuple(wanted.shape)}"
-            )
-        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
-            raise InputError(f"{path}: {name} has values that are not finite")
+    check_fit(weights, captioner.state_dict(), len(vocabulary), path)
     captioner.load_state_dict(dict(weights), assign=True)
     return captioner
 
@@ -383,26 +379,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise InputError(f"{path} has checkpoint format {found}, this code reads {CHECKPOINT_FORMAT}: train again")
     if not checkpoint.keys() >= CHECKPOINT_KEYS:
         raise InputError(f"{path} is not a checkpoint of train.py")
-    _check_settings(checkpoint, path)
+    hints = get_type_hints(build_captioner)
+    check_settings(checkpoint["model_settings"], model_settings(hints), path)
+    check_types({name: checkpoint[name] for name in DATA_KEYS} | checkpoint["model_settings"], hints, path)
     check_words(checkpoint["words"], path)
     check_weights(checkpoint["model"], path)
     return checkpoint
-
-
-def _check_settings(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Raise InputError where a setting is missing, unknown or not of its type in `build_captioner`."""
-    hints, settings = get_type_hints(build_captioner), checkpoint["model_settings"]
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: model_settings is {shown(settings)}, not a dictionary")
-    names = model_settings(hints)
-    for name in [*names, *settings]:
-        if name not in settings or name not in names:
-            verb = "has the unknown" if name in settings else "lacks"
-            raise InputError(f"{path}: model_settings {verb} {shown(name)}")
-    for name, value in (checkpoint | settings).items():
-        hint = hints.get(name)
-        if hint is None or name not in CHECKPOINT_KEYS | settings.keys():
-            continue
-        if not has_type(value, hint):
-            wanted = f"one of {' '.join(get_args(hint))}" if get_args(hint) else f"of type {hint.__name__}"
-            raise InputError(f"{path}: {name} is {shown(value)}, not {wanted}")

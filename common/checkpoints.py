@@ -1,15 +1,15 @@
-"""What files of others may hold: words and tensors that are no trap, and modules built without memory."""
+"""What files of others may hold: settings, words and tensors that are no trap, and modules built without memory."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from utils import InputError, first_line
+from utils import InputError, first_line, has_type
 
 
 class EmptyWeights(TorchFunctionMode):
@@ -37,6 +37,25 @@ def name_impossible_sizes(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: {first_line(error)[:200]}") from None
 
 
+def check_settings(settings: Any, names: Collection[str], path: str | Path) -> None:
+    """Raise InputError where the model's settings are not a dictionary with these names."""
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: model_settings is {shown(settings)}, not a dictionary")
+    for name in [*names, *settings]:
+        if name not in settings or name not in names:
+            verb = "has the unknown" if name in settings else "lacks"
+            raise InputError(f"{path}: model_settings {verb} {shown(name)}")
+
+
+def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str | Path) -> None:
+    """Raise InputError where a value is not of the type that its hint says."""
+    for name, value in values.items():
+        hint = hints[name]
+        if not has_type(value, hint):
+            wanted = f"one of {' '.join(get_args(hint))}" if get_args(hint) else f"of type {hint.__name__}"
+            raise InputError(f"{path}: {name} is {shown(value)}, not {wanted}")
+
+
 def check_words(words: Any, path: str | Path) -> None:
     """Raise InputError where words are not a list of different words."""
     if not isinstance(words, list) or not all(type(word) is str for word in words):
@@ -55,6 +74,26 @@ def check_weights(weights: Any, path: str | Path) -> None:
         raise InputError(f"{path}: model is not a state dict")
     for name, weight in weights.items():
         check_dense(weight, name, path)
+
+
+def check_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], num_words: int, path: str | Path) -> None:
+    """Raise InputError where weights are not finite, or not of the names, shapes and dtypes of the expected ones.
+
+    `expected` is the state dict of the model that the file's settings and so many words give.
+    """
+    for name in [*expected, *weights]:
+        if name not in expected or name not in weights:
+            state = "missing" if name in expected else "not a part of the model"
+            raise InputError(f"{path}: its weights do not fit its settings: {shown(name)} is {state}")
+    for name, weight in weights.items():
+        wanted = expected[name]
+        if (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype):
+            raise InputError(
+                f"{path}: its weights do not fit its settings and {num_words} words: {name} is {weight.dtype} "
+                f"{tuple(weight.shape)}, not {wanted.dtype} {tuple(wanted.shape)}"
+            )
+        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+            raise InputError(f"{path}: {name} has values that are not finite")
 
 
 def check_dense(tensor: Any, name: str, path: str | Path) -> None:
