@@ -17,6 +17,7 @@ import modules.beam_search
 import modules.sampling
 import train
 import utils
+from common.files import read_jsonl
 from datasets import Example, collate
 from models import DECODERS, Captioner, build_captioner, decoder_settings, model_settings
 from modules.show_attend_tell import ShowAttendTell
@@ -126,6 +127,11 @@ def report_data(path):
     """The data in a report."""
     page = path.read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def logged_epochs(folder):
+    """The epochs in the log of a run folder."""
+    return [row["epoch"] for row in read_jsonl(folder / "log.jsonl")]
 
 
 def weights(path):

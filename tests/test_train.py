@@ -16,7 +16,7 @@ from PIL import Image
 import create_input_files
 import train
 from common.files import read_jsonl
-from conftest import CPU, SMALL, build, flags, step_by_step, weights
+from conftest import CPU, SMALL, build, flags, logged_epochs, step_by_step, weights
 from datasets import Example, collate, in_order, make_loader
 from models import build_captioner, load_captioner
 from modules.encoders import Encoder
@@ -86,7 +86,7 @@ def test_a_run_leaves_its_files_and_checkpoints_hold_only_plain_things(run_folde
     last = torch.load(run_folder / "last.pt", weights_only=True)
     assert {"optimizer", "rng", "progress", "ema", "data"} == last.keys() - best.keys()
     assert best["words"][:4] == ["<pad>", "<start>", "<end>", "<unk>"] and best["image_size"] == 32
-    assert [row["epoch"] for row in read_jsonl(run_folder / "log.jsonl")] == [1, 2]
+    assert logged_epochs(run_folder) == [1, 2]
 
 
 def test_grounding_moves_the_attention_into_the_boxes(command, shapes, tmp_path):

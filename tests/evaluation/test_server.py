@@ -1,7 +1,6 @@
 """The page that is served: captions as caption.py's, refusals in one line, and what no request can bring about."""
 
 import http.client
-import io
 import json
 import random
 import re
@@ -10,42 +9,23 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from urllib.parse import quote
 
-import numpy as np
 import pytest
 from PIL import Image
+from served_photos import DECODING, STRANGE, encode, photo_files, running, serve_run
 
 import caption
 from evaluation.report import describe_photo
 from evaluation.server import MAX_UPLOAD, CaptionServer, Handler
 from models import Captioner
-from report_page import hover, names, overlapping, words_of
 from utils import InputError
-
-DECODING = {"max_length": 6, "device": "cpu", "precision": "fp32"}
-STRANGE = "<img src=x onerror=alert(1)> & 猫.png"
-
-
-@contextmanager
-def running(server):
-    """A server that answers meanwhile."""
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
 def server(run_folder):
     """A running server of the small run."""
-    settings = caption.Settings((), (str(run_folder / "best.pt"),), serve=True, port=0, **DECODING)
-    with running(caption.make_server(settings)) as server:
+    with serve_run(run_folder) as server:
         yield server
 
 
@@ -90,25 +70,10 @@ def upload(server, name, content):
     return ask(server, content, X_Photo_Name=quote(name))
 
 
-def encode(photo, suffix, **options):
-    """A photo as the bytes of a file."""
-    file = io.BytesIO()
-    photo.save(file, {"jpg": "JPEG"}.get(suffix, suffix), **options)
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def photos(shapes):
-    """Files of photos by their names: scenes and noise in three formats, JPEGs turned by their EXIF orientation."""
-    found = {}
-    for i, path in enumerate(sorted((shapes / "photos").glob("*.png"))[:12]):
-        photo = Image.open(path).convert("RGB").resize((40 + i, 30))
-        orientation = Image.Exif()
-        orientation[0x0112] = 1 + i % 8
-        found[f"{i} ä.png"] = encode(photo, "png")
-        found[f"{i}.jpg"] = encode(photo, "jpg", exif=orientation)
-        found[f"{i}.gif"] = encode(photo, "gif")
-    return found
+    """Files of photos by their names."""
+    return photo_files(shapes)
 
 
 BROKEN = {
@@ -354,67 +319,6 @@ def test_a_detector_finds_the_objects_of_each_photo(command, objects_run, detect
 
 
 def test_samples_are_those_of_a_single_photo(run_folder, photos):
-    settings = caption.Settings(
-        (), (str(run_folder / "best.pt"),), serve=True, port=0, samples=4, seed=3, n_best=2, **DECODING
-    )
-    with running(caption.make_server(settings)) as server:
+    with serve_run(run_folder, samples=4, seed=3, n_best=2) as server:
         first, _, again = (upload(server, name, photos[name])[1] for name in ("0.gif", "1.gif", "0.gif"))
     assert first == again and len(first["captions"][0]["n_best"]) > 1
-
-
-# ------------------------------------------------------------------------------------------------ in a browser
-
-
-def wait_for(page, progress):
-    deadline = time.monotonic() + 20
-    while page.find_element("id", "progress").text != progress and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def drop_and_paste(page, content):
-    """Drop a photo on the page and, before it is captioned, paste it."""
-    script = """
-        const transfer = (name) => {
-          const data = new DataTransfer();
-          data.items.add(new File([Uint8Array.from(arguments[0])], name));
-          return data;
-        };
-        const drop = { bubbles: true, cancelable: true, dataTransfer: transfer("dropped.jpg") };
-        document.body.dispatchEvent(new DragEvent("drop", drop));
-        const paste = { bubbles: true, clipboardData: transfer("pasted.jpg") };
-        document.body.dispatchEvent(new ClipboardEvent("paste", paste));"""
-    page.execute_script(script, list(content))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [390, 1280])
-def test_chosen_photos_become_cards_newest_first(open_page, server, photos, tmp_path, width):
-    chosen = []
-    for name in ("1.jpg", STRANGE):
-        (tmp_path / name).write_bytes(photos["1.jpg"])
-        chosen.append(str(tmp_path / name))
-    (tmp_path / "b.txt").write_text("no photo")
-    page = open_page(f"http://127.0.0.1:{server.server_port}/", width)
-    assert not page.find_element("id", "controls").is_displayed()
-    page.find_element("id", "photos").send_keys("\n".join([*chosen, str(tmp_path / "b.txt")]))
-    wait_for(page, "2 of 3 captioned")
-    assert page.find_element("id", "errors").text.startswith("b.txt: not a photo (JPEG")
-    assert [entry["message"] for entry in page.get_log("browser") if "400" not in entry["message"]] == []
-    assert names(page) == [STRANGE, "1.jpg"] and page.find_element("id", "count").text == "2 of 2 photos"
-    hover(page, words_of(page)[0])
-    assert "largest weight at row" in page.find_element("css selector", ".status").text
-    blackness = page.execute_script(
-        "const c = document.querySelector('.card canvas');"
-        "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 3)"
-    )
-    assert np.mean(blackness) > 10
-    page.execute_script("document.querySelector('.card .word').focus()")
-    drop_and_paste(page, photos["1.jpg"])
-    wait_for(page, "2 of 2 captioned")
-    assert names(page) == ["pasted.jpg", "dropped.jpg", STRANGE, "1.jpg"]
-    assert page.execute_script("return document.activeElement.closest('.card').ariaLabel") == STRANGE
-    page.find_element("id", "direction").click()
-    assert names(page) == ["1.jpg", STRANGE, "dropped.jpg", "pasted.jpg"]
-    page.find_element("id", "search").send_keys("zebra")
-    assert names(page) == [] and overlapping(page) == []
-    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")

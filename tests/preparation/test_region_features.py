@@ -18,8 +18,7 @@ import caption as caption_script
 import create_input_files
 import eval as eval_script
 import train
-from common.files import read_jsonl
-from conftest import SMALL, flags, weights
+from conftest import SMALL, flags, logged_epochs, weights
 from preparation.records import ImageRecord, pack_sentences
 from preparation.region_features import RegionFeatures
 from preparation.storage import StoredRegions, read_metadata, region_info
@@ -402,7 +401,7 @@ def test_workers_and_resumed_runs_see_the_same_features(tmp_path, prepared, comm
     for name, value in weights(tmp_path / "workers" / "last.pt").items():
         assert torch.equal(value, expected[name]), name
     status, _, err = command(train, "--resume", tmp_path / "resumed" / "last.pt", "--epochs", 2)
-    assert status == 0 and [row["epoch"] for row in read_jsonl(tmp_path / "resumed" / "log.jsonl")] == [1, 2], err
+    assert status == 0 and logged_epochs(tmp_path / "resumed") == [1, 2], err
 
 
 def test_a_model_of_region_features_goes_through_the_scripts(tmp_path, prepared, command, no_meteor):
