@@ -13,12 +13,12 @@ from urllib.parse import quote
 
 import pytest
 from PIL import Image
-from served_photos import DECODING, STRANGE, encode, photo_files, running, serve_run
 
 import caption
 from evaluation.report import describe_photo
 from evaluation.server import MAX_UPLOAD, CaptionServer, Handler
 from models import Captioner
+from served_photos import DECODING, STRANGE, encode, photo_files, running, serve_run
 from utils import InputError
 
 

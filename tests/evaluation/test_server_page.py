@@ -4,9 +4,9 @@ import time
 
 import numpy as np
 import pytest
-from served_photos import STRANGE, photo_files, serve_run
 
 from report_page import hover, names, overlapping, words_of
+from served_photos import STRANGE, photo_files, serve_run
 
 
 @pytest.fixture(scope="module")
