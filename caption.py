@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 from common.files import display_name, require_writable
+from decoding.captions import ImageCaption, caption_batch
+from decoding.settings import DecodingSettings
 from evaluation.consensus import CaptionIndex, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.gallery import Gallery
 from evaluation.photos import (
     PhotoRegions,
     collect_photos,
@@ -24,15 +25,14 @@ from evaluation.photos import (
     load_photos,
     photo_records,
 )
-from evaluation.report import Report
-from evaluation.server import CaptionServer, CardMaker
 from models import Captioner
-from modules.decoding import DecodingSettings
-from modules.generation import ImageCaption, caption_batch
 from preparation.detection import Detector, detect_objects
 from preparation.images import pad_boxes
 from preparation.objects import require_objects_file
+from tools.serve import CaptionServer, CardMaker
 from utils import InputError, Runtime, choose_runtime, require_at_least, run_script
+from visualization.gallery import Gallery
+from visualization.report import Report
 
 # Settings of photos that are named and of the files of their pictures; the page has its own choice of layers and heads.
 NOT_SERVED = (
@@ -210,7 +210,7 @@ def regions_of_photos(
 def load(
     settings: Settings, decoding: DecodingSettings, runtime: Runtime
 ) -> tuple[Captioner | Ensemble, Callable[..., list[ImageCaption]]]:
-    """The captioner of the settings, and `modules.generation.caption_batch` with it and all that is the same for all.
+    """The captioner of the settings, and `decoding.captions.caption_batch` with it and all that is the same for all.
 
     Raises InputError where a file cannot be read, or does not fit the others.
     """

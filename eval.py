@@ -13,13 +13,12 @@ from typing import Any, Literal
 import torch
 
 from common.files import path_text, read_json, require_writable, write_json
+from decoding.settings import DecodingSettings
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
 from evaluation.ensemble import Ensemble, combine, load_models
-from evaluation.report import require_report
 from evaluation.scoring import caption_split
-from evaluation.split_report import SplitCaptions, report_split
+from features.feature_cache import build_dataset, require_fitting_images
 from models import Captioner
-from modules.decoding import DecodingSettings
 from preparation.storage import read_metadata
 from scores.bootstrap import CONFIDENCE, RESAMPLES, SEED
 from scores.caption_scores import (
@@ -32,9 +31,10 @@ from scores.caption_scores import (
 )
 from scores.metrics import ROW_KEYS, has_java, table_cells
 from scores.runs import summarize_runs
-from training.feature_cache import build_dataset, require_fitting_images
 from training.state import git_revision
 from utils import InputError, Runtime, choose_runtime, replace_settings, require_at_least, run_script
+from visualization.report import require_report
+from visualization.split_report import SplitCaptions, report_split
 
 # Of the settings, beside DecodingSettings.
 OTHER_DECODING = ("views", "consensus_index", "consensus_weight", "similar_photos")

@@ -25,13 +25,13 @@ from common.checkpoints import (
     shown,
 )
 from common.files import safe_load
+from decoding.captions import Encoded, ImageCaption, caption_batch
+from decoding.settings import DecodingSettings
 from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
 from modules.decoders import Decoder, DecoderOutput
-from modules.decoding import DecodingSettings
 from modules.encoders import Encoder, NoEncoder
-from modules.generation import Encoded, ImageCaption, caption_batch
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS, RegionGraph
 from modules.layers import Dropout, init_linear
 from modules.region_encoder import POSITIONS, RegionEncoder
@@ -150,7 +150,7 @@ class Captioner(nn.Module):
             objects: of each photo, for a captioner that `uses_objects`; each has a "box": left, top, right and bottom
                 in fractions of the photo's sides.
             precision: auto: bf16 mixed precision where it is faster.
-            decoding: other fields of `modules.decoding.DecodingSettings`, such as batch_size=8 or length_penalty=1.
+            decoding: other fields of `decoding.settings.DecodingSettings`, such as batch_size=8 or length_penalty=1.
                 With samples, torch's generators are seeded.
 
         Raises InputError for a photo that cannot be read, and for a captioner of region features.

@@ -14,18 +14,17 @@ from tqdm import tqdm
 from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
 from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
-from evaluation.samples import draw_samples
+from decoding.settings import DecodingSettings
 from evaluation.scoring import evaluate
+from features.feature_cache import build_dataset
 from models import DECODERS
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
-from modules.decoding import DecodingSettings
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS
 from modules.region_encoder import POSITIONS
 from modules.regions import REGIONS
 from text.cider import CiderD
 from training.checks import print_warnings, validate_settings
-from training.feature_cache import build_dataset
 from training.logs import plot_curves, plot_runs, write_samples, write_tensorboard
 from training.optim import learning_rate_factor
 from training.shutdown import graceful_shutdown
@@ -34,6 +33,7 @@ from training.state import TrainState
 from training.steps import scst_step, train_step
 from training.validation import describe_best, epoch_key, print_epoch, validation_loss
 from utils import InputError, Runtime, StopRequested, choose_runtime, first_line, replace_settings, run_script
+from visualization.samples import draw_samples
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets import in_order, make_batches, make_loader
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.sampling import SamplingSettings, sample
+from features.feature_cache import build_dataset
 from models import load_captioner
-from modules.beam_search import SearchSettings, beam_search
 from modules.decoders import Decoder
-from modules.sampling import SamplingSettings, sample
 from modules.show_attend_tell import ShowAttendTell
-from training.feature_cache import build_dataset
 from utils import InputError, Runtime, choose_runtime, run_script
 
 

@@ -22,11 +22,11 @@ import eval as eval_script
 import train
 from common.files import atomic_write, read_json, write_json
 from datasets import make_batches, make_loader, shuffled_indices
+from decoding.settings import DecodingSettings
 from evaluation.scoring import caption_dataset
+from features.feature_cache import build_dataset
 from models import load_captioner, load_checkpoint
-from modules.decoding import DecodingSettings
 from preparation.storage import read_metadata
-from training.feature_cache import build_dataset
 from training.optim import make_optimizer
 from utils import InputError, choose_runtime, require_at_least, run_script
 

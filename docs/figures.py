@@ -25,6 +25,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import atomic_write
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.captions import caption_batch
+from decoding.sampling import SamplingSettings, sample
+from decoding.settings import DecodingSettings
 from diagrams import (
     ATTENTION,
     GRAY,
@@ -42,12 +46,7 @@ from diagrams import (
     draw_teacher_forcing,
     show_image,
 )
-from evaluation.pictures import plot_attention
 from models import Captioner, load_captioner
-from modules.beam_search import SearchSettings, beam_search
-from modules.decoding import DecodingSettings
-from modules.generation import caption_batch
-from modules.sampling import SamplingSettings, sample
 from preparation.images import load_image, to_square
 from preparation.shapes import draw_scene
 from preparation.storage import read_captions
@@ -55,6 +54,7 @@ from scores.metrics import Meteor, compute_metrics, has_java
 from text.cider import CiderD
 from text.vocabulary import END
 from utils import Runtime, choose_runtime, run_script
+from visualization.pictures import plot_attention
 
 BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # of the test split: one shape; two shapes on white
 PHOTOS = ("camera", "chelsea", "astronaut")  # of scikit-image

@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from common.checkpoints import check_dense, check_words
 from common.files import safe_load, save_torch
+from decoding.settings import Candidate
 from evaluation.ensemble import Ensemble
 from models import Captioner
-from modules.decoding import Candidate
+from modules.decoders import Nested
 from modules.encoders import Encoder
-from modules.step_decoder import Nested
 from preparation.storage import PackedCaptions
 from text.cider import CiderD
 from utils import InputError, Runtime

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from decoding.captions import Encoded
+from decoding.ensemble import EnsembleDecoder, map_words
 from models import Captioner, load_captioner
-from modules.ensemble import EnsembleDecoder, map_words
-from modules.generation import Encoded
 from preparation.images import flip_boxes
 from utils import InputError
 

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.files import display_name
 from evaluation.ensemble import Ensemble
-from evaluation.visualization import is_our_picture
 from models import Captioner
 from preparation.folder_formats import PHOTO_SUFFIXES
 from preparation.images import load_image, photo_size, place_objects
@@ -21,6 +20,7 @@ from preparation.objects import add_objects
 from preparation.records import ImageRecord
 from preparation.region_features import RegionFeatures
 from utils import InputError
+from visualization.photos import is_our_picture
 
 
 def collect_photos(arguments: Sequence[str]) -> list[str]:

@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from common.distributed import all_gather, rank, world_size
 from datasets import CaptionDataset, in_order, make_batches, make_loader
+from decoding.captions import ImageCaption, caption_batch
+from decoding.settings import DecodingSettings
 from evaluation.consensus import Consensus
 from evaluation.ensemble import Ensemble
 from models import Captioner
-from modules.decoding import DecodingSettings
-from modules.generation import ImageCaption, caption_batch
 from scores.metrics import compute_metrics
 from scores.pointing import attention_metrics
 from utils import Runtime

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from modules.attention import AdaptiveAttention
 from modules.cells import SentinelLSTMCell
+from modules.decoders import Nested
 from modules.layers import masked_mean
 from modules.show_attend_tell import ShowAttendTell
-from modules.step_decoder import Nested
 
 
 class AdaptiveDecoder(ShowAttendTell):

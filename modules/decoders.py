@@ -5,15 +5,17 @@ of a word embedding, V words of the vocabulary. A mask (B, R) is False where an 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modules.layers import Dropout, sample_categorical
-from modules.step_decoder import Nested
 from text.vocabulary import PAD, START
 from utils import InputError, copy_to_device
+
+Nested = Any  # a Tensor, None or a tuple of Nested
 
 INIT_RANGE = 0.1  # word embeddings are initialized uniformly in [-INIT_RANGE, INIT_RANGE]
 
@@ -166,3 +168,17 @@ def lay_out(words: Tensor, lengths: Tensor, device: torch.device) -> Layout:
     targets = words[:, :, 1 : len(mask) + 1].permute(2, 0, 1)[mask]
     positions = mask.flatten().nonzero().squeeze(1)
     return Layout((len(mask), *lengths.shape), *(copy_to_device(each, device) for each in (targets, positions)))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
+    """Apply a function to every tensor."""
+    if nested is None:
+        return None
+    if isinstance(nested, Tensor):
+        return function(nested)
+    return tuple(map_tensors(function, part) for part in nested)
+
+
+def first_tensor(nested: Nested) -> Tensor:
+    """The first of nested tensors, which tells the number of images and the device of all."""
+    return nested if isinstance(nested, Tensor) else first_tensor(nested[0])

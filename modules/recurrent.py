@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from modules.cells import Cell
-from modules.decoders import Decoder, DecoderOutput, Layout, caption_mask, lay_out, sample_words
+from modules.decoders import Decoder, DecoderOutput, Layout, Nested, caption_mask, lay_out, map_tensors, sample_words
 from modules.layers import init_linears
-from modules.step_decoder import Nested, map_tensors
 from utils import copy_to_device
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from modules.attention import Attention
 from modules.cells import LSTMCell
+from modules.decoders import Nested
 from modules.layers import Dropout, masked_mean
 from modules.recurrent import RecurrentDecoder
-from modules.step_decoder import Nested
 
 
 class SgrvinodAttention(Attention):

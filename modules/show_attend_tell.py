@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from modules.attention import ATTENTIONS, HardAttention
 from modules.cells import CELLS, Cell
-from modules.decoders import DecoderOutput
+from modules.decoders import DecoderOutput, Nested
 from modules.layers import masked_mean
 from modules.recurrent import RecurrentDecoder, TimeSteps
-from modules.step_decoder import Nested
 
 
 class ShowAttendTell(RecurrentDecoder):

@@ -10,9 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modules.decoders import Decoder, DecoderOutput, lay_out, sample_words
+from modules.decoders import Decoder, DecoderOutput, Nested, lay_out, sample_words
 from modules.layers import Dropout, init_linears
-from modules.step_decoder import Nested
 from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
 from utils import InputError, copy_to_device
 

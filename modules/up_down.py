@@ -7,9 +7,9 @@ of the attention, H of the hidden states, V words of the vocabulary.
 from torch import Tensor, nn
 
 from modules.cells import LSTMCell
+from modules.decoders import Nested
 from modules.layers import additive_scores, mask_scores, masked_mean
 from modules.recurrent import RecurrentDecoder
-from modules.step_decoder import Nested
 
 
 class UpDownDecoder(RecurrentDecoder):

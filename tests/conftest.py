@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import create_input_files
-import modules.beam_search
-import modules.sampling
+import decoding.beam_search
+import decoding.sampling
 import train
 import utils
 from common.files import read_jsonl
@@ -241,7 +241,7 @@ def make_tiny_decoder(decoder_class, **settings):
 def checks(request, monkeypatch):
     """How often a loop asks which images have ended: as on a CPU, and as on a GPU."""
     if request.param == "every 4 words":
-        for module in (modules.beam_search, modules.sampling):
+        for module in (decoding.beam_search, decoding.sampling):
             monkeypatch.setattr(module, "checks_after", lambda t, device: t % 4 == 0)
 
 

@@ -35,12 +35,12 @@ import training.state
 from common.files import read_json, read_jsonl
 from conftest import SMALL, prepare_shapes
 from datasets import CaptionDataset, collate
-from modules.beam_search import SearchSettings, beam_search
-from modules.constraints import Constraints
-from modules.decoding import DecodingSettings
-from modules.ensemble import EnsembleDecoder
-from modules.generation import caption_batch
-from modules.sampling import SamplingSettings, sample
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.captions import caption_batch
+from decoding.constraints import Constraints
+from decoding.ensemble import EnsembleDecoder
+from decoding.sampling import SamplingSettings, sample
+from decoding.settings import DecodingSettings
 from text.cider import CiderD
 from text.vocabulary import END
 from training.start import start_run

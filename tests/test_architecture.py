@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # What each script or folder may import, itself aside.
 BOTTOM = {"utils", "common", "text"}
+MODEL = BOTTOM | {"preparation", "modules", "decoding", "models"}
+DATA = MODEL | {"datasets", "features"}
 ALLOWED = {
     "utils": set(),
     "common": {"utils"},
@@ -16,14 +18,17 @@ ALLOWED = {
     "create_input_files": BOTTOM | {"preparation"},
     "datasets": BOTTOM | {"preparation"},
     "modules": BOTTOM,
-    "models": BOTTOM | {"preparation", "modules"},
-    "training": BOTTOM | {"preparation", "datasets", "modules", "models"},
+    "decoding": BOTTOM | {"modules"},
+    "models": BOTTOM | {"preparation", "modules", "decoding"},
+    "features": MODEL | {"datasets"},
     "scores": BOTTOM | {"preparation", "modules"},
-    "evaluation": BOTTOM | {"preparation", "datasets", "modules", "models", "scores"},
-    "eval": BOTTOM | {"preparation", "datasets", "modules", "models", "training", "scores", "evaluation"},
-    "train": BOTTOM | {"eval", "datasets", "modules", "models", "training", "evaluation"},
-    "caption": BOTTOM | {"preparation", "modules", "models", "evaluation"},
-    "tools": BOTTOM | {"preparation", "datasets", "modules", "models", "training", "evaluation", "train"},
+    "training": DATA,
+    "evaluation": DATA | {"scores", "visualization"},
+    "visualization": DATA | {"scores", "evaluation"},
+    "eval": DATA | {"training", "scores", "evaluation", "visualization"},
+    "train": DATA | {"training", "evaluation", "visualization"},
+    "caption": MODEL | {"evaluation", "visualization", "tools"},
+    "tools": DATA | {"training", "evaluation", "visualization", "train", "caption"},
 }
 FILES = sorted(path for name in ALLOWED for path in [*ROOT.glob(f"{name}.py"), *(ROOT / name).glob("*.py")])
 

@@ -16,9 +16,9 @@ import caption
 import eval as eval_script
 import train
 from conftest import SMALL
+from decoding.beam_search import SearchSettings, beam_search
 from evaluation.photos import photo_records
 from models import load_captioner
-from modules.beam_search import SearchSettings, beam_search
 from preparation.detection import Detector, detect_objects
 from preparation.images import load_image
 

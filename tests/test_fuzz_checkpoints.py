@@ -18,8 +18,8 @@ import torch
 
 import train
 from conftest import SMALL, build
+from decoding.beam_search import SearchSettings, beam_search
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
-from modules.beam_search import SearchSettings, beam_search
 from text.vocabulary import SPECIAL_TOKENS
 from utils import InputError
 

@@ -78,7 +78,7 @@ utils.run_script(train.main, train.Settings)
 
 # Before it: features of 4 images at once, on the disk after 8.
 SMALL_STEPS = """
-from training import feature_cache
+from features import feature_cache
 feature_cache.BATCH_SIZE, feature_cache.SAVE_EVERY = 4, 2
 """
 

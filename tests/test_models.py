@@ -9,10 +9,10 @@ from torchvision.ops import StochasticDepth
 import train
 from conftest import CPU, SMALL, build
 from datasets import Example, collate
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.force_decode import force_decode
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
-from modules.beam_search import SearchSettings, beam_search
 from modules.encoders import GRID_LAYERS
-from modules.force_decode import force_decode
 from modules.regions import has_area
 from text.cider import CiderD
 from text.vocabulary import PAD, SPECIAL_TOKENS

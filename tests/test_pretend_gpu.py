@@ -43,14 +43,14 @@ WAITS = {
     },
     "beam search of two images, each word": {},
     "beam search of two images, the rest": {
-        "modules/generation.py caption_batch: copy to the CPU": 3,
-        "modules/generation.py find_candidates: copy to the CPU": 2,
-        "modules/step_decoder.py drop_ended: count the nonzero elements": 1,
+        "decoding/captions.py caption_batch: copy to the CPU": 3,
+        "decoding/captions.py find_candidates: copy to the CPU": 2,
+        "decoding/contract.py drop_ended: count the nonzero elements": 1,
     },
-    "beam search of nine words": {"modules/step_decoder.py drop_ended: count the nonzero elements": 3},  # at 4, 8 and 9
-    "beam search of the transformer": {"modules/step_decoder.py drop_ended: count the nonzero elements": 1},
-    "search with constraints and groups": {"modules/step_decoder.py drop_ended: count the nonzero elements": 1},
-    "search of an ensemble": {"modules/step_decoder.py drop_ended: count the nonzero elements": 1},
+    "beam search of nine words": {"decoding/contract.py drop_ended: count the nonzero elements": 3},  # at 4, 8 and 9
+    "beam search of the transformer": {"decoding/contract.py drop_ended: count the nonzero elements": 1},
+    "search with constraints and groups": {"decoding/contract.py drop_ended: count the nonzero elements": 1},
+    "search of an ensemble": {"decoding/contract.py drop_ended: count the nonzero elements": 1},
     "truncated samples": {},
     "validation loss": {"training/validation.py validation_loss: copy to the CPU": 1},
 }

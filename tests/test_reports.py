@@ -14,9 +14,9 @@ from PIL import Image
 import caption
 import eval as eval_script
 from conftest import report_data
-from evaluation.split_report import describe_decoding
+from decoding.settings import DecodingSettings
 from models import load_captioner
-from modules.decoding import DecodingSettings
+from visualization.split_report import describe_decoding
 
 
 @pytest.fixture

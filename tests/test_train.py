@@ -18,11 +18,11 @@ import train
 from common.files import read_jsonl
 from conftest import CPU, SMALL, build, flags, logged_epochs, step_by_step, weights
 from datasets import Example, collate, in_order, make_loader
+from features.feature_cache import build_dataset
 from models import build_captioner, load_captioner
 from modules.encoders import Encoder
 from modules.show_attend_tell import ShowAttendTell
 from training import start
-from training.feature_cache import build_dataset
 from training.losses import grounding_loss
 from training.optim import make_optimizer
 

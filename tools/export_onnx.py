@@ -18,11 +18,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import atomic_write, read_json, require_writable
-from evaluation.onnx_export import ImageModule, StepModule, TensorNames, flatten, make_parts, random_inputs
+from decoding.contract import expand
+from decoding.settings import DecodingSettings
 from models import Captioner, load_captioner
-from modules.decoding import DecodingSettings
-from modules.step_decoder import expand
 from text.vocabulary import BANNED_IDS, END, PAD, START, UNK
+from tools.onnx_parts import ImageModule, StepModule, TensorNames, flatten, make_parts, random_inputs
 from utils import InputError, run_script
 
 FILES = ("encoder.onnx", "step.onnx", "vocabulary.json")

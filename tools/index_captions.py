@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import require_writable
 from datasets import CaptionDataset, in_order, make_batches, make_loader
 from evaluation.consensus import CaptionIndex, is_index_file
+from features.feature_cache import build_dataset
 from models import Captioner, load_captioner
 from modules.encoders import NoEncoder
 from preparation.storage import read_metadata
-from training.feature_cache import build_dataset
 from utils import InputError, Runtime, choose_runtime, copy_to_device, run_script
 
 

@@ -12,10 +12,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.distributed import all_reduce_sum, world_size
 from datasets import Batch, Example, collate
+from decoding.sampling import SamplingSettings, sample
 from models import Captioner
-from modules.decoders import DecoderOutput
-from modules.sampling import SamplingSettings, sample
-from modules.step_decoder import map_tensors
+from modules.decoders import DecoderOutput, map_tensors
 from text.cider import CiderD
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, grounding_loss, self_critical_loss

@@ -21,8 +21,8 @@ IMPORTED = {
     "torch",
     "PIL",
     "models",
-    "evaluation.pictures",
-    "evaluation.visualization",
+    "visualization.pictures",
+    "visualization.photos",
 }
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from conftest import CPU, SMALL, build
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.captions import caption_attention, caption_batch, encode_words
+from decoding.ensemble import EnsembleDecoder
+from decoding.settings import DecodingSettings
 from evaluation.ensemble import VIEWS, Ensemble, load_models
-from modules.beam_search import SearchSettings, beam_search
-from modules.decoding import DecodingSettings
-from modules.ensemble import EnsembleDecoder
-from modules.generation import caption_attention, caption_batch, encode_words
 from modules.regions import grid_boxes
 from preparation.images import flip_boxes
 from text.vocabulary import Vocabulary

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from evaluation.photos import collect_photos, load_photos
-from evaluation.pictures import plot_attention, save_picture
 from preparation.images import load_image
 from utils import InputError
+from visualization.pictures import plot_attention, save_picture
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import h5py
 import torch
 
 from datasets import CaptionDataset
+from decoding.captions import caption_batch
+from decoding.settings import DecodingSettings
 from evaluation.scoring import caption_dataset, evaluate
 from models import load_captioner
-from modules.decoding import DecodingSettings
-from modules.generation import caption_batch
 from utils import choose_runtime
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from decoding.captions import caption_attention
 from modules.adaptive import AdaptiveDecoder
 from modules.attention import AdaptiveAttention
-from modules.generation import caption_attention
 from text.vocabulary import START
 
 DIMS = {"region_dim": 6, "hidden_dim": 8, "attention_dim": 4}

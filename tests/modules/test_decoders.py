@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional
 
 from conftest import SOFT_LSTM, check_teacher_forcing, make_tiny_decoder, random_batch
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.force_decode import force_decode
+from decoding.sampling import SamplingSettings, sample
 from modules.adaptive import AdaptiveDecoder
-from modules.beam_search import SearchSettings, beam_search
-from modules.force_decode import force_decode
 from modules.layers import Dropout
-from modules.sampling import SamplingSettings, sample
 from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
 from modules.transformer import TransformerDecoder

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from conftest import check_teacher_forcing, random_batch, step_by_step
-from modules.beam_search import SearchSettings, beam_search
-from modules.sampling import SamplingSettings, sample
-from modules.step_decoder import expand
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.contract import expand
+from decoding.sampling import SamplingSettings, sample
 from modules.transformer import TransformerDecoder
 from modules.transformer_layers import fused_attention, scaled_dot_product, sine_positions
 from text.vocabulary import END, START

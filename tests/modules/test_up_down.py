@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modules.step_decoder import map_tensors
+from modules.decoders import map_tensors
 from modules.up_down import UpDownDecoder
 
 DIMS = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}

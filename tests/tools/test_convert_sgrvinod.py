@@ -13,8 +13,8 @@ import eval as eval_script
 import sgrvinod_reference as reference
 import train
 from convert_sgrvinod import Settings
+from decoding.beam_search import SearchSettings, beam_search
 from models import load_captioner
-from modules.beam_search import SearchSettings, beam_search
 from text.vocabulary import SPECIAL_TOKENS
 from utils import InputError
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import caption
 from conftest import SMALL, build
-from modules.beam_search import SearchSettings, beam_search
+from decoding.beam_search import SearchSettings, beam_search
 from preparation.images import load_image
 from text.vocabulary import SPECIAL_TOKENS
 from tools import export_onnx
@@ -183,7 +183,7 @@ def test_what_cannot_be_exported_or_differs_leaves_no_file(command, monkeypatch,
     status, _, error = command(export_onnx, *checkpoint)
     assert status == 2 and error.count("\n") == 1
     assert "cannot export the encoder: no ONNX function for aten.foo" in error
-    monkeypatch.setattr("evaluation.onnx_export.Part.write", lambda *arguments: None)
+    monkeypatch.setattr("tools.onnx_parts.Part.write", lambda *arguments: None)
     for difference in (1e-3, float("nan")):
         monkeypatch.setattr(export_onnx, "largest_difference", lambda *arguments, d=difference: d)
         status, _, error = command(export_onnx, *checkpoint)

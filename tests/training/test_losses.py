@@ -10,10 +10,10 @@ from torch.nn import functional
 import train
 from conftest import SMALL, build
 from datasets import Example, collate
+from decoding.sampling import SamplingSettings, sample
 from models import DECODERS
 from modules.decoders import DecoderOutput
 from modules.regions import grid_boxes
-from modules.sampling import SamplingSettings, sample
 from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, grounding_loss, self_critical_loss
 from training.optim import ModelEMA, learning_rate_factor

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modules.constraints import Constraints
+from decoding.constraints import Constraints
 from text.vocabulary import END, PAD
 
 V = 7

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.pictures import plot_attention, plot_edges, save_picture
-from evaluation.visualization import Regions, is_our_picture, open_for_picture, picture_paths
 from modules.regions import grid_boxes
 from modules.relations import spatial_relations
 from utils import InputError
+from visualization.photos import Regions, is_our_picture, open_for_picture, picture_paths
+from visualization.pictures import plot_attention, plot_edges, save_picture
 
 WHITE = Image.new("RGB", (80, 40), "white")
 

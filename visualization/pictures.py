@@ -16,12 +16,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from common.files import save_figure
+from decoding.captions import ImageCaption
 from evaluation.ensemble import Ensemble
-from evaluation.visualization import FULL_BRIGHTNESS, MAX_FRAMES, SOFTWARE, Regions, name_regions
 from models import Captioner
-from modules.generation import ImageCaption
 from modules.graph import edge_attribution
 from modules.relations import RELATIONS, spatial_relations
+from visualization.photos import FULL_BRIGHTNESS, MAX_FRAMES, SOFTWARE, Regions, name_regions
 
 MAX_WIDTH, MAX_HEIGHT = 11.5, 16.0  # inches of a picture
 TILE_WIDTH, TITLE_HEIGHT, GAP = 2.3, 0.42, 0.03  # inches; the width at most, smaller where tiles are many

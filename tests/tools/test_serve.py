@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 import caption
-from evaluation.report import describe_photo
-from evaluation.server import MAX_UPLOAD, CaptionServer, Handler
 from models import Captioner
 from served_photos import DECODING, STRANGE, encode, photo_files, running, serve_run
+from tools.serve import MAX_UPLOAD, CaptionServer, Handler
 from utils import InputError
+from visualization.report import describe_photo
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modules.decoders import Decoder
-from modules.decoding import Candidate, DecodingSettings
-from modules.ensemble import EnsembleDecoder
-from modules.force_decode import force_decode
+from decoding.ensemble import EnsembleDecoder
+from decoding.force_decode import force_decode
+from decoding.settings import Candidate, DecodingSettings
+from modules.decoders import Decoder, Nested, first_tensor, map_tensors
 from modules.regions import has_area
-from modules.step_decoder import Nested, first_tensor, map_tensors
 from text.vocabulary import END, START, Vocabulary
 from utils import Runtime, copy_to_device
 

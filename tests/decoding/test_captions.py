@@ -2,10 +2,10 @@
 
 import torch
 
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.captions import caption_attention, caption_batch
+from decoding.settings import DecodingSettings
 from models import load_captioner
-from modules.beam_search import SearchSettings, beam_search
-from modules.decoding import DecodingSettings
-from modules.generation import caption_attention, caption_batch
 from text.vocabulary import END, START
 from utils import choose_runtime
 

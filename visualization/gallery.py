@@ -9,11 +9,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.files import display_name
+from decoding.captions import ImageCaption
 from evaluation.ensemble import Ensemble
-from evaluation.report import Report, describe_caption, describe_photo, require_report
-from evaluation.visualization import open_for_picture, picture_paths
 from models import Captioner
-from modules.generation import ImageCaption
+from visualization.photos import open_for_picture, picture_paths
+from visualization.report import Report, describe_caption, describe_photo, require_report
 
 
 class Gallery:
@@ -54,7 +54,7 @@ class Gallery:
     def _save_pictures(
         self, index: int, photo: Image.Image, caption: ImageCaption, objects: Sequence[dict[str, Any]]
     ) -> None:
-        from evaluation.pictures import plot_pictures, save_picture  # matplotlib takes half a second to import
+        from visualization.pictures import plot_pictures, save_picture  # matplotlib takes half a second to import
 
         settings = self.settings
         figures = plot_pictures(photo, caption, self.captioner, settings.graph_word, objects)

@@ -6,7 +6,8 @@ Shapes: B images, R regions, C captions of an image, T words of a caption.
 import torch
 from torch import Tensor
 
-from modules.step_decoder import Nested, StepDecoder, expand, first_tensor
+from decoding.contract import StepDecoder, expand
+from modules.decoders import Nested, first_tensor
 from text.vocabulary import END, START
 
 
@@ -20,7 +21,7 @@ def force_decode(decoder: StepDecoder, regions: Nested, captions: Tensor, mask: 
         decoder: in eval mode.
         regions: (B, R, D), or a tuple of them for an ensemble.
         captions: (B, C, T) word ids as `beam_search` and `sample` return them, without <start>.
-        mask: as in `modules.beam_search.beam_search`.
+        mask: as in `decoding.beam_search.beam_search`.
 
     Returns:
         Log-probabilities (B, C) and alpha (B, C, T, R), zero after a caption's <end>.

@@ -14,10 +14,10 @@ import torch
 
 import train
 from conftest import CPU, SMALL, build, flags
+from features import feature_cache
+from features.feature_cache import build_dataset
 from preparation.storage import read_metadata, write_captions
 from text.vocabulary import Vocabulary
-from training import feature_cache
-from training.feature_cache import build_dataset
 from utils import InputError
 
 

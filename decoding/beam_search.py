@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modules.constraints import Constraints
-from modules.step_decoder import Nested, StepDecoder, checks_after, drop_ended, expand, first_tensor, reorder
+from decoding.constraints import Constraints
+from decoding.contract import StepDecoder, checks_after, drop_ended, expand, reorder
+from modules.decoders import Nested, first_tensor
 from text.vocabulary import BANNED_IDS, END, START
 from utils import InputError
 

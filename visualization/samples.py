@@ -10,11 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from datasets import CaptionDataset
-from evaluation.pictures import plot_pictures
+from decoding.captions import ImageCaption
 from evaluation.scoring import NUM_PICTURES
 from models import Captioner
-from modules.generation import ImageCaption
 from preparation.storage import open_images
+from visualization.pictures import plot_pictures
 
 NUM_CAPTIONS = 8  # in the table
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from modules.beam_search import SearchSettings, beam_search
-from modules.ensemble import EnsembleDecoder, map_words
-from modules.force_decode import force_decode
-from modules.sampling import SamplingSettings, sample
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.ensemble import EnsembleDecoder, map_words
+from decoding.force_decode import force_decode
+from decoding.sampling import SamplingSettings, sample
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, SPECIAL_TOKENS, START, Vocabulary
 from utils import InputError

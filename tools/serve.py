@@ -13,15 +13,15 @@ from urllib.parse import unquote
 
 import torch
 
+from decoding.captions import ImageCaption
 from evaluation.ensemble import Ensemble
-from evaluation.report import describe_caption, describe_photo
-from evaluation.visualization import open_for_picture
 from models import Captioner
-from modules.generation import ImageCaption
 from preparation.detection import Detector
 from preparation.images import PhotoBytes, load_image, open_photo, pad_boxes, place_objects
 from preparation.objects import objects_of_detections
 from utils import InputError, first_line, is_out_of_memory
+from visualization.photos import open_for_picture
+from visualization.report import describe_caption, describe_photo
 
 HOST = "127.0.0.1"  # no other machine reaches it
 MAX_UPLOAD = 32 * 2**20  # bytes of a photo's file
@@ -36,7 +36,7 @@ class CardMaker:
 
     Args:
         captioner: in eval mode, or an ensemble; not of region features.
-        caption: `modules.generation.caption_batch` of it, with the settings of the decoding.
+        caption: `decoding.captions.caption_batch` of it, with the settings of the decoding.
         detector: finds the objects that the captioner looks at; None where it looks at none.
         seed: of each photo's samples.
     """

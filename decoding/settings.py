@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from modules.beam_search import SearchSettings, beam_search, length_normalized
-from modules.constraints import Constraints
-from modules.decoders import Decoder
-from modules.ensemble import EnsembleDecoder
-from modules.force_decode import force_decode
-from modules.sampling import SamplingSettings, sample
-from modules.step_decoder import Nested, reorder
+from decoding.beam_search import SearchSettings, beam_search, length_normalized
+from decoding.constraints import Constraints
+from decoding.contract import reorder
+from decoding.ensemble import EnsembleDecoder
+from decoding.force_decode import force_decode
+from decoding.sampling import SamplingSettings, sample
+from modules.decoders import Decoder, Nested
 from text.vocabulary import Vocabulary
 from utils import InputError, require_at_least
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from decoding.contract import expand
 from models import Captioner
-from modules.decoders import Decoder
-from modules.step_decoder import Nested, expand, map_tensors
+from modules.decoders import Decoder, Nested, map_tensors
 from text.vocabulary import START
 from utils import InputError, first_line
 

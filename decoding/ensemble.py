@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from modules.decoders import Decoder
-from modules.step_decoder import Nested
+from modules.decoders import Decoder, Nested
 from text.vocabulary import Vocabulary
 from utils import InputError
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from conftest import step_by_step
-from modules.beam_search import SearchSettings, beam_search
-from modules.force_decode import force_decode
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.force_decode import force_decode
 from text.vocabulary import END, START
 
 

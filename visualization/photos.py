@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from decoding.captions import ImageCaption
 from evaluation.ensemble import Ensemble
 from models import Captioner
-from modules.generation import ImageCaption
 from preparation.images import PhotoBytes, open_photo, to_square
 from utils import InputError
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from conftest import ending_at_different_words
-from modules.beam_search import SearchSettings, beam_search
-from modules.sampling import SamplingSettings, sample
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.sampling import SamplingSettings, sample
 from text.vocabulary import END, START
 from utils import InputError
 

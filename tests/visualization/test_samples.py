@@ -7,11 +7,11 @@ import pytest
 
 from conftest import SMALL, build
 from datasets import CaptionDataset
-from evaluation.samples import draw_samples
+from decoding.settings import DecodingSettings
 from evaluation.scoring import NUM_PICTURES, caption_dataset
 from models import load_captioner
-from modules.decoding import DecodingSettings
 from utils import choose_runtime
+from visualization.samples import draw_samples
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from decoding.captions import ImageCaption
+from decoding.settings import DecodingSettings
 from evaluation.ensemble import Ensemble
-from evaluation.report import Report, describe_caption, describe_photo, describe_text
 from models import Captioner
-from modules.decoding import DecodingSettings
-from modules.generation import ImageCaption
 from preparation.storage import open_images, read_captions
 from scores.caption_scores import ScoredCaptions
 from scores.metrics import TITLES
+from visualization.report import Report, describe_caption, describe_photo, describe_text
 
 PER_IMAGE = ("cider", "bleu_4", "rouge_l")  # scores of a card
 

@@ -4,13 +4,12 @@ Shapes: B images, R regions, D their width, C captions of an image, K beams, V w
 for a tensor, or tensors nested in tuples, whose rows are images; None stands for a tensor that there is not.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Nested = Any  # a Tensor, None or a tuple of Nested
+from modules.decoders import Nested, map_tensors
 
 CHECK_EVERY = 4  # words after which decoding on a GPU asks which images have ended
 
@@ -35,20 +34,6 @@ class StepDecoder(Protocol):
     ) -> tuple[Tensor, Tensor, tuple[Nested, ...]]:
         """words (B, C), keys (B, ...), state (B, C, ...) -> logits (B, C, V), alpha (B, C, R), state."""
         ...
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
-    """Apply a function to every tensor."""
-    if nested is None:
-        return None
-    if isinstance(nested, Tensor):
-        return function(nested)
-    return tuple(map_tensors(function, part) for part in nested)
-
-
-def first_tensor(nested: Nested) -> Tensor:
-    """The first of nested tensors, which tells the number of images and the device of all."""
-    return nested if isinstance(nested, Tensor) else first_tensor(nested[0])
 
 
 def expand(nested: Nested, count: int) -> Nested:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import ending_at_different_words, step_by_step
-from modules.beam_search import SearchSettings, beam_search
-from modules.constraints import Constraints
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.constraints import Constraints
 from text.vocabulary import BANNED_IDS, END, START
 from utils import InputError
 

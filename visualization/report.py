@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from common.files import atomic_write
+from decoding.captions import ImageCaption
 from evaluation.ensemble import Ensemble
-from evaluation.visualization import FULL_BRIGHTNESS, MAX_FRAMES, MAX_NAMED_EDGES, Regions, name_regions
 from models import Captioner
-from modules.generation import ImageCaption
 from modules.graph import edge_attribution
 from modules.relations import RELATIONS, spatial_relations
 from utils import InputError
+from visualization.photos import FULL_BRIGHTNESS, MAX_FRAMES, MAX_NAMED_EDGES, Regions, name_regions
 
 GENERATOR = "image captioning report"  # by which a report is told from the user's files
 THUMBNAIL_SIDE, JPEG_QUALITY = 256, 80  # of the photos in the page
@@ -41,7 +41,7 @@ class Report:
         details: what the captions are of and how they were made, name and value.
         table: scores of the whole split, as `scores.metrics.table_cells` returns them.
         attention: which attention weights of a transformer decoder are shown at first.
-        serve: whether photos can be dropped on the page, which `evaluation.server` captions.
+        serve: whether photos can be dropped on the page, which `tools.serve` captions.
     """
 
     title: str

@@ -4,11 +4,11 @@ import pytest
 import torch
 from test_beam_search import assert_equals_reference
 
-from modules import step_decoder
-from modules.beam_search import SearchSettings, beam_search
-from modules.constraints import Constraints
-from modules.force_decode import force_decode
-from modules.sampling import SamplingSettings, sample
+from decoding import contract
+from decoding.beam_search import SearchSettings, beam_search
+from decoding.constraints import Constraints
+from decoding.force_decode import force_decode
+from decoding.sampling import SamplingSettings, sample
 from text.vocabulary import END
 
 
@@ -81,15 +81,15 @@ def test_forced_decoding_and_sampling_carry_the_cache(regions):
 def test_states_of_any_rank_are_reordered_expanded_and_selected(shape):
     x = torch.randn(3, 2, *shape)
     beam_indices = torch.tensor([[0, 0, 1], [1, 0, 1], [1, 1, 1]])
-    reordered, (again,) = step_decoder.reorder((x, (x,)), beam_indices)
+    reordered, (again,) = contract.reorder((x, (x,)), beam_indices)
     for b in range(3):
         for k in range(3):
             assert torch.equal(reordered[b, k], x[b, beam_indices[b, k]])
     assert torch.equal(again, reordered)
-    (expanded,) = step_decoder.expand((x[:, :1],), 4)
+    (expanded,) = contract.expand((x[:, :1],), 4)
     assert expanded.shape == (3, 4, *shape) and expanded.is_contiguous()
     assert all(torch.equal(expanded[:, c], x[:, 0]) for c in range(4))
     ended = torch.tensor([[True, False], [True, True], [False, False]])
-    kept, (also_kept,) = step_decoder.drop_ended(ended, (x, (x,)))
+    kept, (also_kept,) = contract.drop_ended(ended, (x, (x,)))
     assert torch.equal(kept, x[[0, 2]]) and torch.equal(also_kept, kept)
-    assert step_decoder.drop_ended(ended[[0, 2]], x) is x
+    assert contract.drop_ended(ended[[0, 2]], x) is x

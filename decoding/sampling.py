@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modules.constraints import Constraints
+from decoding.constraints import Constraints
+from decoding.contract import StepDecoder, checks_after, drop_ended, expand
+from modules.decoders import Nested, first_tensor
 from modules.layers import sample_categorical
-from modules.step_decoder import Nested, StepDecoder, checks_after, drop_ended, expand, first_tensor
 from text.vocabulary import BANNED_IDS, END, START
 from utils import InputError
 
@@ -45,13 +46,13 @@ def sample(
 ) -> Tensor:
     """Sample captions of all images at once.
 
-    `modules.force_decode.force_decode` gives their log-probabilities, to rank them.
+    `decoding.force_decode.force_decode` gives their log-probabilities, to rank them.
 
     Args:
         decoder: in eval mode.
         regions: (B, R, D), or a tuple of them for an ensemble.
         generator: on the device of the regions; the same seed and batch give the same captions. None: torch's own.
-        mask: as in `modules.beam_search.beam_search`.
+        mask: as in `decoding.beam_search.beam_search`.
 
     Returns:
         Word ids (B, C, T), <end> repeated after a caption's end; <pad>, <start> and <unk> are excluded.

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from conftest import report_data
-from evaluation.report import Report, describe_caption, describe_photo, describe_text
-from modules.decoding import Candidate
-from modules.generation import ImageCaption
+from decoding.captions import ImageCaption
+from decoding.settings import Candidate
 from modules.graph import edge_attribution
 from modules.regions import grid_boxes
 from report_page import hover, names, overlapping, press, shade, words_of
 from utils import InputError
+from visualization.report import Report, describe_caption, describe_photo, describe_text
 
 WORDS = ["a", "red", "dog", "runs", "over", "grass"]
 STRANGE = "</script><script>document.title = 'broken'</script> \"quoted\" & 'so' שלום 🐕"
