@@ -1,23 +1,21 @@
 """Caption photos and plot the attention at each word: python caption.py photo.jpg --checkpoint best.pt"""
 
 import contextlib
-import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from common.files import display_name, require_writable
-from decoding.captions import ImageCaption, caption_batch
-from decoding.settings import DecodingSettings
-from evaluation.consensus import CaptionIndex, make_consensus
-from evaluation.ensemble import Ensemble, combine, load_models
+from decoding.captions import ImageCaption
+from evaluation.consensus import load_captioning
+from evaluation.ensemble import Ensemble, EnsembleSettings
 from evaluation.photos import (
     PhotoRegions,
     collect_photos,
@@ -29,108 +27,43 @@ from models import Captioner
 from preparation.detection import Detector, detect_objects
 from preparation.images import pad_boxes
 from preparation.objects import require_objects_file
-from tools.serve import CaptionServer, CardMaker
-from utils import InputError, Runtime, choose_runtime, require_at_least, run_script
+from utils import InputError, choose_runtime, require_needs, run_script, setting
 from visualization.gallery import Gallery
-from visualization.report import Report
-
-# Settings of photos that are named and of the files of their pictures; the page has its own choice of layers and heads.
-NOT_SERVED = (
-    *("objects", "region_features", "output_folder", "batch_size", "json", "report"),
-    *("alpha_layer", "alpha_head", "graph_word", "show"),
-)
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(EnsembleSettings):
     """Caption photos and save a picture of each with the attention at every word."""
 
     # group: paths
     photos: tuple[str, ...]  # image files, folders of them, or - for names on standard input
-    checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
-    objects: str = ""  # objects in the photos, a detector's results as COCO has them, for models that look at objects
-    detect: str = ""  # a detector of torchvision that finds the objects itself, such as fasterrcnn_resnet50_fpn_v2
-    detector_weights: str = "coco"  # coco: downloaded; the path of a torchvision state dict; or empty for random ones
+    objects: str = setting("", needs="not detect")  # objects in the photos: a detector's results in COCO's format
+    detect: str = ""  # a detector of torchvision that finds the objects, such as fasterrcnn_resnet50_fpn_v2
+    detector_weights: str = setting("coco", needs="detect")  # coco: downloaded; path of a state dict; empty: random
     region_features: tuple[str, ...] = ()  # features of the photos' regions, for models that were trained on such files
     output_folder: str = "captions"  # folder of the pictures, each named after its photo
 
-    # group: beam search
-    beam_size: int = 5  # beams; 1 is greedy decoding
-    length_penalty: float = 0.5  # rank by log-probability / length ** this; 0 favors short captions
-    max_length: int = 30  # maximum words of a caption
-    min_length: int = 0  # minimum words of a caption
-    no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
-    banned_endings: tuple[str, ...] = ()  # words that no caption may end with, such as: a with of
-    num_beam_groups: int = 1  # diverse beam search: groups that share the beams, each unlike those before it
-    diversity_penalty: float = 0.5  # what a word costs for each beam of earlier groups that chose it
-    batch_size: int = 32  # photos decoded at once
-
-    # group: sampling
-    samples: int = 0  # captions sampled per photo in place of beams; 0: beam search
-    temperature: float = 1.0  # below 1 samples favor probable words
-    top_k: int = 0  # samples take only the k most probable words; 0: all
-    top_p: float = 1.0  # samples take only the most probable words that together reach this probability
-    seed: int = 0  # of the random numbers of samples, which depend on --batch_size as well
-
-    # group: ensemble and consensus
-    views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
-    consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
-    consensus_weight: float = 10.0  # weight of the mean CIDEr-D (0 to 10) against the captions of similar photos
-    similar_photos: int = 50  # similar photos whose captions count for the consensus
-
     # group: output
-    n_best: int = 1  # captions per photo, up to beam_size or samples
+    n_best: int = setting(1, minimum=1)  # captions per photo, up to beam_size or samples
     json: bool = False  # print a line of JSON for each photo: file, caption, log_prob and, from 2 on, n_best
-    pictures: bool = True  # save pictures; without them captioning many photos is several times faster
+    pictures: bool = True  # save pictures; captioning many photos is several times faster without
     report: bool = False  # write report.html, a page to look through all captions with their attention
-    alpha_layer: int = 0  # layer whose attention is drawn, from 1, of a transformer decoder; 0: the last
-    alpha_head: int = 0  # head of that layer, from 1; 0: the mean of all heads
-    graph_word: str = ""  # a word: where a caption has it, plot the graph's edges that mattered for it, too
-    show: bool = False  # open each picture
-
-    # group: page
-    serve: bool = False  # a page in the browser, on this machine only, to drop photos on; none are named here then
-    port: int = 8000  # of the page; 0: any free one
-
-    # group: run
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
-    device: str = "auto"  # auto, cpu or cuda
+    alpha_layer: int = setting(0, needs="pictures or report")  # transformer layer whose attention is drawn; 0: last
+    alpha_head: int = setting(0, needs="pictures or report")  # attention head of that layer; 0: mean of all heads
+    graph_word: str = setting("", needs="pictures")  # plot the graph's edges that mattered for this word of a caption
+    show: bool = setting(False, needs="pictures")  # open each picture
 
 
-def validate_settings(settings: Settings) -> DecodingSettings:
-    """How captions are decoded. Raises InputError where a value is out of range or two do not go together."""
-    validate_serve(settings)
-    require_at_least(settings, 1, "n_best", "similar_photos")
-    require_at_least(settings, 0, "consensus_weight")
-    decoding = DecodingSettings.from_settings(settings)
+def validate_settings(settings: Settings) -> None:
+    """Raise InputError if two settings do not go together, or the pictures cannot be written."""
+    require_needs(settings)
+    if not settings.photos:
+        raise InputError("photos are missing: name files or folders, or drop photos on the page of tools/serve.py")
     candidates = "samples" if settings.samples else "beam_size"
     if settings.n_best > getattr(settings, candidates):
         raise InputError(f"--n_best {settings.n_best}: more than --{candidates} {getattr(settings, candidates)}")
-    for name in ("graph_word", "show", "alpha_layer", "alpha_head"):
-        in_report = settings.report and name.startswith("alpha")
-        if getattr(settings, name) and not (settings.pictures or in_report):
-            raise InputError(f"--{name} needs pictures: leave --no-pictures out")
-    if (settings.pictures or settings.report) and not settings.serve:
+    if settings.pictures or settings.report:
         require_writable(settings.output_folder)
-    return decoding
-
-
-def validate_serve(settings: Settings) -> None:
-    """Raise InputError where photos are neither named nor served, or a setting has no effect on the page."""
-    if not settings.serve:
-        if not settings.photos:
-            raise InputError("photos are missing: name files or folders, or give --serve for a page to drop them on")
-        if settings.port != Settings.port:
-            raise InputError(f"--port {settings.port}: is of --serve, give both")
-        return
-    if settings.photos:
-        raise InputError(f"{settings.photos[0]}: --serve takes photos on its page, leave it out")
-    for name in NOT_SERVED:
-        if getattr(settings, name) != getattr(Settings, name):
-            raise InputError(f"--{name} has no effect on the page of --serve, leave it out")
-    require_at_least(settings, 0, "port")
-    if settings.port > 65535:
-        raise InputError(f"--port {settings.port}: must be at most 65535")
 
 
 def validate_graph_word(settings: Settings, captioner: Captioner | Ensemble) -> None:
@@ -156,18 +89,16 @@ def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str
 
 
 def validate_objects(settings: Settings, captioner: Captioner | Ensemble) -> None:
-    """Raise InputError where --objects and --detect do not fit the model, or each other."""
-    if settings.detector_weights != "coco" and not settings.detect:
-        raise InputError(f"--detector_weights {settings.detector_weights}: is of --detect, give both")
+    """Raise InputError if --objects and --detect do not fit the model."""
     given = {name: getattr(settings, name) for name in ("objects", "detect") if getattr(settings, name)}
     if captioner.uses_objects and not given:
-        of_files = "" if settings.serve else "give those that a detector found in the photos as --objects FILE, or "
-        raise InputError(f"{' '.join(settings.checkpoint)} looks at objects: {of_files}find them with --detect NAME")
-    if len(given) > 1:
-        raise InputError("--objects and --detect: give one of them")
+        raise InputError(
+            f"{' '.join(settings.checkpoint)} looks at objects: give those that a detector found in the photos as "
+            f"--objects FILE, or find them with --detect NAME"
+        )
     for name, value in given.items():
         if not captioner.uses_objects:
-            raise InputError(f"--{name} {value}: the model looks at no objects, leave it out")
+            raise InputError(f"--{name} {value}: the model does not look at objects, leave it out")
 
 
 def objects_of_photos(
@@ -207,49 +138,15 @@ def regions_of_photos(
     return PhotoRegions(photos, settings.region_features, captioner)
 
 
-def load(
-    settings: Settings, decoding: DecodingSettings, runtime: Runtime
-) -> tuple[Captioner | Ensemble, Callable[..., list[ImageCaption]]]:
-    """The captioner of the settings, and `decoding.captions.caption_batch` with it and all that is the same for all.
-
-    Raises InputError where a file cannot be read, or does not fit the others.
-    """
-    captioner = combine(load_models(settings.checkpoint, settings.views, runtime.device), settings.views)
-    torch.manual_seed(decoding.seed)
-    decoding.constraints(captioner.vocabulary)  # an unknown word is an error before all work
-    rerank = None
-    if settings.consensus_index:
-        rerank = make_consensus(CaptionIndex.load(settings.consensus_index), captioner, settings, runtime).rerank
-    return captioner, functools.partial(caption_batch, captioner, decoding=decoding, runtime=runtime, rerank=rerank)
-
-
-def make_server(settings: Settings) -> CaptionServer:
-    """The server of the page, which does not run yet. Raises InputError where it cannot caption photos as they are."""
-    decoding = validate_settings(settings)
-    runtime = choose_runtime(settings.device, settings.precision)
-    captioner, caption = load(settings, decoding, runtime)
-    checkpoint = " ".join(settings.checkpoint)
-    if captioner.uses_region_features:
-        raise InputError(f"--serve: {checkpoint} looks at the region features of a detector, not at photos")
-    validate_objects(settings, captioner)
-    detector = Detector(settings.detect, settings.detector_weights, runtime.device) if settings.detect else None
-    report = Report("Image captioning", settings.checkpoint[:1], details={"checkpoint": checkpoint}, serve=True)
-    return CaptionServer(report.page(), CardMaker(captioner, caption, detector, decoding.seed), settings.port)
-
-
 def main(settings: Settings) -> None:
-    """Print the caption of each photo with its log-probability and save its pictures, or serve the page.
+    """Print the caption of each photo with its log-probability and save its pictures.
 
     Photos that cannot be read are skipped, listed at the end, and make the exit status 1; a single one is an error.
     """
-    if settings.serve:
-        server = make_server(settings)
-        print(f"{server.address} captions photos until Ctrl-C", flush=True)
-        return server.run()
-    decoding = validate_settings(settings)
+    validate_settings(settings)
     runtime = choose_runtime(settings.device, settings.precision)
     photos = collect_photos(settings.photos)
-    captioner, caption = load(settings, decoding, runtime)
+    captioner, caption = load_captioning(settings, runtime)
     captioner.decoder.choose_alpha(settings.alpha_layer, settings.alpha_head)
     if settings.graph_word:
         validate_graph_word(settings, captioner)
@@ -258,11 +155,10 @@ def main(settings: Settings) -> None:
     gallery, with_attention = Gallery(settings, captioner, photos), settings.pictures or settings.report
     broken: list[str] = []
     progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
-    for indices, images in load_photos(photos, decoding.batch_size, captioner.image_size, captioner.resize, broken):
+    for indices, images in load_photos(photos, settings.batch_size, captioner.image_size, captioner.resize, broken):
         inputs, boxes = regions.read(indices) if regions else (images, pad_boxes([objects[i] for i in indices]))
         captions = caption(
             inputs,
-            is_features=regions is not None,
             boxes=boxes,
             with_attention=with_attention,
             with_heads=settings.report,

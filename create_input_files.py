@@ -5,11 +5,11 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from common.files import did_you_mean, require_writable
 from preparation.caption_formats import FORMATS, random_split, read_records
 from preparation.folder_formats import tutorial_words
+from preparation.images import RESIZE_MODES
 from preparation.installation import installed_folder, lock_folder, owned_files
 from preparation.json_formats import read_karpathy
 from preparation.objects import add_objects, require_objects_file
@@ -19,58 +19,53 @@ from preparation.region_features import RegionFeatures
 from preparation.shapes import MAX_SHAPES, draw_shapes
 from preparation.storage import read_metadata
 from preparation.writing import fingerprint, write_folder
-from utils import InputError, choose_device, require_at_least, run_script
+from utils import BaseSettings, InputError, choose_device, require_needs, run_script, setting
+
+LONG_CAPTIONS = ("truncate", "drop")
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Prepare a data set. Edit a value here or pass it as a flag: python create_input_files.py --image_size 224"""
 
     # group: paths
     dataset: str = "shapes"  # shapes draws its scenes itself; any other name reads --captions and --images
     captions: tuple[str, ...] = ()  # a file of any of the formats, several of COCO's, or a folder
     images: str = ""  # the folder of the photos; none where --captions is a folder
-    format: Literal[FORMATS] = "auto"  # pyright: ignore[reportInvalidTypeForm]  # of the captions; auto detects it
+    format: str = setting("auto", choices=FORMATS)  # of the captions; auto detects it
     objects: str = ""  # objects in the photos: a detector's results, or annotations (instances_train2014.json), of COCO
-    detect: str = ""  # a detector of torchvision, such as fasterrcnn_resnet50_fpn_v2, that first writes --objects
-    detector_weights: str = "coco"  # coco: downloaded; the path of a torchvision state dict; or empty for random ones
+    detect: str = setting("", needs="objects")  # detector to write --objects with (fasterrcnn_resnet50_fpn_v2)
+    detector_weights: str = setting("coco", needs="detect")  # coco: downloaded; path of a state dict; empty: random
     region_features: tuple[str, ...] = ()  # features of a detector for each photo: files or a folder, of any known form
     output_folder: str = ""  # the folder to write; empty: data/<dataset>
     preview: str = ""  # a prepared folder: plot some of its photos and its words as PNG into it, and stop
 
     # group: photos
-    image_size: int = 256  # side of the square images in pixels
-    resize: Literal["squash", "crop", "pad"] = "squash"  # make photos square: squashed, their center, or padded in gray
+    image_size: int = setting(256, minimum=1)  # side of the square images in pixels
+    resize: str = setting("squash", choices=RESIZE_MODES)  # make photos square: squashed, their center, or padded
     skip_broken: bool = False  # skip and list photos that are broken, missing or without captions, instead of stopping
 
     # group: words and captions
-    min_word_freq: int = 0  # rarer words of the training captions become <unk>; 0: 5, or 1 below 1,000 training photos
-    vocab_size: int = 0  # most frequent words to keep, special tokens not counted; 0: all
-    max_train_images: int = 0  # training images to keep at most, chosen with the seed; 0: all
-    captions_per_image: int = 0  # captions per training image to keep at most, chosen with the seed; 0: all
-    max_caption_length: int = 0  # words of a training caption at most; 0: any number
-    long_captions: Literal["truncate", "drop"] = "truncate"  # what happens to longer ones
+    min_word_freq: int = setting(0, minimum=0)  # rarer words become <unk>; 0: 5, or 1 below 1,000 training photos
+    vocab_size: int = setting(0, minimum=0)  # most frequent words to keep, special tokens not counted; 0: all
+    max_train_images: int = setting(0, minimum=0)  # training images to keep at most, chosen with the seed; 0: all
+    captions_per_image: int = setting(0, minimum=0)  # captions per training image to keep at most; 0: all
+    max_caption_length: int = setting(0, minimum=0)  # words of a training caption at most; 0: any number
+    long_captions: str = setting("truncate", choices=LONG_CAPTIONS, needs="max_caption_length")  # longer captions
 
     # group: run
     overwrite: bool = False  # replace a folder that was prepared with other settings
-    num_scenes: int = 4000  # shapes: scenes for training; val and test have a tenth as many each
-    num_shapes: tuple[int, ...] = (1, 2, 2)  # shapes: how many a scene may have, up to 9; each number as likely
+    num_scenes: int = setting(4000, minimum=1)  # shapes: scenes for training; val and test have a tenth as many each
+    num_shapes: tuple[int, ...] = setting((1, 2, 2), minimum=1, maximum=MAX_SHAPES)  # shapes: how many a scene may have
     device: str = "auto"  # of the detector: auto, cpu or cuda
     seed: int = 0  # of the shapes, random splits, --max_train_images and --captions_per_image
 
 
 def validate_settings(settings: Settings) -> None:
     """Raise InputError for settings out of range, or that contradict each other."""
-    require_at_least(settings, 1, "image_size", "num_scenes", "num_shapes")
-    require_at_least(
-        settings, 0, "min_word_freq", "vocab_size", "max_train_images", "captions_per_image", "max_caption_length"
-    )
-    if settings.long_captions == "drop" and not settings.max_caption_length:
-        raise InputError("--long_captions drop needs --max_caption_length: how long is long?")
+    require_needs(settings)
     if settings.dataset in ("", ".", "..") or set(settings.dataset) & set("/\\"):
         raise InputError(f"--dataset {settings.dataset!r} is not a name: --output_folder takes a path")
-    if max(settings.num_shapes) > MAX_SHAPES:
-        raise InputError(f"--num_shapes {max(settings.num_shapes)}: a scene has room for {MAX_SHAPES}")
     if settings.dataset != "shapes":
         validate_paths(settings)
     elif settings.captions or settings.images or settings.objects or settings.region_features or settings.detect:
@@ -92,10 +87,6 @@ def validate_paths(settings: Settings) -> None:
         )
     if settings.images and has_folder:
         raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")
-    if settings.detector_weights != "coco" and not settings.detect:
-        raise InputError(f"--detector_weights {settings.detector_weights}: is of --detect, give both")
-    if settings.detect and not settings.objects:
-        raise InputError(f"--detect {settings.detect} needs --objects FILE, a new file for what it finds")
     if settings.objects and not settings.detect:
         require_objects_file(settings.objects)
     if settings.images and not Path(settings.images).is_dir():

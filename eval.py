@@ -6,16 +6,17 @@ Or score captions that are there already (--results FILE), or average the scores
 import datetime
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from common.files import path_text, read_json, require_writable, write_json
+from decoding.constraints import Constraints
 from decoding.settings import DecodingSettings
 from evaluation.consensus import CaptionIndex, Consensus, make_consensus
-from evaluation.ensemble import Ensemble, combine, load_models
+from evaluation.ensemble import Ensemble, EnsembleSettings, combine, load_models
 from evaluation.scoring import caption_split
 from features.feature_cache import build_dataset, require_fitting_images
 from models import Captioner
@@ -32,75 +33,40 @@ from scores.caption_scores import (
 from scores.metrics import ROW_KEYS, has_java, table_cells
 from scores.runs import summarize_runs
 from training.state import git_revision
-from utils import InputError, Runtime, choose_runtime, replace_settings, require_at_least, run_script
+from utils import InputError, Runtime, choose_runtime, require_needs, run_script, setting
 from visualization.report import require_report
 from visualization.split_report import SplitCaptions, report_split
 
-# Of the settings, beside DecodingSettings.
-OTHER_DECODING = ("views", "consensus_index", "consensus_weight", "similar_photos")
-# The flags that go with --results, and with --runs, which decode nothing; those of --runs name the files of scores.
-OF_SCORES = {
-    "data_folder",
-    "split",
-    "output_folder",
-    "photos",
-    "tokenizer",
-    "compare",
-    "spice",
-    "report",
-    "report_photos",
-}
-OF_RUNS = {"runs", "data_folder", "split", "tokenizer", "views", "samples", "consensus_index"}
+# Conditions of settings, as in `utils.setting`.
+MODEL = "not results; not runs"
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(EnsembleSettings):
     """Score a checkpoint, an ensemble or captions: BLEU, METEOR, ROUGE-L, CIDEr. Edit a value or pass it as a flag."""
 
     # group: paths
-    checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # what train.py wrote; several are one ensemble
-    results: str = ""  # captions in COCO's results format, scored in place of a checkpoint's
+    results: str = setting("", needs="not runs")  # captions to score in COCO's results format, not a checkpoint's
     runs: tuple[str, ...] = ()  # run folders whose best.pt is scored already: mean and deviation of these scores
-    data_folder: str = "data/shapes"  # what create_input_files.py wrote
-    split: Literal["train", "val", "test"] = "test"  # which images to caption
-    output_folder: str = ""  # folder of the scores and captions; empty: the checkpoint's folder
-    features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
+    data_folder: str = "data/shapes"  # folder that create_input_files.py wrote
+    split: str = setting("test", choices=("train", "val", "test"))  # images to caption
+    output_folder: str = setting("", needs="not runs")  # folder of scores and captions; empty: the checkpoint's
+    features_folder: str = setting("", needs=MODEL)  # cache of a frozen encoder's features; empty: in the data folder
 
     # group: scores
-    photos: str = ""  # of --results, score only those of the photos that this text file names, one a line
-    tokenizer: Literal["plain", "ptb"] = "plain"  # ptb: words of the original sentences as in COCO's scores, needs Java
-    compare: str = ""  # a results file, or a checkpoint: test whether the last row's scores differ from its scores
-    spice: bool = False  # SPICE too; needs Java and parts that are not installed with the rest
-    report: bool = False  # write a page to look through the photos with their captions, references and attention
-    report_photos: int = 0  # photos of the report, the first ones of the split; 0: all
+    photos: str = setting("", needs="results; not report")  # text file of photos to score, one name a line
+    tokenizer: str = setting("plain", choices=("plain", "ptb"))  # ptb: COCO's tokenizer of original sentences, Java
+    compare: str = setting("", needs="not runs")  # results file or checkpoint: test whether its scores differ
+    spice: bool = setting(False, needs="not runs")  # SPICE, too; needs Java and parts that are not installed
+    report: bool = setting(False, needs="not runs")  # write a page of photos, captions, references and attention
+    report_photos: int = setting(0, minimum=0, needs="report")  # first photos of the split in the report; 0: all
 
     # group: beam search
-    beam_sizes: tuple[int, ...] = (1, 3, 5)  # beams per image; 1 is greedy decoding
-    length_penalty: float = 0.5  # rank by log-probability / length ** this; 0 favors short captions
-    max_length: int = 30  # maximum words of a caption
-    min_length: int = 0  # minimum words of a caption
-    no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
-    banned_endings: tuple[str, ...] = ()  # words that no caption may end with, such as: a with of
-    num_beam_groups: int = 1  # diverse beam search: groups that share the beams, each unlike those before it
-    diversity_penalty: float = 0.5  # what a word costs for each beam of earlier groups that chose it
-    batch_size: int = 32  # images decoded at once
+    beam_sizes: tuple[int, ...] = setting((1, 3, 5), minimum=1, needs=f"{MODEL}; not samples")  # a row for each
 
-    # group: sampling
-    samples: int = 0  # captions sampled per image in place of beams, of which the best is scored; 0: beam search
-    temperature: float = 1.0  # below 1 samples favor probable words
-    top_k: int = 0  # samples take only the k most probable words; 0: all
-    top_p: float = 1.0  # samples take only the most probable words that together reach this probability
-    seed: int = 0  # of the random numbers of samples, which depend on --batch_size as well
-
-    # group: ensemble and consensus
-    views: tuple[str, ...] = ("original",)  # views of a photo that caption together: original hflip crop
-    consensus_index: str = ""  # index of tools/index_captions.py: prefer captions like those of similar photos
-    consensus_weight: float = 10.0  # weight of the mean CIDEr-D (0 to 10) against the captions of similar photos
-    similar_photos: int = 50  # similar photos whose captions count for the consensus
-
-    # group: run
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
-    device: str = "auto"  # auto, cpu or cuda
+    NOT_FLAGS: ClassVar = ("beam_size",)  # of each row, from beam_sizes
+    # --runs needs what names the file of scores.
+    INHERITED_NEEDS: ClassVar = {"": MODEL} | dict.fromkeys(("views", "samples", "consensus_index"), "not results")
 
 
 def output_path(settings: Settings, kind: str) -> Path:
@@ -164,21 +130,12 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
 
 def validate_settings(settings: Settings) -> None:
     """Raise InputError where settings are out of range or do not go together."""
-    for mode, flags in (("runs", OF_RUNS), ("results", OF_SCORES | {"results"})):
-        unused = sorted(getattr(settings, "given", frozenset()) - flags) if getattr(settings, mode) else ()
-        for name in unused:
-            raise InputError(f"--{name} does not go with --{mode}, which decodes nothing: leave it out")
+    require_needs(settings)
     folders = [str(Path(run).resolve()) for run in settings.runs]
     if settings.runs and len(set(folders)) < max(2, len(folders)):
         raise InputError(f"--runs {' '.join(settings.runs)}: give two run folders or more, each once")
-    if settings.photos and (settings.report or not settings.results):
-        raise InputError(f"--photos {settings.photos}: goes with --results, without --report")
     if settings.results and is_checkpoint(settings.compare):
         raise InputError(f"--compare {settings.compare}: --results decodes nothing, give that model's results file")
-    require_at_least(settings, 1, "beam_sizes", "similar_photos")
-    require_at_least(settings, 0, "consensus_weight", "report_photos")
-    if settings.report_photos and not settings.report:
-        raise InputError(f"--report_photos {settings.report_photos}: needs --report")
     if settings.consensus_index and settings.split == "train":
         raise InputError("--consensus_index does not go with --split train: the index holds these photos' own captions")
     decoding_of_rows(settings)
@@ -187,8 +144,8 @@ def validate_settings(settings: Settings) -> None:
 def decoding_of_rows(settings: Settings) -> list[DecodingSettings]:
     """How the rows of a model are decoded: by beam size, or one by sampling. Raises InputError for wrong values."""
     if settings.samples:
-        return [DecodingSettings.from_settings(settings)]
-    return [DecodingSettings.from_settings(settings, beam_size=beam_size) for beam_size in settings.beam_sizes]
+        return [settings]
+    return [settings.replace(beam_size=beam_size) for beam_size in settings.beam_sizes]
 
 
 def evaluate_model(
@@ -243,17 +200,17 @@ def evaluate_checkpoints(
     """
     runtime = choose_runtime(settings.device, settings.precision)
     index = CaptionIndex.load(settings.consensus_index) if settings.consensus_index else None
-    loaded = load_models(settings.checkpoint, settings.views, runtime.device)
+    loaded = load_models(settings.checkpoint, runtime.device)
     models = {name: combine({name: model}, settings.views) for name, model in loaded.items()}
     if len(models) > 1:
         models["ensemble"] = combine(loaded, settings.views)
     compared = {}
     if is_checkpoint(settings.compare):
-        compared = load_models([settings.compare], settings.views, runtime.device)
+        compared = load_models([settings.compare], runtime.device)
         compared = {name: combine({name: model}, settings.views) for name, model in compared.items()}
     metadata = read_metadata(settings.data_folder)
     for captioner in [*models.values(), *compared.values()]:  # an error is one before all work
-        decoding_of_rows(settings)[0].constraints(captioner.vocabulary)
+        Constraints.of(settings, captioner.vocabulary)
         require_fitting_images(captioner, metadata, settings.data_folder)
     if index:
         index.find_encoder(list(models.values())[-1])
@@ -269,11 +226,11 @@ def evaluate_checkpoints(
         new_rows, captions = evaluate_model(settings, name, captioner, runtime, scorer, consensus_of(captioner))
         found = [captions]
         rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
-    last = replace_settings(settings, beam_sizes=settings.beam_sizes[-1:])
+    last = settings.replace(beam_sizes=settings.beam_sizes[-1:])
     for name, captioner in compared.items():
         found.append(evaluate_model(last, name, captioner, runtime, scorer.quick(), consensus_of(captioner))[1])
     decoded = {
-        "decoding": asdict(decoding_of_rows(settings)[-1]) | {name: getattr(settings, name) for name in OTHER_DECODING},
+        "decoding": {field.name: getattr(last, field.name) for field in fields(EnsembleSettings)},
         "consensus_digest": index.data_digest if index else None,  # of the data that the index is of
         "dtype": str(runtime.dtype).removeprefix("torch."),
     }
@@ -289,7 +246,7 @@ def main(settings: Settings) -> None:
     """Score captions, those of checkpoints in all ways that are asked for; write scores and captions."""
     validate_settings(settings)
     if settings.runs:
-        of_runs = (replace_settings(settings, checkpoint=(f"{run}/best.pt",)) for run in settings.runs)
+        of_runs = (settings.replace(checkpoint=(f"{run}/best.pt",)) for run in settings.runs)
         digest = read_metadata(settings.data_folder)["digest"]
         print(summarize_runs([output_path(each, "scores") for each in of_runs], digest))
         return

@@ -6,7 +6,6 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import torch
 from tqdm import tqdm
@@ -17,12 +16,7 @@ from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_
 from decoding.settings import DecodingSettings
 from evaluation.scoring import evaluate
 from features.feature_cache import build_dataset
-from models import DECODERS
-from modules.attention import ATTENTIONS
-from modules.cells import CELLS
-from modules.graph import GRAPH_EDGES, GRAPH_LAYERS
-from modules.region_encoder import POSITIONS
-from modules.regions import REGIONS
+from models import ENCODER, ModelSettings
 from text.cider import CiderD
 from training.checks import print_warnings, validate_settings
 from training.logs import plot_curves, plot_runs, write_samples, write_tensorboard
@@ -32,87 +26,71 @@ from training.start import choose_run_device, lock_run_folder, prepare_run, star
 from training.state import TrainState
 from training.steps import scst_step, train_step
 from training.validation import describe_best, epoch_key, print_epoch, validation_loss
-from utils import InputError, Runtime, StopRequested, choose_runtime, first_line, replace_settings, run_script
+from utils import (
+    PRECISIONS,
+    InputError,
+    Runtime,
+    StopRequested,
+    choose_runtime,
+    first_line,
+    require_needs,
+    run_script,
+    setting,
+)
 from visualization.samples import draw_samples
 
+OBJECTIVES = ("cross_entropy", "scst")
+# Conditions of settings, as in `utils.setting`.
+FROZEN = f"not fine_tune_encoder; {ENCODER}"
+TEACHER = "objective=cross_entropy"
+GROUNDED = f"{TEACHER}; not attention=none"
+TRAINED = "pretrained_embeddings or init_from or resume"
 
-@dataclass(frozen=True)
-class Settings:
-    """Train an image captioner. Edit a value here or pass it as a flag: python train.py --batch_size 64"""
 
-    given: ClassVar[frozenset[str]] = frozenset()  # names of the flags on the command line
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelSettings):
+    """Train an image captioner. Edit a value here, or in models.py, or pass it as a flag: --batch_size 64"""
 
     # group: paths
-    data_folder: str = "data/shapes"  # what create_input_files.py wrote
-    run_folder: str = "runs/shapes"  # where checkpoints, log and curves go
-    overwrite: bool = False  # start again in a run folder that holds a run
-    resume: str = ""  # a last.pt: continue that run exactly, in its folder and with its settings
-    init_from: str = ""  # a best.pt: a new run from its weights, words and model settings
-    features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
+    data_folder: str = "data/shapes"  # folder that create_input_files.py wrote
+    run_folder: str = "runs/shapes"  # folder to write checkpoints, log and curves to
+    overwrite: bool = setting(False, needs="not resume")  # start again in a run folder that holds a run
+    resume: str = ""  # last.pt of a run to continue exactly, in its folder and with its settings
+    init_from: str = setting("", needs="not resume")  # best.pt to start a new run from: weights, words, model settings
+    features_folder: str = setting("", needs=FROZEN)  # cache of a frozen encoder's features; empty: in the data folder
     plot: tuple[str, ...] = ()  # run folders: plot their curves into one picture and stop
 
-    # group: encoder
-    encoder: str = "resnet101"  # any torchvision classification network
-    encoder_layer: str = ""  # layer whose grid the decoder sees; empty: the last one with a grid
-    encoder_weights: str = "imagenet"  # imagenet, the path of a torchvision state dict, or empty for random
-    fine_tune_encoder: bool = False  # train the encoder too; frozen, its features are computed once and cached
-    unfreeze_from: str = ""  # first block of the encoder to train, such as layer3; empty: all of it
-    grid_size: int = 0  # pool the features to a grid of this side (the paper: 14); 0 keeps the network's
-
-    # group: decoder
-    regions: Literal[tuple(REGIONS)] = "grid"  # pyright: ignore[reportInvalidTypeForm]  # what the decoder attends to
-    box_features: bool = False  # append the box of a region to its features
-    region_dim: int = 512  # units of a dense layer on the features; 0: none, the decoder sees them as they are
-    graph_layers: int = 0  # graph layers between the regions, before the decoder; 0: none
-    graph_layer: Literal[tuple(GRAPH_LAYERS)] = "gat"  # pyright: ignore[reportInvalidTypeForm]  # attention, gated conv.
-    graph_edges: Literal[tuple(GRAPH_EDGES)] = "grid"  # pyright: ignore[reportInvalidTypeForm]  # between which regions
-    graph_knn: int = 4  # most similar regions that each is connected to by --graph_edges grid and similar
-    graph_heads: int = 4  # attention heads of a graph layer
-    encoder_layers: int = 0  # transformer encoder layers between the regions, before the decoder; 0: none
-    geometry: bool = False  # the attention of encoder layers depends on how the boxes of the regions lie to each other
-    encoder_positions: Literal[tuple(POSITIONS)] = "sine"  # pyright: ignore[reportInvalidTypeForm]  # position codes
-    decoder: Literal[tuple(DECODERS)] = "recurrent"  # pyright: ignore[reportInvalidTypeForm]  # kind of decoder
-    cell: Literal[tuple(CELLS)] = "lstm"  # pyright: ignore[reportInvalidTypeForm]  # recurrent cell
-    attention: Literal[tuple(ATTENTIONS)] = "soft"  # pyright: ignore[reportInvalidTypeForm]  # none: no attention
-    image_first: bool = False  # the image is the first input word (Show and Tell), it sets no initial state
-    layers: int = 1  # recurrent layers on top of each other
-    embed_dim: int = 512  # units of a word embedding
-    attention_dim: int = 512  # units of the attention
-    hidden_dim: int = 512  # units of the recurrent cell, or width of the transformer decoder
-    decoder_layers: int = 2  # layers of the transformer decoder
-    heads: int = 8  # attention heads of transformer layers, in decoder and encoder
-    ffn_dim: int = 1024  # units of the feed-forward network of transformer layers, likewise
-    pretrained_embeddings: str = ""  # text file of word vectors (GloVe, word2vec) to initialize the words from
-    freeze_embeddings: bool = False  # keep all word embeddings as initialized, those without a vector too
-    dropout: float = 0.5  # on words, regions and the output layer
-
     # group: optimization
-    objective: Literal["cross_entropy", "scst"] = "cross_entropy"  # scst: CIDEr of sampled captions (self-critical)
-    epochs: int = 8  # passes over the training images
-    batch_size: int = 8  # images per step in total, over all processes and micro-batches, each with all its captions
-    gradient_accumulation_steps: int = 1  # micro-batches of a step: less memory, the same gradient but for BatchNorm
-    hflip: bool = False  # flip half of the images horizontally, "left" and "right" exchanged in their captions
-    learning_rate: float = 1e-3  # learning rate of the decoder (Adam)
-    encoder_learning_rate: float = 1e-4  # learning rate of the encoder, where it is trained
-    warmup_ratio: float = -1.0  # share of the steps in which learning rates rise from 0; -1: the decoder's own
-    lr_schedule: Literal["cosine", "step"] = "cosine"  # then they fall to 0 along a cosine, or by a factor an epoch
-    learning_rate_decay: float = 0.8  # factor per epoch of --lr_schedule step
-    grad_clip: float = 5.0  # maximum norm of the gradient; 0: not clipped
-    doubly_stochastic: float = 0.0  # weight of the doubly stochastic attention term (alpha_c of sgrvinod's tutorial)
-    grounding_weight: float = 0.0  # weight of attention outside of the objects that nouns name; needs their boxes
-    label_smoothing: float = 0.1  # share of a target's probability that is spread over all words
-    scheduled_sampling_max_prob: float = 0.0  # probability, at the end, of feeding back the model's word
-    ema_decay: float = 0.999  # decay of the moving average of the weights that best.pt holds; 0: none
+    objective: str = setting("cross_entropy", choices=OBJECTIVES)  # scst: CIDEr of sampled captions (self-critical)
+    epochs: int = setting(8, minimum=1)  # passes over the training images
+    batch_size: int = setting(8, minimum=1)  # images per step, each with all its captions, over all processes
+    gradient_accumulation_steps: int = setting(1, minimum=1)  # micro-batches of a step: less memory, the same gradient
+    hflip: bool = setting(False, needs=ENCODER)  # flip half of the images, and left and right in captions
+    learning_rate: float = setting(1e-3, minimum=0)  # learning rate of the decoder (Adam)
+    fine_tune_encoder: bool = setting(False, needs=ENCODER)  # train the encoder; frozen, its features are cached
+    encoder_learning_rate: float = setting(1e-4, minimum=0, needs="fine_tune_encoder")  # learning rate of the encoder
+    unfreeze_from: str = setting("", needs="fine_tune_encoder")  # first encoder block to train (layer3); empty: all
+    warmup_ratio: float = setting(-1.0, minimum=-1, below=1)  # share of warmup steps; below 0: the decoder's own
+    lr_schedule: str = setting("cosine", choices=("cosine", "step"))  # then: to 0 along a cosine, or a factor per epoch
+    learning_rate_decay: float = setting(0.8, minimum=0, needs="lr_schedule=step")  # factor per epoch
+    grad_clip: float = setting(5.0, minimum=0)  # maximum norm of the gradient; 0: not clipped
+    label_smoothing: float = setting(0.1, minimum=0, below=1)  # share of a target's probability spread over all words
+    doubly_stochastic: float = setting(0.0, minimum=0, needs=TEACHER)  # weight of doubly stochastic attention (alpha_c)
+    grounding_weight: float = setting(0.0, minimum=0, needs=GROUNDED)  # weight of attention outside the named objects
+    scheduled_sampling_max_prob: float = setting(0.0, minimum=0, below=1, needs=TEACHER)  # final share of sampled words
+    ema_decay: float = setting(0.999, minimum=0, below=1)  # decay of the averaged weights in best.pt; 0: no average
+    pretrained_embeddings: str = setting("", needs="not init_from")  # text file of word vectors (GloVe, word2vec)
+    freeze_embeddings: bool = setting(False, needs=TRAINED)  # keep all word embeddings as initialized
 
     # group: run
-    best_metric: Literal["cider", "bleu_4"] = "cider"  # validation score that picks best.pt and stops early
-    patience: int = 5  # stop after this many epochs without improvement
-    max_length: int = 30  # maximum words of a caption decoded for validation, or sampled for scst
-    save_minutes: float = 10.0  # write last.pt this often within an epoch, too
-    seed: int = 0  # of weights, order and dropout
-    workers: int = 0  # processes that load batches; 0: the main one
-    in_memory: bool = False  # keep all images in memory, where --fine_tune_encoder reads images
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
+    best_metric: str = setting("cider", choices=("cider", "bleu_4"))  # validation score that picks best.pt
+    patience: int = setting(5, minimum=1)  # stop after this many epochs without improvement
+    max_length: int = setting(30, minimum=1)  # maximum words of a caption decoded for validation, or sampled for scst
+    save_minutes: float = setting(10.0, minimum=0)  # minutes between writes of last.pt within an epoch
+    seed: int = 0  # random seed of weights, order and dropout
+    workers: int = setting(0, minimum=0)  # processes that load batches; 0: the main one
+    in_memory: bool = setting(False, needs="fine_tune_encoder")  # keep all images in memory
+    precision: str = setting("auto", choices=PRECISIONS)  # auto: bf16 mixed precision where it is faster
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -248,9 +226,10 @@ def train(settings: Settings, device: torch.device) -> None:
     """Train until the validation score stops rising: model, data, optimizer and state, then the epochs."""
     settings, checkpoint = prepare_run(settings)
     device = choose_run_device(settings, device)
+    require_needs(settings)
     validate_settings(settings)
     if settings.features_folder:  # found again from another working directory
-        settings = replace_settings(settings, features_folder=os.path.abspath(settings.features_folder))
+        settings = settings.replace(features_folder=os.path.abspath(settings.features_folder))
     runtime = choose_runtime(device, settings.precision)
     state = start_run(settings, checkpoint, device)
     build = functools.partial(

@@ -1,4 +1,4 @@
-"""Settings as flags, errors in one line, device and dtype: knows no model and no data set."""
+"""Settings as flags, one-line errors, device and precision."""
 
 import argparse
 import contextlib
@@ -6,15 +6,23 @@ import ctypes
 import dataclasses
 import inspect
 import io
+import operator
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
+
+S = TypeVar("S", bound="BaseSettings")
+
+
+PRECISIONS = ("auto", "bf16", "fp32")  # of `choose_runtime`
 
 
 class InputError(ValueError):
@@ -32,63 +40,197 @@ class StopRequested(Exception):  # noqa: N818 (not an error)
 # ---------------------------------------------------------------------------------------------------- settings
 
 
-def parse_settings(settings_class: type, arguments: Sequence[str] | None = None) -> Any:
-    """Turn each field of a dataclass into a flag of the same name and return the filled dataclass.
+def setting(
+    default: Any,
+    *,
+    choices: Iterable[str] = (),
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    needs: str = "",
+) -> Any:
+    """Declare a field of `BaseSettings` with its default and what its value must satisfy.
 
-    The field gives the type, the default and, through Literal, the choices; the comment behind it is the help, and a
-    line `# group: NAME` starts a group of flags. bool becomes --x/--no-x, a tuple takes several values, and a field
-    without a default is positional; where it is a tuple, there may be none. Text that is ~ or starts with ~/ is a path
-    in the user's home folder, which a shell does not expand in quotes or after a =. The attribute `given` of the result
-    holds the names of the flags on the command line, those given at their defaults too.
+    Args:
+        choices: allowed values; any iterable of names, such as a table of classes. Each item of a tuple is one.
+        minimum, above, maximum, below: bounds of a number, or of each number of a tuple.
+        needs: conditions without which the setting has no effect; see `unmet_condition`.
     """
-    parser = _Parser(description=settings_class.__doc__, allow_abbrev=False)
-    source = inspect.getsource(settings_class)
-    help_texts = dict(re.findall(r"^    (\w+): .*#\s+(.*)$", source, re.MULTILINE))
-    hints, defaults, group = get_type_hints(settings_class), {}, parser
-    group_starts = {name: title for title, name in re.findall(r"^    # group: (.*)\n    (\w+):", source, re.MULTILINE)}
-    for field in dataclasses.fields(settings_class):
-        name, kind = field.name, hints[field.name]
-        if name in group_starts:
-            group = parser.add_argument_group(group_starts[name])
-        options: dict[str, Any] = {"help": help_texts.get(name, "").replace("%", "%%")}
-        if get_origin(kind) is Literal:
-            options.update(choices=get_args(kind))
-        elif kind is bool:
-            options.update(action=argparse.BooleanOptionalAction)
-        elif get_origin(kind) is tuple:
-            options.update(type=get_args(kind)[0], nargs="+", metavar=name.upper())
-        else:
-            options.update(type=kind, metavar=name.upper())
-        if field.default is dataclasses.MISSING:
-            if get_origin(kind) is tuple:
-                options.update(nargs="*")
-            group.add_argument(name, **options)
-        else:
-            defaults[name] = field.default
-            shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            options["help"] += f" (default: {shown!r})" if shown == "" else f" (default: {shown})"
-            group.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
-    given = vars(parser.parse_args(arguments))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    settings = settings_class(**{name: expand_home(value) for name, value in (defaults | given).items()})
-    object.__setattr__(settings, "given", frozenset(given))  # a frozen dataclass takes it no other way
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    return dataclasses.field(default=default, metadata={"choices": tuple(choices), "needs": needs} | bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """Base class of all settings: a frozen dataclass whose fields are the flags of a script.
+
+    A field's comment is the help of its flag, and a comment `# group: NAME` above a field starts a group of flags.
+    Creating an instance checks the values. Raises InputError for a value out of range.
+
+    Attributes:
+        given: names of the settings on the command line, or passed as keyword arguments.
+    """
+
+    given: ClassVar[frozenset[str]] = frozenset()
+    NOT_FLAGS: ClassVar[tuple[str, ...]] = ()  # inherited fields that a script sets itself
+    INHERITED_NEEDS: ClassVar[dict[str, str]] = {}  # `needs` of inherited fields; "" is the key of all others
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
+
+    def replace(self: S, **changes: Any) -> S:
+        """Return a copy with changes, with the same settings given."""
+        return _mark_given(dataclasses.replace(self, **changes), self.given)
+
+
+def _mark_given(settings: Any, names: Iterable[str]) -> Any:
+    """Set `given` of a settings object and return the object."""
+    object.__setattr__(settings, "given", frozenset(names))  # bypasses frozen=True
     return settings
 
 
-def replace_settings(settings: Any, **changes: Any) -> Any:
-    """As `dataclasses.replace`, but the result was given the same flags."""
-    replaced = dataclasses.replace(settings, **changes)
-    object.__setattr__(replaced, "given", getattr(settings, "given", frozenset()))
-    return replaced
+def check_value(field: dataclasses.Field, value: Any) -> None:
+    """Raise InputError if a value is not one of the choices of its field, or out of its range."""
+    rules = field.metadata
+    for item in value if isinstance(value, tuple) else (value,):
+        if rules.get("choices") and item not in rules["choices"]:
+            raise InputError(f"--{field.name} {item}: choose from {' '.join(rules['choices'])}")
+        bounds = {
+            "at least": (operator.ge, rules.get("minimum")),
+            "above": (operator.gt, rules.get("above")),
+            "at most": (operator.le, rules.get("maximum")),
+            "below": (operator.lt, rules.get("below")),
+        }
+        for words, (satisfies, bound) in bounds.items():
+            if bound is not None and not satisfies(item, bound):  # also true of nan
+                raise InputError(f"--{field.name} {item}: must be {words} {bound}")
+
+
+def require_needs(settings: BaseSettings) -> None:
+    """Raise InputError if a setting was given that has no effect, because another one that it needs is off."""
+    own = inspect.get_annotations(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in settings.given or value is False or value in ("", ()):
+            continue
+        needs = field.metadata.get("needs", "").split("; ")
+        if field.name not in own:
+            needs += settings.INHERITED_NEEDS.get(field.name, settings.INHERITED_NEEDS.get("", "")).split("; ")
+        for condition in filter(None, needs):
+            if problem := unmet_condition(settings, condition):
+                shown = "" if isinstance(value, bool) else " " + " ".join(map(str, _as_tuple(value)))
+                raise InputError(f"--{field.name}{shown} {problem}")
+
+
+def unmet_condition(settings: BaseSettings, condition: str) -> str:
+    """Return why a condition on settings does not hold, as the end of a sentence, or "" if it holds.
+
+    A condition is `NAME` (on: neither 0 nor empty), `NAME=VALUE` or `NAME=VALUE,VALUE`, `NAME>NUMBER`, one of these
+    behind `not `, or several joined by ` or `. In `needs`, conditions that must all hold are joined by "; ".
+    """
+    if condition.startswith("not "):
+        flag, holds = _read_condition(settings, condition.removeprefix("not "))
+        return f"does not go with {flag}: leave one of them out" if holds else ""
+    alternatives = [_read_condition(settings, each) for each in condition.split(" or ")]
+    if any(holds for _, holds in alternatives):
+        return ""
+    return f"requires {' or '.join(flag for flag, _ in alternatives)}"
+
+
+def _read_condition(settings: BaseSettings, condition: str) -> tuple[str, bool]:
+    """Return a single condition as flags, and whether it holds."""
+    match = re.fullmatch(r"(\w+)([=>]?)(.*)", condition)
+    assert match, condition
+    name, sign, wanted = match.groups()
+    value = getattr(settings, name)
+    if sign == "=":
+        return f"--{name} {wanted.replace(',', ' or ')}", value in wanted.split(",")
+    if sign == ">":
+        return f"--{name} above {wanted}", value > float(wanted)
+    return f"--{name}", bool(value)
+
+
+def parse_settings(settings_class: type[S], arguments: Sequence[str] | None = None) -> S:
+    """Return settings filled from command-line flags, one for each field of the class.
+
+    bool becomes --x/--no-x and a tuple takes several values. A field without a default is positional; if it is a tuple,
+    there may be none. @FILE reads flags from a file: one a line, with its values, # starts a comment. A leading ~ is
+    expanded to the home folder, because shells do not expand it within quotes or after =.
+    """
+    parser = _Parser(description=settings_class.__doc__, allow_abbrev=False, fromfile_prefix_chars="@")
+    hints = get_type_hints(settings_class)
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}
+    groups: dict[str, Any] = {"": parser}
+    for name, group, help_text in _describe_fields(settings_class):
+        field, kind = fields[name], hints[name]
+        options: dict[str, Any] = {"help": help_text.replace("%", "%%"), "metavar": name.upper()}
+        if kind is bool:
+            options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
+        elif get_origin(kind) is tuple:
+            options |= {"type": get_args(kind)[0], "nargs": "+"}
+        else:
+            options["type"] = kind
+        if choices := field.metadata.get("choices"):
+            options["metavar"] = "{" + ",".join(choices) + "}"
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        if field.default is dataclasses.MISSING:
+            if get_origin(kind) is tuple:
+                options["nargs"] = "*"
+            groups[group].add_argument(name, **options)
+        else:
+            shown = " ".join(map(str, _as_tuple(field.default)))
+            options["help"] += f" (default: {shown or repr(shown)})"
+            groups[group].add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(arguments))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return _mark_given(settings_class(**{name: expand_home(value) for name, value in given.items()}), given)
+
+
+def _describe_fields(settings_class: type) -> Iterator[tuple[str, str, str]]:
+    """Yield the name, group and help of each flag: fields of the class itself first, then those of its base classes."""
+    hidden = set(settings_class.NOT_FLAGS)
+    for owner in settings_class.__mro__[:-1]:
+        source, group = inspect.getsource(owner), ""
+        # A line of a field, or the three lines that a formatter makes of a long one, with the comment in the last.
+        pattern = r"^    (?:# group: (.*)|(\w+): (?:[^\n]*\(\n.*\n    \)|.*?)(?:  # (.*))?)$"
+        for title, name, comment in re.findall(pattern, source, re.MULTILINE):
+            group = title or group
+            if name and name in {field.name for field in dataclasses.fields(settings_class)} - hidden:
+                hidden.add(name)  # a class may give an inherited field another default
+                yield name, group, comment
+
+
+def make_settings(settings_class: type[S], values: Mapping[str, Any]) -> S:
+    """Return settings filled from keyword arguments, which count as given.
+
+    Raises InputError for a name that is not a setting, a value of another type, and a setting without effect.
+    """
+    hints = get_type_hints(settings_class)
+    names = [field.name for field in dataclasses.fields(settings_class)]
+    for name, value in values.items():
+        if name not in names:
+            similar = get_close_matches(name.removeprefix("num_"), names, 1)
+            hint = f"did you mean {similar[0]}? " if similar else ""
+            raise InputError(f"{name} is not a setting: {hint}choose from {' '.join(names)}")
+        if not has_type(value, hints[name]):
+            raise InputError(f"{name}={value!r}: must be of type {getattr(hints[name], '__name__', hints[name])}")
+    settings = _mark_given(settings_class(**values), values)
+    require_needs(settings)
+    return settings
 
 
 def has_type(value: Any, hint: Any) -> bool:
-    """Whether a value, such as one of a file, is of the type of a setting; an int does for a float."""
-    if get_origin(hint) is Literal:
-        return type(value) is str and value in get_args(hint)
+    """Return True if a value, such as one read from a file, is of a setting's type; an int passes for a float."""
     if get_origin(hint) is tuple:
         return type(value) is tuple and all(has_type(part, get_args(hint)[0]) for part in value)
     return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _as_tuple(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,6 +239,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the script with exit status 2 and one line."""
         fail(f"{message} (--help lists all settings)")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Split a line of an @FILE into a flag and its values; # starts a comment."""
+        return shlex.split(arg_line, comments=True)
 
 
 def expand_home(value: Any) -> Any:
@@ -176,22 +322,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def require_at_least(settings: object, minimum: float, *names: str) -> None:
-    """Raise InputError where one of the named settings, a number or a tuple of numbers, is below the minimum."""
-    for name in names:
-        values = getattr(settings, name)
-        for value in values if isinstance(values, tuple) else (values,):
-            if not value >= minimum:  # also true of nan
-                raise InputError(f"--{name} {value}: must be at least {minimum}")
-
-
-def require_below_one(settings: object, *names: str) -> None:
-    """Raise InputError where one of the named settings, a share, is not in [0, 1)."""
-    for name in names:
-        if not 0 <= getattr(settings, name) < 1:
-            raise InputError(f"--{name} {getattr(settings, name)}: must be below 1 and at least 0")
-
-
 # -------------------------------------------------------------------------------------------- device and dtype
 
 
@@ -214,6 +344,8 @@ def choose_runtime(device: str | torch.device, precision: str) -> Runtime:
     with AMX, and AMD's with AVX512-BF16. It is float32 elsewhere.
     """
     device = choose_device(device)
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision {precision}: choose from {' '.join(PRECISIONS)}")
     if precision == "auto":
         if device.type == "cuda":
             is_faster = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -12,24 +12,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets import in_order, make_batches, make_loader
-from decoding.beam_search import SearchSettings, beam_search
-from decoding.sampling import SamplingSettings, sample
+from decoding.beam_search import beam_search
+from decoding.sampling import sample
+from decoding.settings import DecodingSettings
 from features.feature_cache import build_dataset
 from models import load_captioner
 from modules.decoders import Decoder
 from modules.show_attend_tell import ShowAttendTell
-from utils import InputError, Runtime, choose_runtime, run_script
+from utils import BaseSettings, InputError, Runtime, choose_runtime, run_script, setting
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Time batched beam search against one image at a time, after checking that both find the same captions."""
 
     checkpoint: str = ""  # caption images of data_folder's val split with it; "": a random decoder and random regions
@@ -44,7 +45,7 @@ class Settings:
     hidden_dim: int = 512  # of a random decoder: of word embedding, attention and LSTM
     vocab_size: int = 2541  # of a random decoder: words
     repeats: int = 3  # timed runs of each side
-    precision: Literal["both", "bf16", "fp32"] = "both"  # both: a row for each
+    precision: str = setting("both", choices=("both", "bf16", "fp32"))  # both: a row for each
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0  # of weights and regions
 
@@ -77,7 +78,7 @@ def trained_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, 
     items = in_order(min(settings.images, len(dataset)))
     with torch.no_grad():
         regions = [
-            captioner.encode_images(batch.inputs.to(device), batch.is_features)
+            captioner.encode(batch.inputs.to(device)).regions
             for batch in make_loader(dataset, make_batches(items, settings.batch_size))
         ]
     return captioner.decoder, torch.cat(regions)
@@ -115,10 +116,14 @@ def measure(decoder: Decoder, regions: Tensor, settings: Settings, runtime: Runt
         with runtime.autocast():
             for batch in regions.split(batch_size):
                 if beam_size:
-                    search = SearchSettings(beam_size, settings.max_length)
+                    search = DecodingSettings(beam_size=beam_size, max_length=settings.max_length)
                     log_probs.append(beam_search(decoder, batch, search)[1][:, 0])
                 else:
-                    sample(decoder, batch, SamplingSettings(settings.sampled_captions, settings.max_length))
+                    sample(
+                        decoder,
+                        batch,
+                        DecodingSettings(samples=settings.sampled_captions, max_length=settings.max_length),
+                    )
         return torch.cat(log_probs) if beam_size else regions[:0]
 
     rows = []

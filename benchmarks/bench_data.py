@@ -30,11 +30,11 @@ from preparation.records import ImageRecord, pack_captions
 from preparation.storage import SPLITS, write_captions
 from preparation.writing import write_folder, write_split
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
-from utils import InputError, run_script
+from utils import BaseSettings, InputError, run_script
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Time preprocessing, whose pixels must agree with the plain loop's, the loader, and the loading of captions."""
 
     photos: str = ""  # folder of JPEGs of about 500 pixels; empty: generated ones

@@ -15,10 +15,10 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from datasets import Batch, Example, collate
-from models import Captioner, build_captioner, model_settings
+from models import Captioner
 from modules.attention import SoftAttention
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, SPECIAL_TOKENS, START, Vocabulary
 from training.losses import captioning_loss
 from training.optim import make_optimizer
-from utils import Runtime, choose_runtime, run_script
+from utils import PRECISIONS, BaseSettings, Runtime, choose_runtime, run_script, setting
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Time a training step against a straightforward loop, after checking that both compute the same."""
 
     encoder: str = "resnet101"  # torchvision network, with random weights
@@ -51,7 +51,7 @@ class Settings:
     steps: int = 10  # timed steps of the cached side
     fine_tune_steps: int = 1  # timed steps that train the encoder, too; 0 leaves them out
     reference_steps: int = 1  # timed steps of the straightforward loop
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the cached side
+    precision: str = setting("auto", choices=PRECISIONS)  # of the cached side
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0  # of weights, images and captions
 
@@ -148,11 +148,11 @@ def make_captioner(
 
     Without one pass in training mode, a hundred random layers would overflow.
     """
-    captioner = build_captioner(
+    captioner = Captioner(
+        train_settings,
         Vocabulary([*SPECIAL_TOKENS, *map(str, range(settings.vocab_size - len(SPECIAL_TOKENS)))]),
         image_size=settings.image_size,
         resize="squash",
-        **model_settings(asdict(train_settings)),
     )
     captioner.to(device).train()
     for module in captioner.encoder.modules():
@@ -221,7 +221,7 @@ def check_agreement(
         gradients = [param.grad.flatten() for param in captioner.decoder.parameters() if param.grad is not None]
         return torch.cat(gradients).double()
 
-    output = captioner(batch.inputs.to(device), batch.words, batch.lengths, is_features=batch.is_features)
+    output = captioner(batch.inputs.to(device), batch.words, batch.lengths)
     loss, _ = captioning_loss(output, batch.lengths, settings, *batch.counts())
     _, reference_loss = straightforward_loss(captioner, rows, settings)
     difference = abs(loss.item() - reference_loss.item())
@@ -266,7 +266,7 @@ def main(settings: Settings) -> None:
     start = time.perf_counter()
     features = extract_features(captioner, images, device)
     images_per_second = len(images) / (time.perf_counter() - start)
-    cached = collate([Example(i, features[i], captions[i]) for i in range(len(images))], is_features=True)
+    cached = collate([Example(i, features[i], captions[i]) for i in range(len(images))])
     uncached = collate([Example(i, images[i], captions[i]) for i in range(len(images))])
     rows = caption_rows(uncached, device)
     check_agreement(captioner, cached, rows, frozen, device)

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from features.feature_cache import build_dataset
 from models import load_captioner, load_checkpoint
 from preparation.storage import read_metadata
 from training.optim import make_optimizer
-from utils import InputError, choose_runtime, require_at_least, run_script
+from utils import PRECISIONS, BaseSettings, InputError, choose_runtime, run_script, setting
 
 TRANSFORMER_512 = {"decoder": "transformer", "dropout": 0.3}
 TRANSFORMER_256 = {**TRANSFORMER_512, "hidden_dim": 256, "embed_dim": 256}
@@ -68,19 +68,19 @@ SCORES = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider":
 ATTENTION_SCORES = ("pointing", "correctness", "entropy")  # where the folder has objects
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Train models under one budget and write a table of their scores, table.md and table.json."""
 
     data_folder: str = "data/flickr8k"  # what create_input_files.py wrote
     output_folder: str = "runs/compare"  # folder of the runs and of the table
     variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in OF_OBJECTS)  # models to compare
     seeds: tuple[int, ...] = (0,)  # of weights, order and dropout; each model is trained once per seed
-    epochs: int = 3  # passes over the training images
+    epochs: int = setting(3, minimum=1)  # passes over the training images
     hflip: bool = True  # as in train.py
     encoder: str = "resnet50"  # torchvision network of the models that name none
     weights_folder: str = ""  # of torchvision state dicts such as resnet50.pth; empty: downloaded ImageNet weights
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 mixed precision where the hardware has it
+    precision: str = setting("auto", choices=PRECISIONS)  # bf16 mixed precision where the hardware has it
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -195,7 +195,6 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def main(settings: Settings) -> None:
     """Train and score every model, print the table and one line of JSON."""
-    require_at_least(settings, 1, "epochs")
     unknown = [name for name in settings.variants if name not in VARIANTS]
     if unknown:
         raise InputError(f"--variants {unknown[0]}: not one of {' '.join(VARIANTS)}")

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import write_json
-from utils import run_script
+from utils import BaseSettings, run_script
 
 CAPTIONS_PER_IMAGE, MAX_WORDS = 5, 40
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Generate photos in folders and dataset_coco.json, Karpathy's splits of them."""
 
     output_folder: str = "coco"  # the folder to write

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as eval_script
 from common.files import atomic_write, read_json, write_json
 from preparation.storage import read_captions
-from utils import InputError, parse_settings, require_at_least, run_script
+from utils import BaseSettings, InputError, parse_settings, run_script, setting
 
 ROOT = Path(__file__).parent.parent
 SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
@@ -27,8 +27,8 @@ HALVES = ("half1", "half2")  # of the validation photos
 FINISHED = "finished"  # an empty file in the folder of a training that ran to its end
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Prepare Flickr8k, train one model, the mean of several trainings, and score it on the validation photos."""
 
     captions: str = "dataset_flickr8k.json"  # of Karpathy's format, as create_input_files.py takes it
@@ -38,8 +38,8 @@ class Settings:
     data_folder: str = "data/flickr8k"  # the prepared folder; one that is there is taken
     output_folder: str = "runs/record"  # folder of the runs
     seeds: tuple[int, ...] = (0, 1, 2)  # of the trainings whose weights are averaged; the first is of the start, too
-    epochs: int = 8  # of cross-entropy
-    scst_epochs: int = 8  # of self-critical training
+    epochs: int = setting(8, minimum=1)  # of cross-entropy
+    scst_epochs: int = setting(8, minimum=1)  # of self-critical training
 
 
 def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
@@ -127,7 +127,6 @@ def run(command: list[str]) -> int:
 
 def main(settings: Settings) -> None:
     """Run what is not done yet."""
-    require_at_least(settings, 1, "epochs", "scst_epochs")
     if len(set(settings.seeds)) < len(settings.seeds):
         raise InputError(f"--seeds {' '.join(map(str, settings.seeds))}: give each once")
     require_same_settings(settings)

@@ -9,24 +9,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import read_json
 from preparation.storage import read_captions
-from utils import InputError, run_script
+from utils import BaseSettings, InputError, run_script, setting
 
 RELATION = r"(.+) (left of|right of|above|below) (.+)"
 SAME_COLUMN = 0.1  # distance of centers, as a share of the side, below which shapes are above each other
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Count how many captions of shapes name two shapes of their scene, and relate them truly."""
 
     results: str  # captions that eval.py wrote, results_*.json
     data_folder: str = "data/shapes"  # what create_input_files.py wrote
-    split: Literal["train", "val", "test"] = "test"  # of the captions
+    split: str = setting("test", choices=("train", "val", "test"))  # of the captions
 
 
 def relation_of(first: Sequence[float], second: Sequence[float]) -> str:

@@ -5,42 +5,24 @@ that may extend a caption, T words of a caption, t of the captions so far, V wor
 """
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from decoding.constraints import Constraints
 from decoding.contract import StepDecoder, checks_after, drop_ended, expand, reorder
+from decoding.settings import DecodingSettings
 from modules.decoders import Nested, first_tensor
 from text.vocabulary import BANNED_IDS, END, START
-from utils import InputError
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How captions are searched. Raises InputError where the groups cannot share the beams."""
-
-    beam_size: int = 5  # captions kept per image at each step, K; 1 is greedy decoding
-    max_length: int = 30  # words at most, <end> included
-    # Captions are ranked by log-probability / length ** length_penalty; 0 ranks by probability, which favors short
-    # captions (Wu et al., 2016, section 7).
-    length_penalty: float = 0.5
-    constraints: Constraints = field(default_factory=Constraints)
-    num_beam_groups: int = 1  # groups that share the beams, each unlike those before it
-    diversity_penalty: float = 0.0  # what a word costs for each beam of earlier groups that chose it
-
-    def __post_init__(self) -> None:
-        if self.num_beam_groups < 1 or self.beam_size % self.num_beam_groups:
-            raise InputError(
-                f"--num_beam_groups {self.num_beam_groups}: cannot share {self.beam_size} beams evenly, give a "
-                f"multiple of {self.num_beam_groups} as beam size"
-            )
 
 
 @torch.no_grad()  # not inference_mode, in which autocast would cast the weights anew at each word
 def beam_search(
-    decoder: StepDecoder, regions: Nested, settings: SearchSettings, mask: Nested = None
+    decoder: StepDecoder,
+    regions: Nested,
+    settings: DecodingSettings,
+    mask: Nested = None,
+    constraints: Constraints | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Beam search for all images at once.
 
@@ -51,12 +33,14 @@ def beam_search(
         decoder: in eval mode.
         regions: (B, R, D), or a tuple of them for an ensemble.
         mask: (B, R), False where an image has no region, or a tuple of them for an ensemble; None: all have R.
+        constraints: rules that captions must obey; None: none.
 
     Returns:
         Word ids (B, K, T), best caption first, <end> repeated after its end; <pad>, <start>, <unk> and the empty
         caption are excluded. T is that of the longest caption, on a GPU up to three more. Log-probabilities (B, K),
         -inf where there are fewer than K captions. Different groups may find the same caption.
     """
+    constraints = constraints or Constraints()
     B, K, device = len(first_tensor(regions)), settings.beam_size, first_tensor(regions).device
     all_captions = torch.full((B, K, settings.max_length), END, device=device)
     all_log_probs = torch.full((B, K), -math.inf, device=device)
@@ -66,7 +50,7 @@ def beam_search(
     keys, state = decoder.keys(regions, mask), expand(decoder.init_state(regions, mask), settings.num_beam_groups)
     for t in range(1, settings.max_length + 1):
         logits, _, state = decoder.step(captions[..., -1], regions, keys, state)  # (B, C, V)
-        beam_indices, next_words, log_probs = _extend(logits, captions, log_probs, settings)
+        beam_indices, next_words, log_probs = _extend(logits, captions, log_probs, settings, constraints)
         captions = torch.cat([reorder(captions, beam_indices), next_words.unsqueeze(-1)], dim=-1)
         state = reorder(state, beam_indices)
         if t == settings.max_length or checks_after(t, device):
@@ -84,7 +68,7 @@ def beam_search(
 
 
 def _extend(
-    logits: Tensor, captions: Tensor, log_probs: Tensor, settings: SearchSettings
+    logits: Tensor, captions: Tensor, log_probs: Tensor, settings: DecodingSettings, constraints: Constraints
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best captions that are one word longer, group by group.
 
@@ -95,16 +79,17 @@ def _extend(
     word costs `diversity_penalty` for each beam of the groups before it that chose it at this step. The
     log-probabilities returned are without this cost.
     """
-    word_log_probs = _word_log_probs(logits, captions, settings)
+    is_constrained = constraints != Constraints()
+    word_log_probs = _word_log_probs(logits, captions, settings, constraints)
     if settings.num_beam_groups == 1:
-        return _extend_group(word_log_probs, captions, log_probs, settings)
+        return _extend_group(word_log_probs, captions, log_probs, settings, is_constrained)
     size = captions.shape[1] // settings.num_beam_groups  # of a group
     cost = torch.zeros_like(word_log_probs[:, 0])  # (B, V)
     groups = []
     for start in range(0, captions.shape[1], size):
         beams = slice(start, start + size)
         beam_indices, words, new_log_probs = _extend_group(
-            word_log_probs[:, beams], captions[:, beams], log_probs[:, beams], settings, cost
+            word_log_probs[:, beams], captions[:, beams], log_probs[:, beams], settings, is_constrained, cost
         )
         beam_indices += start
         finished = (captions[..., -1] == END).gather(1, beam_indices)
@@ -115,17 +100,22 @@ def _extend(
     return beam_indices, words, new_log_probs
 
 
-def _word_log_probs(logits: Tensor, captions: Tensor, settings: SearchSettings) -> Tensor:
+def _word_log_probs(logits: Tensor, captions: Tensor, settings: DecodingSettings, constraints: Constraints) -> Tensor:
     """Log-probabilities (B, C, V) of the next word, -inf for words excluded: logits (B, C, V), captions (B, C, t)."""
     t = captions.shape[-1]
     log_probs = logits.float().log_softmax(dim=-1)
     for word_id in BANNED_IDS if t > 1 else [*BANNED_IDS, END]:
         log_probs[..., word_id] = -math.inf
-    return settings.constraints.mask(log_probs, captions[..., 1:], is_last=t == settings.max_length)
+    return constraints.mask(log_probs, captions[..., 1:], is_last=t == settings.max_length)
 
 
 def _extend_group(
-    word_log_probs: Tensor, captions: Tensor, log_probs: Tensor, settings: SearchSettings, cost: Tensor | None = None
+    word_log_probs: Tensor,
+    captions: Tensor,
+    log_probs: Tensor,
+    settings: DecodingSettings,
+    is_constrained: bool,
+    cost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_extend`, for the beams of one group: word_log_probs (B, C, V), cost (B, V) of each word."""
     count = settings.beam_size // settings.num_beam_groups
@@ -136,7 +126,7 @@ def _extend_group(
         words = (word_log_probs - cost.unsqueeze(1)).topk(W).indices
         next_log_probs = word_log_probs.gather(-1, words)
     finished = captions[..., -1] == END  # (B, C)
-    if settings.constraints != Constraints():
+    if is_constrained:
         # Captions stay as they are where the constraints leave none of an image's a next word.
         extensible = (finished | (next_log_probs[..., 0] > -math.inf)) & (log_probs > -math.inf)
         finished = finished | ~extensible.any(dim=1, keepdim=True)
@@ -156,7 +146,7 @@ def _extend_group(
     return top // W, words.flatten(1).gather(1, top), candidates.flatten(1).gather(1, top)
 
 
-def length_normalized(captions: Tensor, log_probs: Tensor, settings: SearchSettings) -> Tensor:
+def length_normalized(captions: Tensor, log_probs: Tensor, settings: DecodingSettings) -> Tensor:
     """What captions are ranked by: captions (B, C, T) of `beam_search`, log-probabilities (B, C) -> scores (B, C).
 
     Where max_length cut a caption off, it has no <end> that counts.
@@ -165,7 +155,7 @@ def length_normalized(captions: Tensor, log_probs: Tensor, settings: SearchSetti
     return (log_probs / lengths**settings.length_penalty).masked_fill(log_probs == -math.inf, -math.inf)
 
 
-def _rank(captions: Tensor, log_probs: Tensor, settings: SearchSettings) -> tuple[Tensor, Tensor]:
+def _rank(captions: Tensor, log_probs: Tensor, settings: DecodingSettings) -> tuple[Tensor, Tensor]:
     """Sort the captions (B, K, T) of all groups and their log-probabilities (B, K), the best first."""
     order = length_normalized(captions, log_probs, settings).argsort(dim=1, descending=True)
     return reorder(captions, order), log_probs.gather(1, order)

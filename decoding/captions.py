@@ -6,7 +6,7 @@ it, F features of the encoder, N neighbors of a region in the graph, L layers, n
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,13 +14,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from decoding.beam_search import beam_search, length_normalized
+from decoding.constraints import Constraints
+from decoding.contract import reorder
 from decoding.ensemble import EnsembleDecoder
 from decoding.force_decode import force_decode
-from decoding.settings import Candidate, DecodingSettings
+from decoding.sampling import sample
+from decoding.settings import DecodingSettings
 from modules.decoders import Decoder, Nested, first_tensor, map_tensors
 from modules.regions import has_area
 from text.vocabulary import END, START, Vocabulary
 from utils import Runtime, copy_to_device
+
+
+class Candidate(NamedTuple):
+    """A caption that a search or sampling found."""
+
+    words: list[str]
+    log_prob: float
+    score: float  # the log-probability normalized by the length, by which captions are ranked
 
 
 class Encoded(NamedTuple):
@@ -44,7 +56,7 @@ class CaptioningModel(Protocol):
         """What finds the words."""
         ...
 
-    def encode(self, inputs: Any, is_features: Any, boxes: Tensor | None) -> Encoded:
+    def encode(self, inputs: Any, boxes: Tensor | None) -> Encoded:
         """What the decoder sees of inputs as `caption_batch` takes them."""
         ...
 
@@ -85,7 +97,6 @@ def caption_batch(
     decoding: DecodingSettings,
     runtime: Runtime,
     *,
-    is_features: bool | Sequence[bool] = False,
     boxes: Tensor | None = None,
     with_attention: bool = True,
     with_heads: bool = False,
@@ -94,7 +105,7 @@ def caption_batch(
     """Caption a batch of images with a captioner in eval mode, or with an ensemble.
 
     Args:
-        inputs: images (B, 3, h, w) uint8 or, where `is_features`, cached features (B, R, F); of an ensemble also a
+        inputs: images (B, 3, h, w) uint8 or cached features (B, R, F); of an ensemble also a
             tuple of them, as `evaluation.ensemble.Ensemble.encode` takes it.
         boxes: of objects in the images (B, N, 4), for a captioner that `uses_objects`; of region features (B, R, 4).
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
@@ -103,7 +114,7 @@ def caption_batch(
     """
     inputs, boxes = map_tensors(lambda x: copy_to_device(x, runtime.device), (inputs, boxes))
     with runtime.autocast():
-        encoded = captioner.encode(inputs, is_features, boxes)
+        encoded = captioner.encode(inputs, boxes)
         searched = candidates = find_candidates(captioner, encoded, decoding)
         if rerank:
             candidates = rerank(candidates, encoded.features)
@@ -139,7 +150,8 @@ def caption_batch(
 
 def find_candidates(captioner: CaptioningModel, encoded: Encoded, decoding: DecodingSettings) -> list[list[Candidate]]:
     """The candidates of B images by beam search or sampling, each image's best first, without repetitions."""
-    captions, *numbers = decoding.find(captioner.decoder, encoded.regions, encoded.mask, captioner.vocabulary)
+    constraints = Constraints.of(decoding, captioner.vocabulary)
+    captions, *numbers = decode(captioner.decoder, encoded, decoding, constraints)
     found = []
     for image_captions, image_numbers in zip(captions.tolist(), torch.stack(numbers, dim=2).tolist(), strict=True):
         unique: dict[str, Candidate] = {}
@@ -149,6 +161,23 @@ def find_candidates(captioner: CaptioningModel, encoded: Encoded, decoding: Deco
                 unique.setdefault(" ".join(words), Candidate(words, log_prob, score))
         found.append(list(unique.values()))
     return found
+
+
+def decode(
+    decoder: Decoder | EnsembleDecoder, encoded: Encoded, settings: DecodingSettings, constraints: Constraints
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search or sample captions of B images.
+
+    Returns word ids (B, C, T), log-probabilities (B, C) and the scores that captions are ranked by (B, C), best first.
+    """
+    regions, mask = encoded.regions, encoded.mask
+    if not settings.samples:
+        captions, log_probs = beam_search(decoder, regions, settings, mask, constraints)
+        return captions, log_probs, length_normalized(captions, log_probs, settings)
+    captions = sample(decoder, regions, settings, mask=mask, constraints=constraints)
+    log_probs = force_decode(decoder, regions, captions, mask)[0]
+    scores, order = length_normalized(captions, log_probs, settings).sort(dim=1, descending=True)
+    return reorder(captions, order), log_probs.gather(1, order), scores
 
 
 def encode_words(captions: list[list[str]], vocabulary: Vocabulary) -> Tensor:

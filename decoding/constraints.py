@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from text.vocabulary import END, PAD
-from utils import copy_to_device
+from decoding.settings import DecodingSettings
+from text.vocabulary import END, PAD, Vocabulary
+from utils import InputError, copy_to_device
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,15 @@ class Constraints:
     no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
     min_length: int = 0  # words at least, without <end>
     banned_endings: tuple[int, ...] = ()  # ids of words that no caption may end with
+
+    @classmethod
+    def of(cls, settings: DecodingSettings, vocabulary: Vocabulary) -> "Constraints":
+        """Return the constraints of settings. Raises InputError for a banned ending that the vocabulary lacks."""
+        for word in settings.banned_endings:
+            if word not in vocabulary.word2idx:
+                raise InputError(f"--banned_endings {word}: the model does not know this word")
+        endings = tuple(vocabulary.word2idx[word] for word in settings.banned_endings)
+        return cls(settings.no_repeat_ngram, settings.min_length, endings)
 
     def mask(self, log_probs: Tensor, captions: Tensor, is_last: bool) -> Tensor:
         """Set the log-probabilities of words that may not come next to -inf, in place.

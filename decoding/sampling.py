@@ -5,44 +5,26 @@ caption, V words of the vocabulary.
 """
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from decoding.constraints import Constraints
 from decoding.contract import StepDecoder, checks_after, drop_ended, expand
+from decoding.settings import DecodingSettings
 from modules.decoders import Nested, first_tensor
 from modules.layers import sample_categorical
 from text.vocabulary import BANNED_IDS, END, START
-from utils import InputError
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How captions are sampled. Raises InputError for values without a meaning."""
-
-    num_captions: int = 5  # captions per image, C
-    max_length: int = 30  # words at most, <end> included
-    temperature: float = 1.0  # words are sampled from softmax(logits / temperature): below 1 it favors probable words
-    top_k: int = 0  # only the k most probable words; 0: all
-    top_p: float = 1.0  # only the most probable words that together reach this probability (Holtzman et al., 2020)
-    constraints: Constraints = field(default_factory=Constraints)
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:  # also true of nan
-            raise InputError(f"--temperature {self.temperature}: must be above 0; near 0 the samples are all alike")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top_p {self.top_p}: must be above 0 and at most 1")
 
 
 @torch.no_grad()
 def sample(
     decoder: StepDecoder,
     regions: Nested,
-    settings: SamplingSettings,
+    settings: DecodingSettings,
     generator: torch.Generator | None = None,
     mask: Nested = None,
+    constraints: Constraints | None = None,
 ) -> Tensor:
     """Sample captions of all images at once.
 
@@ -52,19 +34,20 @@ def sample(
         decoder: in eval mode.
         regions: (B, R, D), or a tuple of them for an ensemble.
         generator: on the device of the regions; the same seed and batch give the same captions. None: torch's own.
-        mask: as in `decoding.beam_search.beam_search`.
+        mask, constraints: as in `decoding.beam_search.beam_search`.
 
     Returns:
         Word ids (B, C, T), <end> repeated after a caption's end; <pad>, <start> and <unk> are excluded.
     """
-    C, device = settings.num_captions, first_tensor(regions).device
+    constraints = constraints or Constraints()
+    C, device = settings.samples, first_tensor(regions).device
     images = torch.arange(len(first_tensor(regions)), device=device)  # those still decoded
     captions = torch.full((len(images), C, settings.max_length), END, device=device)
     words = torch.full((len(images), C), START, device=device)
     keys, state = decoder.keys(regions, mask), expand(decoder.init_state(regions, mask), C)
     for t in range(1, settings.max_length + 1):
         logits, _, state = decoder.step(words, regions, keys, state)  # (B, C, V)
-        probabilities = _truncated_probabilities(logits.float(), captions[images, :, : t - 1], settings)
+        probabilities = _truncated_probabilities(logits.float(), captions[images, :, : t - 1], settings, constraints)
         words = sample_categorical(probabilities, generator).masked_fill(words == END, END)
         captions[images, :, t - 1] = words
         if checks_after(t, device):
@@ -74,13 +57,15 @@ def sample(
     return captions[..., :t]
 
 
-def _truncated_probabilities(logits: Tensor, captions: Tensor, settings: SamplingSettings) -> Tensor:
+def _truncated_probabilities(
+    logits: Tensor, captions: Tensor, settings: DecodingSettings, constraints: Constraints
+) -> Tensor:
     """Probabilities (B, C, V) to sample from, up to a factor: logits (B, C, V), captions so far (B, C, t)."""
     logits = logits - logits.amax(dim=-1, keepdim=True)  # or tiny temperatures would overflow
     for word_id in BANNED_IDS:
         logits[..., word_id] = -math.inf
-    if settings.constraints != Constraints():
-        logits = settings.constraints.mask(logits, captions, is_last=captions.shape[-1] + 1 == settings.max_length)
+    if constraints != Constraints():
+        logits = constraints.mask(logits, captions, is_last=captions.shape[-1] + 1 == settings.max_length)
         none_left = (logits == -math.inf).all(dim=-1)
         logits[..., END].masked_fill_(none_left, 0.0)
     logits = logits / settings.temperature

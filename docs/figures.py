@@ -25,9 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import atomic_write
-from decoding.beam_search import SearchSettings, beam_search
+from decoding.beam_search import beam_search
 from decoding.captions import caption_batch
-from decoding.sampling import SamplingSettings, sample
+from decoding.sampling import sample
 from decoding.settings import DecodingSettings
 from diagrams import (
     ATTENTION,
@@ -53,15 +53,15 @@ from preparation.storage import read_captions
 from scores.metrics import Meteor, compute_metrics, has_java
 from text.cider import CiderD
 from text.vocabulary import END
-from utils import Runtime, choose_runtime, run_script
+from utils import BaseSettings, Runtime, choose_runtime, run_script
 from visualization.pictures import plot_attention
 
 BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # of the test split: one shape; two shapes on white
 PHOTOS = ("camera", "chelsea", "astronaut")  # of scikit-image
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Draw the figures of docs/tutorial.md. Edit a value here or give it as flag."""
 
     output_folder: str = "docs/figures"  # folder of the figures
@@ -158,10 +158,12 @@ def draw_metrics(picture: np.ndarray, references: list[list[str]], all_reference
 
 def draw_beam_search(picture: np.ndarray, captioner: Captioner, image: Tensor, beam_size: int = 3) -> Figure:
     """The beams of a search, step by step: with max_length t it returns those that it keeps at step t."""
-    regions = captioner.encode_images(image.unsqueeze(0))
+    regions = captioner.encode(image.unsqueeze(0)).regions
     steps = []  # at each step the beams: pairs of a caption, a tuple of word ids, and its log-probability
     for t in range(1, 12):
-        captions, log_probs = beam_search(captioner.decoder, regions, SearchSettings(beam_size, max_length=t))
+        captions, log_probs = beam_search(
+            captioner.decoder, regions, DecodingSettings(beam_size=beam_size, max_length=t)
+        )
         beams = zip(captions[0].tolist(), log_probs[0].tolist(), strict=True)
         steps.append([(tuple(caption), log_prob) for caption, log_prob in beams])
         if bool((captions == END).any(dim=-1).all()):
@@ -265,8 +267,8 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
 
     picture, image = scene(samples)
     torch.manual_seed(2)
-    regions = captioner.encode_images(image.unsqueeze(0))
-    word_ids = sample(captioner.decoder, regions, SamplingSettings(num_captions=5))[0].tolist()
+    regions = captioner.encode(image.unsqueeze(0)).regions
+    word_ids = sample(captioner.decoder, regions, DecodingSettings(samples=5))[0].tolist()
     sampled = [captioner.vocabulary.decode(caption) for caption in word_ids]
     rewards = CiderD(references)(references[samples], sampled)
     figure = draw_self_critical(picture, [" ".join(words) for words in sampled], rewards)

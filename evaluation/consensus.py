@@ -5,6 +5,8 @@ Nearest Neighbor Approaches for Image Captioning" (Devlin et al., 2015). Shapes:
 encoder, N indexed photos, k similar photos.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from torch.nn import functional
 
 from common.checkpoints import check_dense, check_words
 from common.files import safe_load, save_torch
-from decoding.settings import Candidate
-from evaluation.ensemble import Ensemble
+from decoding.captions import Candidate, ImageCaption, caption_batch
+from decoding.constraints import Constraints
+from evaluation.ensemble import Ensemble, EnsembleSettings, combine, load_models
 from models import Captioner
 from modules.decoders import Nested
 from modules.encoders import Encoder
@@ -216,7 +219,9 @@ class Consensus:
         return self.word2id.setdefault(word, len(self.word2id))
 
 
-def make_consensus(index: CaptionIndex, captioner: Captioner | Ensemble, settings: Any, runtime: Runtime) -> Consensus:
+def make_consensus(
+    index: CaptionIndex, captioner: Captioner | Ensemble, settings: EnsembleSettings, runtime: Runtime
+) -> Consensus:
     """The consensus of a script's settings for a captioner or an ensemble."""
     return Consensus(
         index,
@@ -225,6 +230,24 @@ def make_consensus(index: CaptionIndex, captioner: Captioner | Ensemble, setting
         similar_photos=settings.similar_photos,
         device=runtime.device,
     )
+
+
+def load_captioning(
+    settings: EnsembleSettings, runtime: Runtime
+) -> tuple[Captioner | Ensemble, Callable[..., list[ImageCaption]]]:
+    """Load the captioner of the settings; return it with a function that captions a batch as the settings say.
+
+    The function is `caption_batch` with its first arguments filled in. Seeds the samples.
+
+    Raises InputError if a file cannot be read, or does not fit the others.
+    """
+    captioner = combine(load_models(settings.checkpoint, runtime.device), settings.views)
+    Constraints.of(settings, captioner.vocabulary)  # fail before doing any work
+    torch.manual_seed(settings.seed)
+    rerank = None
+    if settings.consensus_index:
+        rerank = make_consensus(CaptionIndex.load(settings.consensus_index), captioner, settings, runtime).rerank
+    return captioner, functools.partial(caption_batch, captioner, decoding=settings, runtime=runtime, rerank=rerank)
 
 
 def unit_vectors(means: Tensor, center: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B images, R regions.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from torch.nn import functional
 
 from decoding.captions import Encoded
 from decoding.ensemble import EnsembleDecoder, map_words
+from decoding.settings import DecodingSettings
 from models import Captioner, load_captioner
 from preparation.images import flip_boxes
-from utils import InputError
+from utils import PRECISIONS, InputError, setting
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -43,6 +45,29 @@ def crop_boxes(boxes: Tensor) -> Tensor:
 
 VIEWS = {"original": unchanged, "hflip": hflip, "crop": center_crop}  # of images
 BOX_VIEWS = {"original": unchanged, "hflip": flip_boxes, "crop": crop_boxes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleSettings(DecodingSettings):
+    """Which checkpoints caption together, and how: shared by eval.py, caption.py and tools/serve.py."""
+
+    # group: paths
+    checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # checkpoints of train.py; several form an ensemble
+
+    # group: ensemble and consensus
+    views: tuple[str, ...] = setting(("original",), choices=VIEWS)  # views of a photo that caption together
+    consensus_index: str = ""  # file of tools/index_captions.py: prefer captions like those of similar photos
+    consensus_weight: float = setting(10.0, minimum=0, needs="consensus_index")  # weight of similar photos' CIDEr-D
+    similar_photos: int = setting(50, minimum=1, needs="consensus_index")  # photos whose captions count for consensus
+
+    # group: run
+    precision: str = setting("auto", choices=PRECISIONS)  # auto: bf16 mixed precision where it is faster
+    device: str = "auto"  # auto, cpu or cuda
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "original" not in self.views:
+            raise InputError(f"--views {' '.join(self.views)}: add original, whose attention is shown")
 
 
 class Ensemble:
@@ -114,28 +139,25 @@ class Ensemble:
     def encode(
         self,
         inputs: Tensor | Sequence[Tensor],
-        is_features: bool | Sequence[bool] = False,
         boxes: Tensor | None = None,
     ) -> Encoded:
         """As `Captioner.encode`, with tuples of the members' regions and masks and of the sources' features.
 
         Args:
-            inputs: images (B, 3, h, w) uint8 or, for each source, its images or features (B, R, F).
-            is_features: of each source, where `inputs` are several. Features are of the view "original" alone.
+            inputs: images (B, 3, h, w) uint8 or, for each source, its images or features (B, R, F). Features are those
+                of the view "original" alone.
             boxes: of objects in the images (B, N, 4), or of region features (B, R, 4).
         """
         if isinstance(inputs, Tensor):
             inputs = [inputs] * len(self.sources)
-        flags = [is_features] * len(inputs) if isinstance(is_features, bool) else is_features
-        assert not any(flags) or self.views == ["original"], "other views need images"
+        assert self.views == ["original"] or all(x.ndim == 4 for x in inputs), "other views need images"
         features = [
-            [source.features(VIEWS[view](x), flag) for source, x, flag in zip(self.sources, inputs, flags, strict=True)]
+            [source.features(VIEWS[view](x)) for source, x in zip(self.sources, inputs, strict=True)]
             for view in self.views
         ]
         boxes_of_views = [None if boxes is None else BOX_VIEWS[view](boxes) for view in self.views]
         encoded = [
-            captioner.encode_features(features[view][source], boxes_of_views[view])
-            for captioner, source, view in self._members
+            captioner.encode(features[view][source], boxes_of_views[view]) for captioner, source, view in self._members
         ]
         regions, masks = (tuple(getattr(each, name) for each in encoded) for name in ("regions", "mask"))
         return encoded[0]._replace(regions=regions, mask=masks, features=features[0])
@@ -145,15 +167,11 @@ class Ensemble:
         return self
 
 
-def load_models(paths: Sequence[str | Path], views: Sequence[str], device: str | torch.device) -> dict[str, Captioner]:
+def load_models(paths: Sequence[str | Path], device: str | torch.device) -> dict[str, Captioner]:
     """Read checkpoints for inference, by their paths.
 
-    Raises InputError as `models.load_captioner` does, for a path given twice, and for views that do not exist.
+    Raises InputError as `models.load_captioner` does, and for a path given twice.
     """
-    if unknown := [view for view in views if view not in VIEWS]:
-        raise InputError(f"--views {' '.join(unknown)}: choose from {' '.join(VIEWS)}")
-    if "original" not in views:
-        raise InputError(f"--views {' '.join(views)}: add original, whose attention is shown")
     for i, path in enumerate(paths):
         if any(Path(path).resolve() == Path(other).resolve() for other in paths[:i]):
             raise InputError(f"--checkpoint {path} is given twice")

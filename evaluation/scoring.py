@@ -45,14 +45,13 @@ def caption_dataset(
     batches = make_batches(in_order(len(datasets[0])), decoding.batch_size)
     with tqdm(total=len(datasets[0]), desc=title, unit="image", leave=False, disable=rank() > 0) as progress:
         for parts in zip(*(make_loader(dataset, batches) for dataset in datasets), strict=True):
-            inputs, are_features = tuple(part.inputs for part in parts), [part.is_features for part in parts]
+            inputs = tuple(part.inputs for part in parts)
             single, is_shown = isinstance(captioner, Captioner), min(parts[0].indices) < num_shown
             decoded = caption_batch(
                 captioner,
                 inputs[0] if single else inputs,
                 decoding,
                 runtime,
-                is_features=are_features[0] if single else are_features,
                 boxes=parts[0].boxes,
                 with_attention=datasets[0].has_boxes or is_shown,
                 with_heads=is_shown,

@@ -4,15 +4,20 @@ Shapes: B images, R regions, D their width, C captions of an image (beams in a s
 the hidden state, G gates of the cell that reads the words.
 """
 
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 from modules.attention import AdaptiveAttention
-from modules.cells import SentinelLSTMCell
+from modules.cells import Cell, LSTMCell, SentinelLSTMCell
 from modules.decoders import Nested
 from modules.layers import masked_mean
 from modules.show_attend_tell import ShowAttendTell
+
+if TYPE_CHECKING:
+    from models import ModelSettings
 
 
 class AdaptiveDecoder(ShowAttendTell):
@@ -20,12 +25,14 @@ class AdaptiveDecoder(ShowAttendTell):
 
     An LSTM reads the word and the mean region. Then its new hidden state attends to the regions and to its sentinel,
     with several layers that of the top one, as in the authors' code. Other than in the paper, the output layer and the
-    initial state are those of `ShowAttendTell`, whose arguments it has, with cell "lstm" and attention "adaptive".
+    initial state are those of `ShowAttendTell`.
     """
 
-    TOP_CELLS: ClassVar = {"lstm": SentinelLSTMCell}
-
     attention: AdaptiveAttention
+
+    def choose_parts(self, settings: ModelSettings) -> tuple[type[nn.Module], type[Cell], type[Cell]]:
+        """Return the classes of the attention, of the cells, and of the cell of the top layer."""
+        return AdaptiveAttention, LSTMCell, SentinelLSTMCell
 
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
         """What the words share: (B, R, D), mask (B, R)

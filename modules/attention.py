@@ -174,5 +174,4 @@ ATTENTIONS = {
     "dot": DotAttention,
     "hard": HardAttention,
     "none": NoAttention,
-    "adaptive": AdaptiveAttention,
 }

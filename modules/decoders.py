@@ -4,9 +4,11 @@ Shapes: B images, R regions, D their width, C captions of an image (beams in a s
 of a word embedding, V words of the vocabulary. A mask (B, R) is False where an image has no region; None: all have R.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from modules.layers import Dropout, sample_categorical
 from text.vocabulary import PAD, START
 from utils import InputError, copy_to_device
+
+if TYPE_CHECKING:
+    from models import ModelSettings
 
 Nested = Any  # a Tensor, None or a tuple of Nested
 
@@ -51,16 +56,16 @@ class Decoder(nn.Module):
     `keys` and `init_state` run once per image, `step` once per word.
 
     Args:
-        vocab_size, embed_dim: V and E.
-        dropout: on the word embeddings, and where a subclass uses the layer `dropout`.
+        settings: embed_dim is E; dropout is on the word embeddings, and where a subclass uses the layer `dropout`.
+        vocab_size: V.
     """
 
     WARMUP_RATIO = 0.05  # of train.py, where it is not given
 
-    def __init__(self, *, vocab_size: int, embed_dim: int, dropout: float) -> None:
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=PAD)
-        self.dropout = Dropout(dropout)
+        self.embedding = nn.Embedding(vocab_size, settings.embed_dim, padding_idx=PAD)
+        self.dropout = Dropout(settings.dropout)
 
     def reset_embeddings(self) -> None:
         """Small embeddings: torch's default ones are ten times larger and dominate the regions for epochs."""

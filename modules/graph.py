@@ -4,7 +4,9 @@ Shapes: B images, R regions, D their width in the decoder, F in the encoder, N n
 G heads.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,10 @@ from torch.nn import functional
 from modules.layers import Dropout, init_linear
 from modules.regions import has_area
 from modules.relations import NO_RELATION, RELATIONS, reverse_relations, spatial_relations
-from utils import copy_to_device
+from utils import InputError, copy_to_device
+
+if TYPE_CHECKING:
+    from models import ModelSettings
 
 GRAPH_EDGES = ("grid", "similar", "spatial", "all")
 
@@ -181,24 +186,26 @@ class RegionGraph(nn.Module):
     """A stack of graph layers on the graph of each image; the identity for 0 layers.
 
     Args:
-        region_dim: D, of graph attention a multiple of heads.
-        layers: number of graph layers.
-        layer: one of GRAPH_LAYERS.
-        edges: one of GRAPH_EDGES.
-        knn: neighbors of a region by similarity, where the edges have some.
-        heads: G, of graph attention.
-        dropout: on the message of each layer.
+        settings: graph_layers, graph_layer, graph_edges, graph_knn, graph_heads and dropout.
+        region_dim: D; for graph attention a multiple of graph_heads.
+
+    Raises InputError for heads that do not divide region_dim.
     """
 
-    def __init__(
-        self, *, region_dim: int, layers: int, layer: str, edges: str, knn: int, heads: int, dropout: float
-    ) -> None:
+    def __init__(self, settings: ModelSettings, *, region_dim: int) -> None:
         super().__init__()
-        sizes: dict[str, Any] = {"region_dim": region_dim, "dropout": dropout, "relations": edges == "spatial"}
+        layer, edges, heads = settings.graph_layer, settings.graph_edges, settings.graph_heads
+        if settings.graph_layers and layer == "gat" and region_dim % heads:
+            raise InputError(f"--graph_heads {heads}: does not divide the {region_dim} features of a region")
+        sizes: dict[str, Any] = {
+            "region_dim": region_dim,
+            "dropout": settings.dropout,
+            "relations": edges == "spatial",
+        }
         if layer == "gat":
             sizes["heads"] = heads
-        self.layers = nn.ModuleList(GRAPH_LAYERS[layer](**sizes) for _ in range(layers))
-        self.edges, self.knn = edges, knn
+        self.layers = nn.ModuleList(GRAPH_LAYERS[layer](**sizes) for _ in range(settings.graph_layers))
+        self.edges, self.knn = edges, settings.graph_knn
 
     def forward(self, regions: Tensor, features: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Update the regions by message passing.

@@ -3,7 +3,10 @@
 Shapes: B images, R regions, D their width, n heads, d = D / n their width.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,9 @@ from modules.layers import Dropout, init_linears
 from modules.relations import GEOMETRY_FEATURES, pairwise_geometry
 from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
 from utils import InputError
+
+if TYPE_CHECKING:
+    from models import ModelSettings
 
 POSITIONS = ("none", "learned", "sine")
 SMALLEST_WEIGHT = 1e-6  # of geometry, so that its logarithm is finite
@@ -65,30 +71,16 @@ class RegionEncoder(nn.Module):
     """A stack of encoder layers over the regions, which first get positions; the identity for 0 layers.
 
     Args:
+        settings: encoder_layers, encoder_positions, heads, ffn_dim, geometry and dropout.
         region_dim: D, a multiple of heads and, for sine positions, of 4.
-        num_cells: how many regions, the first ones, are cells of a grid and have positions.
-        layers: number of layers.
-        positions: of the cells, one of POSITIONS; sine is for a square grid.
-        heads, ffn_dim: of each layer.
-        geometry: whether attention weights depend on the boxes of the regions.
-        dropout: on the output of each sublayer.
+        num_cells: number of regions, the first ones, that are cells of a grid and get positions.
 
     Raises InputError for heads or positions that do not fit the regions.
     """
 
-    def __init__(
-        self,
-        *,
-        region_dim: int,
-        num_cells: int,
-        layers: int,
-        positions: str,
-        heads: int,
-        ffn_dim: int,
-        geometry: bool,
-        dropout: float,
-    ) -> None:
+    def __init__(self, settings: ModelSettings, *, region_dim: int, num_cells: int) -> None:
         super().__init__()
+        layers, heads, positions = settings.encoder_layers, settings.heads, settings.encoder_positions
         if layers and region_dim % heads:
             raise InputError(f"--heads {heads}: does not divide the {region_dim} features of a region")
         if layers and num_cells and positions == "sine" and (region_dim % 4 or round(num_cells**0.5) ** 2 != num_cells):
@@ -97,10 +89,16 @@ class RegionEncoder(nn.Module):
                 f"regions of {region_dim}: give learned or none"
             )
         self.layers = nn.ModuleList(
-            EncoderLayer(width=region_dim, heads=heads, ffn_dim=ffn_dim, geometry=geometry, dropout=dropout)
+            EncoderLayer(
+                width=region_dim,
+                heads=heads,
+                ffn_dim=settings.ffn_dim,
+                geometry=settings.geometry,
+                dropout=settings.dropout,
+            )
             for _ in range(layers)
         )
-        self.geometry = geometry
+        self.geometry = settings.geometry
         self.num_cells = num_cells
         self.positions, self.learned_positions = positions if num_cells else "none", None
         if layers:

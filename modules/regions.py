@@ -4,10 +4,17 @@ Shapes: B images, S x S cells of the grid, F features of a cell, N boxes of an i
 right, bottom) in fractions of the image's sides; one without area stands for none, where images have different numbers.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import roi_align
+
+if TYPE_CHECKING:
+    from models import ModelSettings
 
 REGIONS = ("grid", "objects", "both", "features")
 BOX_FEATURES = 5
@@ -21,13 +28,12 @@ class RegionSource(nn.Module):
     "features": there is no grid, the features are those of regions already, as a detector computed them.
 
     Args:
-        regions: one of REGIONS.
-        box_features: append `box_features` to the features of each region.
+        settings: regions, and box_features to append `box_features` to the features of each region.
     """
 
-    def __init__(self, regions: str, *, box_features: bool) -> None:
+    def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.regions, self.box_features = regions, box_features
+        self.regions, self.box_features = settings.regions, settings.box_features
 
     @property
     def uses_objects(self) -> bool:

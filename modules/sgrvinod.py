@@ -4,6 +4,10 @@ Shapes: B images, R regions, D their width, C captions of an image (beams in a s
 of the attention, H of the hidden state, V words of the vocabulary.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from modules.attention import Attention
@@ -11,6 +15,9 @@ from modules.cells import LSTMCell
 from modules.decoders import Nested
 from modules.layers import Dropout, masked_mean
 from modules.recurrent import RecurrentDecoder
+
+if TYPE_CHECKING:
+    from models import ModelSettings
 
 
 class SgrvinodAttention(Attention):
@@ -36,26 +43,19 @@ class SgrvinodDecoder(RecurrentDecoder):
     could be shown beside a word: `gate` is None.
 
     Args:
-        vocab_size, region_dim, embed_dim, attention_dim, hidden_dim: V, D, E, A and H.
-        dropout: before the output layer, and not on the word embeddings.
+        settings: embed_dim, attention_dim and hidden_dim are E, A and H; dropout is before the output layer alone.
+        vocab_size, region_dim: V and D.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        region_dim: int,
-        embed_dim: int,
-        attention_dim: int,
-        hidden_dim: int,
-        dropout: float,
-    ) -> None:
-        super().__init__(vocab_size=vocab_size, embed_dim=embed_dim, dropout=0.0)
+    def __init__(self, settings: ModelSettings, *, vocab_size: int, region_dim: int) -> None:
+        super().__init__(settings, vocab_size)
+        embed_dim, attention_dim, hidden_dim = settings.embed_dim, settings.attention_dim, settings.hidden_dim
+        self.dropout = Dropout(0.0)  # the tutorial has none on the word embeddings
         self.attention = SgrvinodAttention(region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim)
         self.init_hidden = nn.Linear(region_dim, hidden_dim)
         self.init_cell = nn.Linear(region_dim, hidden_dim)
         self.cell = LSTMCell(embed_dim=embed_dim, context_dim=region_dim, hidden_dim=hidden_dim)
-        self.output_dropout = Dropout(dropout)
+        self.output_dropout = Dropout(settings.dropout)
         self.output = nn.Linear(hidden_dim, vocab_size)
         self._reset_parameters()
 

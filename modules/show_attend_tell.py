@@ -5,8 +5,10 @@ of the attention, H of the hidden state, Z of the context (D, or 0 without atten
 the vocabulary.
 """
 
+from __future__ import annotations
+
 import warnings
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,6 +18,9 @@ from modules.decoders import DecoderOutput, Nested
 from modules.layers import masked_mean
 from modules.recurrent import RecurrentDecoder, TimeSteps
 
+if TYPE_CHECKING:
+    from models import ModelSettings
+
 
 class ShowAttendTell(RecurrentDecoder):
     """Recurrent decoder with attention ("Show, Attend and Tell", Xu et al., 2015, sections 3.1.2 and 4.2).
@@ -23,45 +28,27 @@ class ShowAttendTell(RecurrentDecoder):
     A state is a tuple of (B, C, H), those of the top layer first.
 
     Args:
-        vocab_size, region_dim, embed_dim, attention_dim, hidden_dim: V, D, E, A and H.
-        dropout: on the word embeddings and before the output layer.
-        cell: a key of `modules.cells.CELLS`.
-        attention: a key of `modules.attention.ATTENTIONS`.
-        image_first: the mean region is the first input word, as in "Show and Tell" (Vinyals et al., 2015, section 3.1),
-            instead of setting the initial state.
-        layers: recurrent layers. The first reads the word and the context, each other one the layer below it.
+        settings: cell, attention, image_first (the mean region is the first input word, as in "Show and Tell", Vinyals
+            et al., 2015, section 3.1, and does not set the initial state), layers (the first reads the word and the
+            context, each other one the layer below it) and the sizes.
+        vocab_size, region_dim: V and D.
     """
 
-    TOP_CELLS: ClassVar[dict[str, type[Cell]]] = CELLS  # cells of the top layer
-
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        region_dim: int,
-        embed_dim: int,
-        attention_dim: int,
-        hidden_dim: int,
-        dropout: float,
-        cell: str,
-        attention: str,
-        image_first: bool,
-        layers: int,
-    ) -> None:
-        super().__init__(vocab_size=vocab_size, embed_dim=embed_dim, dropout=dropout)
-        self.attention = ATTENTIONS[attention](
-            region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim
-        )
+    def __init__(self, settings: ModelSettings, *, vocab_size: int, region_dim: int) -> None:
+        super().__init__(settings, vocab_size)
+        embed_dim, hidden_dim, layers = settings.embed_dim, settings.hidden_dim, settings.layers
+        attention, cell, top_cell = self.choose_parts(settings)
+        self.attention = attention(region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=settings.attention_dim)
         context_dim = self.attention.context_dim
-        self.state_shape = layers * CELLS[cell].NUM_STATES, hidden_dim  # tensors of a state, H
+        self.state_shape = layers * cell.NUM_STATES, hidden_dim  # tensors of a state, H
         self.init_hidden = nn.ModuleList(
-            nn.Linear(region_dim, hidden_dim) for _ in range(0 if image_first else self.state_shape[0])
+            nn.Linear(region_dim, hidden_dim) for _ in range(0 if settings.image_first else self.state_shape[0])
         )
-        self.image_proj = nn.Linear(region_dim, embed_dim) if image_first else None
+        self.image_proj = nn.Linear(region_dim, embed_dim) if settings.image_first else None
         self.hidden_proj = nn.Linear(hidden_dim, embed_dim)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the empty weights for a zero-width context
-            first, *upper = [CELLS[cell]] * (layers - 1) + [self.TOP_CELLS[cell]]
+            first, *upper = [cell] * (layers - 1) + [top_cell]
             self.cell = first(embed_dim=embed_dim, context_dim=context_dim, hidden_dim=hidden_dim)
             self.upper_cells = nn.ModuleList(
                 each(embed_dim=hidden_dim, context_dim=0, hidden_dim=hidden_dim) for each in upper
@@ -69,6 +56,11 @@ class ShowAttendTell(RecurrentDecoder):
             self.context_proj = nn.Linear(context_dim, embed_dim, bias=False)
         self.output = nn.Linear(embed_dim, vocab_size)
         self._reset_parameters()
+
+    def choose_parts(self, settings: ModelSettings) -> tuple[type[nn.Module], type[Cell], type[Cell]]:
+        """Return the classes of the attention, of the cells, and of the cell of the top layer."""
+        cell = CELLS[settings.cell]
+        return ATTENTIONS[settings.attention], cell, cell
 
     @property
     def has_attention(self) -> bool:

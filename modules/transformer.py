@@ -5,7 +5,10 @@ of all captions of a batch without padding, t words before the one that is decod
 the decoder, n heads, d = H / n their width, V words of the vocabulary.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,9 @@ from modules.decoders import Decoder, DecoderOutput, Nested, lay_out, sample_wor
 from modules.layers import Dropout, init_linears
 from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
 from utils import InputError, copy_to_device
+
+if TYPE_CHECKING:
+    from models import ModelSettings
 
 
 class DecoderLayer(nn.Module):
@@ -94,35 +100,27 @@ class TransformerDecoder(Decoder):
     `choose_alpha` says which attention weights it returns: of the last layer, averaged over its heads, by default.
 
     Args:
-        vocab_size, region_dim, embed_dim, hidden_dim: V, D, E and H, a multiple of heads.
-        heads, ffn_dim: of each layer.
-        decoder_layers: number of layers.
-        dropout: on the sum of embeddings and positions, and on the output of each sublayer (section 5.4).
+        settings: embed_dim and hidden_dim are E and H, a multiple of heads; ffn_dim is that of each of the
+            decoder_layers; dropout is on the sum of embeddings and positions, and on the output of each sublayer
+            (section 5.4).
+        vocab_size, region_dim: V and D.
 
     Raises InputError for heads that do not divide hidden_dim.
     """
 
     WARMUP_RATIO = 0.1
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        region_dim: int,
-        embed_dim: int,
-        hidden_dim: int,
-        heads: int,
-        ffn_dim: int,
-        decoder_layers: int,
-        dropout: float,
-    ) -> None:
-        super().__init__(vocab_size=vocab_size, embed_dim=embed_dim, dropout=dropout)
+    def __init__(self, settings: ModelSettings, *, vocab_size: int, region_dim: int) -> None:
+        super().__init__(settings, vocab_size)
+        embed_dim, hidden_dim, heads = settings.embed_dim, settings.hidden_dim, settings.heads
         if hidden_dim % heads:
             raise InputError(f"--heads {heads}: does not divide --hidden_dim {hidden_dim}")
-        sizes = {"hidden_dim": hidden_dim, "region_dim": region_dim, "heads": heads, "ffn_dim": ffn_dim}
+        sizes = {"hidden_dim": hidden_dim, "region_dim": region_dim, "heads": heads, "ffn_dim": settings.ffn_dim}
         self.hidden_dim, self.heads = hidden_dim, heads
         self.embedding_proj = nn.Linear(embed_dim, hidden_dim) if embed_dim != hidden_dim else nn.Identity()
-        self.layers = nn.ModuleList(DecoderLayer(**sizes, dropout=dropout) for _ in range(decoder_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(**sizes, dropout=settings.dropout) for _ in range(settings.decoder_layers)
+        )
         self.norm = nn.LayerNorm(hidden_dim)
         self.output = nn.Linear(hidden_dim, vocab_size)
         self.choose_alpha()

@@ -4,12 +4,19 @@ Shapes: B images, R regions, D their width, C captions of an image (beams in a s
 of the attention, H of the hidden states, V words of the vocabulary.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from modules.cells import LSTMCell
 from modules.decoders import Nested
 from modules.layers import additive_scores, mask_scores, masked_mean
 from modules.recurrent import RecurrentDecoder
+
+if TYPE_CHECKING:
+    from models import ModelSettings
 
 
 class UpDownDecoder(RecurrentDecoder):
@@ -19,21 +26,14 @@ class UpDownDecoder(RecurrentDecoder):
     first word.
 
     Args:
-        vocab_size, region_dim, embed_dim, attention_dim, hidden_dim: V, D, E, A and H.
-        dropout: on the word embeddings and before the output layer.
+        settings: embed_dim, attention_dim and hidden_dim are E, A and H; dropout is on the word embeddings and before
+            the output layer.
+        vocab_size, region_dim: V and D.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        region_dim: int,
-        embed_dim: int,
-        attention_dim: int,
-        hidden_dim: int,
-        dropout: float,
-    ) -> None:
-        super().__init__(vocab_size=vocab_size, embed_dim=embed_dim, dropout=dropout)
+    def __init__(self, settings: ModelSettings, *, vocab_size: int, region_dim: int) -> None:
+        super().__init__(settings, vocab_size)
+        embed_dim, attention_dim, hidden_dim = settings.embed_dim, settings.attention_dim, settings.hidden_dim
         self.hidden_dim = hidden_dim
         # Of the attention LSTM's input, h2 is the context of its cell, and the mean region has a map of its own.
         self.attention_lstm = LSTMCell(embed_dim=embed_dim, context_dim=hidden_dim, hidden_dim=hidden_dim)

@@ -20,6 +20,7 @@ PHOTO_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000",
 MAX_PIXELS = 64_000_000  # of a photo when decoded, which then takes up to 1 GB of memory
 MIN_DECODED = 1.4  # JPEGs are decoded at no less than so many times an image's size: then the filter blurs little
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
+RESIZE_MODES = ("squash", "crop", "pad")  # of `to_square`
 PAD_COLOR = (124, 116, 104)  # ImageNet's mean color, about zero after normalization
 
 

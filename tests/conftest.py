@@ -1,13 +1,12 @@
 """What the tests share: a small data set of shapes, a small trained run, and scripts run as their users run them."""
 
-import inspect
 import itertools
 import json
 import random
 import re
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -19,12 +18,12 @@ import train
 import utils
 from common.files import read_jsonl
 from datasets import Example, collate
-from models import DECODERS, Captioner, build_captioner, decoder_settings, model_settings
+from decoding.settings import DecodingSettings
+from models import Captioner, ModelSettings
 from modules.show_attend_tell import ShowAttendTell
 from preparation.detection import Detector
 from preparation.storage import write_captions
 from text.vocabulary import END, SPECIAL_TOKENS, START, Vocabulary
-from training.checks import OF_ENCODERS
 from utils import Runtime
 
 SMALL = train.Settings(
@@ -83,6 +82,16 @@ def random_batch(captions, seed=0):
     return collate([Example(i, torch.rand(4, 6, generator=generator), each) for i, each in enumerate(captions)])
 
 
+def beams(beam_size, max_length, **options):
+    """Settings of beam search."""
+    return DecodingSettings(beam_size=beam_size, max_length=max_length, **options)
+
+
+def samples(count, max_length, **options):
+    """Settings of sampling."""
+    return DecodingSettings(samples=count, max_length=max_length, **options)
+
+
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
@@ -90,13 +99,13 @@ def build(settings: train.Settings, words: int | list[str], image_size: int = 32
     """A new captioner of these settings and words, or of so many."""
     if isinstance(words, int):
         words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(words - len(SPECIAL_TOKENS)))]
-    return build_captioner(
+    return Captioner(
+        settings,
         Vocabulary(words),
         image_size,
         "squash",
-        feature_dim,
-        settings.fine_tune_encoder,
-        **model_settings(asdict(settings)),
+        feature_dim=feature_dim,
+        fine_tune_encoder=settings.fine_tune_encoder,
     )
 
 
@@ -106,18 +115,10 @@ def flags(data_folder, run_folder, settings=SMALL):
     switches = {True: "--{}", False: "--no-{}"}
     arguments = []
     del values["plot"]  # it plots and does not train
-    if not settings.graph_layers:
-        for name in ("graph_layer", "graph_edges", "graph_knn", "graph_heads"):
-            del values[name]
-    if settings.regions == "features":
-        for name in OF_ENCODERS:
-            del values[name]
-    if not settings.encoder_layers:
-        del values["encoder_positions"]
-    for name in {name for kind in DECODERS for name in decoder_settings(kind)} - set(
-        decoder_settings(settings.decoder)
-    ):
-        del values[name]  # of other decoders
+    for field in fields(settings):  # those without effect
+        for condition in filter(None, field.metadata.get("needs", "").split("; ")):
+            if utils.unmet_condition(settings, condition):
+                values.pop(field.name, None)
     for name, value in values.items():
         arguments += [switches[value].format(name)] if isinstance(value, bool) else [f"--{name}", str(value)]
     return arguments
@@ -221,16 +222,11 @@ def objects_run(shapes, tmp_path_factory):
     return folder
 
 
-SOFT_LSTM = {"cell": "lstm", "attention": "soft", "image_first": False, "layers": 1}
-
-
 def make_tiny_decoder(decoder_class, **settings):
     """A random decoder of 7 words, 4 of them special tokens, for regions of width 6."""
     torch.manual_seed(5)
-    sizes = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "hidden_dim": 8}
-    if "attention_dim" in inspect.signature(decoder_class).parameters:
-        sizes["attention_dim"] = 4
-    decoder = decoder_class(**sizes, dropout=0.5, **settings).eval()
+    sizes = {"embed_dim": 5, "hidden_dim": 8, "attention_dim": 4}
+    decoder = decoder_class(ModelSettings(**sizes | settings), vocab_size=7, region_dim=6).eval()
     for parameter in decoder.parameters():
         parameter.data *= 4  # far from uniform, so that rankings are clear
     decoder.output.bias.data[END] -= 2  # so that not every caption is empty
@@ -254,7 +250,7 @@ def ending_at_different_words(decoder):
 @pytest.fixture
 def tiny_decoder():
     """A random decoder with soft attention and an LSTM."""
-    return make_tiny_decoder(ShowAttendTell, **SOFT_LSTM)
+    return make_tiny_decoder(ShowAttendTell)
 
 
 @pytest.fixture

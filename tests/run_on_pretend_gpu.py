@@ -33,14 +33,13 @@ import modules.up_down
 import train
 import training.state
 from common.files import read_json, read_jsonl
-from conftest import SMALL, prepare_shapes
+from conftest import SMALL, beams, prepare_shapes, samples
 from datasets import CaptionDataset, collate
-from decoding.beam_search import SearchSettings, beam_search
+from decoding.beam_search import beam_search
 from decoding.captions import caption_batch
 from decoding.constraints import Constraints
 from decoding.ensemble import EnsembleDecoder
-from decoding.sampling import SamplingSettings, sample
-from decoding.settings import DecodingSettings
+from decoding.sampling import sample
 from text.cider import CiderD
 from text.vocabulary import END
 from training.start import start_run
@@ -195,7 +194,7 @@ class Steps:
         if not settings.fine_tune_encoder:
             size = self.state.captioner.encoder.num_regions, self.state.captioner.encoder.feature_dim
             items = [item._replace(input=torch.rand(size).half()) for item in items]
-        self.batch = collate(items, is_features=not settings.fine_tune_encoder)
+        self.batch = collate(items)
 
     def take(self, reward=None):
         """One step; returns the waits in it."""
@@ -227,7 +226,7 @@ def waits(folder):
     table |= per_word("scst step", samples)
     for max_length in (2, 3):
         before = gpu.waits.copy()
-        decoding = DecodingSettings(beam_size=3, max_length=max_length)
+        decoding = beams(3, max_length)
         captioner = steps.state.captioner.eval()
         caption_batch(captioner, steps.batch.inputs[:2], decoding, steps.runtime)
         searches[max_length] = gpu.waits - before
@@ -236,14 +235,14 @@ def waits(folder):
     torch.manual_seed(0)
     regions = 30 * torch.randn(6, 4, captioner.decoder.context_proj.in_features)  # so different that some end early
     regions, before = copy_to_device(regions, steps.runtime.device), gpu.waits.copy()
-    captions, _ = beam_search(captioner.decoder, regions, SearchSettings(1, 9))
+    captions, _ = beam_search(captioner.decoder, regions, beams(1, 9))
     table["beam search of nine words"] = gpu.waits - before
     ended = captions.cpu()[:, 0, 4] == END
     assert ended.any() and not ended.all()  # some images left the search after its fourth word
     transformer = Steps(STEPS["transformer"], data, gpu).state.captioner.eval().decoder
     transformer.output.bias.data[END] = -100.0  # no caption ends before max_length
     regions, before = copy_to_device(torch.rand(6, 4, SMALL.region_dim), steps.runtime.device), gpu.waits.copy()
-    beam_search(transformer, regions, SearchSettings(3, 3))
+    beam_search(transformer, regions, beams(3, 3))
     table["beam search of the transformer"] = gpu.waits - before
     table |= waits_of_decoding(captioner.decoder, regions, gpu)
     before = gpu.waits.copy()
@@ -262,10 +261,15 @@ def waits_of_decoding(decoder, regions, gpu):
     table = {}
     for name, function in {
         "search with constraints and groups": lambda: beam_search(
-            decoder, regions, SearchSettings(4, 3, constraints=constraints, num_beam_groups=2, diversity_penalty=1.0)
+            decoder,
+            regions,
+            beams(4, 3, num_beam_groups=2, diversity_penalty=1.0),
+            constraints=constraints,
         ),
-        "search of an ensemble": lambda: beam_search(ensemble, (regions, regions), SearchSettings(3, 3)),
-        "truncated samples": lambda: sample(decoder, regions, SamplingSettings(2, 3, 0.5, 4, 0.9), generator),
+        "search of an ensemble": lambda: beam_search(ensemble, (regions, regions), beams(3, 3)),
+        "truncated samples": lambda: sample(
+            decoder, regions, samples(2, 3, temperature=0.5, top_k=4, top_p=0.9), generator
+        ),
     }.items():
         before = gpu.waits.copy()
         function()

@@ -15,8 +15,8 @@ from PIL import Image
 import caption
 import eval as eval_script
 import train
-from conftest import SMALL
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import SMALL, beams
+from decoding.beam_search import beam_search
 from evaluation.photos import photo_records
 from models import load_captioner
 from preparation.detection import Detector, detect_objects
@@ -49,7 +49,7 @@ def test_a_photo_gets_a_sentence_and_a_picture(command, shapes, run_folder, tmp_
     captioner = load_captioner(run_folder / "best.pt", "cpu")
     image = torch.from_numpy(load_image(photo_of(shapes), 32)).unsqueeze(0)
     with torch.inference_mode():
-        captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(image), SearchSettings(5, 6))
+        captions, log_probs = beam_search(captioner.decoder, captioner.encode(image).regions, beams(5, 6))
     assert status == 0 and sentence.split() == captioner.vocabulary.decode(captions[0, 0])
     assert float(log_probability) == pytest.approx(log_probs[0, 0].item(), abs=0.01)
     with Image.open(picture_of(photo_of(shapes), tmp_path / "out")) as picture:
@@ -86,7 +86,7 @@ def test_a_model_of_objects_captions_a_photo_with_its_objects(command, shapes, o
     left, right = (0, 8 / 32) if resize == "crop" else (8 / 64, 24 / 64)
     with torch.inference_mode():
         encoded = captioner.encode(image, boxes=torch.tensor([[[left, 4 / 32, right, 28 / 32]]]))
-        captions, log_probs = beam_search(captioner.decoder, encoded.regions, SearchSettings(5, 4), encoded.mask)
+        captions, log_probs = beam_search(captioner.decoder, encoded.regions, beams(5, 4), encoded.mask)
     row = json.loads(out)
     assert row["caption"].split() == captioner.vocabulary.decode(captions[0, 0])
     assert row["log_prob"] == pytest.approx(log_probs[0, 0].item(), abs=1e-3)

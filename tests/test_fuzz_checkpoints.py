@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import train
-from conftest import SMALL, build
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import SMALL, beams, build
+from decoding.beam_search import beam_search
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
 from text.vocabulary import SPECIAL_TOKENS
 from utils import InputError
@@ -67,7 +67,7 @@ def original(tmp_path_factory):
     content = {
         "format": CHECKPOINT_FORMAT,
         "model": captioner.state_dict(),
-        "model_settings": model_settings(TINY),
+        "model_settings": model_settings(type(SMALL)(**TINY)),
         "image_size": 32,
         "resize": "squash",
         "feature_dim": 0,
@@ -87,7 +87,7 @@ def captions_of(captioner):
     size = (2, 3, captioner.image_size, captioner.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     with torch.inference_mode():
-        captions, _ = beam_search(captioner.decoder, captioner.encode_images(images), SearchSettings(2, 6))
+        captions, _ = beam_search(captioner.decoder, captioner.encode(images).regions, beams(2, 6))
     return [captioner.vocabulary.decode(caption[0].tolist()) for caption in captions]
 
 
@@ -206,7 +206,7 @@ def test_2000_mutated_checkpoints_are_the_same_or_one_line(original, tmp_path):
     assert fuzz(150, 2150, original, tmp_path) > 20
 
 
-@pytest.mark.parametrize("name", [name for name in model_settings(TINY) if isinstance(TINY[name], int)])
+@pytest.mark.parametrize("name", [name for name in model_settings(type(SMALL)(**TINY)) if isinstance(TINY[name], int)])
 @pytest.mark.parametrize("value", [-1, 10**7, 2**62, 2**2000])
 def test_sizes_that_the_weights_do_not_have_cost_no_memory(name, value, original, tmp_path):
     content = copy_containers(original[0])

@@ -1,15 +1,15 @@
 """Captioners of every kind, and their checkpoints."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torchvision.ops import StochasticDepth
 
 import train
-from conftest import CPU, SMALL, build
+from conftest import CPU, SMALL, beams, build
 from datasets import Example, collate
-from decoding.beam_search import SearchSettings, beam_search
+from decoding.beam_search import beam_search
 from decoding.force_decode import force_decode
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
 from modules.encoders import GRID_LAYERS
@@ -56,15 +56,15 @@ VARIANTS |= {
     "transformer-embed8": {"decoder": "transformer", "embed_dim": 8, "decoder_layers": 1, "heads": 2},
     "encoder1-soft-lstm": {"encoder_layers": 1},
     "up_down": {"decoder": "up_down"},
-    "adaptive": {"attention": "adaptive"},
-    "adaptive-image_first-layers2": {"attention": "adaptive", "image_first": True, "layers": 2},
+    "adaptive": {"decoder": "adaptive"},
+    "adaptive-image_first-layers2": {"decoder": "adaptive", "image_first": True, "layers": 2},
     "image_first": {"attention": "none", "image_first": True},
     "image_first-soft-gru": {"cell": "gru", "image_first": True},
     "layers2-gru": {"cell": "gru", "layers": 2},
     "layers3-none-rnn": {"cell": "rnn", "attention": "none", "layers": 3},
     "sgrvinod": {"decoder": "sgrvinod"},
     "objects-up_down-boxes": {"regions": "objects", "decoder": "up_down", "box_features": True},
-    "objects-adaptive": {"regions": "objects", "attention": "adaptive"},
+    "objects-adaptive": {"regions": "objects", "decoder": "adaptive"},
     "both-boxes-region_dim0": {"regions": "both", "box_features": True, "region_dim": 0},
     "both-transformer-2+2-sine": {"regions": "both", "decoder": "transformer", "encoder_layers": 2},
     "objects-spatial-gat": {"regions": "objects", "graph_layers": 2, "graph_edges": "spatial"},
@@ -88,7 +88,7 @@ BOXES = torch.tensor(
 
 
 def search(captioner, encoded):
-    return beam_search(captioner.decoder, encoded.regions, SearchSettings(3, 8), encoded.mask)[0][:, 0]
+    return beam_search(captioner.decoder, encoded.regions, beams(3, 8), encoded.mask)[0][:, 0]
 
 
 def save_checkpoint(path, captioner, settings, feature_dim=0):
@@ -96,7 +96,7 @@ def save_checkpoint(path, captioner, settings, feature_dim=0):
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
         "model": captioner.state_dict(),
-        "model_settings": model_settings(asdict(settings)),
+        "model_settings": model_settings(settings),
         "image_size": captioner.image_size,
         "resize": "squash",
         "feature_dim": feature_dim,
@@ -145,7 +145,7 @@ def test_every_model(variant, tmp_path):
     with torch.no_grad():
         features = captioner.encoder(images)
         features = (features - features.mean(0)) / features.std()  # random weights make all images much alike
-    batch.inputs, batch.is_features = features, True
+    batch.inputs = features
     optimizer = make_optimizer(captioner, replace(settings, fine_tune_encoder=False))
     losses = [train.train_step(captioner, optimizer, batch, settings, CPU)[0] / len(outputs.targets) for _ in range(80)]
     assert losses[0] > 1.5 and losses[-1] < 0.35
@@ -153,15 +153,15 @@ def test_every_model(variant, tmp_path):
     # Padding does not matter, and a batch is searched as its images are one by one.
     captioner.eval()
     with torch.no_grad():
-        logits = captioner(features, batch.words, batch.lengths, is_features=True, boxes=boxes).logits
+        logits = captioner(features, batch.words, batch.lengths, boxes=boxes).logits
         other = batch.words.where(batch.words != PAD, 6)
-        assert torch.equal(logits, captioner(features, other, batch.lengths, is_features=True, boxes=boxes).logits)
-        together = search(captioner, captioner.encode(features, True, boxes))
+        assert torch.equal(logits, captioner(features, other, batch.lengths, boxes=boxes).logits)
+        together = search(captioner, captioner.encode(features, boxes))
     for b in range(4):
         own = None
         if boxes is not None:  # without the padding
             own = boxes[b : b + 1, has_area(boxes[b])]
-        alone = search(captioner, captioner.encode(features[b : b + 1], True, own))
+        alone = search(captioner, captioner.encode(features[b : b + 1], own))
         assert together[b].tolist()[: alone.shape[1]] == alone[0].tolist()
 
     # A checkpoint gives the same captions of the photos.
@@ -210,7 +210,7 @@ def test_models_of_region_features(variant, tmp_path):
     sizes, generator = (3, 1, 4, 2), torch.Generator().manual_seed(1)
     corners = [torch.rand(n, 2, 2, generator=generator).sort(dim=1).values.flatten(1) for n in sizes]
     features = [torch.randn(n, 8, generator=generator) for n in sizes]
-    batch = collate(list(map(Example, range(4), features, CAPTIONS, corners)), is_features=True)
+    batch = collate(list(map(Example, range(4), features, CAPTIONS, corners)))
     assert batch.inputs.shape == (4, 4, 8) and batch.boxes.shape == (4, 4, 4)
     optimizer = make_optimizer(captioner, settings)
     losses = [train.train_step(captioner, optimizer, batch, settings, CPU)[0] / batch.counts()[0] for _ in range(80)]
@@ -220,10 +220,10 @@ def test_models_of_region_features(variant, tmp_path):
     save_checkpoint(tmp_path / "best.pt", captioner, settings, feature_dim=8)
     loaded = load_captioner(tmp_path / "best.pt", "cpu")
     with torch.no_grad():
-        encoded = loaded.encode(batch.inputs, True, batch.boxes)
+        encoded = loaded.encode(batch.inputs, batch.boxes)
         together = search(loaded, encoded)
         for b, index in enumerate(batch.indices):
-            alone = captioner.encode(features[index].unsqueeze(0), True, corners[index].unsqueeze(0))
+            alone = captioner.encode(features[index].unsqueeze(0), corners[index].unsqueeze(0))
             torch.testing.assert_close(encoded.regions[b, : sizes[index]], alone.regions[0])
             found = search(captioner, alone)[0].tolist()
             assert together[b].tolist()[: len(found)] == found
@@ -236,24 +236,26 @@ def change(name, value):
 
 MALFORMED = {
     "not a checkpoint": (lambda checkpoint: checkpoint.pop("words"), "is not a checkpoint of train.py"),
-    "no settings": (lambda checkpoint: checkpoint.update(model_settings={}), "model_settings lacks 'encoder'"),
-    "one setting more": (change("beams", 3), "model_settings has the unknown 'beams'"),
+    "no settings": (
+        lambda checkpoint: checkpoint.update(model_settings={}),
+        "model_settings are not those of this code",
+    ),
+    "one setting more": (change("beams", 3), "model_settings are not those of this code"),
     "integers as words": (lambda checkpoint: checkpoint.update(words=[1, 2]), "words is not a list of words"),
     "a word twice": (lambda checkpoint: checkpoint["words"].append("a"), "words has a word twice"),
     "fewer words": (lambda checkpoint: checkpoint["words"].pop(), r"do not fit its settings and \d+ words: decoder"),
     "text as a size": (lambda checkpoint: checkpoint.update(image_size="32"), "image_size is '32', not of type int"),
-    "huge images": (lambda checkpoint: checkpoint.update(image_size=10**6), "1000000 pixels are too large"),
-    "an unknown cell": (change("cell", "elman"), "cell is 'elman', not one of lstm gru rnn"),
+    "huge images": (
+        lambda checkpoint: checkpoint.update(image_size=10**6),
+        "images of 1000000 pixels: must",
+    ),
+    "an unknown cell": (change("cell", "elman"), "--cell elman: choose from lstm gru rnn"),
     "a wide cell": (change("hidden_dim", 10**7), "decoder.* is .* not torch.float32 .*10000000"),
     "a wide cell whose sizes overflow": (change("hidden_dim", 10**12), "other.pt: "),
     "many layers": (change("graph_layers", 10**8), "--graph_layers 100000000: must be at most 100"),
     "many recurrent layers": (change("layers", 10**8), "--layers 100000000: must be at most 100"),
-    "a sentinel of a GRU": (
-        lambda checkpoint: checkpoint["model_settings"].update(cell="gru", attention="adaptive"),
-        "--cell gru does not go with --attention adaptive",
-    ),
     "another decoder": (change("decoder", "up_down"), "its weights do not fit its settings: 'decoder"),
-    "a fine grid": (change("grid_size", 10**6), "finer than the images"),
+    "a fine grid": (change("grid_size", 10**6), "at least --grid_size 1000000"),
     "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be below 1"),
     "a missing weight": (lambda checkpoint: checkpoint["model"].popitem(), "is missing"),
     "doubles": (
@@ -299,7 +301,7 @@ def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_fol
     [
         ("dropout", 1.0, "--dropout 1.0"),
         ("hidden_dim", 0, "--hidden_dim 0"),
-        ("grid_size", 33, "--grid_size 33: finer"),
+        ("grid_size", 33, "images of 32 pixels: must .* at least --grid_size 33"),
         ("graph_knn", -1, "--graph_knn -1"),
         ("graph_layers", 10**15, "--graph_layers 1000000000000000: must be at most"),
         ("encoder_layers", 10**15, "--encoder_layers 1000000000000000: must be at most"),
@@ -334,4 +336,4 @@ def test_regions_are_a_dense_layer_with_relu_on_the_features():
     features = torch.randn(2, 16, 64)
     linear = captioner.region_layer[0]
     expected = (features @ linear.weight.T + linear.bias).clamp_min(0)
-    torch.testing.assert_close(captioner.encode_images(features, is_features=True), expected)
+    torch.testing.assert_close(captioner.encode(features).regions, expected)

@@ -19,7 +19,7 @@ from common.files import read_jsonl
 from conftest import CPU, SMALL, build, flags, logged_epochs, step_by_step, weights
 from datasets import Example, collate, in_order, make_loader
 from features.feature_cache import build_dataset
-from models import build_captioner, load_captioner
+from models import Captioner, load_captioner
 from modules.encoders import Encoder
 from modules.show_attend_tell import ShowAttendTell
 from training import start
@@ -31,7 +31,7 @@ def test_accumulating_gives_the_same_step(shapes):
     settings = replace(SMALL, dropout=0.0, encoder_weights="", fine_tune_encoder=False)
     torch.manual_seed(0)
     captions = [[[1, *range(4, 4 + n), 2] for n in lengths] for lengths in ((3, 1), (2, 2), (5,), (1, 1, 2))]
-    batch = collate([Example(i, torch.rand(16, 64).half(), one) for i, one in enumerate(captions)], is_features=True)
+    batch = collate([Example(i, torch.rand(16, 64).half(), one) for i, one in enumerate(captions)])
     gradients = []
     for parts in (1, 3, 9):
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_the_validation_loss_is_that_of_each_word_of_each_caption(shapes, run_fo
     with torch.no_grad():
         for i in range(len(validation)):
             _, image, captions, *_ = validation[i, False]
-            regions = captioner.encode_images(image.unsqueeze(0))
+            regions = captioner.encode(image.unsqueeze(0)).regions
             log_prob += sum(step_by_step(captioner.decoder, regions, caption[1:])[0] for caption in captions)
             words += sum(len(caption) - 1 for caption in captions)
     assert read_jsonl(run_folder / "log.jsonl")[epoch - 1]["val/loss"] == pytest.approx(-log_prob / words, rel=1e-4)
@@ -305,12 +305,12 @@ def test_flips_that_change_no_caption_are_named(shapes, tmp_path, command):
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shapes, tmp_path, monkeypatch):
-    def spoiled(*arguments, original=build_captioner, **settings):
+    def spoiled(*arguments, original=Captioner, **settings):
         captioner = original(*arguments, **settings)
         captioner.decoder.output.bias.data[5] = math.nan
         return captioner
 
-    monkeypatch.setattr(start, "build_captioner", spoiled)
+    monkeypatch.setattr(start, "Captioner", spoiled)
     status, _, err = command(train, *flags(shapes, tmp_path / "run"))
     assert status == 2 and "the loss is nan at epoch 1, step 1, learning rate 0.01: lower --learning_rate" in err
 
@@ -326,12 +326,12 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
         gradients.append(gradient)
         return gradient * math.inf if len(gradients) == 2 else gradient
 
-    def spoiled(*arguments, original=build_captioner, **settings):
+    def spoiled(*arguments, original=Captioner, **settings):
         captioner = original(*arguments, **settings)
         captioner.decoder.output.bias.register_hook(spoil)
         return captioner
 
-    monkeypatch.setattr(start, "build_captioner", spoiled)
+    monkeypatch.setattr(start, "Captioner", spoiled)
     settings = replace(SMALL, grad_clip=grad_clip, save_minutes=0.0)  # a checkpoint before each step
     status, _, err = command(train, *flags(shapes, tmp_path / "run", settings))
     assert status == 2 and "the norm of the gradient is " in err and " at epoch 1, step 2, learning rate" in err, err

@@ -15,13 +15,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.files import require_writable, save_torch
 from models import DATA_KEYS, captioner_from_checkpoint, load_checkpoint
-from utils import InputError, run_script
+from utils import BaseSettings, InputError, run_script
 
 ENCODER = "encoder."  # what the names of its weights begin with
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Write a checkpoint whose weights are the mean of those of several checkpoints of one model ("model soup")."""
 
     checkpoints: tuple[str, ...]  # what train.py wrote, two or more runs that began with the same --init_from

@@ -17,10 +17,10 @@ import train
 from common.checkpoints import EmptyWeights, name_impossible_sizes
 from common.files import read_json, save_torch
 from common.pickled import PickledFile, PickledObject, open_pickled
-from models import CHECKPOINT_FORMAT, build_captioner, captioner_from_checkpoint, model_settings
+from models import CHECKPOINT_FORMAT, Captioner, captioner_from_checkpoint, model_settings
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
 from training.state import git_revision
-from utils import InputError, has_type, run_script
+from utils import BaseSettings, InputError, has_type, run_script
 
 # Names of classes and functions that a checkpoint of the tutorial has, and the prefixes of torch's own.
 NAMES = {
@@ -99,8 +99,8 @@ RESNET_PARTS = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3"
 IMAGE_SIZE = 256  # of the tutorial
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Convert a checkpoint of sgrvinod's tutorial into one of train.py."""
 
     checkpoint: str = "BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar"  # what its train.py wrote
@@ -259,9 +259,9 @@ def convert(file: PickledFile, word_map: dict[str, int]) -> dict[str, Any]:
         **read_encoder_settings(encoder, source),
         **read_decoder_settings(decoder, source),
     )
-    options = model_settings(asdict(settings))
+    options = model_settings(settings)
     with name_impossible_sizes(source), EmptyWeights():
-        captioner = build_captioner(Vocabulary(list(word_map)), IMAGE_SIZE, "squash", load_weights=False, **options)
+        captioner = Captioner(settings, Vocabulary(list(word_map)), IMAGE_SIZE, "squash", load_weights=False)
     names = [name for name in captioner.state_dict() if name.startswith("encoder.")]
     return {
         "format": CHECKPOINT_FORMAT,

@@ -23,7 +23,7 @@ from decoding.settings import DecodingSettings
 from models import Captioner, load_captioner
 from text.vocabulary import BANNED_IDS, END, PAD, START, UNK
 from tools.onnx_parts import ImageModule, StepModule, TensorNames, flatten, make_parts, random_inputs
-from utils import InputError, run_script
+from utils import BaseSettings, InputError, run_script
 
 FILES = ("encoder.onnx", "step.onnx", "vocabulary.json")
 FORMAT_KEY, FORMAT = "image_captioning_export", "1"  # in each file, by which it is known again
@@ -31,8 +31,8 @@ MAX_DIFFERENCE = 1e-4  # from torch, of numbers below 1; relative, of larger one
 CHECKED_WORDS = 4  # words of each caption that are compared with torch
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Write encoder.onnx, step.onnx and vocabulary.json, with which a program without torch captions photos."""
 
     checkpoint: str = "runs/shapes/best.pt"  # what train.py wrote

@@ -7,7 +7,6 @@ this prepared folder alone.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -20,11 +19,11 @@ from features.feature_cache import build_dataset
 from models import Captioner, load_captioner
 from modules.encoders import NoEncoder
 from preparation.storage import read_metadata
-from utils import InputError, Runtime, choose_runtime, copy_to_device, run_script
+from utils import PRECISIONS, BaseSettings, InputError, Runtime, choose_runtime, copy_to_device, run_script, setting
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
     """Write an index of a prepared folder's training photos and captions, found by the features of an encoder."""
 
     checkpoint: str = "runs/shapes/best.pt"  # a model whose encoder gives the features
@@ -32,7 +31,7 @@ class Settings:
     output: str = "data/shapes/consensus.pt"  # the index
     overwrite: bool = False  # replace an index
     features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 mixed precision where it is faster
+    precision: str = setting("auto", choices=PRECISIONS)  # auto: bf16 mixed precision where it is faster
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -44,7 +43,7 @@ def mean_features(captioner: Captioner, dataset: CaptionDataset, runtime: Runtim
     for batch in tqdm(make_loader(dataset, batches), desc="features", unit="batch"):
         inputs = copy_to_device(batch.inputs, runtime.device)
         with runtime.autocast():
-            features = captioner.features(inputs, batch.is_features)
+            features = captioner.features(inputs)
         order = sorted(range(len(batch.indices)), key=lambda i: batch.indices[i])
         means.append(features.float().mean(dim=1)[order])
     return torch.cat(means).cpu()

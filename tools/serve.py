@@ -1,4 +1,7 @@
-"""The page to try a model: a server on this machine that captions the photos dropped on the report's page."""
+"""Caption photos on a page in the browser: python tools/serve.py --checkpoint best.pt
+
+The server runs on this machine only and captions the photos that are dropped on the report's page.
+"""
 
 import contextlib
 import json
@@ -8,26 +11,43 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from decoding.captions import ImageCaption
-from evaluation.ensemble import Ensemble
+from evaluation.consensus import load_captioning
+from evaluation.ensemble import Ensemble, EnsembleSettings
 from models import Captioner
 from preparation.detection import Detector
 from preparation.images import PhotoBytes, load_image, open_photo, pad_boxes, place_objects
 from preparation.objects import objects_of_detections
-from utils import InputError, first_line, is_out_of_memory
+from utils import InputError, choose_runtime, first_line, is_out_of_memory, require_needs, run_script, setting
 from visualization.photos import open_for_picture
-from visualization.report import describe_caption, describe_photo
+from visualization.report import Report, describe_caption, describe_photo
 
 HOST = "127.0.0.1"  # no other machine reaches it
 MAX_UPLOAD = 32 * 2**20  # bytes of a photo's file
 MAX_IGNORED = 2**30  # bytes that are read of a refused request, so that its sender gets to the answer
 TIMEOUT = 30  # seconds that a client may be silent
 ROUTES = {"/": ("GET", "HEAD"), "/caption": ("POST",)}  # the methods of each path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(EnsembleSettings):
+    """Open a page in the browser where you can drop photos to see their captions."""
+
+    # group: paths
+    detect: str = ""  # a detector of torchvision for models that look at objects, such as fasterrcnn_resnet50_fpn_v2
+    detector_weights: str = setting("coco", needs="detect")  # coco: downloaded; path of a state dict; empty: random
+
+    # group: page
+    port: int = setting(8000, minimum=0, maximum=65535)  # port of the page; 0: any free one
+
+    NOT_FLAGS: ClassVar = ("batch_size",)  # photos come one at a time
 
 
 @dataclass(frozen=True)
@@ -197,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(400, f"{name}: {len(content)} of {length} bytes arrived")
         with self.server.lock:  # also while it is decoded, which may take a lot of memory
             if self.server.is_ending:
-                raise RequestError(503, f"{name}: caption.py is ending")
+                raise RequestError(503, f"{name}: the server is ending")
             return self.server.make_card(PhotoBytes(name, content))
 
     def _length(self) -> int:
@@ -210,3 +230,31 @@ class Handler(BaseHTTPRequestHandler):
         if len(lengths[0]) > 15 or int(lengths[0]) > MAX_UPLOAD:  # Python refuses to read very long numbers
             raise RequestError(413, f"more than {MAX_UPLOAD // 2**20} MB: make the photo smaller")
         return int(lengths[0])
+
+
+def make_server(settings: Settings) -> CaptionServer:
+    """Load the model and return its server, which does not run yet. Raises InputError if it cannot caption photos."""
+    require_needs(settings)
+    runtime = choose_runtime(settings.device, settings.precision)
+    captioner, caption = load_captioning(settings, runtime)
+    checkpoint = " ".join(settings.checkpoint)
+    if captioner.uses_region_features:
+        raise InputError(f"{checkpoint} looks at the region features of a detector, not at photos: use caption.py")
+    if captioner.uses_objects and not settings.detect:
+        raise InputError(f"{checkpoint} looks at objects: find them with --detect NAME")
+    if settings.detect and not captioner.uses_objects:
+        raise InputError(f"--detect {settings.detect}: the model does not look at objects, leave it out")
+    detector = Detector(settings.detect, settings.detector_weights, runtime.device) if settings.detect else None
+    report = Report("Image captioning", settings.checkpoint[:1], details={"checkpoint": checkpoint}, serve=True)
+    return CaptionServer(report.page(), CardMaker(captioner, caption, detector, settings.seed), settings.port)
+
+
+def main(settings: Settings) -> None:
+    """Serve the page until Ctrl-C."""
+    server = make_server(settings)
+    print(f"{server.address} captions photos until Ctrl-C", flush=True)
+    server.run()
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

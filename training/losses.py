@@ -3,8 +3,10 @@
 Shapes: B images, C captions of an image, T words, N words of all captions together, R regions, V vocabulary.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +15,9 @@ from modules.decoders import DecoderOutput, caption_mask
 from modules.regions import are_inside
 from text.vocabulary import BANNED_IDS
 from utils import copy_to_device
+
+if TYPE_CHECKING:
+    from train import Settings
 
 # Captions sampled at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
 TEMPERATURE = 0.5
@@ -25,7 +30,7 @@ ENTROPY_WEIGHT = 0.002
 
 
 def captioning_loss(
-    output: DecoderOutput, lengths: Tensor, settings: Any, words: int, captions: int
+    output: DecoderOutput, lengths: Tensor, settings: Settings, words: int, captions: int
 ) -> tuple[Tensor, Tensor]:
     """The loss of teacher forcing and, of it, the cross-entropy summed over all words, without label smoothing.
 

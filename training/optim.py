@@ -1,8 +1,10 @@
 """The optimizer, its learning rate schedule and the moving average of the weights."""
 
+from __future__ import annotations
+
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -10,8 +12,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from models import DECODERS, Captioner
 from modules.encoders import Encoder
 
+if TYPE_CHECKING:
+    from train import Settings
 
-def make_optimizer(captioner: Captioner, settings: Any) -> torch.optim.Optimizer:
+
+def make_optimizer(captioner: Captioner, settings: Settings) -> torch.optim.Optimizer:
     """Adam over the decoder and, where it is fine-tuned, the encoder with its own learning rate.
 
     `settings` are those of train.py. Sets which parameters are trained. Raises InputError where --unfreeze_from names
@@ -32,7 +37,7 @@ def make_optimizer(captioner: Captioner, settings: Any) -> torch.optim.Optimizer
     return torch.optim.Adam(groups, fused=True)
 
 
-def learning_rate_factor(settings: Any, step: int, steps_per_epoch: int) -> float:
+def learning_rate_factor(settings: Settings, step: int, steps_per_epoch: int) -> float:
     """The factor on the learning rates at a step, counted from 0 over all epochs: linear warmup, then the schedule."""
     steps = settings.epochs * steps_per_epoch
     ratio = DECODERS[settings.decoder].WARMUP_RATIO if settings.warmup_ratio == -1 else settings.warmup_ratio

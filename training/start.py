@@ -1,25 +1,30 @@
 """How a run starts: from scratch, resumed from its last.pt, or from the weights of another run's best.pt."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import on_rank_zero, rank, world_size
 from common.files import hold_lock, read_jsonl, require_writable, write_jsonl
-from models import Captioner, build_captioner, captioner_from_checkpoint, load_checkpoint, model_settings
+from models import Captioner, ModelSettings, captioner_from_checkpoint, load_checkpoint
 from preparation.storage import read_metadata, region_info
 from text.embeddings import read_pretrained_embeddings
 from text.vocabulary import Vocabulary
 from training.logs import rewrite_tensorboard
 from training.optim import ModelEMA, make_optimizer
 from training.state import TrainState
-from utils import InputError, choose_device, has_type, replace_settings
+from utils import InputError, choose_device, has_type
+
+if TYPE_CHECKING:
+    from train import Settings
 
 # Settings that say how a program starts, not how a run trains.
 START_SETTINGS = ("run_folder", "overwrite", "resume", "init_from", "plot")
@@ -38,7 +43,7 @@ RESUME_SETTINGS = (
 
 
 @contextlib.contextmanager
-def lock_run_folder(settings: Any) -> Iterator[None]:
+def lock_run_folder(settings: Settings) -> Iterator[None]:
     """Make the run folder and keep every other train.py out of it in the block; without a run in it, it is removed.
 
     Raises InputError where the folder cannot be written or another process holds it.
@@ -69,7 +74,7 @@ def hold_run_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def given_settings(settings: Any, checkpoint: dict[str, Any]) -> set[str]:
+def given_settings(settings: Settings, checkpoint: dict[str, Any]) -> set[str]:
     """The names of the settings that the user gave: as a flag, or by editing a default of train.py.
 
     A flag counts even at its default. A default counts as edited where it is not what it was when the checkpoint was
@@ -81,7 +86,7 @@ def given_settings(settings: Any, checkpoint: dict[str, Any]) -> set[str]:
 
 
 def merge_settings(
-    settings: Any, checkpoint: dict[str, Any], path: str, names: Iterable[str], may_differ: Collection[str]
+    settings: Settings, checkpoint: dict[str, Any], path: str, names: Iterable[str], may_differ: Collection[str]
 ) -> Any:
     """Settings with the checkpoint's values of `names`, but for those that the user gave.
 
@@ -91,7 +96,7 @@ def merge_settings(
     for name in names:
         value = getattr(settings, name)
         if name not in given:
-            settings = replace_settings(settings, **{name: saved[name]})
+            settings = settings.replace(**{name: saved[name]})
         elif name not in may_differ and value != saved[name]:
             raise mismatch(name, value, path, saved[name])
         elif value != saved[name]:
@@ -99,7 +104,7 @@ def merge_settings(
     return settings
 
 
-def load_run(path: str, settings: Any) -> dict[str, Any]:
+def load_run(path: str, settings: Settings) -> dict[str, Any]:
     """Read a checkpoint with the settings that its run had; those that train.py has got since, at their defaults.
 
     Raises InputError where they are not settings of train.py, each of its type.
@@ -125,7 +130,7 @@ def mismatch(name: str, value: Any, path: str, saved: Any) -> InputError:
     )
 
 
-def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
+def prepare_run(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
     """Resolve --resume and --init_from: the settings to run with and the checkpoint to start from, or None.
 
     Raises InputError where they do not go with the other settings, or the run folder holds a run.
@@ -144,14 +149,14 @@ def prepare_run(settings: Any) -> tuple[Any, dict[str, Any] | None]:
                 f"--pretrained_embeddings {settings.pretrained_embeddings}: --init_from has trained words, leave it out"
             )
         checkpoint = load_run(settings.init_from, settings)
-        names = model_settings(asdict(settings))
+        names = {field.name for field in fields(ModelSettings)}
         # No encoder weights are read; `build_from_checkpoint` checks the other settings against the weights.
-        may_differ = names.keys() - {"encoder_weights"}
+        may_differ = names - {"encoder_weights"}
         return merge_settings(settings, checkpoint, settings.init_from, names, may_differ), checkpoint
     return settings, None
 
 
-def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
+def resume_settings(settings: Settings) -> tuple[Settings, dict[str, Any]]:
     """The settings of a resumed run and its checkpoint. Raises InputError for a setting that would make it another."""
     checkpoint = load_run(settings.resume, settings)
     if "optimizer" not in checkpoint:
@@ -172,10 +177,10 @@ def resume_settings(settings: Any) -> tuple[Any, dict[str, Any]]:
     folders = [merged.data_folder] if given else checkpoint["data"]["folders"]
     data_folder = find_data_folder(folders, checkpoint, settings.resume)
     origin = checkpoint["settings"]["init_from"]
-    return replace_settings(merged, run_folder=str(run_folder), data_folder=data_folder, init_from=origin), checkpoint
+    return merged.replace(run_folder=str(run_folder), data_folder=data_folder, init_from=origin), checkpoint
 
 
-def choose_run_device(settings: Any, device: torch.device) -> torch.device:
+def choose_run_device(settings: Settings, device: torch.device) -> torch.device:
     """The device of settings that are merged with a checkpoint's; `device` is that of the settings before.
 
     Raises InputError where the device that a resumed run was trained on is not there.
@@ -206,34 +211,33 @@ def find_data_folder(folders: list[str], checkpoint: dict[str, Any], path: str) 
     )
 
 
-def build_from_checkpoint(settings: Any, checkpoint: dict[str, Any]) -> Captioner:
+def build_from_checkpoint(settings: Settings, checkpoint: dict[str, Any]) -> Captioner:
     """The captioner of a checkpoint with the model settings of a run that starts from it.
 
     Those that no weight depends on (dropout, graph_knn, ...) may differ. Raises InputError for one whose change the
     weights do not fit.
     """
-    path, settings_now = settings.resume or settings.init_from, model_settings(asdict(settings))
-    saved = checkpoint["model_settings"]
+    path, saved = settings.resume or settings.init_from, checkpoint["model_settings"]
     checkpoint = checkpoint | {"fine_tune_encoder": settings.fine_tune_encoder}
     try:
-        return captioner_from_checkpoint(checkpoint, path, settings_now)
+        return captioner_from_checkpoint(checkpoint, path, settings)
     except InputError:
-        for name, value in settings_now.items():
-            if value != saved[name] and not weights_fit(checkpoint, path, {name: value}):
-                raise mismatch(name, value, path, saved[name]) from None
+        for name, value in saved.items():
+            if value != getattr(settings, name) and not weights_fit(checkpoint, path, name, getattr(settings, name)):
+                raise mismatch(name, getattr(settings, name), path, value) from None
         raise
 
 
-def weights_fit(checkpoint: dict[str, Any], path: str, changes: dict[str, Any]) -> bool:
-    """Whether a checkpoint's weights fit a model with these changes to its settings."""
+def weights_fit(checkpoint: dict[str, Any], path: str, name: str, value: Any) -> bool:
+    """Return True if a checkpoint's weights fit a model with another value of one of its settings."""
     try:
-        captioner_from_checkpoint(checkpoint, path, changes)
+        captioner_from_checkpoint(checkpoint, path, ModelSettings(**checkpoint["model_settings"] | {name: value}))
     except InputError:
         return False
     return True
 
 
-def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.device) -> TrainState:
+def start_run(settings: Settings, checkpoint: dict[str, Any] | None, device: torch.device) -> TrainState:
     """Build the model, new or from a checkpoint, its optimizer and its average."""
     torch.manual_seed(settings.seed)
     metadata = read_metadata(settings.data_folder)
@@ -241,13 +245,14 @@ def start_run(settings: Any, checkpoint: dict[str, Any] | None, device: torch.de
         captioner = build_from_checkpoint(settings, checkpoint)
     else:
         vocabulary = Vocabulary.load(settings.data_folder)
-        captioner = build_captioner(
+        info = region_info(metadata)
+        captioner = Captioner(
+            settings,
             vocabulary,
             metadata["image_size"],
             metadata["resize"],
-            info.feature_dim if (info := region_info(metadata)) else 0,
-            settings.fine_tune_encoder,
-            **model_settings(asdict(settings)),
+            feature_dim=info.feature_dim if info else 0,
+            fine_tune_encoder=settings.fine_tune_encoder,
         )
         if settings.pretrained_embeddings:
             vectors = read_pretrained_embeddings(settings.pretrained_embeddings, vocabulary, settings.embed_dim)

@@ -1,10 +1,12 @@
 """The state of a training run and its checkpoints: all that a run changes, saves and restores."""
 
+from __future__ import annotations
+
 import contextlib
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from modules.encoders import NoEncoder
 from training.optim import ModelEMA
 from utils import InputError, has_type
 
+if TYPE_CHECKING:
+    from train import Settings
+
 # What Adam's groups have besides their parameters; the rest depends on torch's version.
 ADAM_GROUP = {"lr": 0.0, "initial_lr": 0.0, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}
 
@@ -24,7 +29,7 @@ ADAM_GROUP = {"lr": 0.0, "initial_lr": 0.0, "betas": (0.9, 0.999), "eps": 0.0, "
 class TrainState:
     """All that a training run changes as it goes, and so all that it must save."""
 
-    settings: Any  # of train.py
+    settings: Settings
     captioner: Captioner
     optimizer: torch.optim.Optimizer
     ema: ModelEMA
@@ -68,7 +73,7 @@ class TrainState:
         checkpoint = {
             "format": CHECKPOINT_FORMAT,
             "model": captioner.state_dict(),
-            "model_settings": model_settings(asdict(self.settings)),
+            "model_settings": model_settings(self.settings),
             "image_size": captioner.image_size,
             "resize": captioner.resize,
             "feature_dim": captioner.encoder.feature_dim if isinstance(captioner.encoder, NoEncoder) else 0,

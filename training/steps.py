@@ -1,10 +1,12 @@
 """One training step: teacher forcing or self-critical, in micro-batches, on one process or several."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.distributed import all_reduce_sum, world_size
 from datasets import Batch, Example, collate
-from decoding.sampling import SamplingSettings, sample
+from decoding.sampling import sample
+from decoding.settings import DecodingSettings
 from models import Captioner
 from modules.decoders import DecoderOutput, map_tensors
 from text.cider import CiderD
@@ -20,12 +23,15 @@ from text.vocabulary import END, START
 from training.losses import TEMPERATURE, captioning_loss, grounding_loss, self_critical_loss
 from utils import Runtime, copy_to_device
 
+if TYPE_CHECKING:
+    from train import Settings
+
 
 def train_step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
-    settings: Any,
+    settings: Settings,
     runtime: Runtime,
     counts: tuple[int, int] | None = None,
     sampling_prob: float = 0.0,
@@ -62,7 +68,7 @@ def scst_step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
-    settings: Any,
+    settings: Settings,
     runtime: Runtime,
     reward: CiderD,
     counts: tuple[int, int] | None = None,
@@ -89,7 +95,7 @@ def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling_prob: f
     """Teacher forcing on a batch whose inputs are copied to the device: a `DecoderOutput`."""
     batch = on_device(batch, runtime)
     with runtime.autocast():
-        return network(batch.inputs, batch.words, batch.lengths, sampling_prob, batch.is_features, batch.boxes)
+        return network(batch.inputs, batch.words, batch.lengths, sampling_prob, batch.boxes)
 
 
 def on_device(batch: Batch, runtime: Runtime) -> Batch:
@@ -103,7 +109,7 @@ def optimize(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
-    settings: Any,
+    settings: Settings,
     micro_batch_loss: Callable[[Batch], tuple[Tensor, Tensor, int]],
 ) -> tuple[float, int]:
     """Accumulate the gradient over the micro-batches of a batch, clip it and take the optimizer's step.
@@ -154,10 +160,11 @@ def sample_captions(
 
     Each image gets as many as the image with the most references has, and at least two.
     """
-    sampling = SamplingSettings(max(2, batch.words.shape[1]), max_length, TEMPERATURE)
+    count = max(2, batch.words.shape[1])
+    sampling = DecodingSettings(samples=count, max_length=max_length, temperature=TEMPERATURE)
     with torch.no_grad(), runtime.autocast():
         copied = on_device(batch, runtime)
-        encoded = captioner.encode(copied.inputs, copied.is_features, copied.boxes)
+        encoded = captioner.encode(copied.inputs, copied.boxes)
         sampled = sample(captioner.decoder, encoded.regions, sampling, mask=encoded.mask).tolist()
     captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
     boxes = [None] * len(captions) if batch.boxes is None else batch.boxes

@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import ending_at_different_words, step_by_step
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import beams, ending_at_different_words, step_by_step
+from decoding.beam_search import beam_search
 from decoding.constraints import Constraints
+from decoding.settings import DecodingSettings
 from text.vocabulary import BANNED_IDS, END, START
 from utils import InputError
 
@@ -35,7 +35,7 @@ def exhaustive_best(decoder, regions, max_length, length_penalty, constraints=No
 def test_a_wide_beam_equals_exhaustive_search(tiny_decoder, length_penalty, seed):
     regions = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(seed))
     _, log_prob, caption = exhaustive_best(tiny_decoder, regions, 4, length_penalty)
-    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(4**4, 4, length_penalty))
+    captions, log_probs = beam_search(tiny_decoder, regions, beams(4**4, 4, length_penalty=length_penalty))
     assert tuple(captions[0, 0].tolist())[: len(caption)] == caption
     assert log_probs[0, 0].item() == pytest.approx(log_prob, abs=1e-4)
 
@@ -43,10 +43,10 @@ def test_a_wide_beam_equals_exhaustive_search(tiny_decoder, length_penalty, seed
 @pytest.mark.parametrize("beam_size", [1, 3, 5, 50])
 def test_batched_search_equals_one_image_at_a_time(tiny_decoder, beam_size):
     regions = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(1)) * 2
-    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(beam_size, 8))
+    captions, log_probs = beam_search(tiny_decoder, regions, beams(beam_size, 8))
     assert len({tuple(caption) for caption in captions[:, 0].tolist()}) > 1
     for b in range(6):
-        alone, alone_log_probs = beam_search(tiny_decoder, regions[b : b + 1], SearchSettings(beam_size, 8))
+        alone, alone_log_probs = beam_search(tiny_decoder, regions[b : b + 1], beams(beam_size, 8))
         assert captions[b, 0, : alone.shape[2]].tolist() == alone[0, 0].tolist()
         assert log_probs[b, 0].item() == pytest.approx(alone_log_probs[0, 0].item(), abs=1e-4)
 
@@ -63,7 +63,7 @@ def obeys(constraints, caption, max_length):
     )
 
 
-def reference_search(decoder, regions, settings):
+def reference_search(decoder, regions, settings, constraints):
     """Beam search over one image with lists: (log-probability, caption) of the captions kept, best first."""
     keys = decoder.keys(regions)
     groups = [[(0.0, (), decoder.init_state(regions))] for _ in range(settings.num_beam_groups)]
@@ -73,9 +73,9 @@ def reference_search(decoder, regions, settings):
 
     for t in range(settings.max_length):
         counts = dict.fromkeys(ALLOWED_IDS, 0)  # of the words that earlier groups chose at this step
-        for g, beams in enumerate(groups):
+        for g, group in enumerate(groups):
             candidates = []
-            for log_prob, caption, state in beams:
+            for log_prob, caption, state in group:
                 if caption[-1:] == (END,):
                     candidates.append((score(log_prob, caption), log_prob, caption, state))
                     continue
@@ -84,27 +84,27 @@ def reference_search(decoder, regions, settings):
                 log_probs = logits[0, 0].log_softmax(0).tolist()
                 for word in ALLOWED_IDS if t else ALLOWED_IDS[1:]:
                     longer = (*caption, word)
-                    if obeys(settings.constraints, longer, settings.max_length):
+                    if obeys(constraints, longer, settings.max_length):
                         total = log_prob + log_probs[word]
                         objective = score(total - settings.diversity_penalty * counts[word], longer)
                         candidates.append((objective, total, longer, new_state))
             if not candidates:  # the captions stay unfinished
-                candidates = [(score(p, (*c, END)), p, (*c, END), state) for p, c, state in beams]
+                candidates = [(score(p, (*c, END)), p, (*c, END), state) for p, c, state in group]
             candidates.sort(key=lambda candidate: candidate[0], reverse=True)
             groups[g] = [candidate[1:] for candidate in candidates[: settings.beam_size // settings.num_beam_groups]]
             for _, caption, _ in groups[g]:
                 counts[caption[-1]] += len(caption) == t + 1
-    kept = [(log_prob, caption) for beams in groups for log_prob, caption, _ in beams]
+    kept = [(log_prob, caption) for group in groups for log_prob, caption, _ in group]
     return sorted(kept, key=lambda beam: score(*beam), reverse=True)
 
 
-def assert_equals_reference(decoder, regions, settings):
+def assert_equals_reference(decoder, regions, settings, constraints=None):
     """Check all captions and log-probabilities of a search against `reference_search`; returns the captions."""
-    captions, log_probs = beam_search(decoder, regions, settings)
+    captions, log_probs = beam_search(decoder, regions, settings, constraints=constraints)
     T = captions.shape[2]
     assert captions.shape[:2] == log_probs.shape == (len(regions), settings.beam_size) and settings.max_length >= T
     for b in range(len(regions)):
-        expected = reference_search(decoder, regions[b : b + 1], settings)
+        expected = reference_search(decoder, regions[b : b + 1], settings, constraints or Constraints())
         for k, (log_prob, caption) in enumerate(expected):
             assert log_probs[b, k].item() == pytest.approx(log_prob, abs=1e-4)
             assert tuple(captions[b, k].tolist()) == (*caption, *[END] * T)[:T]
@@ -118,7 +118,7 @@ def assert_equals_reference(decoder, regions, settings):
 )
 def test_all_captions_kept_are_those_of_a_simple_search(tiny_decoder, beam_size, max_length):
     regions = ending_at_different_words(tiny_decoder)
-    captions = assert_equals_reference(tiny_decoder, regions, SearchSettings(beam_size, max_length))
+    captions = assert_equals_reference(tiny_decoder, regions, beams(beam_size, max_length))
     lengths = (captions != END).sum(-1).amax(1)
     assert max_length < 9 or len(lengths.unique()) > 2  # images were dropped along the way
 
@@ -138,8 +138,8 @@ def test_all_captions_kept_are_those_of_a_simple_search(tiny_decoder, beam_size,
 @pytest.mark.parametrize(("beam_size", "max_length"), [(1, 6), (3, 12), (4, 3)])
 def test_captions_obey_constraints(tiny_decoder, constraints, beam_size, max_length):
     regions = ending_at_different_words(tiny_decoder)[:4]
-    settings = SearchSettings(beam_size, max_length, constraints=constraints)
-    captions = assert_equals_reference(tiny_decoder, regions, settings)
+    settings = beams(beam_size, max_length)
+    captions = assert_equals_reference(tiny_decoder, regions, settings, constraints)
     for caption in captions[:, 0].tolist():
         words = [word for word in caption if word != END]
         assert words and obeys(Constraints(constraints.no_repeat_ngram), (*words, END), max_length)
@@ -152,7 +152,7 @@ def test_captions_obey_constraints(tiny_decoder, constraints, beam_size, max_len
 def test_a_wide_beam_finds_the_best_caption_that_obeys(tiny_decoder, constraints):
     regions = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(2))
     _, log_prob, caption = exhaustive_best(tiny_decoder, regions, 4, 0.5, constraints)
-    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(4**4, 4, constraints=constraints))
+    captions, log_probs = beam_search(tiny_decoder, regions, beams(4**4, 4), constraints=constraints)
     assert tuple(captions[0, 0].tolist()) == (*caption, *[END] * 4)[: captions.shape[2]]
     assert log_probs[0, 0].item() == pytest.approx(log_prob, abs=1e-4)
 
@@ -161,17 +161,17 @@ def test_a_wide_beam_finds_the_best_caption_that_obeys(tiny_decoder, constraints
 @pytest.mark.parametrize("diversity", [0.0, 0.7, 20.0])
 def test_diverse_groups_are_those_of_a_simple_search(tiny_decoder, beam_size, groups, diversity):
     regions = ending_at_different_words(tiny_decoder)[:4]
-    settings = SearchSettings(beam_size, 9, num_beam_groups=groups, diversity_penalty=diversity)
+    settings = beams(beam_size, 9, num_beam_groups=groups, diversity_penalty=diversity)
     captions = assert_equals_reference(tiny_decoder, regions, settings)
-    assert_equals_reference(tiny_decoder, regions, replace(settings, constraints=Constraints(2, 3, (4,))))
+    assert_equals_reference(tiny_decoder, regions, settings, Constraints(2, 3, (4,)))
     if diversity == 20 and beam_size == groups == 2:
         assert (captions[:, 0, 0] != captions[:, 1, 0]).all()
 
 
 def test_without_diversity_all_groups_are_alike(tiny_decoder):
     regions = ending_at_different_words(tiny_decoder)
-    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(6, 9, num_beam_groups=3))
-    alone, alone_log_probs = beam_search(tiny_decoder, regions, SearchSettings(2, 9))
+    captions, log_probs = beam_search(tiny_decoder, regions, beams(6, 9, num_beam_groups=3, diversity_penalty=0.0))
+    alone, alone_log_probs = beam_search(tiny_decoder, regions, beams(2, 9))
     assert torch.equal(captions, alone.repeat_interleave(3, dim=1))
     torch.testing.assert_close(log_probs, alone_log_probs.repeat_interleave(3, dim=1))
 
@@ -179,13 +179,13 @@ def test_without_diversity_all_groups_are_alike(tiny_decoder):
 @pytest.mark.parametrize("groups", [0, 2, 6])
 def test_groups_must_share_the_beams(groups):
     with pytest.raises(InputError, match=f"--num_beam_groups {groups}: cannot share 5 beams"):
-        SearchSettings(5, num_beam_groups=groups)
+        DecodingSettings(beam_size=5, num_beam_groups=groups, diversity_penalty=0.0)
 
 
 def test_a_search_on_a_cpu_is_as_long_as_its_longest_caption(tiny_decoder):
     regions = ending_at_different_words(tiny_decoder)
-    ends = (beam_search(tiny_decoder, regions, SearchSettings(2, 30))[0][..., -1] == END).all(dim=1)
-    captions, _ = beam_search(tiny_decoder, regions[ends], SearchSettings(2, 30))
+    ends = (beam_search(tiny_decoder, regions, beams(2, 30))[0][..., -1] == END).all(dim=1)
+    captions, _ = beam_search(tiny_decoder, regions[ends], beams(2, 30))
     assert 4 < captions.shape[2] < 30 and (captions[..., -2] != END).any() and (captions[..., -1] == END).all()
 
 
@@ -197,13 +197,13 @@ def test_a_beam_of_one_is_greedy(tiny_decoder):
         logits, _, state = tiny_decoder.step(torch.tensor([[word]]), regions, keys, state)
         word = max(ALLOWED_IDS if greedy else ALLOWED_IDS[1:], key=lambda word_id: logits[0, 0, word_id].item())
         greedy.append(word)
-    assert beam_search(tiny_decoder, regions, SearchSettings(1, 8))[0][0, 0].tolist() == greedy
+    assert beam_search(tiny_decoder, regions, beams(1, 8))[0][0, 0].tolist() == greedy
 
 
 @pytest.mark.parametrize("max_length", [1, 5])
 def test_banned_words_never_appear_and_a_caption_need_not_end(tiny_decoder, max_length):
     tiny_decoder.output.bias.data[:4] = torch.tensor([50.0, 50.0, -50.0, 50.0])  # <pad>, <start>, <end>, <unk>
-    captions, log_probs = beam_search(tiny_decoder, torch.rand(2, 4, 6), SearchSettings(5, max_length))
+    captions, log_probs = beam_search(tiny_decoder, torch.rand(2, 4, 6), beams(5, max_length))
     assert captions.shape[2] == max_length
     assert set(captions[:, 0].flatten().tolist()) <= {4, 5, 6}
     assert log_probs[:, 0].isfinite().all()
@@ -213,7 +213,7 @@ def test_length_normalization_favors_longer_captions(tiny_decoder):
     regions = torch.rand(8, 4, 6)
 
     def mean_length(penalty):
-        captions = beam_search(tiny_decoder, regions, SearchSettings(5, 8, penalty))[0][:, 0]
+        captions = beam_search(tiny_decoder, regions, beams(5, 8, length_penalty=penalty))[0][:, 0]
         return ((captions != END).sum(1) + 1).clamp(max=8).float().mean()
 
     assert mean_length(1.0) > mean_length(0.0)
@@ -221,6 +221,6 @@ def test_length_normalization_favors_longer_captions(tiny_decoder):
 
 @pytest.mark.parametrize("length_penalty", [1e30, float("inf")])
 def test_a_length_penalty_beyond_all_measure_still_finds_a_caption(tiny_decoder, length_penalty):
-    captions, log_probs = beam_search(tiny_decoder, torch.randn(2, 3, 6), SearchSettings(5, 8, length_penalty))
+    captions, log_probs = beam_search(tiny_decoder, torch.randn(2, 3, 6), beams(5, 8, length_penalty=length_penalty))
     assert not (captions[:, 0, :1] == END).any() and not torch.isin(captions[:, 0], torch.tensor(BANNED_IDS)).any()
     assert log_probs[:, 0].isfinite().all()

@@ -2,9 +2,9 @@
 
 import torch
 
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import beams
+from decoding.beam_search import beam_search
 from decoding.captions import caption_attention, caption_batch
-from decoding.settings import DecodingSettings
 from models import load_captioner
 from text.vocabulary import END, START
 from utils import choose_runtime
@@ -29,9 +29,9 @@ def test_n_best_is_what_beam_search_finds(shapes, run_folder):
     captioner = load_captioner(run_folder / "best.pt", "cpu")
     runtime = choose_runtime("cpu", "fp32")
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    decoding = DecodingSettings(beam_size=4, max_length=6)
+    decoding = beams(4, 6)
     found = caption_batch(captioner, images, decoding, runtime, with_attention=False)
-    captions, log_probs = beam_search(captioner.decoder, captioner.encode_images(images), SearchSettings(4, 6))
+    captions, log_probs = beam_search(captioner.decoder, captioner.encode(images).regions, beams(4, 6))
     for b, image in enumerate(found):
         assert [each.words for each in image.n_best] == [
             captioner.vocabulary.decode(caption) for caption in captions[b]

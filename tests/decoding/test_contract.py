@@ -4,11 +4,12 @@ import pytest
 import torch
 from test_beam_search import assert_equals_reference
 
+from conftest import beams, samples
 from decoding import contract
-from decoding.beam_search import SearchSettings, beam_search
+from decoding.beam_search import beam_search
 from decoding.constraints import Constraints
 from decoding.force_decode import force_decode
-from decoding.sampling import SamplingSettings, sample
+from decoding.sampling import sample
 from text.vocabulary import END
 
 
@@ -54,25 +55,25 @@ def regions():
 
 @pytest.mark.usefixtures("checks")
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "constraints"),
     [
-        SearchSettings(1, 9),
-        SearchSettings(3, 9),
-        SearchSettings(4, 9, constraints=Constraints(2), num_beam_groups=2, diversity_penalty=1.0),
+        (beams(1, 9), None),
+        (beams(3, 9), None),
+        (beams(4, 9, num_beam_groups=2, diversity_penalty=1.0), Constraints(2)),
     ],
 )
-def test_batched_search_equals_a_simple_search_of_each_image(regions, settings):
-    captions = assert_equals_reference(ToyTransformer(), regions, settings)
+def test_batched_search_equals_a_simple_search_of_each_image(regions, settings, constraints):
+    captions = assert_equals_reference(ToyTransformer(), regions, settings, constraints)
     assert len((captions != END).sum(-1).amax(1).unique()) > 1  # images were dropped along the way
 
 
 def test_forced_decoding_and_sampling_carry_the_cache(regions):
     decoder = ToyTransformer()
-    captions, log_probs = beam_search(decoder, regions, SearchSettings(3, 9))
+    captions, log_probs = beam_search(decoder, regions, beams(3, 9))
     torch.testing.assert_close(force_decode(decoder, regions, captions)[0], log_probs)
-    sampled = sample(decoder, regions, SamplingSettings(4, 9, top_k=1))
+    sampled = sample(decoder, regions, samples(4, 9, top_k=1))
     for b in range(8):
-        alone = sample(decoder, regions[b : b + 1], SamplingSettings(4, 9, top_k=1))[0]
+        alone = sample(decoder, regions[b : b + 1], samples(4, 9, top_k=1))[0]
         assert sampled[b, :, : alone.shape[1]].tolist() == alone.tolist()
         assert (sampled[b, :, alone.shape[1] :] == END).all()
 

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import beams, samples
+from decoding.beam_search import beam_search
 from decoding.ensemble import EnsembleDecoder, map_words
 from decoding.force_decode import force_decode
-from decoding.sampling import SamplingSettings, sample
+from decoding.sampling import sample
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, SPECIAL_TOKENS, START, Vocabulary
 from utils import InputError
@@ -53,13 +54,13 @@ def averaged_by_hand(decoders, regions, caption, word_ids):
 
 def test_two_equal_models_are_one(tiny_decoder, regions):
     ensemble = EnsembleDecoder([tiny_decoder, tiny_decoder], [None, None])
-    captions, log_probs = beam_search(tiny_decoder, regions[0], SearchSettings(3, 8))
-    together, together_log_probs = beam_search(ensemble, (regions[0], regions[0]), SearchSettings(3, 8))
+    captions, log_probs = beam_search(tiny_decoder, regions[0], beams(3, 8))
+    together, together_log_probs = beam_search(ensemble, (regions[0], regions[0]), beams(3, 8))
     assert torch.equal(together, captions)
     torch.testing.assert_close(together_log_probs, log_probs)
     forced = [force_decode(d, r, captions) for d, r in ((tiny_decoder, regions[0]), (ensemble, (regions[0],) * 2))]
     torch.testing.assert_close(forced[0], forced[1])
-    settings = SamplingSettings(6, 8, top_p=0.95)
+    settings = samples(6, 8, top_p=0.95)
     one, two = (
         sample(d, r, settings, torch.Generator().manual_seed(0))
         for d, r in ((tiny_decoder, regions[0]), (ensemble, (regions[0],) * 2))
@@ -84,7 +85,11 @@ def test_different_models_are_averaged(tiny_decoder, other_decoder, regions):
 
 def test_the_search_of_an_ensemble_is_exhaustive_with_a_wide_beam(tiny_decoder, other_decoder, regions):
     decoders, image = [tiny_decoder, other_decoder], [r[:1] for r in regions]
-    captions, log_probs = beam_search(EnsembleDecoder(decoders, [None, None]), tuple(image), SearchSettings(64, 3, 0))
+    captions, log_probs = beam_search(
+        EnsembleDecoder(decoders, [None, None]),
+        tuple(image),
+        beams(64, 3, length_penalty=0),
+    )
     candidates = [
         caption
         for length in range(1, 4)
@@ -100,10 +105,10 @@ def test_the_search_of_an_ensemble_is_exhaustive_with_a_wide_beam(tiny_decoder, 
 def test_a_batch_is_searched_as_its_images(tiny_decoder, other_decoder, regions):
     other_decoder.output.bias.data[END] += 5
     ensemble = EnsembleDecoder([tiny_decoder, other_decoder], [None, None])
-    captions, log_probs = beam_search(ensemble, regions, SearchSettings(3, 8))
+    captions, log_probs = beam_search(ensemble, regions, beams(3, 8))
     assert len((captions != END).sum(-1).amax(1).unique()) > 1  # images were dropped along the way
     for b in range(5):
-        alone, alone_log_probs = beam_search(ensemble, tuple(r[b : b + 1] for r in regions), SearchSettings(3, 8))
+        alone, alone_log_probs = beam_search(ensemble, tuple(r[b : b + 1] for r in regions), beams(3, 8))
         T = min(alone.shape[2], captions.shape[2])
         assert torch.equal(captions[b, :, :T], alone[0, :, :T])
         torch.testing.assert_close(log_probs[b], alone_log_probs[0])
@@ -122,13 +127,15 @@ def with_words(decoder, old, new):
 
 def test_another_order_of_the_words_does_not_matter(tiny_decoder, other_decoder, regions):
     captions, log_probs = beam_search(
-        EnsembleDecoder([tiny_decoder, other_decoder], [None, None]), regions, SearchSettings(3, 8)
+        EnsembleDecoder([tiny_decoder, other_decoder], [None, None]),
+        regions,
+        beams(3, 8),
     )
     order = [*SPECIAL_TOKENS, "right", "left", "dog"]  # a cycle of three, which is not its own inverse
     with_words(other_decoder, WORDS, order)
     word_maps = [None, map_words(Vocabulary(WORDS), Vocabulary(order))]
     mapped, mapped_log_probs = beam_search(
-        EnsembleDecoder([tiny_decoder, other_decoder], word_maps), regions, SearchSettings(3, 8)
+        EnsembleDecoder([tiny_decoder, other_decoder], word_maps), regions, beams(3, 8)
     )
     assert torch.equal(mapped, captions)
     torch.testing.assert_close(mapped_log_probs, log_probs)

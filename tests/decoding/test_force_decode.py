@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conftest import step_by_step
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import beams, step_by_step
+from decoding.beam_search import beam_search
 from decoding.force_decode import force_decode
 from text.vocabulary import END, START
 
@@ -12,7 +12,7 @@ from text.vocabulary import END, START
 @pytest.mark.parametrize("max_length", [2, 8])
 def test_beam_search_and_forced_decoding_agree_with_teacher_forcing(tiny_decoder, max_length):
     regions = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(1)) * 2
-    captions, log_probs = beam_search(tiny_decoder, regions, SearchSettings(3, max_length))
+    captions, log_probs = beam_search(tiny_decoder, regions, beams(3, max_length))
     forced_log_probs, forced_alpha = force_decode(tiny_decoder, regions, captions)
     assert forced_alpha.shape == (6, 3, captions.shape[2], 4)
     torch.testing.assert_close(forced_log_probs, log_probs)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from conftest import ending_at_different_words
-from decoding.beam_search import SearchSettings, beam_search
-from decoding.sampling import SamplingSettings, sample
+from conftest import beams, ending_at_different_words, samples
+from decoding.beam_search import beam_search
+from decoding.sampling import sample
+from decoding.settings import DecodingSettings
 from text.vocabulary import END, START
 from utils import InputError
 
@@ -16,8 +17,11 @@ ALLOWED_IDS = (END, 4, 5, 6)
 def test_cold_samples_of_a_batch_are_the_greedy_captions(tiny_decoder):
     regions = ending_at_different_words(tiny_decoder)
     tiny_decoder.output.bias.data[END] -= 1
-    greedy, _ = beam_search(tiny_decoder, regions, SearchSettings(1, 9))
-    for settings in (SamplingSettings(2, 9, temperature=1e-4), SamplingSettings(2, 9, top_k=1)):
+    greedy, _ = beam_search(tiny_decoder, regions, beams(1, 9))
+    for settings in (
+        samples(2, 9, temperature=1e-4),
+        samples(2, 9, top_k=1),
+    ):
         not_empty = sample(tiny_decoder, regions, settings)
         rows = not_empty[:, 0, 0] != END  # a sampled caption may be empty
         assert rows.sum() > 5 and len((greedy != END).sum(-1).unique()) > 1
@@ -58,7 +62,7 @@ def truncated(logits, settings):
 def test_sampled_words_follow_the_softmax(tiny_decoder, options):
     torch.manual_seed(0)
     tiny_decoder.output.weight.data /= 4  # flatter distributions
-    regions, settings = torch.rand(2, 4, 6), SamplingSettings(4000, 3, **options)
+    regions, settings = torch.rand(2, 4, 6), samples(4000, 3, **options)
     sampled = sample(tiny_decoder, regions, settings)
     assert sampled.shape == (2, 4000, 3)
     checked = 0
@@ -81,16 +85,16 @@ def test_sampled_words_follow_the_softmax(tiny_decoder, options):
 def test_sampled_captions_repeat_end_after_their_end(tiny_decoder, temperature):
     torch.manual_seed(0)
     tiny_decoder.output.weight.data /= 4  # flatter distributions
-    for sampled in sample(tiny_decoder, torch.rand(2, 4, 6), SamplingSettings(4000, 3, temperature)):
+    for sampled in sample(tiny_decoder, torch.rand(2, 4, 6), samples(4000, 3, temperature=temperature)):
         ended = sampled[sampled[:, 0] == END]
         assert len(ended) and (ended == END).all()
 
 
 def test_a_seed_reproduces_samples(tiny_decoder):
     tiny_decoder.output.weight.data /= 4
-    regions, settings = torch.rand(3, 4, 6), SamplingSettings(20, 8, top_p=0.9)
-    samples = [sample(tiny_decoder, regions, settings, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+    regions, settings = torch.rand(3, 4, 6), samples(20, 8, top_p=0.9)
+    found = [sample(tiny_decoder, regions, settings, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     state = torch.get_rng_state()
     sample(tiny_decoder, regions, settings, torch.Generator())
     assert torch.equal(torch.get_rng_state(), state)  # torch's own generator is left alone
@@ -98,7 +102,7 @@ def test_a_seed_reproduces_samples(tiny_decoder):
 
 def test_samples_are_as_long_as_asked_for_and_allowed(tiny_decoder):
     tiny_decoder.output.bias.data[:4] = torch.tensor([50.0, 50.0, -50.0, 50.0])  # <pad>, <start>, <end>, <unk>
-    sampled = sample(tiny_decoder, torch.rand(2, 4, 6), SamplingSettings(7, 5, top_k=100, top_p=0.99))
+    sampled = sample(tiny_decoder, torch.rand(2, 4, 6), samples(7, 5, top_k=100, top_p=0.99))
     assert sampled.shape == (2, 7, 5) and set(sampled.flatten().tolist()) <= {4, 5, 6}
 
 
@@ -106,4 +110,4 @@ def test_samples_are_as_long_as_asked_for_and_allowed(tiny_decoder):
 def test_settings_without_a_meaning_are_refused(options):
     name, value = next(iter(options.items()))
     with pytest.raises(InputError, match=f"^--{name} {value}: "):
-        SamplingSettings(**options)
+        DecodingSettings(**options)

@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import CPU, SMALL, build
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import CPU, SMALL, beams, build
+from decoding.beam_search import beam_search
 from decoding.captions import caption_attention, caption_batch, encode_words
 from decoding.ensemble import EnsembleDecoder
-from decoding.settings import DecodingSettings
 from evaluation.ensemble import VIEWS, Ensemble, load_models
 from modules.regions import grid_boxes
 from preparation.images import flip_boxes
@@ -20,7 +19,7 @@ from utils import InputError
 WORDS = ["a", "dog", "left", "right", "runs", "the"]
 VOCABULARY = Vocabulary.from_counts(Counter(WORDS), 1)
 FROZEN = replace(SMALL, fine_tune_encoder=False)
-DECODING = DecodingSettings(beam_size=3, max_length=6)
+DECODING = beams(3, 6)
 
 
 def captioner_of(seed, vocabulary=VOCABULARY, **changes):
@@ -51,7 +50,7 @@ def test_members_with_one_encoder_share_its_features(images):
     encoded = ensemble.encode(images)
     assert ensemble.sources == captioners[:1] and len(calls) == 1
     for captioner, regions in zip(captioners, encoded.regions, strict=True):
-        torch.testing.assert_close(regions, captioner.encode_images(images))
+        torch.testing.assert_close(regions, captioner.encode(images).regions)
     from_features = ensemble.encode(encoded.features, [True])
     torch.testing.assert_close(from_features.regions, encoded.regions)
 
@@ -64,7 +63,7 @@ def test_members_with_other_encoders_have_inputs_of_their_own(images):
     features = [captioner.features(images) for captioner in captioners]
     for inputs, flags in (((images, features[1]), [False, True]), (features, [True, True])):
         for captioner, regions in zip(captioners, ensemble.encode(inputs, flags).regions, strict=True):
-            torch.testing.assert_close(regions, captioner.encode_images(images))
+            torch.testing.assert_close(regions, captioner.encode(images).regions)
 
 
 def test_an_ensemble_of_one_model_captions_as_the_model(images):
@@ -89,7 +88,7 @@ def test_log_probabilities_are_those_of_the_mean(images, shuffled):
             for t in range(min(len(words) + 1, DECODING.max_length)):
                 probabilities = []
                 for m, captioner in enumerate(captioners):
-                    regions = captioner.encode_images(images[:1])
+                    regions = captioner.encode(images[:1]).regions
                     state = captioner.decoder.init_state(regions) if states[m] is None else states[m]
                     word = torch.tensor([[captioner.vocabulary.word2idx[previous[t]]]])
                     with torch.no_grad():
@@ -106,7 +105,7 @@ def test_the_flipped_view_exchanges_left_and_right(images):
     captioner = captioner_of(1)
     ensemble = ensemble_of([captioner], views=["original", "hflip"])
     flipped = EnsembleDecoder(ensemble.decoder.members[1:], ensemble.decoder.word_maps[1:])
-    captions, _ = beam_search(flipped, ensemble.encode(images).regions[1:], SearchSettings(3, 6))
+    captions, _ = beam_search(flipped, ensemble.encode(images).regions[1:], beams(3, 6))
     of_flipped, exchange, seen = caption_batch(captioner, images.flip(-1), DECODING, CPU), {}, set()
     exchange = {"left": "right", "right": "left"}
     for found, other in zip(captions[:, 0], of_flipped, strict=True):
@@ -120,7 +119,7 @@ def test_views_are_encoded_one_by_one(images):
     ensemble = ensemble_of(captioners, views=["crop", "original", "hflip"])
     regions = ensemble.encode(images).regions
     expected = [
-        captioner.encode_images(VIEWS[view](images))
+        captioner.encode(VIEWS[view](images)).regions
         for view in ("original", "crop", "hflip")
         for captioner in captioners
     ]
@@ -128,7 +127,7 @@ def test_views_are_encoded_one_by_one(images):
     assert not torch.equal(regions[0], regions[2]) and not torch.equal(regions[0], regions[4])
     (image,) = caption_batch(ensemble, images[:1], DECODING, CPU)
     words = encode_words([image.words], VOCABULARY)
-    alpha, gates = caption_attention(captioners[0].decoder, captioners[0].encode_images(images[:1]), words)
+    alpha, gates = caption_attention(captioners[0].decoder, captioners[0].encode(images[:1]).regions, words)
     torch.testing.assert_close(image.alpha, alpha[0])  # the first captioner's, of the first view
     assert image.gates == pytest.approx(gates[0].tolist())
 

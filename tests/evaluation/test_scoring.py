@@ -3,9 +3,9 @@
 import h5py
 import torch
 
+from conftest import beams
 from datasets import CaptionDataset
 from decoding.captions import caption_batch
-from decoding.settings import DecodingSettings
 from evaluation.scoring import caption_dataset, evaluate
 from models import load_captioner
 from utils import choose_runtime
@@ -15,7 +15,7 @@ def test_captions_of_a_dataset_are_those_of_each_image(shapes, run_folder):
     captioner = load_captioner(run_folder / "best.pt", "cpu")
     runtime = choose_runtime("cpu", "fp32")
     dataset = CaptionDataset(shapes, "train", captioner.vocabulary)
-    decoding = DecodingSettings(beam_size=2, max_length=5, batch_size=7)
+    decoding = beams(2, 5, batch_size=7)
     found = caption_dataset(captioner, [dataset], decoding, runtime)
     with h5py.File(shapes / "train_images.hdf5") as file:
         images = torch.from_numpy(file["images"][:])
@@ -31,7 +31,7 @@ def test_captions_of_a_dataset_are_those_of_each_image(shapes, run_folder):
 def test_evaluate_returns_a_row_and_its_captions(shapes, run_folder):
     captioner = load_captioner(run_folder / "best.pt", "cpu")
     dataset = CaptionDataset(shapes, "val", captioner.vocabulary)
-    decoding = DecodingSettings(beam_size=2, max_length=3)
+    decoding = beams(2, 3)
     row, captions = evaluate(captioner, dataset, decoding, choose_runtime("cpu", "fp32"))
     assert row["beam_size"] == 2 and 0 <= row["cider"] <= 10 and 0 <= row["pointing"] <= 1
     assert len(captions) == len(dataset) and all(len(image.words) <= 3 for image in captions)

@@ -42,9 +42,9 @@ def test_cached_features_are_the_encoders(copied):
     cached, plain = open_dataset(copied, captioner), open_dataset(copied, small_captioner(fine_tune_encoder=True))
     images = torch.stack([plain[i, False][1] for i in range(len(plain))])
     with torch.inference_mode():
-        expected = captioner.encode_images(images)
+        expected = captioner.encode(images).regions
     features = torch.stack([cached[i, False][1] for i in range(len(cached))])
-    found = captioner.encode_images(features, is_features=True)
+    found = captioner.encode(features).regions
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -70,7 +70,7 @@ def test_features_of_flipped_images_are_the_encoders(copied):
     for i in range(len(plain)):
         for flipped in (False, True):
             with torch.inference_mode():
-                expected = captioner.encode_images(plain[i, flipped][1].unsqueeze(0))[0]
+                expected = captioner.encode(plain[i, flipped][1].unsqueeze(0)).regions[0]
             torch.testing.assert_close(cached[i, flipped][1].float(), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from conftest import SOFT_LSTM, check_teacher_forcing, make_tiny_decoder, random_batch
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import beams, check_teacher_forcing, make_tiny_decoder, random_batch, samples
+from decoding.beam_search import beam_search
 from decoding.force_decode import force_decode
-from decoding.sampling import SamplingSettings, sample
+from decoding.sampling import sample
 from modules.adaptive import AdaptiveDecoder
 from modules.layers import Dropout
 from modules.sgrvinod import SgrvinodDecoder
@@ -19,15 +19,15 @@ from modules.up_down import UpDownDecoder
 from text.vocabulary import END, START
 
 DECODERS = {
-    "soft-lstm": (ShowAttendTell, SOFT_LSTM),
+    "soft-lstm": (ShowAttendTell, {}),
     "up_down": (UpDownDecoder, {}),
-    "adaptive": (AdaptiveDecoder, SOFT_LSTM | {"attention": "adaptive"}),
+    "adaptive": (AdaptiveDecoder, {}),
     "adaptive-image_first-layers2": (
         AdaptiveDecoder,
-        SOFT_LSTM | {"attention": "adaptive", "image_first": True, "layers": 2},
+        {"image_first": True, "layers": 2},
     ),
-    "image_first": (ShowAttendTell, SOFT_LSTM | {"image_first": True}),
-    "layers2-gru": (ShowAttendTell, SOFT_LSTM | {"cell": "gru", "layers": 2}),
+    "image_first": (ShowAttendTell, {"image_first": True}),
+    "layers2-gru": (ShowAttendTell, {"cell": "gru", "layers": 2}),
 }
 
 
@@ -61,9 +61,9 @@ def test_padding_never_leaks_into_the_outputs(tiny_decoder):
 
 
 MASKED = DECODERS | {
-    "none": (ShowAttendTell, SOFT_LSTM | {"attention": "none"}),
-    "dot": (ShowAttendTell, SOFT_LSTM | {"attention": "dot"}),
-    "hard": (ShowAttendTell, SOFT_LSTM | {"attention": "hard"}),
+    "none": (ShowAttendTell, {"attention": "none"}),
+    "dot": (ShowAttendTell, {"attention": "dot"}),
+    "hard": (ShowAttendTell, {"attention": "hard"}),
     "sgrvinod": (SgrvinodDecoder, {}),
     "transformer": (TransformerDecoder, {"heads": 2, "ffn_dim": 12, "decoder_layers": 2}),
 }
@@ -94,15 +94,15 @@ def test_a_masked_region_does_not_exist(kind, training):
     assert (masked_alpha[..., 4:] == 0).all() and (masked_gradient[:, 4:] == 0).all()
     torch.testing.assert_close(masked_gradient[:, :4], gradient)
     if not training:
-        search, sampling = SearchSettings(3, 8), SamplingSettings(3, 8)
+        search, sampling = beams(3, 8), samples(3, 8)
         searched, found = (beam_search(decoder, r, search, m) for r, m in ((batch.inputs, None), (longer, mask)))
         assert torch.equal(found[0], searched[0])
         torch.testing.assert_close(found[1], searched[1])
-        samples = [
+        drawn = [
             sample(decoder, r, sampling, torch.Generator().manual_seed(1), m)
             for r, m in ((batch.inputs, None), (longer, mask))
         ]
-        assert torch.equal(*samples)
+        assert torch.equal(*drawn)
         forced = force_decode(decoder, longer, found[0], mask)
         torch.testing.assert_close(forced[0], found[1])
         assert (forced[1][..., 4:] == 0).all()

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from conftest import check_teacher_forcing, random_batch, step_by_step
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import beams, check_teacher_forcing, random_batch, samples, step_by_step
+from decoding.beam_search import beam_search
 from decoding.contract import expand
-from decoding.sampling import SamplingSettings, sample
+from decoding.sampling import sample
 from modules.transformer import TransformerDecoder
 from modules.transformer_layers import fused_attention, scaled_dot_product, sine_positions
 from text.vocabulary import END, START
@@ -170,8 +170,8 @@ def test_scheduled_sampling_in_bfloat16_loses_no_gradient(decoder, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_searches_reorder_the_cache(decoder, batch, dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        captions, log_probs = beam_search(decoder, batch.inputs, SearchSettings(3, 8))
-        sampled = sample(decoder, batch.inputs, SamplingSettings(4, 8))
+        captions, log_probs = beam_search(decoder, batch.inputs, beams(3, 8))
+        sampled = sample(decoder, batch.inputs, samples(4, 8))
     assert sampled.shape[:2] == (3, 4)
     for b, k in itertools.product(range(3), range(3)):
         words = captions[b, k].tolist()

@@ -12,8 +12,9 @@ import create_input_files
 import eval as eval_script
 import sgrvinod_reference as reference
 import train
+from conftest import beams
 from convert_sgrvinod import Settings
-from decoding.beam_search import SearchSettings, beam_search
+from decoding.beam_search import beam_search
 from models import load_captioner
 from text.vocabulary import SPECIAL_TOKENS
 from utils import InputError
@@ -65,7 +66,7 @@ def test_the_regions_are_those_of_the_tutorials_encoder(converted):
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = encoder((images / 255 - mean) / std)
     assert expected.std() > 0.1
-    torch.testing.assert_close(captioner.encode_images(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(captioner.encode(images).regions, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def test_logits_and_alpha_are_those_of_the_tutorials_equations(converted):
 def test_captions_are_those_of_a_plain_search(converted):
     _, decoder, captioner, _ = converted
     regions, captions = random_regions(20), []
-    found = beam_search(captioner.decoder, regions, SearchSettings(3, 12, 0.0))[0][:, 0]
+    found = beam_search(captioner.decoder, regions, beams(3, 12, length_penalty=0.0))[0][:, 0]
     for b in range(20):
         expected = reference.plain_beam_search(decoder, regions[b], WORDS, beam_size=3, max_length=12)
         captions.append([IDX2WORD[word_id] for word_id in expected if word_id != WORDS["<end>"]])

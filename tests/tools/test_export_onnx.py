@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import caption
-from conftest import SMALL, build
-from decoding.beam_search import SearchSettings, beam_search
+from conftest import SMALL, beams, build
+from decoding.beam_search import beam_search
 from preparation.images import load_image
 from text.vocabulary import SPECIAL_TOKENS
 from tools import export_onnx
@@ -92,7 +92,7 @@ def test_greedy_captions_are_those_of_torch(exported, settings):
         feed = {name: x.numpy() for name, x in zip(model["inputs"], (inputs, boxes), strict=False)}
         with torch.no_grad():
             encoded = captioner.encode(inputs, captioner.uses_region_features, boxes)
-            expected, _ = beam_search(captioner.decoder, encoded.regions, SearchSettings(1, 8), encoded.mask)
+            expected, _ = beam_search(captioner.decoder, encoded.regions, beams(1, 8), encoded.mask)
         found = greedy(model, encoder, step, feed, expected.shape[2])
         ends = (found == model["end"]).cumsum(axis=1) > 0
         assert np.where(ends, model["end"], found).tolist() == expected[:, 0].tolist()

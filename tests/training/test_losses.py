@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 
 import train
-from conftest import SMALL, build
+from conftest import SMALL, build, samples
 from datasets import Example, collate
-from decoding.sampling import SamplingSettings, sample
+from decoding.sampling import sample
 from models import DECODERS
 from modules.decoders import DecoderOutput
 from modules.regions import grid_boxes
@@ -120,7 +120,7 @@ def test_the_self_critical_gradient_is_that_of_the_expected_reward(tiny_decoder)
     exact = tiny_decoder.output.bias.grad.clone()
     tiny_decoder.zero_grad()
 
-    drawn = sample(tiny_decoder, regions, SamplingSettings(20_000, 2, TEMPERATURE))[0].tolist()
+    drawn = sample(tiny_decoder, regions, samples(20_000, 2, temperature=TEMPERATURE))[0].tolist()
     batch, outputs = forced([caption[:1] if caption[0] == END else caption for caption in drawn])
     rows = zip(batch.words[0].tolist(), batch.lengths[0].tolist(), strict=True)
     rewards = torch.tensor([[worth[tuple(row[1 : n + 1])] for row, n in rows]])

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from conftest import report_data
-from decoding.captions import ImageCaption
-from decoding.settings import Candidate
+from decoding.captions import Candidate, ImageCaption
 from modules.graph import edge_attribution
 from modules.regions import grid_boxes
 from report_page import hover, names, overlapping, press, shade, words_of
