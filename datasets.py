@@ -1,6 +1,5 @@
 """Data as training reads it: the images of a prepared folder, or their cached features, in batches with captions."""
 
-import functools
 import os
 import signal
 from collections.abc import Sequence
@@ -45,11 +44,10 @@ class Batch:
     the block [:b, :c] and padding costs nothing.
     """
 
-    inputs: Tensor  # images (B, 3, h, w) uint8 or, where is_features, cached features (B, R, F) float16
+    inputs: Tensor  # images (B, 3, h, w) uint8 or features (B, R, F) float16
     words: Tensor  # (B, C, T + 1) int64 on the CPU, <start> ... <end>, padded with <pad>
     lengths: Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0 where there is no caption
     indices: list[int]  # of the images in their split
-    is_features: bool = False
     # (B, N, 4) of the objects or, for a model of region features, of the regions, padded with boxes without area as
     # `modules.regions` has them; None: not asked for
     boxes: Tensor | None = None
@@ -81,7 +79,7 @@ class Batch:
     def _select(self, images: slice) -> "Batch":
         optional = (self.boxes, self.object_boxes, self.named)
         parts = (self.inputs[images], self.words[images], self.lengths[images], self.indices[images])
-        return Batch(*parts, self.is_features, *(None if x is None else x[images] for x in optional))
+        return Batch(*parts, *(None if x is None else x[images] for x in optional))
 
 
 class CaptionDataset(Dataset):
@@ -189,7 +187,7 @@ class CaptionDataset(Dataset):
         return self._opened[1]
 
 
-def collate(examples: Sequence[Example], is_features: bool = False) -> Batch:
+def collate(examples: Sequence[Example]) -> Batch:
     """Make a `Batch` of examples, sorted by the lengths of their captions."""
     examples = [each._replace(captions=sorted(each.captions, key=len, reverse=True)) for each in examples]
     examples.sort(key=lambda each: len(each.captions[0]), reverse=True)
@@ -212,7 +210,7 @@ def collate(examples: Sequence[Example], is_features: bool = False) -> Batch:
                 named[b, ..., i] = torch.isin(words[b, :, 1:], torch.tensor(ids, dtype=torch.long))
     same = len(set(map(len, inputs))) == 1  # region features may differ in their number
     inputs = torch.stack(inputs) if same else pad_sequence(list(inputs), batch_first=True)
-    return Batch(inputs, words, lengths, list(indices), is_features, boxes, object_boxes, named)
+    return Batch(inputs, words, lengths, list(indices), boxes, object_boxes, named)
 
 
 def ignore_sigint(_: int) -> None:
@@ -236,7 +234,7 @@ def make_loader(
         dataset,
         batch_sampler=[share for share in shares if share],  # pyright: ignore[reportArgumentType]
         num_workers=workers,
-        collate_fn=functools.partial(collate, is_features=bool(dataset.feature_paths or dataset.uses_region_features)),
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_sigint,
         generator=torch.Generator(),  # a loader must not draw from the generator of the dropout

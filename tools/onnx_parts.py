@@ -38,7 +38,7 @@ class ImageModule(nn.Module):
 
     def encode(self, inputs: Tensor, boxes: Tensor | None = None) -> tuple[Tensor, Nested, Nested]:
         """As `forward`, with keys and state as the decoder nests them."""
-        encoded = self.captioner.encode(inputs, self.captioner.uses_region_features, boxes)
+        encoded = self.captioner.encode(inputs, boxes)
         regions, mask, decoder = encoded.regions, encoded.mask, self.captioner.decoder
         return regions, decoder.keys(regions, mask), decoder.init_state(regions, mask)
 

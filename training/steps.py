@@ -169,7 +169,7 @@ def sample_captions(
     captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
     boxes = [None] * len(captions) if batch.boxes is None else batch.boxes
     examples = map(Example, batch.indices, batch.inputs, captions, boxes)
-    new_batch = collate(list(examples), batch.is_features)
+    new_batch = collate(list(examples))
     references = dict(zip(batch.indices, batch.captions(), strict=True))
     pairs = zip(new_batch.indices, new_batch.captions(), strict=True)
     return new_batch, torch.tensor([reward(references[index], candidates) for index, candidates in pairs])
