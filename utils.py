@@ -26,11 +26,11 @@ PRECISIONS = ("auto", "bf16", "fp32")  # of `choose_runtime`
 
 
 class InputError(ValueError):
-    """A user's mistake, in one line that names the thing, the value and what to do."""
+    """A user's mistake, described in one line: what is wrong, the value, what to do."""
 
 
 class StopRequested(Exception):  # noqa: N818 (not an error)
-    """A program that ended itself in order because a signal asked it to."""
+    """Orderly end of a program that a signal asked to stop."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -194,8 +194,8 @@ def _describe_fields(settings_class: type) -> Iterator[tuple[str, str, str]]:
     hidden = set(settings_class.NOT_FLAGS)
     for owner in settings_class.__mro__[:-1]:
         source, group = inspect.getsource(owner), ""
-        # A line of a field, or the three lines that a formatter makes of a long one, with the comment in the last.
-        pattern = r"^    (?:# group: (.*)|(\w+): (?:[^\n]*\(\n.*\n    \)|.*?)(?:  # (.*))?)$"
+        # A field is one line, or several if a formatter has wrapped it; the comment ends the last one.
+        pattern = r"^    (?:# group: (.*)|(\w+): (?:.*\(\n(?: {8}.*\n)+    \)|.*?)(?:  # (.*))?)$"
         for title, name, comment in re.findall(pattern, source, re.MULTILINE):
             group = title or group
             if name and name in {field.name for field in dataclasses.fields(settings_class)} - hidden:
@@ -234,7 +234,7 @@ def _as_tuple(value: Any) -> tuple:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are one line without the usage, which fills a screen here."""
+    """argparse's parser with one-line errors: the usage would fill a screen."""
 
     def error(self, message: str) -> NoReturn:
         """End the script with exit status 2 and one line."""
@@ -246,7 +246,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def expand_home(value: Any) -> Any:
-    """Text that is ~ or starts with ~/, also in a tuple, as a path in the home folder; any other value as it is."""
+    """Expand a leading ~ or ~/ to the home folder, also in a tuple; return any other value unchanged."""
     if isinstance(value, tuple):
         return tuple(map(expand_home, value))
     if isinstance(value, str) and (value == "~" or value.startswith("~/")):
@@ -255,10 +255,10 @@ def expand_home(value: Any) -> Any:
 
 
 def run_script(main: Callable[[Any], None], settings_class: type) -> None:
-    """Run `main` on the settings from the command line; a user's mistake ends in one line and exit status 2."""
+    """Run `main` on the settings from the command line; report a user's mistake in one line, with exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for words that the terminal's encoding does not have
+            stream.reconfigure(errors="backslashreplace")  # words may not fit the terminal's encoding
     try:
         try:
             settings = parse_settings(settings_class)
@@ -270,7 +270,7 @@ def run_script(main: Callable[[Any], None], settings_class: type) -> None:
         fail(error)
     except BrokenPipeError:  # | head
         sys.exit(128 + 13)  # SIGPIPE, which Windows lacks
-    except OSError as error:  # no permission, no space: the system names the file and the reason
+    except OSError as error:  # no permission or no space; the system names the file and the reason
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -285,7 +285,7 @@ def run_script(main: Callable[[Any], None], settings_class: type) -> None:
 
 
 def flush_output() -> None:
-    """Flush stdout. Where that fails (a closed pipe, a full disk), drop the rest, or Python complains at its exit."""
+    """Flush stdout. If that fails (a closed pipe, a full disk), drop the rest: Python would complain at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -294,14 +294,14 @@ def flush_output() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be allocated, on a CPU (where torch has no class for it) or a GPU."""
+    """Return True if an error says that memory could not be allocated; on a CPU, torch has no class for it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def tune_malloc() -> None:
-    """Let glibc keep the large blocks that a program frees, and use them again.
+    """Let glibc keep and reuse the large blocks that a program frees.
 
-    By default it returns most of them to the system, and a training step, which allocates the same blocks each time,
+    By default glibc returns most of them to the system. A training step allocates the same blocks each time and then
     spends a sixth of its time or more on page faults (docs/performance.md).
     """
     if sys.platform == "linux":
@@ -318,7 +318,7 @@ def fail(error: object) -> NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -327,7 +327,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a program computes on, and in which precision."""
+    """The device and precision of a program."""
 
     device: torch.device
     dtype: torch.dtype  # of autocast; float32 turns it off
@@ -338,10 +338,12 @@ class Runtime:
 
 
 def choose_runtime(device: str | torch.device, precision: str) -> Runtime:
-    """The runtime of the settings --device and --precision. Raises InputError for a device that is not there.
+    """Return the runtime of the settings --device and --precision.
 
-    The precision "auto" is bfloat16 where the hardware multiplies it faster than float32: CUDA from Ampere on, CPUs
-    with AMX, and AMD's with AVX512-BF16. It is float32 elsewhere.
+    The precision "auto" is bfloat16 if the hardware multiplies it faster than float32: CUDA from Ampere on, CPUs with
+    AMX, and AMD's with AVX512-BF16. Otherwise it is float32.
+
+    Raises InputError for a device that does not exist.
     """
     device = choose_device(device)
     if precision not in PRECISIONS:
@@ -356,9 +358,9 @@ def choose_runtime(device: str | torch.device, precision: str) -> Runtime:
 
 
 def cpu_multiplies_bf16_faster(capabilities: Mapping[str, Any]) -> bool:
-    """Whether a CPU with these capabilities (`torch.cpu.get_capabilities`) multiplies bfloat16 faster than float32.
+    """Return True if a CPU with these capabilities (`torch.cpu.get_capabilities`) multiplies bfloat16 faster.
 
-    Intel's AVX512-BF16 without AMX does not (docs/performance.md): large products ran at 83 GFLOP/s, 148 in float32.
+    Intel's AVX512-BF16 without AMX does not: large products ran at 83 GFLOP/s, at 148 in float32 (docs/performance.md).
     """
     return bool(capabilities.get("amx_bf16")) or (
         bool(capabilities.get("avx512_bf16")) and "Intel" not in capabilities.get("cpu_name", "")
@@ -366,7 +368,7 @@ def cpu_multiplies_bf16_faster(capabilities: Mapping[str, Any]) -> bool:
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """The torch device of a setting; "auto" takes a CUDA device where there is one."""
+    """Return the torch device of a setting; "auto" is a CUDA device if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -376,7 +378,7 @@ def choose_device(name: str | torch.device) -> torch.device:
 
 
 def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device, copied there without waiting for it: such a copy needs contiguous, page-locked memory."""
+    """Copy a tensor to a device without waiting: that takes contiguous, page-locked memory."""
     if x.device.type == "cpu" and device.type != "cpu":
-        x = x.contiguous().pin_memory()  # both do nothing where a loader has done it
+        x = x.contiguous().pin_memory()  # no-ops if a loader has done it
     return x.to(device, non_blocking=True)

@@ -6,7 +6,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,53 +14,140 @@ import torch
 
 import utils
 from training import state
+from utils import BaseSettings, InputError, make_settings, parse_settings, require_needs, setting
 
 
-@dataclass(frozen=True)
-class Example:
+@dataclass(frozen=True, kw_only=True)
+class Base(BaseSettings):
+    """Settings of several examples."""
+
+    # group: shared
+    rate: float = setting(0.5, above=0, maximum=1)  # a share, 100% at most
+    hidden: int = 3  # set by the script
+    warmup: int = setting(0, minimum=0, below=10, needs="cell=gru")  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Base):
     """An example."""
 
     photos: tuple[str, ...]  # the photos
-    rate: float = 0.5  # a share, 100% at most
-    cell: Literal["lstm", "gru"] = "lstm"  # the cell
-    sizes: tuple[int, ...] = (1, 3)  # some sizes
-    fast: bool = True  # whether to hurry
+    cell: str = setting("lstm", choices=("lstm", "gru", "rnn"))  # the cell
+    sizes: tuple[int, ...] = setting((1, 3), minimum=1, needs="not plain")  # some sizes
+    fast: bool = True  # hurry
+    plain: bool = setting(False, needs="cell=lstm,gru or fast; groups>1")  # nothing special
+    groups: int = setting(
+        1,
+        minimum=1,
+        needs="fast",
+    )  # a field that a formatter has wrapped
+
+    NOT_FLAGS: ClassVar = ("hidden",)
+    INHERITED_NEEDS: ClassVar = {"": "not plain", "warmup": ""}
 
 
 def test_every_field_becomes_a_flag():
     arguments = ["a.jpg", "b.jpg", "--rate", "1", "--cell", "gru", "--sizes", "2", "4", "--no-fast"]
-    assert utils.parse_settings(Example, arguments) == Example(("a.jpg", "b.jpg"), 1.0, "gru", (2, 4), False)
-    assert utils.parse_settings(Example, ["a.jpg"]) == Example(("a.jpg",))
-    assert utils.parse_settings(Example, ["--rate", "1", "--fast"]) == Example((), 1.0)
+    expected = Example(photos=("a.jpg", "b.jpg"), rate=1.0, cell="gru", sizes=(2, 4), fast=False)
+    assert parse_settings(Example, arguments) == expected
+    assert parse_settings(Example, ["a.jpg"]) == Example(photos=("a.jpg",))
+    settings = parse_settings(Example, ["--rate", "0.5", "--fast"])
+    assert settings == Example(photos=()) and settings.given == {"photos", "rate", "fast"}
+    assert settings.replace(rate=0.25).given == settings.given
 
 
-def test_help_shows_comment_default_and_choices(capsys):
+def test_help_shows_comment_default_choices_and_groups_own_fields_first(capsys):
     with pytest.raises(SystemExit):
-        utils.parse_settings(Example, ["--help"])
+        parse_settings(Example, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("a share, 100% at most (default: 0.5)", "{lstm,gru}", "(default: 1 3)", "--no-fast", "the photos"):
+    for part in ("a share, 100% at most (default: 0.5)", "{lstm,gru,rnn}", "(default: 1 3)", "--no-fast", "the photos"):
         assert part in text
+    assert "a field that a formatter has wrapped (default: 1)" in text and "--hidden" not in text
+    assert text.index("the cell") < text.index("shared: --rate")
+
+
+def test_flags_come_from_a_file_too(tmp_path):
+    path = tmp_path / "flags.txt"
+    path.write_text("# An example\n--rate 0.25  # a comment\n\n--sizes 2 4\n--cell gru\n")
+    settings = parse_settings(Example, [f"@{path}", "--cell", "rnn"])
+    assert (settings.rate, settings.sizes, settings.cell) == (0.25, (2, 4), "rnn")
+    assert settings.given == {"photos", "rate", "sizes", "cell"}
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     photos = ("~/a.jpg", "~", "~b.jpg", "c/~/d.jpg", "")
-    settings = utils.parse_settings(Example, [*photos, "--rate", "1"])
+    settings = parse_settings(Example, [*photos, "--rate", "1"])
     assert settings.photos == ("/home/ada/a.jpg", "/home/ada", "~b.jpg", "c/~/d.jpg", "")
 
 
-@pytest.mark.parametrize("arguments", [["a", "--rat", "1"], ["a", "--cell", "rnn"], ["a", "--rate", "x"]])
+@pytest.mark.parametrize("arguments", [["a", "--rat", "1"], ["a", "--rate", "x"], ["@missing.txt"], ["--hidden", "4"]])
 def test_wrong_flags_are_one_line_and_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        utils.parse_settings(Example, arguments)
+        parse_settings(Example, arguments)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_require_at_least_names_the_setting(value):
-    with pytest.raises(utils.InputError, match=f"--rate {value}: must be at least 0"):
-        utils.require_at_least(Example(("a",), rate=value), 0, "rate")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rate": 0.0}, "--rate 0.0: must be above 0"),
+        ({"rate": float("nan")}, "--rate nan: must be above 0"),
+        ({"rate": 1.5}, "--rate 1.5: must be at most 1"),
+        ({"warmup": 10}, "--warmup 10: must be below 10"),
+        ({"sizes": (1, 0)}, "--sizes 0: must be at least 1"),
+        ({"cell": "elman"}, "--cell elman: choose from lstm gru rnn"),
+    ],
+)
+def test_values_out_of_range_are_refused_however_they_come(values, message):
+    with pytest.raises(InputError, match=message):
+        Example(photos=(), **values)
+    with pytest.raises(InputError, match=message):
+        Example(photos=()).replace(**values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "2", "--plain", "--groups", "2"], "--sizes 2 does not go with --plain: leave one of them out"),
+        (["--plain"], "--plain requires --groups above 1"),
+        (["--plain", "--cell", "rnn", "--no-fast"], "--plain requires --cell lstm or gru or --fast"),
+        (["--groups", "2", "--no-fast"], "--groups 2 requires --fast"),
+        (["--rate", "0.5", "--plain", "--groups", "2"], "--rate 0.5 does not go with --plain"),
+        (["--warmup", "0"], "--warmup 0 requires --cell gru"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(arguments, message):
+    with pytest.raises(InputError) as caught:
+        require_needs(parse_settings(Example, arguments))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--no-plain"], ["--plain", "--groups", "2"], ["--cell", "gru", "--warmup", "2", "--plain", "--groups", "2"]],
+)
+def test_flags_with_effect_pass(arguments):
+    require_needs(parse_settings(Example, arguments))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rates": 0.5}, "rates is not a setting: did you mean rate? choose from rate hidden warmup photos cell"),
+        ({"num_size": 2}, "did you mean sizes?"),
+        ({"xyz": 2}, "xyz is not a setting: choose from rate"),
+        ({"rate": "0.5"}, "rate='0.5': must be of type float"),
+        ({"sizes": [1, 2]}, r"sizes=[1, 2]: must be of type tuple"),
+        ({"warmup": 2}, "--warmup 2 requires --cell gru"),
+    ],
+)
+def test_keyword_arguments_are_checked_as_flags_are(values, message):
+    with pytest.raises(InputError) as caught:
+        make_settings(Example, {"photos": (), **values})
+    assert message in str(caught.value)
+    assert make_settings(Example, {"photos": (), "rate": 1}).given == {"photos", "rate"}
 
 
 def test_random_state_comes_back():
