@@ -129,18 +129,16 @@ class Captioner(nn.Module):
         self.vocabulary, self.image_size, self.resize = vocabulary, image_size, resize
         self.fine_tune_encoder = fine_tune_encoder
         if settings.regions == "features":
-            if not 1 <= feature_dim <= MAX_FEATURES:
-                raise InputError(
-                    f"--regions features: the data folder has region features of {feature_dim} numbers, not of 1 to "
-                    f"{MAX_FEATURES}: prepare it with --region_features"
-                )
+            if feature_dim < 1:
+                raise InputError("--regions features: the data folder has none, prepare it with --region_features")
+            if feature_dim > MAX_FEATURES:
+                raise InputError(f"region features of {feature_dim} numbers are too large, {MAX_FEATURES} is the limit")
             self.encoder = NoEncoder(feature_dim)
         else:
-            if not max(1, settings.grid_size) <= image_size <= MAX_IMAGE_SIZE:
-                raise InputError(
-                    f"images of {image_size} pixels: must have at most {MAX_IMAGE_SIZE}, and at least --grid_size "
-                    f"{settings.grid_size}"
-                )
+            if not 1 <= image_size <= MAX_IMAGE_SIZE:
+                raise InputError(f"images of {image_size} pixels: must have 1 to {MAX_IMAGE_SIZE}")
+            if settings.grid_size > image_size:
+                raise InputError(f"--grid_size {settings.grid_size}: finer than the images of {image_size} pixels")
             self.encoder = Encoder(
                 settings.encoder,
                 layer=settings.encoder_layer,
@@ -164,27 +162,27 @@ class Captioner(nn.Module):
 
     @property
     def sources(self) -> list["Captioner"]:
-        """Itself, as the one whose encoder gives the features; see `evaluation.ensemble.Ensemble`."""
+        """The captioners whose encoders compute features: itself (several in `evaluation.ensemble.Ensemble`)."""
         return [self]
 
     @property
     def fingerprints(self) -> list[tuple[str, str, int, str]]:
-        """The encoder's fingerprint; see `evaluation.ensemble.Ensemble`."""
+        """The fingerprints of the encoders of `sources`."""
         return [self.encoder.fingerprint()]
 
     @property
     def uses_objects(self) -> bool:
-        """Whether it needs the boxes of the objects in the images."""
+        """True if it needs the boxes of the objects in the images."""
         return self.region_source.uses_objects
 
     @property
     def uses_region_features(self) -> bool:
-        """Whether it needs region features and their boxes in place of images."""
+        """True if it takes region features and their boxes instead of images."""
         return self.region_source.uses_region_features
 
     @property
     def needs_boxes(self) -> bool:
-        """Whether it cannot do without the boxes of its regions."""
+        """True if it cannot work without the boxes of its regions."""
         in_encoder = self.region_encoder.geometry and bool(self.region_encoder.layers)
         in_graph = self.graph.edges == "spatial" and bool(self.graph.layers)
         return self.region_source.box_features or in_encoder or in_graph
