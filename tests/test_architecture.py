@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from count_imports import LIMITS, imported_files
+
 ROOT = Path(__file__).parent.parent
 # What each script or folder may import, itself aside.
 BOTTOM = {"utils", "common", "text"}
@@ -79,3 +81,10 @@ def test_the_top_level_holds_the_seven_scripts_and_modules():
 def test_every_folder_is_known():
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages <= set(ALLOWED) and all(not (ROOT / name / "__init__.py").read_text() for name in packages)
+
+
+@pytest.mark.parametrize("script", LIMITS)
+@pytest.mark.slow
+def test_a_script_imports_few_files_and_draws_later(script):
+    files = imported_files(script)
+    assert len(files) <= LIMITS[script], files

@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import h5py
 import pytest
@@ -52,10 +52,11 @@ NONSENSE = {
 HUGE = {int: ["999999999999999", "-999999999999999", "1" * 30], float: ["1e30"], str: []}
 
 
-def values(name, kind):
+def values(field, kind):
     """Valid values of a setting of a type, and nonsense."""
-    if get_origin(kind) is Literal:
-        return list(get_args(kind)), ["", "x"]
+    name = field.name
+    if choices := field.metadata.get("choices"):
+        return list(choices), ["", "x"]
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
     valid = {int: [1, 2, 3], float: [0, 0.1, 0.5, 0.9], str: [""]}[kind]
@@ -66,15 +67,17 @@ def values(name, kind):
 def random_flags(rng, settings_class, paths):
     """Between none and seven random flags of a script; `paths` are those that its settings of text draw from, too."""
     hints, flags = get_type_hints(settings_class), []
-    chosen = rng.sample([field for field in fields(settings_class) if field.name != "photos"], rng.randrange(8))
+    left_out = ("photos", *settings_class.NOT_FLAGS)
+    chosen = rng.sample([field for field in fields(settings_class) if field.name not in left_out], rng.randrange(8))
     share = rng.choice([0.0, 0.2, 0.8])  # of nonsense
     for field in chosen:
         name, kind = field.name, hints[field.name]
         if kind is bool:
             flags.append(f"--{rng.choice(['', 'no-'])}{name}" if name != "show" else "--no-show")
             continue
-        valid, nonsense = values(name, kind)
-        if kind in (str, tuple[str, ...]) and name not in ("encoder", "encoder_layer", "device"):
+        valid, nonsense = values(field, kind)
+        is_path = kind in (str, tuple[str, ...]) and name not in ("encoder", "encoder_layer", "device")
+        if is_path and not field.metadata.get("choices"):
             valid, nonsense = paths.get(name, [""]), nonsense + [path for paths_ in paths.values() for path in paths_]
         drawn = [str(rng.choice(nonsense if rng.random() < share else valid)) for _ in range(rng.choice([1, 1, 2]))]
         flags += [f"--{name}", *drawn] if get_origin(kind) is tuple else [f"--{name}={drawn[0]}"]
