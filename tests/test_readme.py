@@ -200,9 +200,8 @@ def test_the_translation_has_the_same_links():
 
 
 def test_spelling_is_american():
-    british = re.compile(
-        r"\w*(?:colour|neighbour|grey(?!hound)|licence|normalis|optimis|initialis|favour|centre)\w*", re.I
-    )
+    roots = "colour|neighbour|grey(?!hound)|licence|normalis|optimis|initialis|favour|centre"
+    british = re.compile(rf"\w*(?:{roots})\w*", re.IGNORECASE)
     code = [str(path.relative_to(ROOT)) for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.py")]
     texts = {name: read(name) for name in code} | {name: prose(read(name)) for name in DOCUMENTS}
     assert {name: found for name, text in texts.items() if (found := british.findall(text))} == {}
