@@ -1,8 +1,9 @@
 """Images/s of batched beam search against one image at a time: python benchmarks/bench_caption.py
 
 Both sides search the same regions with the same decoder. Most tutorials caption one image at a time; here that side
-uses the same search, so the ratio is what batching alone brings. A random decoder's captions do not end. With
---checkpoint, --data_folder and --max_length 30 the captions are those of the val split, which end at different words.
+uses the same search, so the ratio shows the gain from batching alone. The captions of a random decoder never end. With
+--checkpoint, --data_folder and --max_length 30, the benchmark captions the val split, whose captions end at different
+words.
 """
 
 import json
@@ -33,25 +34,25 @@ from utils import BaseSettings, InputError, Runtime, choose_runtime, run_script,
 class Settings(BaseSettings):
     """Time batched beam search against one image at a time, after checking that both find the same captions."""
 
-    checkpoint: str = ""  # caption images of data_folder's val split with it; "": a random decoder and random regions
-    data_folder: str = ""  # prepared folder of the checkpoint
+    checkpoint: str = ""  # captions the val split of data_folder; empty: a random decoder and random regions
+    data_folder: str = ""  # prepared folder to caption, with --checkpoint
     images: int = 64  # images to caption
     batch_size: int = 64  # images decoded at once
     beam_sizes: tuple[int, ...] = (1, 3, 5)  # captions kept per image
     sampled_captions: int = 5  # captions sampled per image
-    max_length: int = 14  # words of a caption at most; a random decoder uses them all
-    regions: int = 49  # of a random decoder: per image, 7x7
-    region_dim: int = 512  # of a random decoder: width of a region, after the linear layer of train.py
-    hidden_dim: int = 512  # of a random decoder: of word embedding, attention and LSTM
-    vocab_size: int = 2541  # of a random decoder: words
+    max_length: int = 14  # maximum words of a caption; a random decoder uses them all
+    regions: int = 49  # random decoder: regions per image, 7x7
+    region_dim: int = 512  # random decoder: width of a region, after the linear layer of train.py
+    hidden_dim: int = 512  # random decoder: width of word embedding, attention and LSTM
+    vocab_size: int = 2541  # random decoder: words in the vocabulary
     repeats: int = 3  # timed runs of each side
-    precision: str = setting("both", choices=("both", "bf16", "fp32"))  # both: a row for each
+    precision: str = setting("both", choices=("both", "bf16", "fp32"))  # both: one row for each
     device: str = "auto"  # auto, cpu or cuda
-    seed: int = 0  # of weights and regions
+    seed: int = 0  # seed of weights and regions
 
 
 def random_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, Tensor]:
-    """A decoder with random weights and random regions (B, R, D)."""
+    """Build a decoder with random weights, and random regions (B, R, D)."""
     torch.manual_seed(settings.seed)
     decoder = ShowAttendTell(
         vocab_size=settings.vocab_size,
@@ -70,10 +71,10 @@ def random_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, T
 
 
 def trained_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, Tensor]:
-    """The checkpoint's decoder and the regions (B, R, D) of the first images of the val split."""
+    """Load the checkpoint's decoder and the regions (B, R, D) of the first images of the val split."""
     captioner = load_captioner(settings.checkpoint, device)
     if captioner.uses_objects:
-        raise InputError(f"--checkpoint {settings.checkpoint}: looks at objects, give a model of a grid")
+        raise InputError(f"--checkpoint {settings.checkpoint}: the model looks at objects; choose a model of a grid")
     dataset = build_dataset(settings.data_folder, "val", captioner, choose_runtime(device, "auto"))
     items = in_order(min(settings.images, len(dataset)))
     with torch.no_grad():
@@ -85,7 +86,7 @@ def trained_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, 
 
 
 def median_seconds(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of a call of each function, called in turn, after one that is not timed."""
+    """Return the median seconds of each function, called in turn after one untimed call."""
     times = [[] for _ in functions]
     for _ in range(repeats + 1):
         for function, seconds in zip(functions, times, strict=True):
@@ -96,7 +97,7 @@ def median_seconds(functions: Sequence[Callable[[], object]], repeats: int) -> l
 
 
 class Row(NamedTuple):
-    """A row of the table, with the images/s of both sides."""
+    """A row of the table: images/s of both sides."""
 
     search: str
     precision: str
@@ -105,13 +106,13 @@ class Row(NamedTuple):
 
 
 def measure(decoder: Decoder, regions: Tensor, settings: Settings, runtime: Runtime) -> list[Row]:
-    """Time both sides of each search; in fp32, where rounding cannot change a caption, check that they agree."""
+    """Time both sides of each search. In fp32, where rounding cannot change a caption, also check that they agree."""
     regions = regions.to(runtime.dtype)
     precision = str(runtime.dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def decode(batch_size: int, beam_size: int) -> Tensor:
-        """Log-probabilities (B,) of the best captions; captions are sampled where beam_size is 0."""
+        """Return the log-probabilities (B,) of the best captions; sample captions if `beam_size` is 0."""
         log_probs = []
         with runtime.autocast():
             for batch in regions.split(batch_size):
@@ -132,14 +133,14 @@ def measure(decoder: Decoder, regions: Tensor, settings: Settings, runtime: Runt
         sides = [partial(decode, batch_size, beam_size) for batch_size in (1, settings.batch_size)]
         if beam_size and runtime.dtype == torch.float32:
             gap = (sides[0]() - sides[1]()).abs().max().item()
-            print(f"{name}: log-probabilities of both sides' captions agree within {gap:.1e}")
+            print(f"{name}: the log-probabilities of both sides agree within {gap:.1e}")
             assert gap < 1e-3, "the two sides do not agree"
         rows.append(Row(name, precision, *(len(regions) / s for s in median_seconds(sides, settings.repeats))))
     return rows
 
 
 def main(settings: Settings) -> None:
-    """Check that both sides agree, time them in turn, print a table and one line of JSON."""
+    """Check that both sides agree, time them in turn, and print a table and one line of JSON."""
     if bool(settings.checkpoint) != bool(settings.data_folder):
         raise InputError("--checkpoint and --data_folder: give both, or neither for a random decoder")
     precisions = ("bf16", "fp32") if settings.precision == "both" else (settings.precision,)
@@ -147,12 +148,12 @@ def main(settings: Settings) -> None:
     device = runtimes[0].device
     decoder, regions = (trained_decoder if settings.checkpoint else random_decoder)(settings, device)
     rows = [row for runtime in runtimes for row in measure(decoder, regions, settings, runtime)]
-    print(f"{len(regions)} images, {settings.max_length} words at most, {device}, {torch.get_num_threads()} threads")
+    print(f"{len(regions)} images, at most {settings.max_length} words, {device}, {torch.get_num_threads()} threads")
     print(f"| search | precision | one image at a time, images/s | {settings.batch_size} at once, images/s |")
     print("| --- | --- | ---: | ---: |")
     for row in rows:
         print(f"| {row.search} | {row.precision} | {row.one_at_a_time:.1f} | {row.batched:.1f} |")
-    last_beam = rows[-2]  # the last row is of samples
+    last_beam = rows[-2]  # the last row has samples
     print(json.dumps({"ratio": last_beam.batched / last_beam.one_at_a_time, "rows": [row._asdict() for row in rows]}))
 
 

@@ -1,7 +1,7 @@
-"""Speed of preprocessing against a plain loop, of the loader, and peak memory: python benchmarks/bench_data.py
+"""Speed of preprocessing against a plain loop, speed of the loader, and peak memory: python benchmarks/bench_data.py
 
 The plain loop is that of most tutorials: one process opens, converts and resizes a photo with Pillow and writes it as a
-row of an HDF5 data set. Both sides read the same files, which are in the system's cache.
+row of an HDF5 data set. Both sides read the same files, from the system's cache.
 """
 
 import json
@@ -35,19 +35,19 @@ from utils import BaseSettings, InputError, run_script
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BaseSettings):
-    """Time preprocessing, whose pixels must agree with the plain loop's, the loader, and the loading of captions."""
+    """Time preprocessing, the loader and the loading of captions; check that pixels agree with the plain loop's."""
 
-    photos: str = ""  # folder of JPEGs of about 500 pixels; empty: generated ones
+    photos: str = ""  # folder of JPEGs of about 500 pixels; empty: generate them
     image_size: int = 256  # side of the square images in pixels
-    num_photos: int = 200  # photos of 500 pixels; half as many of 2,000
-    num_written: int = 20000  # images to write while memory is measured
-    coco_images: int = 123287  # images whose captions are loaded, five each
-    repeats: int = 3  # runs of each side of a comparison; the median counts
-    seed: int = 0  # of generated photos and captions
+    num_photos: int = 200  # photos of 500 pixels; half as many have 2,000
+    num_written: int = 20000  # images to write while measuring memory
+    coco_images: int = 123287  # images to load five captions each for
+    repeats: int = 3  # runs of each side of a comparison; the median is reported
+    seed: int = 0  # seed of generated photos and captions
 
 
 def generate_photo(generator: np.random.Generator, width: int, height: int) -> Image.Image:
-    """An image with structure at all scales, like a photo."""
+    """Generate an image with structure at all scales, like a photo."""
     pixels = np.full((height, width, 3), 128.0)
     for cells in (8, 32, 128, width // 4):
         noise = generator.normal(size=(max(1, cells * height // width), cells, 3)).astype(np.float32)
@@ -58,7 +58,7 @@ def generate_photo(generator: np.random.Generator, width: int, height: int) -> I
 
 
 def generate_photos(folder: Path, count: int, width: int, height: int, seed: int) -> list[Path]:
-    """Generate JPEGs in a new folder; returns their paths."""
+    """Generate JPEGs in a new folder and return their paths."""
     folder.mkdir()
     generator = np.random.default_rng(seed)
     paths = [folder / f"{i:05d}.jpg" for i in range(count)]
@@ -68,7 +68,7 @@ def generate_photos(folder: Path, count: int, width: int, height: int, seed: int
 
 
 def plain_loop(paths: list[Path], size: int, path: Path) -> None:
-    """Write photos as most tutorials do."""
+    """Write photos the way most tutorials do."""
     with h5py.File(path, "w") as file:
         images = file.create_dataset("images", (len(paths), 3, size, size), dtype="uint8")
         for i, photo in enumerate(paths):
@@ -77,13 +77,17 @@ def plain_loop(paths: list[Path], size: int, path: Path) -> None:
 
 
 def records_of(paths: list[Path]) -> list[ImageRecord]:
-    """Records of photos, each with the same caption."""
+    """Return records of photos, all with the same caption."""
     captions = pack_captions([{"words": ["a", "photo"], "raw": "A photo."}])
     return [ImageRecord(path, path.name, i, "train", captions) for i, path in enumerate(paths)]
 
 
 def compare(paths: list[Path], folder: Path, settings: Settings) -> tuple[float, float, float, float, float]:
-    """Time both sides: ratio, photos/s of the plain loop and ours, share of pixels within 1 of 255, mean difference."""
+    """Time both sides.
+
+    Returns:
+        The ratio, photos/s of the plain loop and of ours, the share of pixels within 1 of 255, the mean difference.
+    """
     data_settings = create_input_files.Settings(dataset="benchmark", image_size=settings.image_size)
     records, seconds = records_of(paths), {"plain": [], "ours": []}
     for _ in range(settings.repeats):
@@ -104,7 +108,7 @@ def compare(paths: list[Path], folder: Path, settings: Settings) -> tuple[float,
 
 
 def loader_speed(folder: Path, workers: int, in_memory: bool = False) -> float:
-    """Photos/s of one shuffled epoch of a prepared folder's training split."""
+    """Return the photos/s of one shuffled epoch of a prepared folder's training split."""
     dataset = CaptionDataset(folder, "train", Vocabulary.load(folder))
     if in_memory:
         dataset.load_into_memory()
@@ -116,14 +120,14 @@ def loader_speed(folder: Path, workers: int, in_memory: bool = False) -> float:
 
 
 def write_many(paths: list[Path], folder: Path, data_settings: create_input_files.Settings, count: int) -> None:
-    """Write a whole prepared folder of `count` images, the photos in turn."""
+    """Write a prepared folder of `count` images, repeating the photos."""
     repeats = -(-count // len(paths))
     records = [replace(record, name=f"{i}") for i in range(repeats) for record in records_of(paths)]
     write_folder(folder, records[:count], data_settings, None)
 
 
 def generate_captions(folder: Path, num_images: int, seed: int) -> None:
-    """A prepared folder whose captions have the word frequencies of English, and images that were never written."""
+    """Write a prepared folder with captions of English word frequencies, and images that are never filled in."""
     generator = np.random.default_rng(seed)
     word_ids = generator.zipf(1.3, size=(num_images, 5, 40)) % 25_000
     lengths = generator.normal(10.5, 2.4, size=(num_images, 5)).round().clip(5, 40).astype(int)
@@ -151,16 +155,16 @@ def generate_captions(folder: Path, num_images: int, seed: int) -> None:
 
 
 def load_captions(folder: Path) -> tuple[float, int]:
-    """Seconds to load a folder's captions as training does, and the number of captions."""
+    """Return the seconds to load a folder's captions as training does, and the number of captions."""
     start = time.perf_counter()
     dataset = CaptionDataset(folder, "train", Vocabulary.load(folder))
     return time.perf_counter() - start, dataset.captions.num_captions()
 
 
 def peak_memory() -> float:
-    """This process's peak memory in GB."""
+    """Return this process's peak memory in GB."""
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux getrusage counts the memory of the parent process, too
+    if status.exists():  # on Linux, getrusage also counts the memory of the parent process
         match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         assert match
         return int(match[1]) * 1024 / 1e9
@@ -168,24 +172,24 @@ def peak_memory() -> float:
 
 
 def measure_memory(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
-    """A function's result, by how many GB it raised this process's peak memory, and that peak in GB."""
+    """Return a function's result, the GB by which it raised this process's peak memory, and that peak in GB."""
     before = peak_memory()
     result = function(*arguments)
     return result, peak_memory() - before, peak_memory()
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
-    """`measure_memory` in a new process, so that nothing else counts."""
+    """Run `measure_memory` in a new process, so that nothing else counts."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure_memory, function, *arguments).result()
 
 
 def bench_preprocessing(settings: Settings, folder: Path) -> tuple[dict[str, float], list[Path]]:
-    """Print the table of preprocessing; returns its ratios and the small photos."""
+    """Print the table of preprocessing and return its ratios and the small photos."""
     if settings.photos:
         small = sorted(Path(settings.photos).glob("*.jpg"))[: settings.num_photos]
         if not small:
-            raise InputError(f"--photos {settings.photos}: no .jpg there")
+            raise InputError(f"--photos {settings.photos}: contains no .jpg files")
     else:
         small = generate_photos(folder / "small", settings.num_photos, 500, 375, settings.seed)
     large = generate_photos(folder / "large", max(1, settings.num_photos // 2), 2000, 1500, settings.seed)
@@ -201,7 +205,7 @@ def bench_preprocessing(settings: Settings, folder: Path) -> tuple[dict[str, flo
 
 
 def bench_writing_and_loading(settings: Settings, folder: Path, photos: list[Path]) -> dict[str, float]:
-    """Print and return the peak memory of writing many images and the speed of loading them."""
+    """Print and return the peak memory of writing many images, and the speed of loading them."""
     data_settings = create_input_files.Settings(dataset="benchmark", image_size=settings.image_size, min_word_freq=1)
     many, results = folder / "many", {}
     many.mkdir()
@@ -217,10 +221,10 @@ def bench_writing_and_loading(settings: Settings, folder: Path, photos: list[Pat
 
 
 def bench_captions(settings: Settings, folder: Path) -> dict[str, float]:
-    """Print and return the time and memory of loading as many captions as COCO has."""
+    """Print and return the time and memory to load as many captions as COCO has."""
     generate_captions(folder / "captions", settings.coco_images, settings.seed)
     (seconds, num_captions), raised, peak = in_new_process(load_captions, folder / "captions")
-    print(f"{num_captions} captions: loaded in {seconds:.1f} s, {raised:.2f} GB at most (the process {peak:.2f} GB)")
+    print(f"loading {num_captions} captions: {seconds:.1f} s, {raised:.2f} GB at peak (process: {peak:.2f} GB)")
     return {"seconds_to_load_captions": seconds, "gb_of_captions": raised}
 
 

@@ -1,13 +1,13 @@
 """Captions/s of a training step against a straightforward loop and the machine's limit: benchmarks/bench_train.py
 
 Both sides train the decoder on the regions of a frozen encoder, with the same images, weights, words and optimizer.
-The straightforward loop is that of most tutorials: the encoder runs in every step, once per caption; the attention
-projects its keys again at each word; logits are computed word by word; all in fp32. Images and captions are random,
-with caption lengths distributed as in Flickr8k. The limit is the throughput of a large matmul, which the operations
-that torch counts in a step are compared with.
+The straightforward loop is that of most tutorials: it runs the encoder in every step, once per caption, projects the
+attention's keys again at each word and computes logits word by word, all in fp32. Images and captions are random, with
+caption lengths distributed as in Flickr8k. The limit assumes that the operations torch counts in a step run at the rate
+of a large matmul.
 
-Shapes: B images, C captions of an image, N = B C captions in all, n of them unfinished, T words, R regions, D their
-width, A of the attention, E of a word embedding, H of the hidden state.
+Shapes: B images, C captions of an image, N = B C captions in total, n of them unfinished, T words, R regions; widths D
+of a region, A of the attention, E of a word embedding, H of the hidden state.
 """
 
 import json
@@ -46,21 +46,21 @@ class Settings(BaseSettings):
     encoder: str = "resnet101"  # torchvision network, with random weights
     image_size: int = 256  # side of the images in pixels
     batch_size: int = 32  # images per step
-    captions_per_image: int = 5  # captions of each image
-    vocab_size: int = 2541  # words; Flickr8k's at min_word_freq 5
+    captions_per_image: int = 5  # captions per image
+    vocab_size: int = 2541  # words in the vocabulary; Flickr8k's with min_word_freq 5
     steps: int = 10  # timed steps of the cached side
-    fine_tune_steps: int = 1  # timed steps that train the encoder, too; 0 leaves them out
+    fine_tune_steps: int = 1  # timed steps that also train the encoder; 0: skip
     reference_steps: int = 1  # timed steps of the straightforward loop
-    precision: str = setting("auto", choices=PRECISIONS)  # of the cached side
+    precision: str = setting("auto", choices=PRECISIONS)  # precision of the cached side
     device: str = "auto"  # auto, cpu or cuda
-    seed: int = 0  # of weights, images and captions
+    seed: int = 0  # seed of weights, images and captions
 
 
 # --------------------------------------------------------------------------------------- the straightforward loop
 
 
 class CaptionRows(NamedTuple):
-    """A batch as the straightforward loop takes it: one row per caption."""
+    """A batch for the straightforward loop: one row per caption."""
 
     images: Tensor  # (N, 3, h, w) uint8, each image once per caption
     words: Tensor  # (N, T + 1)
@@ -68,7 +68,7 @@ class CaptionRows(NamedTuple):
 
 
 def straightforward_loss(captioner: Captioner, rows: CaptionRows, settings: train.Settings) -> tuple[Tensor, Tensor]:
-    """The cross-entropy and the loss of train.py, computed as in most tutorials."""
+    """Compute the cross-entropy and the loss of train.py as most tutorials do."""
     decoder = captioner.decoder
     assert isinstance(decoder, ShowAttendTell)
     attention, cell_layer = decoder.attention, decoder.cell
@@ -116,7 +116,7 @@ def straightforward_loss(captioner: Captioner, rows: CaptionRows, settings: trai
 def straightforward_step(
     captioner: Captioner, optimizer: torch.optim.Optimizer, rows: CaptionRows, settings: train.Settings
 ) -> float:
-    """One training step of the straightforward loop; returns its cross-entropy."""
+    """Run one training step of the straightforward loop and return its cross-entropy."""
     cross_entropy, loss = straightforward_loss(captioner, rows, settings)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -129,7 +129,7 @@ def straightforward_step(
 
 
 def random_captions(settings: Settings, generator: torch.Generator) -> list[list[list[int]]]:
-    """Captions of random words for each image, with lengths of mean 11.8 and deviation 3.9 as in Flickr8k."""
+    """Generate captions of random words for each image, with lengths of mean 11.8 and deviation 3.9 as in Flickr8k."""
     captions = []
     for _ in range(settings.batch_size):
         lengths = torch.randn(settings.captions_per_image, generator=generator) * 3.9 + 11.8
@@ -144,7 +144,7 @@ def random_captions(settings: Settings, generator: torch.Generator) -> list[list
 def make_captioner(
     settings: Settings, train_settings: train.Settings, images: Tensor, device: torch.device
 ) -> Captioner:
-    """A captioner with random weights and fitting BatchNorm statistics.
+    """Build a captioner with random weights and matching BatchNorm statistics.
 
     Without one pass in training mode, a hundred random layers would overflow.
     """
@@ -164,13 +164,13 @@ def make_captioner(
 
 
 def extract_features(captioner: Captioner, images: Tensor, device: torch.device) -> Tensor:
-    """The cached features (B, R, F) float16 of images (B, 3, h, w)."""
+    """Return the cached features (B, R, F) float16 of images (B, 3, h, w)."""
     with torch.no_grad():
         return captioner.encoder(images.to(device)).half().cpu()
 
 
 def caption_rows(batch: Batch, device: torch.device) -> CaptionRows:
-    """The rows of a batch of images that all have C captions."""
+    """Return the rows of a batch in which every image has C captions."""
     images = batch.inputs.repeat_interleave(batch.words.shape[1], dim=0).to(device)
     return CaptionRows(images, batch.words.flatten(0, 1).to(device), batch.lengths.flatten().to(device))
 
@@ -179,7 +179,7 @@ def caption_rows(batch: Batch, device: torch.device) -> CaptionRows:
 
 
 def seconds_per_call(function: Callable[[], object], count: int, device: torch.device) -> float:
-    """Median seconds of so many calls after one that is not timed; NaN for none."""
+    """Return the median seconds of `count` calls after an untimed one; NaN if `count` is 0."""
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
@@ -191,20 +191,20 @@ def seconds_per_call(function: Callable[[], object], count: int, device: torch.d
 
 
 def matmul_flops(runtime: Runtime, side: int = 4096) -> float:
-    """Floating-point operations per second of a large matmul, the upper limit of a step."""
+    """Return the floating-point operations per second of a large matmul, the upper limit of a step."""
     a, b = torch.randn(2, side, side, device=runtime.device, dtype=runtime.dtype)
     return 2 * side**3 / seconds_per_call(lambda: a @ b, 5, runtime.device)
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
-    """Bytes per second of a large copy, those read and those written."""
+    """Return the bytes per second of a large copy, counting reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / seconds_per_call(lambda: target.copy_(source), 5, device)
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Floating-point operations of a call's matmuls and convolutions, forward and backward."""
+    """Count the floating-point operations of a call's matmuls and convolutions, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
@@ -227,7 +227,7 @@ def check_agreement(
     difference = abs(loss.item() - reference_loss.item())
     gradient, reference_gradient = decoder_gradient(loss), decoder_gradient(reference_loss)
     cosine = functional.cosine_similarity(gradient, reference_gradient, dim=0).item()
-    print(f"same loss within {difference:.1e} (cached features are float16), cosine of the two gradients {cosine:.6f}")
+    print(f"losses agree within {difference:.1e} (cached features are float16), cosine of the gradients {cosine:.6f}")
     assert difference < 1e-2 and cosine > 0.999, "the two sides do not agree"
 
 
@@ -237,11 +237,11 @@ class Timing(NamedTuple):
     side: str
     dtype: torch.dtype
     seconds: float  # per step
-    flops: int = 0  # per step; 0 where they were not counted
+    flops: int = 0  # per step; 0: not counted
 
 
 def print_table(timings: list[Timing], images: int, captions: int, limit: float) -> None:
-    """Print the timings of steps of so many images and captions; `limit` is in operations per second."""
+    """Print the timings of steps of `images` images and `captions` captions; `limit` is in operations per second."""
     print("| side | precision | s/step | captions/s | images/s | GFLOP/step | of the limit |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for side, dtype, seconds, flops in timings:
@@ -251,7 +251,7 @@ def print_table(timings: list[Timing], images: int, captions: int, limit: float)
 
 
 def main(settings: Settings) -> None:
-    """Check that both sides agree, time them, print a table and one line of JSON."""
+    """Check that both sides agree, time them, and print a table and one line of JSON."""
     runtime = choose_runtime(settings.device, settings.precision)
     device = runtime.device
     torch.manual_seed(settings.seed)
@@ -301,7 +301,7 @@ def main(settings: Settings) -> None:
     print(f"{settings.encoder} at {settings.image_size} pixels, {features.shape[1]} regions, {count} captions a step,")
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"extracting the features once: {images_per_second:.1f} images/s"
+        f"features extracted once at {images_per_second:.1f} images/s"
     )
     print(f"limit: {limit / 1e9:.0f} GFLOP/s in a matmul, {copy_bandwidth(device) / 1e9:.1f} GB/s in a copy")
     print_table(timings, len(images), count, limit)

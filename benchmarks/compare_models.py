@@ -1,9 +1,9 @@
 """Train named models under one budget on one data folder and compare them: python benchmarks/compare_models.py
 
-Each model is one set of settings of train.py, trained from the same seeds for the same epochs on frozen features, and
+Each model is one set of settings of train.py, trained with the same seeds for the same epochs on frozen features and
 scored on the validation images by eval.py. Finished runs are not repeated and interrupted ones are resumed, so several
-calls can share the work: each with some --variants, then one with all of them for the table. That last call times
-training steps and beam search, one model after another; keep the machine otherwise idle then.
+calls can share the work: run each with some --variants, then one with all of them for the table. That last call times
+training steps and beam search, one model after another; keep the machine otherwise idle for it.
 """
 
 import json
@@ -62,30 +62,30 @@ VARIANTS = {
     "transformer-2+2-512-objects": {**TRANSFORMER_512, **OBJECTS, "encoder_layers": 2},
     "transformer-2+2-512-objects-geometry": {**TRANSFORMER_512, **OBJECTS, "encoder_layers": 2, "geometry": True},
 }
-OF_OBJECTS = {name for name, changes in VARIANTS.items() if "regions" in changes}  # need objects in the folder
+OF_OBJECTS = {name for name, changes in VARIANTS.items() if "regions" in changes}  # require objects in the data folder
 BEAM_SIZES = (1, 5)
 SCORES = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
-ATTENTION_SCORES = ("pointing", "correctness", "entropy")  # where the folder has objects
+ATTENTION_SCORES = ("pointing", "correctness", "entropy")  # if the folder has objects
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BaseSettings):
-    """Train models under one budget and write a table of their scores, table.md and table.json."""
+    """Train models under one budget and write their scores to table.md and table.json."""
 
     data_folder: str = "data/flickr8k"  # what create_input_files.py wrote
-    output_folder: str = "runs/compare"  # folder of the runs and of the table
+    output_folder: str = "runs/compare"  # where the runs and the table go
     variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in OF_OBJECTS)  # models to compare
-    seeds: tuple[int, ...] = (0,)  # of weights, order and dropout; each model is trained once per seed
+    seeds: tuple[int, ...] = (0,)  # seeds of weights, order and dropout; each model is trained once per seed
     epochs: int = setting(3, minimum=1)  # passes over the training images
     hflip: bool = True  # as in train.py
-    encoder: str = "resnet50"  # torchvision network of the models that name none
-    weights_folder: str = ""  # of torchvision state dicts such as resnet50.pth; empty: downloaded ImageNet weights
+    encoder: str = "resnet50"  # torchvision network of variants that name none
+    weights_folder: str = ""  # folder of torchvision state dicts such as resnet50.pth; empty: download ImageNet weights
     precision: str = setting("auto", choices=PRECISIONS)  # bf16 mixed precision where the hardware has it
     device: str = "auto"  # auto, cpu or cuda
 
 
 def training_settings(name: str, seed: int, settings: Settings) -> train.Settings:
-    """The settings of train.py for one model and seed."""
+    """Return the settings of train.py for one model and seed."""
     changes: dict[str, Any] = {"encoder": settings.encoder, **VARIANTS[name]}
     weights = Path(settings.weights_folder) / f"{changes['encoder']}.pth"
     return train.Settings(
@@ -101,19 +101,19 @@ def training_settings(name: str, seed: int, settings: Settings) -> train.Setting
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that two runs must have in common: all but paths and the device."""
+    """Return the settings that two runs must share: all but paths and the device."""
     ignored = {"data_folder", "run_folder", "overwrite", "resume", "encoder_weights", "plot", "device"}
     return {name: value for name, value in settings.items() if name not in ignored}
 
 
 def train_and_score(name: str, seed: int, settings: Settings) -> dict[str, Any]:
-    """Train and score one model unless that is done already; returns its row."""
+    """Train and score one model, unless already done, and return its row."""
     train_settings = training_settings(name, seed, settings)
     folder = Path(train_settings.run_folder)
     row_path, last = folder / "row.json", folder / "last.pt"
     for path, read in ((row_path, read_json), (last, load_checkpoint)):
         if path.is_file() and comparable(read(path)["settings"]) != comparable(asdict(train_settings)):
-            raise InputError(f"{folder} was trained with other settings: delete it, or give another --output_folder")
+            raise InputError(f"{folder} was trained with other settings: delete it or choose another --output_folder")
     if row_path.is_file():
         return read_json(row_path)["row"]
     print(f"\n{name}, seed {seed}")
@@ -134,9 +134,9 @@ def train_and_score(name: str, seed: int, settings: Settings) -> dict[str, Any]:
 
 
 def size_and_speed(settings: train.Settings, steps: int = 20) -> dict[str, Any]:
-    """A trained model's number of parameters without the encoder's, captions/s of training and photos/s of search.
+    """Measure a trained model's parameters without the encoder's, captions/s of training and photos/s of search.
 
-    Training steps are of cached features; each beam size decodes the validation images.
+    Training steps use cached features; each beam size decodes the validation images.
     """
     runtime = choose_runtime(settings.device, settings.precision)
     captioner = load_captioner(Path(settings.run_folder) / "best.pt", runtime.device)
@@ -167,7 +167,7 @@ def size_and_speed(settings: train.Settings, steps: int = 20) -> dict[str, Any]:
 
 
 def mean_and_deviation(values: list[float | None], digits: int) -> str:
-    """One value, or the mean of several with their standard deviation; a dash where one could not be measured."""
+    """Format one value, or the mean of several with their standard deviation; a dash if one could not be measured."""
     measured = [value for value in values if value is not None]
     if len(measured) < len(values):
         return "-"
@@ -176,7 +176,7 @@ def mean_and_deviation(values: list[float | None], digits: int) -> str:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table, one line per model and beam size, averaged over the seeds."""
+    """Format rows as a Markdown table with one line per model and beam size, averaged over the seeds."""
     names = {*SCORES} | {name for row in rows for scores in row["scores"] for name in scores}
     measured = [name for name in (*SCORES, *ATTENTION_SCORES) if name in names]
     titles = ["model", "seeds", "parameters", "captions/s", "beam", "photos/s"]
@@ -194,13 +194,13 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(settings: Settings) -> None:
-    """Train and score every model, print the table and one line of JSON."""
+    """Train and score every model, and print the table and one line of JSON."""
     unknown = [name for name in settings.variants if name not in VARIANTS]
     if unknown:
-        raise InputError(f"--variants {unknown[0]}: not one of {' '.join(VARIANTS)}")
+        raise InputError(f"--variants {unknown[0]}: choose from {' '.join(VARIANTS)}")
     read_metadata(settings.data_folder)
     runs = [(name, seed) for name in dict.fromkeys(settings.variants) for seed in dict.fromkeys(settings.seeds)]
-    for name, seed in runs:  # before hours of training
+    for name, seed in runs:  # fail before hours of training
         weights = training_settings(name, seed, settings).encoder_weights
         if settings.weights_folder and not Path(weights).is_file():
             raise InputError(f"--weights_folder {settings.weights_folder}: no such file: {weights}")

@@ -1,4 +1,4 @@
-"""Photos and captions in the number and form of COCO's, to try every script at that size without a download:
+"""Generate photos and captions in the number and form of COCO's, to try every script at that size without a download:
 
 python benchmarks/generate_coco.py --output_folder coco
 """
@@ -21,19 +21,19 @@ CAPTIONS_PER_IMAGE, MAX_WORDS = 5, 40
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BaseSettings):
-    """Generate photos in folders and dataset_coco.json, Karpathy's splits of them."""
+    """Generate photos in folders, and dataset_coco.json with Karpathy's splits of them."""
 
-    output_folder: str = "coco"  # the folder to write
+    output_folder: str = "coco"  # folder to write
     num_train: int = 113287  # photos in Karpathy's split
     num_val: int = 5000
     num_test: int = 5000
-    width: int = 320  # of a photo in pixels
+    width: int = 320  # width of a photo in pixels
     height: int = 256
-    seed: int = 0  # of photos and captions
+    seed: int = 0  # seed of photos and captions
 
 
 def generate_photo(generator: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A photo of 15 kB as JPEG, colored blots with finer ones over them; made in 2 ms."""
+    """Generate a photo of coarse and fine colored blots, 15 kB as JPEG, in 2 ms."""
     coarse, fine = (
         Image.fromarray(generator.integers(0, 256, (rows, columns, 3), np.uint8)).resize((width, height))
         for rows, columns in ((6, 8), (height // 4, width // 4))
@@ -42,7 +42,7 @@ def generate_photo(generator: np.random.Generator, width: int, height: int) -> I
 
 
 def generate_sentences(generator: np.random.Generator, index: int) -> list[dict[str, Any]]:
-    """The captions of an image, with lengths, word frequencies and 10,000 frequent words as in COCO."""
+    """Generate the captions of an image, with lengths, word frequencies and 10,000 frequent words as in COCO."""
     sentences = []
     lengths = generator.normal(10.5, 2.4, CAPTIONS_PER_IMAGE).round().clip(5, MAX_WORDS).astype(int)
     word_ids = generator.zipf(1.3, (CAPTIONS_PER_IMAGE, MAX_WORDS)) % 10_000
@@ -54,7 +54,7 @@ def generate_sentences(generator: np.random.Generator, index: int) -> list[dict[
 
 
 def main(settings: Settings) -> None:
-    """Write the photos, train2014/ and val2014/ with files named as COCO's, and then dataset_coco.json."""
+    """Write the photos to train2014/ and val2014/, with file names like COCO's, and then dataset_coco.json."""
     folder, generator = Path(settings.output_folder), np.random.default_rng(settings.seed)
     splits = ["train"] * settings.num_train + ["val"] * settings.num_val + ["test"] * settings.num_test
     images = []

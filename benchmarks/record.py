@@ -1,7 +1,7 @@
-"""The recipe for the best captions of Flickr8k: python benchmarks/record.py --captions dataset_flickr8k.json
+"""Run the recipe for the best captions of Flickr8k: python benchmarks/record.py --captions dataset_flickr8k.json
 
-It runs the scripts one after another and prints each command. What is finished is not repeated and a training that was
-stopped is resumed, so start it again after an interruption. docs/results.md has its scores and its time.
+Run the scripts one after another and print each command. Finished steps are not repeated and stopped trainings are
+resumed, so simply start again after an interruption. docs/results.md has the scores and the time.
 """
 
 import contextlib
@@ -21,29 +21,29 @@ from utils import BaseSettings, InputError, parse_settings, run_script, setting
 ROOT = Path(__file__).parent.parent
 SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
 BEAM_SIZE = 5  # of each model
-BEST = ("--beam_sizes", "10", "--views", "original", "hflip", "crop")  # how the last model captions
-START = "cross_entropy"  # folder of the run that all others begin with
+BEST = ("--beam_sizes", "10", "--views", "original", "hflip", "crop")  # decoding of the last model
+START = "cross_entropy"  # folder of the run that all others start from
 HALVES = ("half1", "half2")  # of the validation photos
-FINISHED = "finished"  # an empty file in the folder of a training that ran to its end
+FINISHED = "finished"  # an empty file in the folder of a completed training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BaseSettings):
-    """Prepare Flickr8k, train one model, the mean of several trainings, and score it on the validation photos."""
+    """Prepare Flickr8k, train several models from one start, average them and score them on the validation photos."""
 
-    captions: str = "dataset_flickr8k.json"  # of Karpathy's format, as create_input_files.py takes it
+    captions: str = "dataset_flickr8k.json"  # Karpathy's JSON, for create_input_files.py
     images: str = "Images"  # folder of the photos
     encoder: str = "resnet50"  # torchvision network
     encoder_weights: str = "imagenet"  # imagenet, or the path of a torchvision state dict
-    data_folder: str = "data/flickr8k"  # the prepared folder; one that is there is taken
-    output_folder: str = "runs/record"  # folder of the runs
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the trainings whose weights are averaged; the first is of the start, too
-    epochs: int = setting(8, minimum=1)  # of cross-entropy
-    scst_epochs: int = setting(8, minimum=1)  # of self-critical training
+    data_folder: str = "data/flickr8k"  # prepared folder; reused if it exists
+    output_folder: str = "runs/record"  # where the runs go
+    seeds: tuple[int, ...] = (0, 1, 2)  # one SCST run each, then averaged; the start uses the first
+    epochs: int = setting(8, minimum=1)  # epochs of cross-entropy
+    scst_epochs: int = setting(8, minimum=1)  # epochs of self-critical training
 
 
 def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
-    """Each command, and the file that it writes last; the commands before it have run then."""
+    """Yield each command with the file it writes last, after the commands before it have run."""
     data, runs = Path(settings.data_folder), Path(settings.output_folder)
     prepare = ["--dataset", "flickr8k", "--captions", settings.captions, "--images", settings.images]
     prepare += ["--image_size", "224", "--output_folder", str(data)]
@@ -51,7 +51,7 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     common = ["--data_folder", str(data), "--hflip"]
     encoder = ["--encoder", settings.encoder, "--encoder_weights", settings.encoder_weights]
     start, seeds = runs / START, list(map(str, settings.seeds))
-    sizes = ["--attention_dim", "64"]  # faster on a CPU; after three epochs it scored as 512: docs/results.md
+    sizes = ["--attention_dim", "64"]  # faster on a CPU; scored like 512 after three epochs: docs/results.md
     yield from training(start, [*common, *encoder, *sizes, "--seed", seeds[0], "--epochs", str(settings.epochs)])
     scst = [*SCST, "--epochs", str(settings.scst_epochs)]
     models = {seed: runs / f"scst{seed}" for seed in seeds}
@@ -77,20 +77,20 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
 
 
 def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """A training from the start or from where it stopped; train.py itself says where nothing is left to do."""
+    """Yield a training from its start or from where it stopped; train.py reports if nothing is left to do."""
     last = folder / "last.pt"
     resume = ["--resume", str(last)] if last.exists() else [*arguments, "--run_folder", str(folder)]
     yield folder / FINISHED, ["train.py", *resume]
 
 
 def scoring(flags: list[str]) -> tuple[Path, list[str]]:
-    """A scoring by eval.py, which writes the scores of each image last."""
+    """Return a command of eval.py and the file it writes last, the scores of each image."""
     settings = parse_settings(eval_script.Settings, flags)
     return eval_script.output_path(settings, "scores_per_image"), ["eval.py", *flags]
 
 
 def write_halves(settings: Settings) -> None:
-    """Lists of the validation photos, every second name in each: a setting that is chosen on one is tried on the other.
+    """Write two lists, each with every second validation photo, to choose a setting on one and test it on the other.
 
     The epochs of best.pt are chosen on both.
     """
@@ -101,15 +101,15 @@ def write_halves(settings: Settings) -> None:
 
 
 def require_same_settings(settings: Settings) -> None:
-    """Keep the settings in the output folder; InputError where what is there was made with others."""
+    """Store the settings in the output folder. Raises InputError if its runs were made with others."""
     path = Path(settings.output_folder) / "settings.json"
     now = {name: value for name, value in asdict(settings).items() if name not in ("captions", "images")}
     now["seeds"] = list(settings.seeds)
-    has_begun = path.exists() and (path.parent / START).exists()  # a wrong path of weights may be corrected
+    has_begun = path.exists() and (path.parent / START).exists()  # until then, a wrong path of weights can be corrected
     for name, value in read_json(path).items() if has_begun else ():
         if value != now.get(name):
             raise InputError(
-                f"{settings.output_folder} was begun with --{name} {value} and not {now.get(name)}: give another "
+                f"{settings.output_folder} was started with --{name} {value}, not {now.get(name)}: choose another "
                 f"--output_folder"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,18 +117,18 @@ def require_same_settings(settings: Settings) -> None:
 
 
 def run(command: list[str]) -> int:
-    """Run a script with its arguments; returns its exit status, below 0 where a signal killed it."""
+    """Run a script with its arguments and return its exit status, negative if a signal killed it."""
     process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]])
     while process.returncode is None:
-        with contextlib.suppress(KeyboardInterrupt):  # it got the signal, too, and saves what it has
+        with contextlib.suppress(KeyboardInterrupt):  # the script gets the signal, too, and saves its progress
             process.wait()
     return process.returncode
 
 
 def main(settings: Settings) -> None:
-    """Run what is not done yet."""
+    """Run all steps that are not done yet."""
     if len(set(settings.seeds)) < len(settings.seeds):
-        raise InputError(f"--seeds {' '.join(map(str, settings.seeds))}: give each once")
+        raise InputError(f"--seeds {' '.join(map(str, settings.seeds))}: give each seed only once")
     require_same_settings(settings)
     for done, command in steps(settings):
         if done.exists():
@@ -136,9 +136,9 @@ def main(settings: Settings) -> None:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         status = run(command)
         if status < 0:
-            print(f"{command[0]} was killed by signal {-status}: start again to go on", file=sys.stderr)
+            print(f"{command[0]} was killed by signal {-status}: start again to continue", file=sys.stderr)
         if status:
-            sys.exit(status if status > 0 else 128 - status)  # above 0: the script has said why
+            sys.exit(status if status > 0 else 128 - status)  # above 0: the script has reported why
         if done.name == FINISHED:
             done.touch()
 

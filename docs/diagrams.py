@@ -1,4 +1,4 @@
-"""The diagrams of the tutorial: boxes, arrows and example captions, drawn without a model."""
+"""Draw the diagrams of the tutorial: boxes, arrows and example captions, without a model."""
 
 import sys
 from pathlib import Path
@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from preparation.images import to_square
 
 INK, GRAY, PALE = "#222222", "#8a8f98", "#eceef1"
-IMAGE, ATTENTION, STATE, WORD = "#7a5fb0", "#e07b1a", "#2f6db5", "#3f8f55"  # what a color means in every diagram
+IMAGE, ATTENTION, STATE, WORD = "#7a5fb0", "#e07b1a", "#2f6db5", "#3f8f55"  # the meaning of a color in every diagram
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of width x height inches and axes over all of it, in inches and without a frame."""
+    """Create a figure of width x height inches, with frameless axes over all of it, in inches."""
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
@@ -28,25 +28,25 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def tint(color: str, strength: float = 0.16) -> tuple[float, ...]:
-    """A color mixed with white."""
+    """Mix a color with white."""
     return tuple(1 - strength * (1 - part) for part in to_rgb(color))
 
 
 def box(
     axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str, size: float = 10, **style: Any
 ) -> None:
-    """A rounded box around its center (x, y), with text."""
+    """Draw a rounded box with text, centered at (x, y)."""
     style = {"facecolor": tint(color), "edgecolor": color, "linewidth": 1.3} | style
     corner = (x - width / 2, y - height / 2)
     axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.08", **style))
     if "\n" in text:
         axes.text(x, y, text, ha="center", va="center", fontsize=size, color=INK, linespacing=1.35)
-    else:  # words on one line, whatever their descenders
+    else:  # align words on one baseline, with or without descenders
         axes.text(x, y - 0.36 * size / 72, text, ha="center", va="baseline", fontsize=size, color=INK)
 
 
 def arrow(axes: Axes, *points: tuple[float, float], color: str = GRAY, **style: Any) -> None:
-    """A line through points, with a head at the last."""
+    """Draw a line through points, with an arrowhead at the last one."""
     style = {"color": color, "linewidth": 1.5} | style
     *line, end = points
     if len(line) > 1:
@@ -56,21 +56,21 @@ def arrow(axes: Axes, *points: tuple[float, float], color: str = GRAY, **style: 
 
 
 def show_image(axes: Axes, pixels: np.ndarray, x: float, y: float, width: float, height: float, **style: Any) -> None:
-    """Pixels with their lower left corner at (x, y), without a change of the axes' limits."""
+    """Show pixels with their lower left corner at (x, y), keeping the limits of the axes."""
     limits = axes.axis()
     axes.imshow(pixels, extent=(x, x + width, y, y + height), aspect="auto", **style)
     axes.axis(limits)
 
 
 def draw_grid(axes: Axes, x: float, y: float, size: float, side: int) -> None:
-    """The borders of side x side regions."""
+    """Draw the borders of side x side regions."""
     for i in range(side + 1):
         axes.plot([x + size * i / side] * 2, [y, y + size], color="white", linewidth=0.9)
         axes.plot([x, x + size], [y + size * i / side] * 2, color="white", linewidth=0.9)
 
 
 def draw_overview(photo: np.ndarray) -> Figure:
-    """From a photo to words: the encoder's grid, the decoder's loop."""
+    """Draw the way from a photo to words: the encoder's grid and the decoder's loop."""
     figure, axes = canvas(10, 2.9)
     show_image(axes, photo, 0.15, 0.65, 2.4, 1.6)
     square = to_square(Image.fromarray(photo), 256, "squash").permute(1, 2, 0).numpy()
@@ -95,7 +95,7 @@ def draw_overview(photo: np.ndarray) -> Figure:
 
 
 def draw_regions(photo: np.ndarray) -> Figure:
-    """A photo, the square that the encoder sees with its grid, and the regions as rows of a matrix."""
+    """Draw a photo, the square that the encoder sees with its grid, and the regions as rows of a matrix."""
     figure, axes = canvas(10, 3.3)
     titles = ("photo", "256 x 256 pixels:\n8 x 8 regions", "224 x 224 pixels:\n7 x 7 regions", "regions (R, D)")
     for x, title in zip((1.3, 4.15, 6.65, 8.95), titles, strict=True):
@@ -108,7 +108,7 @@ def draw_regions(photo: np.ndarray) -> Figure:
         draw_grid(axes, x, 0.55, 2.1, side)
     marked = (5.6 + 0.3 * 3, 0.55 + 0.3 * 3)  # row 3, column 3 of 7: region 24
     axes.add_patch(Rectangle(marked, 0.3, 0.3, facecolor="none", edgecolor=ATTENTION, linewidth=2.5))
-    values = np.random.default_rng(0).random((49, 24)) ** 3  # of no network: a drawing of rows
+    values = np.random.default_rng(0).random((49, 24)) ** 3  # made-up values, to show rows
     show_image(axes, values, 8.15, 0.55, 1.6, 2.1, cmap="Purples", interpolation="nearest")
     row = 2.65 - 2.1 * 25 / 49
     axes.add_patch(Rectangle((8.15, row), 1.6, 2.1 / 49, facecolor="none", edgecolor=ATTENTION, linewidth=2))
@@ -120,7 +120,7 @@ def draw_regions(photo: np.ndarray) -> Figure:
 
 
 def draw_show_and_tell() -> Figure:
-    """The decoder without attention, unrolled over five steps."""
+    """Draw the decoder without attention, unrolled over five steps."""
     figure, axes = canvas(10, 2.9)
     box(axes, 0.95, 1.45, 1.5, 0.8, "mean region\n(D)", IMAGE)
     inputs, outputs = ("<start>", "a", "cup", "of", "coffee"), ("a", "cup", "of", "coffee", "<end>")
@@ -143,7 +143,7 @@ def draw_show_and_tell() -> Figure:
 
 
 def draw_decoder() -> Figure:
-    """One step of the decoder with attention, with shapes and the numbers of the equations."""
+    """Draw one step of the decoder with attention, with shapes and equation numbers."""
     figure, axes = canvas(10.6, 4.5)
     box(axes, 0.95, 3.85, 1.5, 0.8, "state\n$h_{t-1},\\ c_{t-1}$  (H)", STATE)
     box(axes, 0.95, 2.2, 1.5, 0.8, "regions $a$\n(R, D)", IMAGE)
@@ -154,7 +154,7 @@ def draw_decoder() -> Figure:
     box(axes, 3.15, 0.55, 1.6, 0.8, "embedding $E y_{t-1}$\n(E)", WORD)
     box(axes, 8.75, 3.55, 1.1, 1.4, "LSTM\n\neq. 1 to 3", STATE)
     box(axes, 8.75, 0.8, 1.1, 1.3, "deep\noutput\n\neq. 7", WORD)
-    arrow(axes, (1.7, 3.85), (8.2, 3.85), color=STATE)  # the state, and its branches to the scores and the gate
+    arrow(axes, (1.7, 3.85), (8.2, 3.85), color=STATE)  # the state, with branches to the scores and the gate
     arrow(axes, (3.15, 3.85), (3.15, 2.6), color=STATE)
     arrow(axes, (6.5, 3.85), (6.5, 2.6), color=STATE)
     axes.text(6.42, 3.1, "gate $\\beta_t$", ha="right", va="center", fontsize=10, color=STATE)
@@ -181,9 +181,10 @@ def draw_decoder() -> Figure:
 
 
 def draw_teacher_forcing(captions: list[list[list[str]]]) -> Figure:
-    """The captions of one image as a matrix, and the block of unfinished captions of four images at three steps.
+    """Draw the captions of one image as a matrix, and the block of unfinished captions of four images at three steps.
 
-    captions are four images' captions, each a list of words without <start> and <end>.
+    Args:
+        captions: of each of four images, lists of words without <start> and <end>.
     """
     ordered = [sorted(image, key=len, reverse=True) for image in captions]
     ordered.sort(key=lambda image: len(image[0]), reverse=True)

@@ -1,8 +1,7 @@
 """Draw the figures of docs/tutorial.md: python docs/figures.py
 
-The diagrams and the figures over a photo need nothing. The others need what `make demo` leaves, data/shapes and
-runs/shapes/best.pt, or, as --checkpoint, a model trained on Flickr8k. Figures that cannot be drawn are skipped with one
-line each.
+The diagrams need no model. The figures of shapes need data/shapes and runs/shapes/best.pt from `make demo`, those of
+photos a model trained on Flickr8k (--checkpoint). Figures that cannot be drawn are skipped with one line each.
 """
 
 import io
@@ -56,25 +55,25 @@ from text.vocabulary import END
 from utils import BaseSettings, Runtime, choose_runtime, run_script
 from visualization.pictures import plot_attention
 
-BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # of the test split: one shape; two shapes on white
-PHOTOS = ("camera", "chelsea", "astronaut")  # of scikit-image
+BEAM_SCENE, ATTENTION_SCENE, SAMPLES_SCENE = 5, 77, 75  # indices in the test split: one shape; two shapes on white
+PHOTOS = ("camera", "chelsea", "astronaut")  # from scikit-image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BaseSettings):
-    """Draw the figures of docs/tutorial.md. Edit a value here or give it as flag."""
+    """Draw the figures of docs/tutorial.md. Edit a value here or pass it as a flag."""
 
-    output_folder: str = "docs/figures"  # folder of the figures
-    checkpoint: str = ""  # a model trained on Flickr8k, for the photos' captions; empty leaves them out
-    shapes_checkpoint: str = "runs/shapes/best.pt"  # a model trained on shapes, as make demo trains it
-    data_folder: str = "data/shapes"  # the shapes, as make demo draws them
+    output_folder: str = "docs/figures"  # where the figures go
+    checkpoint: str = ""  # a model trained on Flickr8k, for the figures of photos; empty: skip them
+    shapes_checkpoint: str = "runs/shapes/best.pt"  # a model trained on shapes by make demo
+    data_folder: str = "data/shapes"  # the shapes drawn by make demo
 
 
 # ------------------------------------------------------------------------------------------------ drawing
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
-    """Write a figure as a PNG of 256 colors."""
+    """Save a figure as a PNG with 256 colors."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     picture = Image.open(buffer).convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE)
@@ -87,7 +86,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
 
 
 def draw_bleu(candidate: str, references: Sequence[str]) -> Figure:
-    """Which n-grams of a candidate occur in a reference, and BLEU-4 from their shares."""
+    """Draw which n-grams of a candidate occur in a reference, and BLEU-4 from their shares."""
     words = candidate.split()
     scores = compute_metrics([[reference.split() for reference in references]], [words])
     figure, axes = canvas(10, 4)
@@ -121,14 +120,14 @@ CANDIDATES = {
 
 
 def draw_metrics(picture: np.ndarray, references: list[list[str]], all_references: list[list[list[str]]]) -> Figure:
-    """Four captions of a scene under four metrics, as bars; without Java there are none for METEOR.
+    """Draw the scores of four captions of a scene under four metrics as bars; without Java, leave out METEOR.
 
-    all_references are the captions of many scenes, whose n-gram frequencies CIDEr takes.
+    CIDEr takes its n-gram frequencies from `all_references`, the captions of many scenes.
     """
     reward = CiderD(all_references)
     texts = {i: [" ".join(reference) for reference in references] for i in range(len(CANDIDATES))}
     meteor = [None] * len(CANDIDATES)
-    if has_java():  # once for all: it takes seconds to start
+    if has_java():  # call it once for all captions: it takes seconds to start
         meteor = Meteor().compute_score(texts, {i: [text] for i, text in enumerate(CANDIDATES.values())})[1]
     names = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr / 10"}
     colors = (STATE, IMAGE, WORD, ATTENTION)
@@ -157,9 +156,9 @@ def draw_metrics(picture: np.ndarray, references: list[list[str]], all_reference
 
 
 def draw_beam_search(picture: np.ndarray, captioner: Captioner, image: Tensor, beam_size: int = 3) -> Figure:
-    """The beams of a search, step by step: with max_length t it returns those that it keeps at step t."""
+    """Draw the beams of a search step by step: a search with max_length t returns the beams of step t."""
     regions = captioner.encode(image.unsqueeze(0)).regions
-    steps = []  # at each step the beams: pairs of a caption, a tuple of word ids, and its log-probability
+    steps = []  # per step, the beams: pairs of a caption (a tuple of word ids) and its log-probability
     for t in range(1, 12):
         captions, log_probs = beam_search(
             captioner.decoder, regions, DecodingSettings(beam_size=beam_size, max_length=t)
@@ -193,7 +192,7 @@ def draw_beam_search(picture: np.ndarray, captioner: Captioner, image: Tensor, b
 def draw_attention_shapes(
     picture: np.ndarray, words: list[str], alpha: np.ndarray, objects: list[dict[str, Any]]
 ) -> Figure:
-    """Attention weights at each word as they are, region by region, with the box of the object that the word names."""
+    """Draw the raw attention weights at each word, region by region, with the box of the object that the word names."""
     side = round(alpha.shape[1] ** 0.5)
     columns = min(6, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
@@ -221,7 +220,7 @@ def draw_attention_shapes(
 
 
 def draw_self_critical(picture: np.ndarray, captions: list[str], rewards: list[float]) -> Figure:
-    """Sampled captions of one scene, their rewards, and each one's advantage over the mean of the others."""
+    """Draw sampled captions of a scene with their rewards, and the advantage of each over the mean of the others."""
     figure, axes = canvas(10, 0.5 * len(captions) + 0.85)
     height = figure.get_figheight()
     show_image(axes, picture, 0.15, height / 2 - 0.95, 1.7, 1.7)
@@ -245,13 +244,13 @@ def draw_self_critical(picture: np.ndarray, captions: list[str], rewards: list[f
 
 
 def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> None:
-    """Draw what a model trained on shapes does with scenes of the test split."""
+    """Draw the figures of a model trained on shapes, with scenes of the test split."""
     captioner = load_captioner(settings.shapes_checkpoint, runtime.device)
     entries, packed, objects = read_captions(settings.data_folder, "test")
     references = packed.decode()
 
     def scene(index: int) -> tuple[np.ndarray, Tensor]:
-        """A scene enlarged for a figure, (256, 256, 3), and as the model sees it, (3, h, w)."""
+        """Return a scene enlarged for a figure, (256, 256, 3), and as the model sees it, (3, h, w)."""
         path = Path(settings.data_folder) / "photos" / entries[index]["image"]
         picture = Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.NEAREST)
         return np.asarray(picture), torch.from_numpy(load_image(path, captioner.image_size, captioner.resize))
@@ -279,7 +278,7 @@ def draw_shapes_figures(settings: Settings, folder: Path, runtime: Runtime) -> N
 
 
 def draw_photos(settings: Settings, folder: Path, runtime: Runtime) -> None:
-    """Caption scikit-image's photos and draw the attention at each word."""
+    """Caption photos from scikit-image and draw the attention at each word."""
     captioner = load_captioner(settings.checkpoint, runtime.device)
     for name in PHOTOS:
         photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
@@ -311,7 +310,7 @@ def draw_diagrams(folder: Path) -> None:
 
 @torch.inference_mode()
 def main(settings: Settings) -> None:
-    """Draw all figures that can be drawn."""
+    """Draw every figure that can be drawn."""
     folder, runtime = Path(settings.output_folder), choose_runtime("cpu", "fp32")
     draw_diagrams(folder)
     if Path(settings.shapes_checkpoint).is_file() and Path(settings.data_folder, "dataset.json").is_file():
@@ -323,7 +322,7 @@ def main(settings: Settings) -> None:
     if settings.checkpoint:
         draw_photos(settings, folder, runtime)
     else:
-        print("skipped the figures of photos: give a model trained on Flickr8k as --checkpoint")
+        print("skipped the figures of photos: pass a model trained on Flickr8k as --checkpoint")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Caption photos without torch: python docs/onnx_example.py export photo.jpg
 
-Needs numpy, pillow and onnxruntime alone. `export` is what tools/export_onnx.py wrote of a model of whole images that
-were squashed to squares (--resize squash). JPEGs, and PNGs without transparency, come out as caption.py reads them.
+Requires only numpy, pillow and onnxruntime. `export` is a folder written by tools/export_onnx.py, for a model of whole
+images squashed to squares (--resize squash). JPEGs, and PNGs without transparency, are read exactly as by caption.py.
 """
 
 import json
@@ -21,23 +21,23 @@ def resize_rows(pixels: np.ndarray, size: int) -> np.ndarray:
     x = abs(np.arange(len(pixels)) + 0.5 - centers[:, None]) / max(scale, 1)
     weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0))
     weights /= weights.sum(axis=1, keepdims=True)
-    # torch rounds the weights to integers of 16 bits, as many of them fractions as the largest weight leaves.
+    # torch rounds the weights to 16-bit integers, with as many fractional bits as the largest weight allows.
     bits = next((n for n in range(22) if int(weights.max() * 2 ** (n + 1) + 0.5) >= 2**15), 22)
     weights = np.trunc(weights * 2**bits + np.copysign(0.5, weights))
     return np.clip(np.floor(np.tensordot(weights, pixels, 1) / 2**bits + 0.5), 0, 255)
 
 
 def load_image(path: str, size: int) -> np.ndarray:
-    """A photo as the image (3, size, size) uint8 that the model was trained on."""
+    """Load a photo as an image (3, size, size) uint8, as in training."""
     with Image.open(path) as photo:
-        photo.draft(None, (round(1.4 * size), round(1.4 * size)))  # a JPEG is decoded at a part of its size
+        photo.draft(None, (round(1.4 * size), round(1.4 * size)))  # decode a JPEG at a reduced size
         pixels = np.asarray(ImageOps.exif_transpose(photo).convert("RGB"), dtype=float)  # (h, w, 3)
     columns = resize_rows(pixels.transpose(1, 0, 2), size)  # (size, h, 3)
     return resize_rows(columns.transpose(1, 0, 2), size).transpose(2, 0, 1).astype(np.uint8)
 
 
 def decode(encoder: Any, step: Any, model: dict[str, Any], inputs: dict[str, np.ndarray]) -> str:
-    """The caption of one image, by the sessions of both models: at each word the most probable one (greedy)."""
+    """Caption one image greedily with the sessions of both models."""
     names = ["regions", *model["keys"], *model["state"]]
     tensors = dict(zip(names, encoder.run(names, inputs), strict=True))
     word_ids = [model["start"]]

@@ -62,7 +62,7 @@ def test_compare_models_names_bad_input(command, shapes, tmp_path, monkeypatch):
     common = ("--data_folder", shapes, "--output_folder", tmp_path, "--epochs", 1, "--device", "cpu")
     status, _, error = command(compare_models, *common, "--variants", "plain", "--weights_folder", "missing")
     assert status == 2 and "--weights_folder missing: no such file: missing/resnet50.pth" in error
-    assert "--variants three: not one of plain" in command(compare_models, *common, "--variants", "three")[2]
+    assert "--variants three: choose from plain" in command(compare_models, *common, "--variants", "three")[2]
 
 
 @pytest.mark.parametrize(

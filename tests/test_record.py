@@ -129,7 +129,7 @@ def test_a_mistake_at_the_start_may_be_corrected(run_record):
 
 def test_a_seed_is_given_once(run_record):
     status, err, commands = run_record.run("--seeds", 1, 1)
-    assert status == 2 and "--seeds 1 1: give each once" in err and not commands
+    assert status == 2 and "--seeds 1 1: give each seed only once" in err and not commands
 
 
 def test_a_killed_script_is_named(run_record):
