@@ -317,7 +317,7 @@ def main(settings: Settings) -> None:
         draw_shapes_figures(settings, folder, runtime)
     else:
         print(
-            f"skipped the figures of shapes: run make demo to write {settings.shapes_checkpoint} and {settings.data_folder}"
+            f"skipped the figures of shapes: make demo writes {settings.shapes_checkpoint} and {settings.data_folder}"
         )
     if settings.checkpoint:
         draw_photos(settings, folder, runtime)

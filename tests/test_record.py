@@ -135,7 +135,7 @@ def test_a_seed_is_given_once(run_record):
 def test_a_killed_script_is_named(run_record):
     run_record.failing["train.py"] = -signal.SIGKILL
     status, err, _ = run_record.run()
-    assert status == 128 + signal.SIGKILL and err == "train.py was killed by signal 9: start again to go on\n"
+    assert status == 128 + signal.SIGKILL and err == "train.py was killed by signal 9: start again to continue\n"
 
 
 def test_an_interrupted_script_has_the_time_to_save(tmp_path):
