@@ -18,7 +18,6 @@ IMPORTED = {
     "sys",
     "collections",
     "pathlib",
-    "torch",
     "PIL",
     "models",
     "visualization.pictures",
