@@ -43,7 +43,7 @@ class Settings(BaseSettings):
 
 
 def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
-    """Yield each command with the file it writes last, after the commands before it have run."""
+    """Yield the file that each command writes last, and the command. Earlier commands must have run by then."""
     data, runs = Path(settings.data_folder), Path(settings.output_folder)
     prepare = ["--dataset", "flickr8k", "--captions", settings.captions, "--images", settings.images]
     prepare += ["--image_size", "224", "--output_folder", str(data)]
@@ -84,7 +84,7 @@ def training(folder: Path, arguments: list[str]) -> Iterator[tuple[Path, list[st
 
 
 def scoring(flags: list[str]) -> tuple[Path, list[str]]:
-    """Return a command of eval.py and the file it writes last, the scores of each image."""
+    """Return the file that a command of eval.py writes last (the scores of each image), and the command."""
     settings = parse_settings(eval_script.Settings, flags)
     return eval_script.output_path(settings, "scores_per_image"), ["eval.py", *flags]
 
