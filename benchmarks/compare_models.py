@@ -42,7 +42,7 @@ VARIANTS = {
     "dot-lstm": {"attention": "dot"},
     "hard-lstm": {"attention": "hard"},
     "soft-gru": {"cell": "gru"},
-    "adaptive-lstm": {"attention": "adaptive"},
+    "adaptive-lstm": {"decoder": "adaptive"},
     "up_down": {"decoder": "up_down"},
     "sgrvinod": {"decoder": "sgrvinod"},
     "show-and-tell": {"attention": "none", "image_first": True},
