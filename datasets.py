@@ -1,4 +1,4 @@
-"""Data as training reads it: the images of a prepared folder, or their cached features, in batches with captions."""
+"""Batches for training: the images of a prepared folder, or their features, with their captions."""
 
 import os
 import signal
@@ -16,13 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import rank, world_size
 from preparation.images import flip_boxes
-from preparation.objects import MIN_SCORE
 from preparation.storage import StoredRegions, read_captions, read_metadata
 from text.nouns import nouns_of
 from text.vocabulary import PAD, Vocabulary
 from utils import InputError
 
-Item = tuple[int, bool]  # the index of an image in its split, and whether it is flipped horizontally
+Item = tuple[int, bool]  # the index of an image in its split; True to flip it horizontally
 
 
 class Example(NamedTuple):
@@ -32,30 +31,28 @@ class Example(NamedTuple):
     input: Tensor  # image (3, S, S) uint8 or features (R, F) float16
     captions: list[list[int]]  # word ids from <start> to <end>
     boxes: Tensor | None = None  # (N, 4) of its objects, or of region features, in fractions of the sides
-    object_boxes: Tensor | None = None  # (N, 4) of its objects, for `names`
-    names: list[list[int]] | None = None  # of each object the ids of the words that name it
+    object_boxes: Tensor | None = None  # (N, 4) of its objects, parallel to `names`
+    names: list[list[int]] | None = None  # for each object the ids of the words that name it
 
 
 @dataclass
 class Batch:
     """Images with all their captions.
 
-    Captions are sorted by decreasing length within and across images, so at each time step the unfinished ones form
-    the block [:b, :c] and padding costs nothing.
+    Captions are sorted by decreasing length within and across images. At each time step the unfinished ones form the
+    block [:b, :c], so padding costs nothing.
     """
 
     inputs: Tensor  # images (B, 3, h, w) uint8 or features (B, R, F) float16
     words: Tensor  # (B, C, T + 1) int64 on the CPU, <start> ... <end>, padded with <pad>
-    lengths: Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0 where there is no caption
+    lengths: Tensor  # (B, C) int64 on the CPU: words to predict, <end> included; 0: no caption
     indices: list[int]  # of the images in their split
-    # (B, N, 4) of the objects or, for a model of region features, of the regions, padded with boxes without area as
-    # `modules.regions` has them; None: not asked for
-    boxes: Tensor | None = None
-    object_boxes: Tensor | None = None  # (B, N, 4) of the objects, for `named`
-    named: Tensor | None = None  # (B, C, T, N) on the CPU: whether a word to predict names an object
+    boxes: Tensor | None = None  # (B, N, 4) of objects or region features, padded with boxes without area
+    object_boxes: Tensor | None = None  # (B, N, 4) of the objects, parallel to `named`
+    named: Tensor | None = None  # (B, C, T, N) on the CPU: True if a word to predict names an object
 
     def pin_memory(self) -> "Batch":
-        """Copy the inputs to page-locked memory, from which a GPU copies asynchronously; the loader calls it."""
+        """Copy the inputs to page-locked memory, from which a GPU copies asynchronously; called by the loader."""
         pinned = {}
         for name in ("inputs", "boxes", "object_boxes"):
             tensor = getattr(self, name)
@@ -63,16 +60,16 @@ class Batch:
         return replace(self, **pinned)
 
     def counts(self) -> tuple[int, int]:
-        """The number of words to predict and of captions."""
+        """Return the number of words to predict and of captions."""
         return int(self.lengths.sum()), int((self.lengths > 0).sum())
 
     def captions(self) -> list[list[list[int]]]:
-        """For each image its captions as lists of word ids, <end> included, without <start> and padding."""
+        """Return the captions of each image as lists of word ids with <end>, without <start> and padding."""
         images = zip(self.words.tolist(), self.lengths.tolist(), strict=True)
         return [[caption[1 : n + 1] for caption, n in zip(*image, strict=True) if n] for image in images]
 
     def micro_batches(self, count: int) -> list["Batch"]:
-        """Split the batch into `count` batches of about equal work; fewer where there are fewer images."""
+        """Split the batch into `count` batches of about equal work; fewer if there are fewer images."""
         count = min(count, len(self.indices))
         return [self._select(slice(i, None, count)) for i in range(count)]
 
@@ -85,11 +82,10 @@ class Batch:
 class CaptionDataset(Dataset):
     """One split: item (i, flipped) is the `Example` of image i.
 
-    A flipped item is the image mirrored horizontally, with left and right exchanged in its captions. The input is the
-    image, or its features after `use_features` or `use_region_features`; boxes are there after the latter or after
-    `use_objects`, names after `use_names`. Files are opened at the first item, by each process for itself: an open HDF5
-    handle must not cross a fork or a pickle. `metadata` is the folder's where it is read already
-    (`preparation.storage.read_metadata`).
+    A flipped item is the mirrored image, with left and right exchanged in its captions. The input is the image, or its
+    features after `use_features` or `use_region_features`. Boxes are included after `use_objects` or
+    `use_region_features`, names after `use_names`. Each process opens the files at its first item: an open HDF5 handle
+    must not cross a fork or a pickle. `metadata` is that of the folder, if it has been read already.
     """
 
     def __init__(
@@ -101,10 +97,10 @@ class CaptionDataset(Dataset):
         self.split, self.images_path = split, Path(data_folder) / f"{split}_images.hdf5"
         self.has_boxes = self.objects.any()
         self.flipped_ids = vocabulary.flipped_ids
-        self.feature_paths: list[Path] = []  # of the images and, where wanted, of the flipped images
+        self.feature_paths: list[Path] = []  # of the images and, optionally, of the flipped images
         self.uses_region_features = False
         self.uses_objects = False
-        self.word_ids: list[list[int]] | None = None  # of `objects.words`, the ids of those that name the object
+        self.word_ids: list[list[int]] | None = None  # for each of `objects.words`, the ids of the words that name it
         self.memory: Tensor | None = None
         self._opened: tuple[int | None, Any] = (None, None)  # process id, arrays
 
@@ -118,46 +114,47 @@ class CaptionDataset(Dataset):
             captions = [[self.flipped_ids.get(word, word) for word in caption] for caption in captions]
         boxes = object_boxes = names = None
         if self.word_ids is not None:
-            object_boxes, names = self.objects.boxes(index), self.objects.names(index, self.word_ids, MIN_SCORE)
+            object_boxes = torch.from_numpy(self.objects.boxes(index))
+            names = self.objects.names(index, self.word_ids)
         if self.uses_objects:
-            boxes = self.objects.boxes(index) if object_boxes is None else object_boxes
+            boxes = torch.from_numpy(self.objects.boxes(index))
         if self.uses_region_features:
-            assert not flipped, "region features are those of the photos as they are"
-            array, boxes = self._arrays()[index]
+            assert not flipped, "region features are those of the unflipped photos"
+            array, region_boxes = self._arrays()[index]
+            boxes = torch.from_numpy(region_boxes)
         elif self.feature_paths:
             array = self._arrays()[flipped][index]
         else:
             array = self._arrays()[index][..., :: -1 if flipped else 1]
-        boxes, object_boxes = (None if x is None else torch.from_numpy(x) for x in (boxes, object_boxes))
         if flipped:
-            boxes, object_boxes = (None if x is None else flip_boxes(x) for x in (boxes, object_boxes))
+            boxes, object_boxes = (None if each is None else flip_boxes(each) for each in (boxes, object_boxes))
         return Example(index, torch.from_numpy(np.array(array)), captions, boxes, object_boxes, names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": (None, None)}
 
     def use_features(self, paths: list[Path]) -> None:
-        """Yield the cached features of these files from now on: of the images and, where given, the flipped images."""
+        """Yield cached features from now on, from files of the images and, optionally, of the flipped images."""
         self.feature_paths, self._opened = paths, (None, None)
 
     def use_region_features(self) -> None:
         """Yield the region features of the prepared folder and their boxes from now on.
 
-        Raises InputError where their file is missing or is not the one that dataset.json describes.
+        Raises InputError if their file is missing or is not the one that dataset.json describes.
         """
-        self._open_regions()  # an error is one before all work
+        self._open_regions()  # fail before doing any work
         self.uses_region_features, self._opened = True, (None, None)
 
     def _open_regions(self) -> StoredRegions:
         return StoredRegions(self.images_path.parent, self.split, self.metadata)
 
     def use_objects(self) -> None:
-        """Yield the boxes of the images' objects from now on. Raises InputError where the split has none."""
+        """Yield the boxes of objects from now on. Raises InputError if the split has none."""
         self._require_objects("which this model looks at")
         self.uses_objects = True
 
     def use_names(self, vocabulary: Vocabulary) -> None:
-        """Yield the words that name objects, and their boxes, from now on. Raises InputError as `use_objects`."""
+        """Yield the words that name objects, and their boxes, from now on. Raises InputError if the split has none."""
         self._require_objects("which --grounding_weight needs")
         self.word_ids = [
             [vocabulary.word2idx[noun] for noun in nouns_of(words) if noun in vocabulary.word2idx]
@@ -171,24 +168,28 @@ class CaptionDataset(Dataset):
             )
 
     def load_into_memory(self) -> None:
-        """Read all images into memory, once for all workers."""
+        """Read all images into memory, shared by all workers."""
         with h5py.File(self.images_path) as file:
             self.memory = torch.from_numpy(np.asarray(file["images"]))  # tensors are shared between processes
 
     def _arrays(self) -> Any:
+        """Return the array of images, the arrays of features or the `StoredRegions`, opened by this process."""
         if self.memory is not None:
             return self.memory.numpy()
-        if self._opened[0] != os.getpid():
+        process_id, arrays = self._opened
+        if process_id != os.getpid():
             if self.uses_region_features:
-                opened: Any = self._open_regions()
+                arrays = self._open_regions()
+            elif self.feature_paths:
+                arrays = [np.load(path, mmap_mode="r") for path in self.feature_paths]
             else:
-                opened = [np.load(path, mmap_mode="r") for path in self.feature_paths]
-            self._opened = (os.getpid(), opened or h5py.File(self.images_path)["images"])
-        return self._opened[1]
+                arrays = h5py.File(self.images_path)["images"]
+            self._opened = (os.getpid(), arrays)
+        return arrays
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Make a `Batch` of examples, sorted by the lengths of their captions."""
+    """Make a `Batch` of examples and sort it by the lengths of their captions."""
     examples = [each._replace(captions=sorted(each.captions, key=len, reverse=True)) for each in examples]
     examples.sort(key=lambda each: len(each.captions[0]), reverse=True)
     indices, inputs, captions, boxes, object_boxes, names = zip(*examples, strict=True)
@@ -199,22 +200,20 @@ def collate(examples: Sequence[Example]) -> Batch:
         for c, caption in enumerate(image_captions):
             words[b, c, : len(caption)] = torch.tensor(caption)
             lengths[b, c] = len(caption) - 1
-    boxes, object_boxes = (
-        None if each[0] is None else pad_sequence(list(each), batch_first=True) for each in (boxes, object_boxes)
-    )
+    boxes, object_boxes = (None if each[0] is None else pad_sequence(each, True) for each in (boxes, object_boxes))
     named = None
     if names[0] is not None:
         named = torch.zeros(*words[..., 1:].shape, max(map(len, names)), dtype=torch.bool)
         for b, of_objects in enumerate(names):
             for i, ids in enumerate(of_objects):
                 named[b, ..., i] = torch.isin(words[b, :, 1:], torch.tensor(ids, dtype=torch.long))
-    same = len(set(map(len, inputs))) == 1  # region features may differ in their number
-    inputs = torch.stack(inputs) if same else pad_sequence(list(inputs), batch_first=True)
+    is_ragged = len(set(map(len, inputs))) > 1  # photos differ in their number of region features
+    inputs = pad_sequence(inputs, True) if is_ragged else torch.stack(inputs)
     return Batch(inputs, words, lengths, list(indices), boxes, object_boxes, named)
 
 
 def ignore_sigint(_: int) -> None:
-    """Let a worker outlive a Ctrl-C or SIGTERM to the whole group: the main process finishes its step and saves."""
+    """Keep a worker alive through a Ctrl-C or SIGTERM to the group: the main process finishes its step and saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):
         os.setsid()
@@ -223,10 +222,10 @@ def ignore_sigint(_: int) -> None:
 def make_loader(
     dataset: CaptionDataset, batches: list[list[Item]], workers: int = 0, start_method: str | None = None
 ) -> DataLoader:
-    """A loader of `Batch`es, each given as a list of items; of several processes each loads its share of every batch.
+    """Make a loader of `Batch`es, given as lists of items; in distributed training, of the share of this process.
 
     Args:
-        workers: processes that load batches; 0: the calling one.
+        workers: number of processes that load batches; 0: the calling process loads them.
         start_method: how they start (fork, spawn, ...); None: the platform's default.
     """
     shares = [batch[rank() :: world_size()] for batch in batches]
@@ -237,13 +236,13 @@ def make_loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_sigint,
-        generator=torch.Generator(),  # a loader must not draw from the generator of the dropout
+        generator=torch.Generator(),  # of its own: the default one is for dropout
         multiprocessing_context=start_method if workers else None,
     )
 
 
 def make_batches(items: list[Item], batch_size: int) -> list[list[Item]]:
-    """Cut a list of items into batches; the last may be smaller, yet gives each process an image."""
+    """Split a list of items into batches; the last may be smaller, but has an image for each process."""
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     if len(batches) > 1 and len(batches[-1]) < world_size():
         batches[-2:] = [batches[-2] + batches[-1]]
@@ -251,14 +250,14 @@ def make_batches(items: list[Item], batch_size: int) -> list[list[Item]]:
 
 
 def in_order(length: int, flipped: bool = False) -> list[Item]:
-    """The items of a split of so many images in their order, all flipped or none."""
+    """Return the items of a split of `length` images in their order, all flipped or none."""
     return [(i, flipped) for i in range(length)]
 
 
 def shuffled_indices(length: int, seed: int, epoch: int, hflip: bool = False) -> list[Item]:
-    """The shuffled items of one epoch, half of them flipped if asked for.
+    """Return the shuffled items of one epoch; with `hflip`, half of them are flipped.
 
-    A function of these arguments alone, so that a resumed run sees the same.
+    They depend on these arguments alone, so a resumed run sees the same.
     """
     generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)
     indices = torch.randperm(length, generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""Objects in photos by a detector of torchvision, written as COCO's detection results."""
+"""Detect objects in photos with a torchvision detector and write them in COCO's results format."""
 
 import hashlib
 import json
@@ -19,14 +19,13 @@ from preparation.records import ImageRecord
 from text.nouns import COCO_CATEGORIES
 from utils import InputError, first_line
 
-NUM_CLASSES = 91  # of COCO's ids, 0 is the background
-# As the regions of "Bottom-Up and Top-Down Attention" were chosen: those of this score, but the best ten in any case.
-KEPT_SCORE, MIN_KEPT = 0.2, 10
-MAX_ASPECT = 100  # of a photo's sides
+NUM_CLASSES = 91  # COCO's ids; 0 is the background
+KEPT_SCORE, MIN_KEPT = 0.2, 10  # keep objects of this score, and the best ten in any case (Anderson et al., 2018)
+MAX_ASPECT = 100  # ratio of a photo's sides
 
 
 def detector_names() -> list[str]:
-    """The detectors of torchvision that know COCO's categories."""
+    """Return the names of torchvision's detectors of COCO's categories."""
     names = torchvision.models.list_models(module=torchvision.models.detection)
     return [name for name in names if not name.startswith("keypoint")]
 
@@ -36,10 +35,10 @@ class Detector:
 
     Args:
         name: one of `detector_names`.
-        weights: "coco", which downloads torchvision's, the path of a state dict, or "" for random ones.
-        device: where it runs.
+        weights: "coco" to download torchvision's, the path of a state dict, or "" for random ones.
+        device: device of the network.
 
-    Raises InputError for an unknown name, or weights that cannot be loaded.
+    Raises InputError for an unknown name and for weights that cannot be loaded.
     """
 
     def __init__(self, name: str, weights: str, device: torch.device) -> None:
@@ -50,7 +49,7 @@ class Detector:
         self.categories = dict(enumerate(COCO_CATEGORIES.split(", "), start=1))
 
     def fingerprint(self) -> dict[str, str]:
-        """What its objects depend on, photos aside."""
+        """Return everything but the photos that its objects depend on."""
         digest = hashlib.sha256()
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())
@@ -59,9 +58,9 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, photo: Image.Image) -> list[dict[str, Any]]:
-        """The objects of a photo, best first: {"bbox": [left, top, width, height] in pixels, "category", "score"}.
+        """Detect objects: [{"bbox": [left, top, width, height] in pixels, "category", "score"}], best first.
 
-        A strip, which torchvision would shrink to nothing, has none.
+        A strip has none: torchvision would shrink it to nothing.
         """
         if max(photo.size) > MAX_ASPECT * min(photo.size):
             return []
@@ -77,43 +76,43 @@ class Detector:
 
 
 def _build_network(name: str, weights: str) -> torch.nn.Module:
-    """The network with its weights; InputError where they cannot be downloaded or do not fit."""
+    """Build a detector with its weights. Raises InputError if they cannot be downloaded or do not fit."""
     if weights == "coco":
         choice = torchvision.models.get_model_weights(name)["DEFAULT"]
         try:
             return torchvision.models.get_model(name, weights=choice)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
             raise InputError(
-                f"the weights of {name} cannot be downloaded ({first_line(error)}): fetch {choice.url} where there is "
-                f"a network and give the file as --detector_weights FILE"
+                f"the weights of {name} cannot be downloaded ({first_line(error)}): download {choice.url} on another "
+                f"machine and give the file as --detector_weights FILE"
             ) from None
     network = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
-    if weights:
-        state = safe_load(weights)
-        is_state = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-        if not is_state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise InputError(f"--detector_weights {weights}: not a state dict of weights")
-        expected = network.state_dict()
-        try:
-            missing, unexpected = network.load_state_dict(state, strict=False)
-        except RuntimeError:
-            wrong_shapes = [key for key in state if key in expected and state[key].shape != expected[key].shape]
-            missing, unexpected = [], wrong_shapes
-        # torchvision's own weights are of a BatchNorm that does not count.
-        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-        if wrong := [*missing, *unexpected]:
-            raise InputError(f"--detector_weights {weights}: not the weights of {name}, see {wrong[0]}")
+    if not weights:
+        return network
+    state = safe_load(weights)
+    is_state = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not is_state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"--detector_weights {weights}: not a state dict of weights")
+    expected = network.state_dict()
+    try:
+        missing, wrong = network.load_state_dict(state, strict=False)
+        # torchvision's own weights come from a BatchNorm that does not count batches.
+        wrong = [key for key in missing if not key.endswith("num_batches_tracked")] + wrong
+    except RuntimeError:
+        wrong = [key for key in state if key in expected and state[key].shape != expected[key].shape]
+    if wrong:
+        raise InputError(f"--detector_weights {weights}: not the weights of {name}, see {wrong[0]}")
     return network
 
 
 def detect_objects(records: Sequence[ImageRecord], path: Path, detector: Detector) -> int:
-    """Write the objects of all photos as COCO's detection results, each with the photo's name as "image".
+    """Write the objects of all photos in COCO's results format, with the photo's name as "image"; return their number.
 
-    What is found is kept in PATH.partial until all is, so a stopped run continues where it ended. Photos that are not
-    readable have no objects here; preparing them says what is wrong with them. Returns the number of objects.
+    Results are kept in PATH.partial until all photos are done, so a stopped run resumes. Unreadable photos are left to
+    the preparation, which says what is wrong with them.
 
-    Raises InputError where PATH.partial is of another detector, where images lie in HDF5, where no photo is readable,
-    or where nothing can be written.
+    Raises InputError if PATH.partial is from another detector, if the images lie in HDF5, if no photo is readable, or
+    if nothing can be written.
     """
     require_writable(path.parent)
     if stored := next((record for record in records if record.row >= 0), None):
@@ -122,7 +121,7 @@ def detect_objects(records: Sequence[ImageRecord], path: Path, detector: Detecto
     partial = path.with_name(f"{path.name}.partial")
     message = f"{path} is being written by another process: wait for it, or give another file"
     with name_in_errors(partial), hold_lock(path.with_name(f".{path.name}.lock"), message):
-        done, unreadable = _begin_partial(partial, detector.fingerprint()), []
+        done, unreadable = _resume(partial, detector.fingerprint()), []
         with open(partial, "a", encoding="utf-8") as file:
             for record in tqdm(records, desc=detector.name, unit="photo"):
                 if _key(record) not in done:
@@ -142,41 +141,42 @@ def detect_objects(records: Sequence[ImageRecord], path: Path, detector: Detecto
 
 
 def _key(record: ImageRecord) -> str:
-    """What a partial file calls a photo: its path, since another folder may have one of the same name."""
+    """Return the path of a photo: photos in several folders may have the same name."""
     return str(record.path.absolute())
 
 
-def _begin_partial(path: Path, fingerprint: dict[str, str]) -> set[str]:
-    """The photos that are done in an unfinished file, which is begun where it is new.
+def _resume(path: Path, fingerprint: dict[str, str]) -> set[str]:
+    """Return the photos that an unfinished file has and drop its last line if that is incomplete; begin a new file.
 
-    A last line that a killed run left unfinished is removed.
+    Raises InputError if the file is from another detector, or not from `detect_objects`.
     """
-    expected, done = json.dumps(fingerprint).encode() + b"\n", set()
+    expected, found, done, end = json.dumps(fingerprint).encode() + b"\n", fingerprint, set(), 0
     with open(path, "ab+") as file:
         file.seek(0)
-        header = file.readline()
-        if expected.startswith(header) and header != expected:
-            file.truncate(0)
-            file.write(expected)
-            return done
-        end = len(header)
         try:
-            found = json.loads(header)
             for line in file:
-                if line.endswith(b"\n"):
-                    row = json.loads(line)
-                    done |= {row["photo"]} if isinstance(row["objects"], list) else set()
-                    end += len(line)
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is not what --detect writes: remove it, or give another --objects") from None
+                if not line.endswith(b"\n") and (end or expected.startswith(line)):
+                    break  # the run was killed while it wrote this line
+                row = json.loads(line)
+                if end:
+                    done.add(row["photo"])
+                elif row.keys() != fingerprint.keys():
+                    raise ValueError
+                else:
+                    found = row
+                end += len(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path} was not written by --detect: remove it, or give another --objects") from None
         if found != fingerprint:
             raise InputError(f"{path} has the objects of another detector or other weights: remove it, or give these")
         file.truncate(end)
+        if not end:
+            file.write(expected)
     return done
 
 
 def _write_results(path: Path, partial: Path, names: dict[str, str]) -> int:
-    """Write the objects of a complete partial file, photo by photo, with the photos' names; returns their number."""
+    """Convert a complete partial file to COCO's results, with the names of the photos; return the number of objects."""
     count = 0
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         with open(partial, encoding="utf-8") as rows:

@@ -1,4 +1,4 @@
-"""Image records: what every caption format is read into."""
+"""Image records, the common form of all caption formats."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from preparation.storage import SPLITS
+from preparation.images import photo_size
+from preparation.storage import SPLITS, open_images
 from text.tokenizer import tokenize
 from utils import InputError
 
@@ -17,37 +18,54 @@ SPLIT_NAMES = {"restval": "train", "valid": "val", "validation": "val", "dev": "
 class ImageRecord:
     """One image of a data set with its captions.
 
-    The captions are kept as JSON: as lists of strings, COCO's 616,000 would take a gigabyte.
+    The captions are stored as JSON: lists of strings would take a gigabyte for COCO's 616,000 captions.
     """
 
     path: Path  # of the photo, or of an HDF5 file of images
-    name: str  # as the captions file spells it
+    name: str  # spelled as in the captions file
     image_id: int | str
-    split: str  # empty where the captions have no splits
+    split: str  # empty if the captions have no splits
     packed_captions: bytes  # of `pack_captions`
-    objects: list[dict[str, Any]] | None = None  # [{"words", "box": [left, top, right, bottom], "score"?}] where known
+    objects: list[dict[str, Any]] | None = None  # [{"words", "box": [left, top, right, bottom], "score"?}] if known
     row: int = -1  # index in an HDF5 file of images; -1: `path` is a photo
-    has_own_id: bool = False  # whether image_id is from the captions file; else images are counted
+    has_own_id: bool = False  # True if image_id is from the captions file and not counted
 
     @property
     def captions(self) -> list[dict[str, Any]]:
-        """The captions, [{"words": [...], "raw": "..."}], decoded anew each time."""
+        """The captions, [{"words": [...], "raw": "..."}], decoded at each access."""
         return json.loads(self.packed_captions)
 
     def with_captions(self, captions: list[dict[str, Any]]) -> "ImageRecord":
-        """A record of the same image with other captions."""
+        """Return a record of the same image with other captions."""
         return replace(self, packed_captions=pack_captions(captions))
+
+    def photo_size(self) -> tuple[int, int] | None:
+        """Return width and height of the photo; None if it is unreadable, which `write_folder` reports."""
+        try:
+            if self.row < 0:
+                return photo_size(self.path)
+            with open_images(self.path) as images:
+                return images.shape[3], images.shape[2]
+        except (InputError, OSError):
+            return None
 
 
 def pack_captions(captions: list[dict[str, Any]]) -> bytes:
-    """Captions, [{"words": [...], "raw": "..."}], as an `ImageRecord` keeps them."""
+    """Encode captions, [{"words": [...], "raw": "..."}], for an `ImageRecord`."""
     return json.dumps(captions, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def pack_sentences(captions: Iterable[str]) -> bytes:
+    """Tokenize captions and encode those that have words for an `ImageRecord`."""
+    return pack_captions(
+        [{"words": words, "raw": caption.strip()} for caption in captions if (words := tokenize(caption))]
+    )
 
 
 def records_of(
     captions: Mapping[str, list[str]], images: Path, splits: Mapping[str, str] | None = None
 ) -> list[ImageRecord]:
-    """Records of a dictionary from file names to captions, their ids counted in its order.
+    """Make records from a mapping of file names to captions; their ids are counted.
 
     Args:
         images: the folder that the names are relative to.
@@ -59,15 +77,8 @@ def records_of(
     ]
 
 
-def pack_sentences(captions: Iterable[str]) -> bytes:
-    """Captions as an `ImageRecord` keeps them, without those that have no word."""
-    return pack_captions(
-        [{"words": words, "raw": caption.strip()} for caption in captions if (words := tokenize(caption))]
-    )
-
-
 def parse_split(name: Any, path: Path, image: str) -> str:
-    """One of SPLITS from its name in a file. Raises InputError, with the path and the image, for an unknown name."""
+    """Return the split that a file calls `name`. Raises InputError, with the path and the image, if it is unknown."""
     split = SPLIT_NAMES.get(name, name) if isinstance(name, str) else name
     if split not in SPLITS:
         raise InputError(f"{path}: {image} has the split {name!r}, not one of {' '.join((*SPLITS, *SPLIT_NAMES))}")
@@ -75,7 +86,7 @@ def parse_split(name: Any, path: Path, image: str) -> str:
 
 
 def require_type(value: Any, kind: type | tuple[type, ...]) -> Any:
-    """Return a value unchanged; TypeError where it is of another type."""
+    """Return a value unchanged. Raises TypeError if it is of another type."""
     if not isinstance(value, kind):
         raise TypeError
     return value

@@ -1,4 +1,4 @@
-"""Prepared folders: what create_input_files.py writes and everything else reads."""
+"""Prepared folders: create_input_files.py writes them, everything else reads them."""
 
 import contextlib
 import hashlib
@@ -21,35 +21,40 @@ from utils import InputError
 
 SPLITS = ("train", "val", "test")
 CHUNK_REGIONS = 16  # of a file of region features: a photo has 10 to 100
+MIN_SCORE = 0.3  # of a detected object that a noun may name; less certain ones are often wrong
 METADATA_KEYS = {"image_size", "resize", "splits", "digest", "files", "source"}  # of dataset.json
+AGAIN = "run create_input_files.py again with --overwrite"
 
 
 def read_metadata(data_folder: str | Path) -> dict[str, Any]:
-    """The dataset.json of a prepared folder: image_size, resize, source (the settings that it is made from), digest
-    (of all images, captions and words; a copy has the same) and, for each split, images, captions and digest.
+    """Read the dataset.json of a prepared folder.
 
-    It is written last, so a folder without it is incomplete. Raises InputError for that, and for another file.
+    It has image_size, resize, source (the settings that the folder is made from), digest (of all images, captions and
+    words, the same for a copy) and, for each split, images, captions and digest. It is written last: a folder without
+    it is incomplete, an InputError. So is a file that create_input_files.py did not write.
     """
     folder = Path(data_folder)
     if not folder.is_dir():
         raise InputError(
             f"no data folder {folder}: run create_input_files.py --output_folder {shlex.quote(str(folder))} first"
         )
-    if not (folder / "dataset.json").is_file():
+    path = folder / "dataset.json"
+    if not path.is_file():
         raise InputError(
             f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py, or give the "
             f"folder that it wrote"
         )
-    metadata = read_json(folder / "dataset.json")
+    metadata = read_json(path)
     if not isinstance(metadata, dict) or not metadata.keys() >= METADATA_KEYS:
-        raise InputError(
-            f"{folder / 'dataset.json'} was not written by this create_input_files.py: run it again with --overwrite"
-        )
+        raise InputError(f"{path} was not written by this create_input_files.py: run it again with --overwrite")
     return metadata
 
 
+# ------------------------------------------------------------------------------------------------ captions, objects
+
+
 class PackedCaptions:
-    """The captions of a split in three arrays: item i is those of image i, each a list of word ids.
+    """The captions of a split in three arrays: item i has those of image i, each a list of word ids.
 
     Lists of strings take ten times the memory, which matters for COCO's 616,000 captions.
     """
@@ -85,24 +90,24 @@ class PackedCaptions:
         return map(self.__getitem__, range(len(self)))
 
     def num_captions(self) -> int:
-        """The number of captions of all images."""
+        """Return the number of captions of all images."""
         return len(self.caption_offsets) - 1
 
     def lengths(self) -> np.ndarray:
-        """The number of words of each caption, (captions,)."""
+        """Return the number of words of each caption, (captions,)."""
         return np.diff(self.caption_offsets)
 
     def counts(self) -> Counter[str]:
-        """How often each word occurs."""
+        """Count the words."""
         counts = np.bincount(self.word_ids, minlength=len(self.idx2word)).tolist()
         return Counter(dict(zip(self.idx2word, counts, strict=True)))
 
     def decode(self) -> list[list[list[str]]]:
-        """For each image its captions as lists of strings."""
+        """Return the captions of each image as lists of strings."""
         return [[[self.idx2word[word_id] for word_id in caption] for caption in captions] for captions in self]
 
     def encode(self, vocabulary: Vocabulary) -> "PackedCaptions":
-        """The same captions in a vocabulary's word ids, between <start> and <end>."""
+        """Return the same captions in the word ids of a vocabulary, between <start> and <end>."""
         to_vocabulary = np.array([vocabulary.word_id(word) for word in self.idx2word], np.int32)
         offsets = self.caption_offsets + 2 * np.arange(self.num_captions() + 1)
         word_ids, is_word = np.empty(offsets[-1], np.int32), np.ones(offsets[-1], bool)
@@ -113,21 +118,21 @@ class PackedCaptions:
 
 
 class PackedObjects:
-    """The objects of a split in arrays: item i is the list of those of image i, as its entry in the captions file has
-    them: dictionaries of "words", a "box" and, where it was detected, a "score".
+    """The objects of a split in arrays: item i is the list of those of image i, as in the captions file.
 
-    Lists of dictionaries take ten times the memory.
+    An object is a dictionary with "words", a "box" and, if it was detected, a "score". Lists of dictionaries take ten
+    times the memory.
     """
 
     def __init__(self) -> None:
-        self.words: list[list[str]] = []  # that name objects, each once
-        self.known = True  # whether all images say which objects they have
+        self.words: list[list[str]] = []  # names of objects, each once
+        self.known = True  # True if the objects of all images are known
         self._word_indices: dict[str, int] = {}
         self._names, self._boxes, self._scores = array("i"), array("d"), array("d")  # score nan: none
         self._offsets = array("q", [0])  # image i has the objects offsets[i] to offsets[i + 1]
 
     def append(self, objects: list[dict[str, Any]] | None) -> None:
-        """Add the objects of the next image; None where they are not known."""
+        """Add the objects of the next image; None if they are unknown."""
         self.known &= objects is not None
         for item in objects or []:
             name = " ".join(item["words"])
@@ -146,29 +151,31 @@ class PackedObjects:
         found = []
         for i in range(self._offsets[index], self._offsets[index + 1]):
             item = {"words": self.words[self._names[i]], "box": self._boxes[4 * i : 4 * i + 4].tolist()}
-            found.append(item | ({} if math.isnan(self._scores[i]) else {"score": self._scores[i]}))
+            if not math.isnan(self._scores[i]):
+                item["score"] = self._scores[i]
+            found.append(item)
         return found
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         return map(self.__getitem__, range(len(self)))
 
     def any(self) -> bool:
-        """Whether there is an object, and all images say which they have."""
+        """Return True if there is an object and the objects of all images are known."""
         return self.known and len(self._names) > 0
 
     def boxes(self, index: int) -> np.ndarray:
-        """The boxes of an image's objects, (N, 4) float32."""
+        """Return the boxes of an image's objects, (N, 4) float32."""
         first, last = self._offsets[index], self._offsets[index + 1]
         return np.array(self._boxes[4 * first : 4 * last], np.float32).reshape(-1, 4)
 
-    def names(self, index: int, of_words: list[Any], min_score: float) -> list[Any]:
-        """For each of an image's objects the item of `of_words` at its index in `words`; [] for a lower score."""
+    def names(self, index: int, of_words: list[Any]) -> list[Any]:
+        """Select an item of `of_words`, parallel to `words`, for each object of an image; [] below MIN_SCORE."""
         objects = range(self._offsets[index], self._offsets[index + 1])
-        return [of_words[self._names[i]] if not self._scores[i] < min_score else [] for i in objects]
+        return [[] if self._scores[i] < MIN_SCORE else of_words[self._names[i]] for i in objects]
 
 
 class SplitContent(NamedTuple):
-    """What a split's captions file holds of its images, in order."""
+    """The content of a split's captions file."""
 
     entries: list[dict[str, Any]]  # [{"image", "image_id"}]
     captions: PackedCaptions
@@ -176,74 +183,104 @@ class SplitContent(NamedTuple):
 
 
 def read_captions(data_folder: str | Path, split: str, metadata: dict[str, Any] | None = None) -> SplitContent:
-    """One split's images in order, their captions and their objects.
+    """Read the images of a split in order, with their captions and objects.
 
-    `metadata` is the folder's where it is read already. Raises InputError where the split is empty or the files are
-    not those that dataset.json describes.
+    `metadata` is that of the folder, if it has been read already. Raises InputError if the split is empty or if its
+    files are not the ones that dataset.json describes.
     """
-    metadata = metadata or read_metadata(data_folder)
+    folder, metadata = Path(data_folder), metadata or read_metadata(data_folder)
     described = metadata["splits"][split]
     if not described["images"]:
         filled = " ".join(name for name in SPLITS if metadata["splits"][name]["images"])
         raise InputError(f"the {split} split of {data_folder} is empty (filled: {filled})")
-    images_path = Path(data_folder) / f"{split}_images.hdf5"
-    captions_path, entries, objects = Path(data_folder) / f"{split}_captions.json", [], PackedObjects()
+    images_path, captions_path = folder / f"{split}_images.hdf5", folder / f"{split}_captions.json"
+    entries, objects = [], PackedObjects()
     captions = PackedCaptions.pack(iter_captions(captions_path, entries, objects))
-    try:
-        with open_images(images_path) as images:
-            stored = (images.shape[0], images.file.attrs.get("digest"))
-    except (OSError, KeyError, AttributeError):
-        raise InputError(
-            f"{images_path} is missing or damaged: run create_input_files.py again with --overwrite"
-        ) from None
-    images_match = stored == (described["images"], described["digest"])
-    captions_match = len(entries) == described["images"]
-    for path, matches in ((images_path, images_match), (captions_path, captions_match)):
-        if not matches:
-            raise InputError(
-                f"{path} is not the file that dataset.json describes: run create_input_files.py again with --overwrite"
-            )
+    with _name_damage(images_path), open_images(images_path) as images:
+        stored = (images.shape[0], images.file.attrs.get("digest"))
+    _require_described(images_path, stored == (described["images"], described["digest"]))
+    _require_described(captions_path, len(entries) == described["images"])
     return SplitContent(entries, captions, objects)
+
+
+def write_captions(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Write the images of a split as JSON, one per line, which `iter_captions` reads one at a time."""
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write("[")
+        for i, entry in enumerate(entries):
+            file.write(f"{',' if i else ''}\n{json.dumps(entry, ensure_ascii=False)}")
+        file.write("\n]\n")
+
+
+def iter_captions(path: str | Path, entries: list[dict[str, Any]], objects: PackedObjects) -> Iterator[list[list[str]]]:
+    """Yield the captions of each image in a file of `write_captions`.
+
+    Its objects are appended to `objects`, the rest of it to `entries`. Raises InputError for a missing or damaged file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if line in ("[\n", "]\n"):
+                    continue
+                entry = json.loads(line.rstrip(",\n"))
+                captions = [caption["words"] for caption in entry.pop("captions")]
+                objects.append(entry.pop("objects", None))
+                entries.append(entry)
+                yield captions
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}: {AGAIN}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}, image {len(entries) + 1}: not valid JSON, {AGAIN}") from None
+
+
+# ------------------------------------------------------------------------------------------------ HDF5
 
 
 @contextlib.contextmanager
 def open_images(path: Path) -> Iterator[h5py.Dataset]:
-    """Open the data set `images` of an HDF5 file.
-
-    Raises OSError or KeyError where there is none, and InputError where its content lies in other files: HDF5 would
-    read any file that it names, and somebody's private file would become pixels.
-    """
+    """Open the data set `images` of an HDF5 file. Raises OSError or KeyError if there is none, and as `own_array`."""
     with h5py.File(path) as file:
         yield own_array(file, "images")
 
 
 def own_array(file: h5py.File, name: str) -> h5py.Dataset:
-    """A data set of an HDF5 file; KeyError where there is none, InputError where its content lies in other files."""
+    """Return a data set of an HDF5 file, a KeyError if there is none.
+
+    Raises InputError if its content lies in other files: HDF5 reads any file that it names, and somebody's private
+    file would become pixels.
+    """
     is_link = isinstance(file.get(name, getlink=True), (h5py.SoftLink, h5py.ExternalLink))
     array: Any = None if is_link else file[name]
     if is_link or (isinstance(array, h5py.Dataset) and (array.external or array.is_virtual)):
-        raise InputError(f"{file.filename} is refused: its {name} are a link or lie in other files, copy them into it")
+        raise InputError(
+            f"{file.filename} is refused: {name} is a link or lies in other files, copy its content into the file"
+        )
     return array
 
 
+@contextlib.contextmanager
+def _name_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError, AttributeError):
+        raise InputError(f"{path} is missing or damaged: {AGAIN}") from None
+
+
+def _require_described(path: Path, is_described: bool) -> None:
+    if not is_described:
+        raise InputError(f"{path} is not the file that dataset.json describes: {AGAIN}")
+
+
 class RegionInfo(NamedTuple):
-    """What a prepared folder's region features are."""
+    """The form of a prepared folder's region features."""
 
     feature_dim: int
-    has_boxes: bool  # else every region has the box of the whole photo
+    has_boxes: bool  # False: each region has the box of the whole photo
 
 
 def region_info(metadata: dict[str, Any]) -> RegionInfo | None:
-    """What dataset.json says of region features; None where the folder has none. InputError where it is damaged."""
-    if "region_features" not in metadata:
-        return None
-    try:
-        return RegionInfo(**metadata["region_features"])
-    except TypeError:
-        raise InputError(
-            "the region features in dataset.json were not written by this create_input_files.py: run it again with "
-            "--overwrite"
-        ) from None
+    """Return what dataset.json says about region features; None if the folder has none."""
+    return RegionInfo(**metadata["region_features"]) if "region_features" in metadata else None
 
 
 class RegionWriter:
@@ -257,7 +294,7 @@ class RegionWriter:
         ]
 
     def append(self, features: np.ndarray, boxes: np.ndarray) -> None:
-        """Add the next image's features (N, F) float16 and boxes (N, 4) float32."""
+        """Add the features (N, F) float16 and boxes (N, 4) float32 of the next image."""
         self.offsets.append(self.offsets[-1] + len(features))
         for stored, values in zip(self.arrays, (features, boxes), strict=True):
             stored.resize(self.offsets[-1], axis=0)
@@ -265,66 +302,28 @@ class RegionWriter:
             self.digest.update(values.tobytes())
 
     def finish(self) -> str:
-        """Write where the images begin; returns a digest of all, which the file has as well."""
+        """Write the offsets of the images and return a digest of the regions, which is also stored in the file."""
         self.file["offsets"] = np.array(self.offsets)
         self.file.attrs["digest"] = self.digest.hexdigest()
         return self.digest.hexdigest()
 
 
 class StoredRegions:
-    """The region features of a split as `RegionWriter` wrote them: item i is of image i.
+    """The region features of a split, written by `RegionWriter`.
 
-    An item has features (N, F) float16 and boxes (N, 4) float32 in fractions of the sides; N differs. `metadata` is
-    the folder's. Raises InputError where the file is not the one that it describes.
+    Item i has the features (N, F) float16 and boxes (N, 4) float32, in fractions of the sides, of image i; N differs
+    between images. Raises InputError if the file is not the one that the folder's `metadata` describes.
     """
 
     def __init__(self, data_folder: str | Path, split: str, metadata: dict[str, Any]) -> None:
         path, described = Path(data_folder) / f"{split}_regions.hdf5", metadata["splits"][split]
-        try:
+        with _name_damage(path):
             file = h5py.File(path)
-            self.features, self.boxes, offsets = (own_array(file, name) for name in ("features", "boxes", "offsets"))
-            self.offsets, digest = offsets[:], file.attrs.get("digest")
-        except (OSError, KeyError, AttributeError):
-            raise InputError(
-                f"{path} is missing or damaged: run create_input_files.py again with --overwrite"
-            ) from None
-        if (len(self.offsets), digest) != (described["images"] + 1, described.get("regions_digest")):
-            raise InputError(
-                f"{path} is not the file that dataset.json describes: run create_input_files.py again with --overwrite"
-            )
+            self.features, self.boxes = own_array(file, "features"), own_array(file, "boxes")
+            self.offsets = own_array(file, "offsets")[:]
+            stored = (len(self.offsets), file.attrs.get("digest"))
+        _require_described(path, stored == (described["images"] + 1, described.get("regions_digest")))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         regions = slice(self.offsets[index], self.offsets[index + 1])
         return self.features[regions], self.boxes[regions]
-
-
-def write_captions(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Write the images of a split as JSON, one per line, so that they can be read one at a time."""
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write("[")
-        for i, entry in enumerate(entries):
-            file.write(f"{',' if i else ''}\n{json.dumps(entry, ensure_ascii=False)}")
-        file.write("\n]\n")
-
-
-def iter_captions(path: str | Path, entries: list[dict[str, Any]], objects: PackedObjects) -> Iterator[list[list[str]]]:
-    """Yield each image's captions from what `write_captions` wrote; its objects and the rest of it are appended.
-
-    Raises InputError where the file is missing or damaged.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                if line in ("[\n", "]\n"):
-                    continue
-                entry = json.loads(line.rstrip(",\n"))
-                captions = [caption["words"] for caption in entry.pop("captions")]
-                objects.append(entry.pop("objects", None))
-                entries.append(entry)
-                yield captions
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}: run create_input_files.py again with --overwrite") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(
-            f"{path}, image {len(entries) + 1}: not valid JSON, run create_input_files.py again with --overwrite"
-        ) from None

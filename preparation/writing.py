@@ -1,4 +1,4 @@
-"""Writing a prepared folder: sampling of the training data, decoding, and the files.
+"""Write a prepared folder: sample the training data, decode the photos, write the files.
 
 `settings` are those of create_input_files.py.
 """
@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -32,11 +32,14 @@ from preparation.storage import SPLITS, RegionInfo, RegionWriter, open_images, w
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
 from utils import InputError
 
+PATHS = ("output_folder", "overwrite", "preview", "captions", "format")  # settings that do not shape the content
+DETECTION = ("objects", "detect", "detector_weights", "device")  # settings whose result is in the records
+
 # ------------------------------------------------------------------------------------------------ training data
 
 
 def subsample_train(records: list[ImageRecord], settings: Any) -> list[ImageRecord]:
-    """The training records and captions that the settings keep, sampled with the seed; prints what is left out."""
+    """Sample the training records and captions that the settings keep; print what is left out."""
     generator = random.Random(settings.seed)
     if 0 < settings.max_train_images < len(records):
         print(f"{settings.max_train_images} of {len(records)} training images, chosen with seed {settings.seed}")
@@ -57,7 +60,7 @@ def subsample_train(records: list[ImageRecord], settings: Any) -> list[ImageReco
 
 
 def shorten(captions: list[dict[str, Any]], settings: Any) -> list[dict[str, Any]]:
-    """Captions of at most max_caption_length words, longer ones truncated or dropped."""
+    """Truncate or drop captions of more than max_caption_length words."""
     if settings.long_captions == "drop":
         return [caption for caption in captions if len(caption["words"]) <= settings.max_caption_length]
     return [{**caption, "words": caption["words"][: settings.max_caption_length]} for caption in captions]
@@ -66,31 +69,32 @@ def shorten(captions: list[dict[str, Any]], settings: Any) -> list[dict[str, Any
 # ------------------------------------------------------------------------------------------------ images
 
 
-def load_record(record: ImageRecord, size: int, resize: str) -> tuple[ImageRecord, np.ndarray] | InputError:
-    """A record, its boxes placed in the square, and its image (3, size, size) uint8; or why it is unusable."""
+def load_record(record: ImageRecord, size: int, resize: str) -> tuple[ImageRecord, np.ndarray]:
+    """Load a record's image (3, size, size) uint8; returns it behind the record with boxes placed in the square.
+
+    Raises InputError if the record has no captions or its photo is unreadable.
+    """
     if not record.captions:
-        return InputError(f"{record.path}: has no captions")
-    try:
-        if record.row < 0:
-            photo = open_photo(record.path, round(MIN_DECODED * size))
-        else:
+        raise InputError(f"{record.path}: has no captions")
+    if record.row < 0:
+        photo = open_photo(record.path, round(MIN_DECODED * size))
+    else:
+        try:
             with open_images(record.path) as images:
                 photo = Image.fromarray(images[record.row].transpose(1, 2, 0))
-        if record.objects:
-            record = replace(record, objects=place_objects(record.objects, photo.size, size, resize))
-        return record, to_square(photo, size, resize).numpy()
-    except InputError as error:
-        return error
-    except OSError as error:
-        return InputError(f"{record.path}, image {record.row}: {error}")
+        except OSError as error:
+            raise InputError(f"{record.path}, image {record.row}: {error}") from None
+    if record.objects:
+        record = replace(record, objects=place_objects(record.objects, photo.size, size, resize))
+    return record, to_square(photo, size, resize).numpy()
 
 
 def load_records(
     records: list[ImageRecord], size: int, resize: str, description: str
-) -> Iterator[tuple[ImageRecord, np.ndarray] | InputError]:
-    """Yield the `load_record` of each record in order, on all cores, under a progress bar with a description.
+) -> Iterator[Future[tuple[ImageRecord, np.ndarray]]]:
+    """Yield a future of `load_record` for each record in order, under a progress bar.
 
-    Pillow and torch release the interpreter lock while they decode and resize, so threads use every core. Only a few
+    Threads use all cores, since Pillow and torch release the interpreter lock while they decode and resize. Only a few
     images are loaded ahead, so memory stays constant.
     """
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -98,7 +102,7 @@ def load_records(
         futures = (pool.submit(load_record, record, size, resize) for record in records)
         queue = deque(islice(futures, 8 * workers))
         while queue:
-            yield queue.popleft().result()
+            yield queue.popleft()
             queue.extend(islice(futures, 1))
             bar.update()
 
@@ -109,7 +113,7 @@ def load_records(
 def write_split(
     folder: Path, split: str, records: list[ImageRecord], settings: Any, region_features: RegionFeatures | None = None
 ) -> tuple[dict[str, Any], list[ImageRecord], list[str]]:
-    """Write one split's images, captions and region features.
+    """Write the images, captions and region features of a split.
 
     Returns its metadata, the records written and the errors of the others.
     """
@@ -125,11 +129,9 @@ def write_split(
             regions = RegionWriter(regions_file, region_features.feature_dim)
         shape = (len(records), 3, size, size)
         images = file.create_dataset("images", shape, np.uint8, chunks=(1, *shape[1:]), maxshape=shape)
-        for loaded in load_records(records, size, settings.resize, f"{split} photos"):
+        for future in load_records(records, size, settings.resize, f"{split} photos"):
             try:
-                if isinstance(loaded, InputError):
-                    raise loaded
-                record, image = loaded
+                record, image = future.result()
                 if regions and region_features:
                     regions.append(*region_features.read(record, size, settings.resize))
             except InputError as error:
@@ -163,9 +165,11 @@ def write_folder(
 ) -> None:
     """Write all files of a prepared folder, dataset.json last.
 
-    `words` are the vocabulary's, special tokens excluded; None: those of the training captions that the settings keep.
-    `region_features` are of all records.
-    Raises InputError where photos are unusable and not to be skipped, none is left, or the disk is too small.
+    Args:
+        words: the vocabulary's, special tokens excluded; None: those of the training captions that the settings keep.
+        region_features: features of all records, if any.
+
+    Raises InputError if photos are unusable and not to be skipped, if none is left, or if the disk is too small.
     """
     by_split = {split: [record for record in records if record.split == split] for split in SPLITS}
     by_split["train"] = subsample_train(by_split["train"], settings)
@@ -174,10 +178,8 @@ def write_folder(
     require_space(folder, total, settings.image_size, image_bytes)
     splits, kept, errors = {}, {}, []
     for split in SPLITS:
-        splits[split], kept[split], split_errors = write_split(
-            folder, split, by_split[split], settings, region_features
-        )
-        errors += split_errors
+        splits[split], kept[split], found = write_split(folder, split, by_split[split], settings, region_features)
+        errors += found
     if errors:
         print("\n".join(errors), file=sys.stderr)
         if not settings.skip_broken:
@@ -205,23 +207,23 @@ def write_folder(
         print(describe_split(split, kept[split], vocabulary))
     lengths = [len(caption["words"]) for split in SPLITS for record in kept[split] for caption in record.captions]
     if statistics.median(lengths) <= 1:
-        print("most captions have one word: labels, or sentences whose words must be separated by spaces first")
+        print("most captions have one word: if they are sentences, separate their words by spaces first")
 
 
 def content_digest(folder: Path, splits: dict[str, Any]) -> str:
-    """What identifies the images, captions and words of a prepared folder, wherever it is moved or copied."""
+    """Compute a digest of the images, captions and words of a prepared folder; a copy has the same."""
     digest = hashlib.sha256(json.dumps(splits).encode())  # with the digest of each split's images
     for name in ("word_map.json", *(f"{split}_captions.json" for split in SPLITS if splits[split]["images"])):
         with open(folder / name, "rb") as file:
-            while content := file.read(2**20):  # COCO's captions as a whole would be 150 MB
+            while content := file.read(2**20):  # all of COCO's captions are 150 MB
                 digest.update(content)
     return digest.hexdigest()
 
 
 def choose_vocabulary(records: list[ImageRecord], settings: Any, words: list[str] | None) -> tuple[Vocabulary, str]:
-    """The vocabulary of given words, or else of training records, and where its words are from.
+    """Make the vocabulary of given words or of training records; returns it with a description of its origin.
 
-    Raises InputError where the training captions have words and the settings keep none.
+    Raises InputError if the training captions have words and the settings keep none.
     """
     if words is not None:
         return Vocabulary(SPECIAL_TOKENS + words), "those of the word map"
@@ -237,7 +239,7 @@ def choose_vocabulary(records: list[ImageRecord], settings: Any, words: list[str
 
 
 def describe_split(split: str, records: list[ImageRecord], vocabulary: Vocabulary) -> str:
-    """One line on a split: its images, its captions with their lengths, and the share of <unk>."""
+    """Describe a split in one line: its images, the lengths of its captions, and the share of <unk>."""
     lengths = sorted(len(caption["words"]) for record in records for caption in record.captions)
     if not lengths:
         return f"{split}: no images"
@@ -250,24 +252,12 @@ def describe_split(split: str, records: list[ImageRecord], vocabulary: Vocabular
 
 
 def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
-    """What a prepared folder is made from: the settings that shape it, the photos' folder and a digest of the records.
+    """Return what a prepared folder is made from: its settings, the photos' folder and a digest of the records.
 
-    Shapes are made from settings alone.
+    The shapes are made from settings alone.
     """
-    source = asdict(settings)
-    for name in (
-        "output_folder",
-        "overwrite",
-        "preview",
-        "captions",
-        "format",
-        "objects",
-        "detect",
-        "detector_weights",
-        "device",
-    ):
-        source.pop(name)
-    source["num_shapes"] = list(settings.num_shapes)  # as JSON reads it
+    source = {name: value for name, value in asdict(settings).items() if name not in PATHS + DETECTION}
+    source["num_shapes"] = list(settings.num_shapes)  # JSON has no tuples
     source["region_features"] = [path_text(path) for path in settings.region_features]
     if settings.dataset != "shapes":
         source["images"] = path_text(settings.images or next(iter(settings.captions), ""))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.regions import are_inside
-from preparation.objects import MIN_SCORE
+from preparation.storage import MIN_SCORE
 from text.nouns import nouns_of
 
 

@@ -364,7 +364,7 @@ def test_the_tutorials_images_must_not_lie_in_other_files(tmp_path, photos):
     with h5py.File(path, "w") as file:
         file["images"] = h5py.ExternalLink(str(tmp_path / "other.hdf5"), "images")
         file.attrs["captions_per_image"] = 2
-    with pytest.raises(InputError, match=r"VAL_IMAGES_.* is refused: its images are a link or lie in other files"):
+    with pytest.raises(InputError, match=r"VAL_IMAGES_.* is refused: images is a link or lies in other files"):
         read_records([str(folder)], "", "auto")
 
 

@@ -199,7 +199,7 @@ def test_content_in_other_files_is_refused(tmp_path, photos):
     with h5py.File(path, "a") as file:
         del file["12_features"]
         file["12_features"] = h5py.ExternalLink("/etc/passwd", "x")
-    with pytest.raises(InputError, match="is refused: its 12_features are a link or lie in other files"):
+    with pytest.raises(InputError, match="is refused: 12_features is a link or lies in other files"):
         found = RegionFeatures([str(path)], photos)
         for record in photos:
             found.read(record, 32, "squash")

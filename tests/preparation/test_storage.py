@@ -62,9 +62,9 @@ def test_packed_objects_are_the_objects():
         packed.append(objects)
     assert list(packed) == images and len(packed) == 3 and packed.words == [["dog"], ["red", "circle"]]
     assert packed.boxes(0).shape == (2, 4) and packed.boxes(0).dtype == np.float32 and packed.boxes(1).shape == (0, 4)
-    assert packed.names(0, ["D", "C"], 0.3) == ["D", "C"] and packed.names(2, ["D", "C"], 0.3) == [[]]
+    assert packed.names(0, ["D", "C"]) == ["D", "C"] and packed.names(2, ["D", "C"]) == [[]]
     packed.append([dog | {"score": -0.5}])
-    assert packed[3] == [dog | {"score": -0.5}] and packed.names(3, ["D", "C"], 0.3) == [[]]
+    assert packed[3] == [dog | {"score": -0.5}] and packed.names(3, ["D", "C"]) == [[]]
     assert packed.any()
     packed.append(None)
     assert not packed.any() and not PackedObjects().any()
@@ -148,5 +148,5 @@ def test_images_that_lie_in_other_files_are_refused(copied, tmp_path, link):
         file.attrs["digest"] = digest
         link(file, other)
         assert file["images"].shape == shape  # as a reader that does not look would get them
-    with pytest.raises(InputError, match=r"val_images\.hdf5 is refused: its images are a link or lie in other files"):
+    with pytest.raises(InputError, match=r"val_images\.hdf5 is refused: images is a link or lies in other files"):
         read_captions(copied, "val")
