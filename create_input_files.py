@@ -1,15 +1,16 @@
 """Prepare photos with captions: python create_input_files.py --dataset NAME --captions FILE --images FOLDER"""
 
+import hashlib
 import shlex
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from common.files import did_you_mean, require_writable
+from common.files import did_you_mean, path_text, require_writable
 from preparation.caption_formats import FORMATS, random_split, read_records
 from preparation.folder_formats import tutorial_words
-from preparation.images import RESIZE_MODES
 from preparation.installation import installed_folder, lock_folder, owned_files
 from preparation.json_formats import read_karpathy
 from preparation.objects import add_objects, require_objects_file
@@ -18,51 +19,39 @@ from preparation.records import ImageRecord
 from preparation.region_features import RegionFeatures
 from preparation.shapes import MAX_SHAPES, draw_shapes
 from preparation.storage import read_metadata
-from preparation.writing import fingerprint, write_folder
-from utils import BaseSettings, InputError, choose_device, require_needs, run_script, setting
-
-LONG_CAPTIONS = ("truncate", "drop")
+from preparation.writing import FolderSettings, write_folder
+from utils import InputError, choose_device, require_needs, run_script, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(BaseSettings):
+class Settings(FolderSettings):
     """Prepare a data set. Edit a value here or pass it as a flag: python create_input_files.py --image_size 224"""
 
     # group: paths
-    dataset: str = "shapes"  # shapes draws its scenes itself; any other name reads --captions and --images
-    captions: tuple[str, ...] = ()  # a file of any of the formats, several of COCO's, or a folder
-    images: str = ""  # the folder of the photos; none where --captions is a folder
-    format: str = setting("auto", choices=FORMATS)  # of the captions; auto detects it
-    objects: str = ""  # objects in the photos: a detector's results, or annotations (instances_train2014.json), of COCO
+    dataset: str = "shapes"  # shapes: draw its scenes; any other name: read --captions and --images
+    captions: tuple[str, ...] = ()  # a file of any of the formats, several COCO files, or a folder
+    images: str = ""  # folder of the photos; not needed if --captions is a folder
+    format: str = setting("auto", choices=FORMATS)  # format of the captions; auto: detect it
+    objects: str = ""  # objects in the photos: a detector's results or COCO annotations (instances_train2014.json)
     detect: str = setting("", needs="objects")  # detector to write --objects with (fasterrcnn_resnet50_fpn_v2)
-    detector_weights: str = setting("coco", needs="detect")  # coco: downloaded; path of a state dict; empty: random
-    region_features: tuple[str, ...] = ()  # features of a detector for each photo: files or a folder, of any known form
-    output_folder: str = ""  # the folder to write; empty: data/<dataset>
+    detector_weights: str = setting("coco", needs="detect")  # coco: download; path of a state dict; empty: random
+    region_features: tuple[str, ...] = ()  # region features of a detector: files or a folder, in any known layout
+    output_folder: str = ""  # folder to write; empty: data/<dataset>
     preview: str = ""  # a prepared folder: plot some of its photos and its words as PNG into it, and stop
-
-    # group: photos
-    image_size: int = setting(256, minimum=1)  # side of the square images in pixels
-    resize: str = setting("squash", choices=RESIZE_MODES)  # make photos square: squashed, their center, or padded
-    skip_broken: bool = False  # skip and list photos that are broken, missing or without captions, instead of stopping
-
-    # group: words and captions
-    min_word_freq: int = setting(0, minimum=0)  # rarer words become <unk>; 0: 5, or 1 below 1,000 training photos
-    vocab_size: int = setting(0, minimum=0)  # most frequent words to keep, special tokens not counted; 0: all
-    max_train_images: int = setting(0, minimum=0)  # training images to keep at most, chosen with the seed; 0: all
-    captions_per_image: int = setting(0, minimum=0)  # captions per training image to keep at most; 0: all
-    max_caption_length: int = setting(0, minimum=0)  # words of a training caption at most; 0: any number
-    long_captions: str = setting("truncate", choices=LONG_CAPTIONS, needs="max_caption_length")  # longer captions
 
     # group: run
     overwrite: bool = False  # replace a folder that was prepared with other settings
     num_scenes: int = setting(4000, minimum=1)  # shapes: scenes for training; val and test have a tenth as many each
     num_shapes: tuple[int, ...] = setting((1, 2, 2), minimum=1, maximum=MAX_SHAPES)  # shapes: how many a scene may have
     device: str = "auto"  # of the detector: auto, cpu or cuda
-    seed: int = 0  # of the shapes, random splits, --max_train_images and --captions_per_image
+
+
+# Settings that do not shape a prepared folder, and those whose effect is in the records.
+NOT_IN_SOURCE = ("output_folder", "overwrite", "preview", "device", "format", "objects", "detect", "detector_weights")
 
 
 def validate_settings(settings: Settings) -> None:
-    """Raise InputError for settings out of range, or that contradict each other."""
+    """Raise InputError for settings that contradict each other."""
     require_needs(settings)
     if settings.dataset in ("", ".", "..") or set(settings.dataset) & set("/\\"):
         raise InputError(f"--dataset {settings.dataset!r} is not a name: --output_folder takes a path")
@@ -76,7 +65,7 @@ def validate_settings(settings: Settings) -> None:
 
 
 def validate_paths(settings: Settings) -> None:
-    """Raise InputError where --captions or --images are missing, do not exist or do not go together."""
+    """Raise InputError if --captions or --images are missing, do not exist or do not go together."""
     for path in filter(None, settings.captions):
         if not Path(path).exists():
             raise InputError(f"--captions {path}: no such file or folder{did_you_mean(path)}")
@@ -94,20 +83,20 @@ def validate_paths(settings: Settings) -> None:
 
 
 def choose_min_word_freq(settings: Settings, records: list[ImageRecord]) -> Settings:
-    """The settings with a --min_word_freq for the number of training photos, which is printed, where none is given."""
+    """Set --min_word_freq by the number of training photos, unless it is given, and print it."""
     if settings.min_word_freq:
         return settings
     num_photos = settings.num_scenes
     if settings.dataset != "shapes":
         num_photos = sum(record.split == "train" for record in records)
     num_photos = min(num_photos, settings.max_train_images or num_photos)
-    settings = replace(settings, min_word_freq=5 if num_photos >= 1000 else 1)
+    settings = settings.replace(min_word_freq=5 if num_photos >= 1000 else 1)
     print(f"--min_word_freq {settings.min_word_freq}, the default for {num_photos} training photos")
     return settings
 
 
 def read_dataset(settings: Settings) -> tuple[list[ImageRecord], list[str] | None]:
-    """The records of --captions, each in a split, and the words of their word map; None where they have none."""
+    """Read the records of --captions, each in a split, and the words of their word map, None without one."""
     records, kind = read_records(settings.captions, settings.images, settings.format)
     words = tutorial_words(Path(settings.captions[0])) if kind == "tutorial" else None
     if not all(record.split for record in records):
@@ -117,8 +106,22 @@ def read_dataset(settings: Settings) -> tuple[list[ImageRecord], list[str] | Non
     return records, words
 
 
+def write_objects(settings: Settings, records: list[ImageRecord]) -> None:
+    """Write the file of --objects with the detector of --detect, unless it exists."""
+    path = Path(settings.objects)
+    if path.exists():
+        print(f"{path} exists already and is read: --detect writes it only if it is missing")
+        return
+    from preparation.detection import Detector, detect_objects  # importing torchvision takes a second
+
+    detector = Detector(settings.detect, settings.detector_weights, choose_device(settings.device))
+    if not detect_objects(records, path, detector):
+        path.unlink()
+        raise InputError(f"--detect {settings.detect}: found nothing in {len(records)} photos")
+
+
 def find_region_features(records: list[ImageRecord], settings: Settings) -> tuple[list[ImageRecord], RegionFeatures]:
-    """The records that have features in --region_features, and these. Raises InputError where photos have none."""
+    """Open --region_features; returns the records that have some. Raises InputError if records have none."""
     features = RegionFeatures(settings.region_features, records)
     if settings.skip_broken:
         for record in features.missing:
@@ -128,18 +131,37 @@ def find_region_features(records: list[ImageRecord], settings: Settings) -> tupl
     return records, features
 
 
-def is_prepared(output: Path, settings: Settings, records: list[ImageRecord]) -> bool:
-    """Whether a folder holds already what is asked for; InputError where it holds something else."""
+def fingerprint(settings: Settings, records: list[ImageRecord]) -> dict[str, Any]:
+    """Return what a prepared folder is made from: its settings, the photos' folder and a digest of the records.
+
+    The shapes are made from settings alone.
+    """
+    source = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_SOURCE}
+    source.pop("captions")  # their content counts
+    source["num_shapes"] = list(settings.num_shapes)  # JSON has no tuples
+    source["region_features"] = [path_text(path) for path in settings.region_features]
+    if settings.dataset != "shapes":
+        source["images"] = path_text(settings.images or next(iter(settings.captions), ""))
+        digest = hashlib.sha256()
+        for record in records:
+            content = (record.name, record.image_id, record.split, record.captions, record.objects)
+            digest.update(repr(content).encode())
+        source["captions"] = digest.hexdigest()
+    return source
+
+
+def is_prepared(output: Path, source: dict[str, Any], overwrite: bool) -> bool:
+    """Return True if a folder has been prepared from `source`. Raises InputError if it holds something else."""
     if not output.exists() or not any(output.iterdir()):
         return False
     if not (output / "dataset.json").is_file():
         if {path.name for path in output.iterdir()} <= set(owned_files(output)):
             return False  # a run was killed while it installed its files
         raise InputError(f"{output} holds other files: give another --output_folder")
-    if settings.overwrite:
+    if overwrite:
         return False
     metadata = read_metadata(output)
-    if metadata["source"] != fingerprint(settings, records):
+    if metadata["source"] != source:
         raise InputError(
             f"{output} was made with other settings: --overwrite replaces it, or give another --output_folder"
         )
@@ -158,15 +180,8 @@ def main(settings: Settings) -> None:
     output = Path(settings.output_folder or f"data/{settings.dataset}")
     require_writable(output)
     records, words = ([], None) if settings.dataset == "shapes" else read_dataset(settings)
-    if settings.detect and Path(settings.objects).exists():
-        print(f"{settings.objects} exists already and is read: --detect writes it where it does not")
-    elif settings.detect:
-        from preparation.detection import Detector, detect_objects  # torchvision takes a second to import
-
-        detector = Detector(settings.detect, settings.detector_weights, choose_device(settings.device))
-        if not detect_objects(records, Path(settings.objects), detector):
-            Path(settings.objects).unlink()
-            raise InputError(f"--detect {settings.detect}: found nothing in {len(records)} photos")
+    if settings.detect:
+        write_objects(settings, records)
     if settings.objects:
         records = add_objects(records, Path(settings.objects))
         if not any(record.objects for record in records):
@@ -178,15 +193,16 @@ def main(settings: Settings) -> None:
         records, region_features = find_region_features(records, settings)
     if words is None:
         settings = choose_min_word_freq(settings, records)
+    source = fingerprint(settings, records)
     with lock_folder(output):
-        if is_prepared(output, settings, records):
+        if is_prepared(output, source, settings.overwrite):
             print(f"{output} exists already, made with the same settings")
             return
         with installed_folder(output) as folder:
             if settings.dataset == "shapes":
                 draw_shapes(folder, settings.num_scenes, settings.image_size, settings.seed, settings.num_shapes)
                 records = read_karpathy(folder / "dataset_shapes.json", folder / "photos")
-            write_folder(folder, records, settings, words, region_features)
+            write_folder(folder, records, settings, words, region_features, source)
     print(f"{output} is ready: python train.py --data_folder {shlex.quote(str(output))}")
 
 

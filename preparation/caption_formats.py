@@ -28,7 +28,7 @@ FORMATS = ("auto", *READERS)
 
 
 def detect_format(path: Path) -> str:
-    """The format of captions, a name of READERS, detected by their content."""
+    """Detect the format of captions by their content; returns a key of READERS."""
     if path.is_dir():
         return "tutorial" if any(path.glob("WORDMAP_*.json")) else "folder"
     with open(path, "rb") as file:
@@ -47,10 +47,10 @@ def read_records(captions: Sequence[str], images: str, kind: str) -> tuple[list[
 
     Args:
         captions: paths of files, or of one folder.
-        images: the folder of the photos; not used where `captions` is a folder.
-        kind: a name of READERS, or auto to detect it.
+        images: folder of the photos; unused if `captions` is a folder.
+        kind: a key of READERS, or auto to detect it.
 
-    Raises InputError where the paths do not fit the format, or the captions cannot be read.
+    Raises InputError if the paths do not fit the format, or if the captions cannot be read.
     """
     paths = [Path(path) for path in captions]
     for path in paths:
@@ -73,7 +73,7 @@ def read_records(captions: Sequence[str], images: str, kind: str) -> tuple[list[
 
 
 def random_split(records: Sequence[ImageRecord], seed: int) -> list[ImageRecord]:
-    """Assign splits at random: a tenth of the images, but at least one, each to val and test, the rest to train."""
+    """Assign a tenth of the images, at least one, to each of val and test at random, and the rest to train."""
     indices = list(range(len(records)))
     random.Random(seed).shuffle(indices)
     tenth = math.ceil(len(records) / 10)

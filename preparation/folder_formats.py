@@ -1,4 +1,4 @@
-"""Caption formats that are folders: photos with text files beside them, and the PyTorch tutorial's prepared data."""
+"""Caption formats that are folders: photos with text files beside them, and data prepared by the PyTorch tutorial."""
 
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ PHOTO_SUFFIXES = (
 
 
 def read_folder(path: Path, _: Path) -> list[ImageRecord]:
-    """Read a folder and its subfolders: photos with their captions beside them, dog.jpg and dog.txt, one per line.
+    """Read a folder and its subfolders: photos with captions beside them, dog.jpg and dog.txt, one caption per line.
 
-    Hidden files and folders are skipped. Raises InputError where there is no photo, or a name is not UTF-8.
+    Hidden files and folders are skipped. Raises InputError if there is no photo, or if a name is not UTF-8.
     """
     files = sorted(file for file in path.rglob("*") if file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
@@ -57,9 +57,9 @@ def read_folder(path: Path, _: Path) -> list[ImageRecord]:
 
 
 def read_tutorial(path: Path, _: Path) -> list[ImageRecord]:
-    """Read what create_input_files.py of the widely used PyTorch tutorial wrote; its <unk> stay in the captions.
+    """Read a folder written by the create_input_files.py of the widely used PyTorch tutorial; its <unk> are kept.
 
-    Raises InputError where the folder is incomplete, damaged or holds several data sets.
+    Raises InputError if the folder is incomplete or damaged, or holds several data sets.
     """
     name, word2idx = read_word_map(path)
     idx2word = {index: word for word, index in word2idx.items()}
@@ -74,7 +74,7 @@ def read_tutorial(path: Path, _: Path) -> list[ImageRecord]:
 def _read_tutorial_split(
     path: Path, name: str, split: str, idx2word: dict[int, str], first_id: int
 ) -> list[ImageRecord]:
-    """The records of one split of the tutorial's folder, their ids counted from `first_id`; none where it is absent."""
+    """Read the records of a split, with ids counted from `first_id`; [] if the folder lacks the split."""
     suffixes = {"IMAGES": "hdf5", "CAPTIONS": "json", "CAPLENS": "json"}
     files = [path / f"{split.upper()}_{kind}_{name}.{suffix}" for kind, suffix in suffixes.items()]
     if not any(file.is_file() for file in files):
@@ -103,7 +103,7 @@ def _read_tutorial_split(
 
 
 def _read_tutorial_images(path: Path) -> tuple[int, int]:
-    """The number of images in one of the tutorial's HDF5 files, and of captions per image."""
+    """Read the number of images, and of captions per image, of one of the tutorial's HDF5 files."""
     try:
         with open_images(path) as images:
             per_image: Any = images.file.attrs["captions_per_image"]
@@ -119,7 +119,7 @@ def _read_tutorial_images(path: Path) -> tuple[int, int]:
 
 
 def read_word_map(path: Path) -> tuple[str, dict[str, int]]:
-    """The name of the tutorial's data set in a folder, and its word map. Raises InputError where that is none."""
+    """Read the name of the tutorial's data set and its word map. Raises InputError if there is none, or several."""
     found = sorted(path.glob("WORDMAP_*.json"))
     if len(found) != 1:
         raise InputError(f"{path} has {len(found)} files WORDMAP_*.json: a folder must hold one data set")
@@ -134,6 +134,6 @@ def read_word_map(path: Path) -> tuple[str, dict[str, int]]:
 
 
 def tutorial_words(path: Path) -> list[str]:
-    """The words of the tutorial's folder in the order of their ids, without special tokens."""
+    """Read the words of the tutorial's folder in the order of their ids, without special tokens."""
     word2idx = read_word_map(path)[1]
     return [word for word in sorted(word2idx, key=word2idx.__getitem__) if word not in SPECIAL_TOKENS]

@@ -1,4 +1,4 @@
-"""Photos of all common formats, upright, in RGB and square, as training and captioning both see them."""
+"""Load photos of all common formats upright, in RGB and square, the same for training and captioning."""
 
 import io
 import warnings
@@ -17,15 +17,15 @@ from utils import InputError, first_line
 
 # Pillow knows more formats, and hands some of them to other programs (EPS to Ghostscript).
 PHOTO_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 64_000_000  # of a photo when decoded, which then takes up to 1 GB of memory
-MIN_DECODED = 1.4  # JPEGs are decoded at no less than so many times an image's size: then the filter blurs little
+MAX_PIXELS = 64_000_000  # of a decoded photo, which takes up to 1 GB of memory
+MIN_DECODED = 1.4  # JPEGs are decoded at no less than this multiple of an image's size, so the filter blurs little
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
 RESIZE_MODES = ("squash", "crop", "pad")  # of `to_square`
 PAD_COLOR = (124, 116, 104)  # ImageNet's mean color, about zero after normalization
 
 
 class PhotoBytes(NamedTuple):
-    """A photo's file in memory, which is opened as one on the disk."""
+    """The content of a photo's file, opened like a file on the disk."""
 
     name: str  # in messages
     content: bytes
@@ -35,12 +35,13 @@ class PhotoBytes(NamedTuple):
 
 
 def open_photo(path: str | Path | PhotoBytes | Image.Image, min_side: int = 0) -> Image.Image:
-    """Read a photo, or take Pillow's, upright and in RGB: an animation's first frame, white behind transparent pixels.
+    """Open a photo, a file or a Pillow image, upright and in RGB.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as each side keeps `min_side` pixels; 0: at its full size.
-    Raises InputError where the photo is missing, damaged, too large or of another format.
+    An animation gives its first frame; transparent pixels become white. A JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size if each side keeps `min_side` pixels; 0: at its full size. Raises InputError if the photo is missing, damaged,
+    too large or of another format.
     """
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is another
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit
     try:
         with _open_file(path) as photo:
             if min_side:
@@ -51,7 +52,7 @@ def open_photo(path: str | Path | PhotoBytes | Image.Image, min_side: int = 0) -
             if photo.mode == "F":
                 raise ValueError("its pixels are floating-point numbers of unknown range")
             converted = photo
-            if photo.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 8 instead of scaling
+            if photo.mode.startswith("I"):  # 16 bits per pixel: Pillow would clip to 8 bits, not scale
                 pixels = np.asarray(photo).clip(0, 65535)
                 converted = Image.fromarray((pixels // 256 if pixels.max() > 255 else pixels).astype(np.uint8))
             if converted.has_transparency_data:
@@ -64,14 +65,14 @@ def open_photo(path: str | Path | PhotoBytes | Image.Image, min_side: int = 0) -
     except UnidentifiedImageError:
         assert not isinstance(path, Image.Image)
         raise InputError(f"{path}: {describe_other_file(path)}") from None
-    except Image.DecompressionBombError:  # Pillow's own limit is for JPEGs, which are decoded at a smaller size
+    except Image.DecompressionBombError:  # Pillow has its own limit for JPEGs decoded at a smaller size
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels, make it smaller") from None
-    except Exception as error:  # a damaged file raises almost anything
+    except Exception as error:  # damaged files raise almost anything
         raise InputError(f"{path}: not a readable photo: {first_line(error)}") from None
 
 
 def _open_file(path: str | Path | PhotoBytes | Image.Image) -> Image.Image:
-    """Open a photo of PHOTO_FORMATS without decoding it, or copy Pillow's; raises what Pillow does."""
+    """Open a photo of PHOTO_FORMATS without decoding it, or copy a Pillow image. Raises Pillow's errors."""
     if isinstance(path, Image.Image):
         return path.copy()
     Image.init()  # or no format is registered yet
@@ -80,20 +81,20 @@ def _open_file(path: str | Path | PhotoBytes | Image.Image) -> Image.Image:
 
 
 def photo_size(photo: str | Path | Image.Image) -> tuple[int, int]:
-    """Width and height of a photo in pixels, upright as `open_photo` reads it. Raises InputError where it is damaged.
+    """Return width and height in pixels of a photo, upright as from `open_photo`. Raises InputError if it is damaged.
 
-    The pixels of a file are not decoded, but those of PNGs, whose orientation may come last.
+    Only PNGs are decoded: their orientation may be at the end of the file.
     """
     try:
         with _open_file(photo) as file:
             is_turned = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return (file.height, file.width) if is_turned else file.size
-    except Exception as error:  # a damaged file raises almost anything
+    except Exception as error:  # damaged files raise almost anything
         raise InputError(f"{photo}: not a readable photo: {first_line(error)}") from None
 
 
 def describe_other_file(path: str | Path | PhotoBytes) -> str:
-    """Why a file is none of PHOTO_FORMATS."""
+    """Describe why a file is not of PHOTO_FORMATS."""
     with io.BytesIO(path.content) if isinstance(path, PhotoBytes) else open(path, "rb") as file:
         start = file.read(16)
     if not start:
@@ -106,7 +107,7 @@ def describe_other_file(path: str | Path | PhotoBytes) -> str:
 def to_square(photo: Image.Image, side: int, resize: str) -> Tensor:
     """Make a photo a square image (3, side, side) uint8: squashed, its center (crop), or all of it on gray (pad).
 
-    Uses torch's bicubic filter, which is three times as fast as Pillow's; one pixel in twenty is rounded differently.
+    torch's bicubic filter is three times as fast as Pillow's and rounds one pixel in twenty differently.
     """
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)  # (3, h, w)
     (left, top, width, height), (new_left, new_top, new_width, new_height) = crop_and_target(photo.size, side, resize)
@@ -120,7 +121,7 @@ def to_square(photo: Image.Image, side: int, resize: str) -> Tensor:
 
 
 def crop_and_target(size: tuple[int, int], side: int, resize: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The part of a photo (width, height) that `to_square` keeps, and where it comes to lie in the square.
+    """Return the part of a photo (width, height) that `to_square` keeps and its place in the square.
 
     Both are (left, top, width, height) in pixels.
     """
@@ -135,9 +136,10 @@ def crop_and_target(size: tuple[int, int], side: int, resize: str) -> tuple[tupl
 
 
 def place_objects(objects: list[dict[str, Any]], size: tuple[int, int], side: int, resize: str) -> list[dict[str, Any]]:
-    """The objects of a photo (width, height) with their boxes where `to_square` puts them, clipped to what it keeps.
+    """Move the boxes of a photo's objects to their place in the image of `to_square` and clip them.
 
-    A box is [left, top, right, bottom] in fractions of the sides. Objects of which nothing is left are left out.
+    A box is [left, top, right, bottom] in fractions of the sides, `size` the photo's (width, height). Objects without
+    area in the image are left out.
     """
     kept, target = crop_and_target(size, side, resize)
     placed = []
@@ -154,20 +156,20 @@ def place_objects(objects: list[dict[str, Any]], size: tuple[int, int], side: in
 
 
 def pad_boxes(objects: Sequence[list[dict[str, Any]]]) -> Tensor:
-    """The boxes of B images' objects, padded with boxes without area: (B, N, 4)."""
+    """Stack the boxes of B images' objects, padded with boxes without area: (B, N, 4)."""
     boxes = [torch.tensor([item["box"] for item in each], dtype=torch.float32).view(-1, 4) for each in objects]
     return pad_sequence(boxes, batch_first=True)
 
 
 def flip_boxes(boxes: Tensor) -> Tensor:
-    """The boxes (..., 4) in the mirror image; those that stand for none stay so."""
+    """Mirror boxes (..., 4) horizontally; padding stays without area."""
     left, top, right, bottom = boxes.unbind(dim=-1)
     return torch.stack([1 - right, top, 1 - left, bottom], dim=-1)
 
 
 def load_image(photo: str | Path | PhotoBytes | Image.Image, size: int, resize: str = "squash") -> np.ndarray:
-    """A photo, a file or Pillow's, as the square image (3, size, size) uint8 that training and captioning both see.
+    """Load a photo, a file or a Pillow image, as a square image (3, size, size) uint8.
 
-    Raises InputError as `open_photo`.
+    Raises the InputError of `open_photo`.
     """
     return to_square(open_photo(photo, round(MIN_DECODED * size)), size, resize).numpy()

@@ -1,4 +1,4 @@
-"""Installing a prepared folder: by one process at a time, whole or not at all, and never over files of the user's."""
+"""Install a prepared folder whole or not at all, by one process at a time, and never over the user's own files."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from utils import InputError
 
 @contextlib.contextmanager
 def lock_folder(output: Path) -> Iterator[None]:
-    """Let no other process prepare `output` while the block runs; InputError where one does."""
+    """Prevent other processes from preparing `output` during the block. Raises InputError if one already does."""
     lock = output.resolve().with_name(f".{output.resolve().name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(
@@ -26,9 +26,9 @@ def lock_folder(output: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def installed_folder(output: Path) -> Iterator[Path]:
-    """Yield a new folder beside `output` that is installed there when the block ends, and removed when it fails.
+    """Yield a new folder, which is moved to `output` when the block ends and removed when it fails.
 
-    Raises InputError where the disk is full.
+    Raises InputError if the disk is full.
     """
     partial = output.resolve().with_name(f".{output.resolve().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -42,7 +42,7 @@ def installed_folder(output: Path) -> Iterator[Path]:
 
 
 def owned_files(folder: Path) -> list[str]:
-    """Names of what create_input_files.py and the feature cache may have written into a folder."""
+    """Return the names of all that create_input_files.py and the feature cache may write into a folder."""
     names = ["dataset.json", "word_map.json", "features", "contact_sheet.png", "words.png"]
     names += [f"{split}_{kind}" for split in SPLITS for kind in ("images.hdf5", "captions.json", "regions.hdf5")]
     if (folder / "dataset_shapes.json").exists():  # the photos of another data set belong to the user
@@ -51,9 +51,9 @@ def owned_files(folder: Path) -> list[str]:
 
 
 def install_folder(complete: Path, output: Path) -> None:
-    """Move a complete folder to `output`, replacing what an earlier run wrote there; other files stay.
+    """Move a complete folder to `output`, replacing the files of an earlier run; other files stay.
 
-    dataset.json is removed first and moved last, so that a half-replaced folder is recognized.
+    dataset.json is removed first and moved last, so a half-replaced folder is recognized.
     """
     if not output.exists():
         os.replace(complete, output)
@@ -68,7 +68,7 @@ def install_folder(complete: Path, output: Path) -> None:
 
 
 def require_space(folder: Path, num_images: int, size: int, image_bytes: int) -> None:
-    """Raise InputError where images of `size` pixels a side, each of so many bytes, will not fit on a folder's disk."""
+    """Raise InputError if images with sides of `size` pixels, `image_bytes` each, do not fit on a folder's disk."""
     needed, free = num_images * image_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
@@ -79,7 +79,7 @@ def require_space(folder: Path, num_images: int, size: int, image_bytes: int) ->
 
 @contextlib.contextmanager
 def one_line_disk_errors(output: Path) -> Iterator[None]:
-    """Turn the errors of a full disk, which h5py raises in several lines, into one InputError."""
+    """Convert the errors of a full disk, which span several lines in h5py, to an InputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:

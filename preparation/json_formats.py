@@ -13,7 +13,7 @@ from utils import InputError
 def read_karpathy(path: Path, images: Path) -> list[ImageRecord]:
     """Read Karpathy's JSON (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json).
 
-    Raises InputError where it has another form.
+    Raises InputError if it has another form.
     """
     records = []
     try:
@@ -27,7 +27,7 @@ def read_karpathy(path: Path, images: Path) -> list[ImageRecord]:
 
 
 def _karpathy_record(image: Any, index: int, path: Path, images: Path) -> ImageRecord:
-    """The record of one image of Karpathy's JSON; KeyError, TypeError or AttributeError where it has another form."""
+    """Make a record of an image. Raises KeyError, TypeError or AttributeError if it has another form."""
     name = require_type(image["filename"], str)
     if image.get("filepath"):
         name = f"{require_type(image['filepath'], str)}/{name}"
@@ -44,14 +44,15 @@ def _karpathy_record(image: Any, index: int, path: Path, images: Path) -> ImageR
 
 
 def require_words(value: Any) -> list[str]:
-    """A list of words without empty ones; TypeError for anything else."""
+    """Return a list of words without the empty ones. Raises TypeError for anything else."""
     return [word for word in require_type(value, list) if require_type(word, str)]
 
 
 def validate_objects(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return a list of objects with words, box and perhaps score unchanged; TypeError or KeyError for anything else.
+    """Return a list of objects with "words", a "box" and optionally a "score" unchanged.
 
-    Raises InputError, which names where they are, for boxes in pixels; a detector's may overshoot the photo a little.
+    Raises InputError, with `where`, for boxes in pixels, TypeError or KeyError for anything else. Boxes may exceed the
+    photo a little, as a detector's do.
     """
     for item in require_type(value, list):
         box = item["box"]
@@ -65,9 +66,9 @@ def validate_objects(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def read_coco(paths: list[Path], images: Path) -> list[ImageRecord]:
-    """Read COCO's captions_train2014.json and the like; of several files each is a split, named by its file name.
+    """Read COCO's files, such as captions_train2014.json; the names of several files give their splits.
 
-    Raises InputError where a file has another form, or captions of images that it does not list.
+    Raises InputError if a file has another form, or captions of images that it does not list.
     """
     records = []
     for path in paths:
@@ -81,7 +82,7 @@ def read_coco(paths: list[Path], images: Path) -> list[ImageRecord]:
 
 
 def read_coco_file(path: Path, images: Path, split: str) -> list[ImageRecord]:
-    """Read one of COCO's files, all of whose images belong to a split; its photos may lie in a folder train2014."""
+    """Read one of COCO's files, whose images all belong to `split`; its photos may be in a folder train2014."""
     name, captions, records = None, {}, []
     folder = path.stem.removeprefix("captions_")  # train2014
     prefix = f"{folder}/" if (images / folder).is_dir() else ""

@@ -10,7 +10,6 @@ from typing import Any, TextIO
 from common.files import read_json
 
 WINDOW = 2**20  # characters to read at once
-NEXT = re.compile(r"[ \t\n\r]*([^ \t\n\r])")  # the next character that is not white space
 
 
 def iter_json_list(path: Path, name: str) -> Iterator[Any]:
@@ -54,6 +53,7 @@ class _Stream:
     def __init__(self, file: TextIO) -> None:
         self.file, self.text, self.position = file, "", 0
         self.decoder = json.JSONDecoder()
+        self.next = re.compile(r"[ \t\n\r]*([^ \t\n\r])")  # the next character that is not white space
 
     def refill(self) -> bool:
         """Move the window forward, doubling what is left in it; False at the end of the file."""
@@ -63,7 +63,7 @@ class _Stream:
 
     def peek(self) -> str:
         """Move to the next character that is not white space and return it; "" at the end of the file."""
-        while not (found := NEXT.match(self.text, self.position)):
+        while not (found := self.next.match(self.text, self.position)):
             if not self.refill():
                 return ""
         self.position = found.start(1)
@@ -83,7 +83,7 @@ class _Stream:
         while True:
             with suppress(ValueError):
                 value, end = self.decoder.raw_decode(self.text, self.position)
-                following = NEXT.match(self.text, end)
+                following = self.next.match(self.text, end)
                 if following and following[1] in ",:]}":  # else the window may end within a number
                     if re.search(r"\\u[dD]", self.text[self.position : end]):
                         json.dumps(value, ensure_ascii=False).encode()  # ValueError for half a pair of surrogates

@@ -1,4 +1,4 @@
-"""Pictures of a prepared folder, to check it before training: photos with captions and boxes, lengths, frequencies."""
+"""Plot a prepared folder to check it before training: photos with captions and boxes, lengths and frequencies."""
 
 import textwrap
 from pathlib import Path
@@ -14,13 +14,13 @@ from common.files import require_writable, save_figure
 from preparation.storage import SPLITS, PackedCaptions, SplitContent, read_captions, read_metadata
 
 COLUMNS, ROWS = 6, 4
-MAX_BOXES = 8  # drawn into a photo, of the highest scores: more would hide it
+MAX_BOXES = 8  # drawn over a photo, those of the highest scores: more would hide it
 
 
 def plot_preview(data_folder: str | Path) -> list[Path]:
     """Plot contact_sheet.png and words.png into a prepared folder and return their paths.
 
-    Raises InputError where the folder is incomplete or cannot be written.
+    Raises InputError if the folder is incomplete or cannot be written.
     """
     folder = Path(data_folder)
     metadata = read_metadata(folder)
@@ -38,7 +38,7 @@ def plot_preview(data_folder: str | Path) -> list[Path]:
 
 
 def plot_photos(folder: Path, split: str, content: SplitContent) -> Figure:
-    """A figure of images evenly spaced over a split, each with its first two captions and the boxes of its objects."""
+    """Plot images evenly spaced over a split, each with its first two captions and the boxes of its objects."""
     captions = content.captions
     count = min(COLUMNS * ROWS, len(captions))
     indices = [i * len(captions) // count for i in range(count)]
@@ -59,7 +59,7 @@ def plot_photos(folder: Path, split: str, content: SplitContent) -> Figure:
 
 
 def _plot_boxes(tile: Axes, objects: list[dict[str, Any]], size: int) -> None:
-    """Draw the boxes of objects, each with its words, into an image of this size."""
+    """Draw the boxes of objects, each with its words, over an image of this size."""
     for i, item in enumerate(objects):
         left, top, right, bottom = (edge * size - 0.5 for edge in item["box"])
         color = f"C{i}"
@@ -71,7 +71,7 @@ def _plot_boxes(tile: Axes, objects: list[dict[str, Any]], size: int) -> None:
 
 
 def plot_words(captions: dict[str, PackedCaptions]) -> Figure:
-    """A figure of caption lengths by split and, of the first split, its most frequent words and frequencies by rank."""
+    """Plot caption lengths by split, and for the first split the most frequent words and frequencies by rank."""
     figure = Figure(figsize=(15, 5), layout="constrained")
     lengths, frequent, ranks = figure.subplots(1, 3)
     _plot_lengths(lengths, captions)

@@ -1,4 +1,4 @@
-"""Shapes, a synthetic data set: scenes of a few colored shapes, their captions and their bounding boxes."""
+"""The synthetic data set `shapes`: scenes of a few colored shapes, their captions and their bounding boxes."""
 
 import math
 import random
@@ -22,7 +22,7 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (130, 130, 130), "black": (20, 20, 20)}
 KINDS = ("circle", "square", "triangle", "cross")
-RADII = {"small": 0.16, "large": 0.22}  # as fractions of the image's side, where two shapes fit beside each other
+RADII = {"small": 0.16, "large": 0.22}  # fractions of the image's side if two shapes fit beside each other
 COLUMNS = {2: ("left", "right"), 3: ("left", "center", "right")}  # by the number of shapes that fit beside each other
 ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 MAX_SHAPES = 9  # of a scene
@@ -30,7 +30,7 @@ Shape = tuple[str, str, tuple[int, int]]  # size, color and kind, (column, row)
 
 
 def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """The vertices of a shape that reaches `radius` from its center (x, y) to each side; a circle has 60 of them."""
+    """Return the vertices of a shape that extends `radius` from its center (x, y) to each side; 60 for a circle."""
     third = radius / 3
     vertices = {
         "circle": [(radius * math.sin(angle), radius * math.cos(angle)) for angle in np.linspace(0, 2 * math.pi, 60)],
@@ -47,9 +47,10 @@ def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, f
 def draw_scene(
     generator: random.Random, size: int, num_shapes: Sequence[int] = (1, 2, 2)
 ) -> tuple[Image.Image, list[str], list[dict[str, Any]]]:
-    """Draw one of `num_shapes` shapes; returns the picture of `size` pixels a side, five captions and the objects.
+    """Draw a scene with one of `num_shapes` shapes; returns the picture, five captions and the objects.
 
-    An object is {"words": [size, color, kind], "box": [left, top, right, bottom]}, its box in fractions of the side.
+    The picture has sides of `size` pixels. An object is {"words": [size, color, kind], "box": [left, top, right,
+    bottom]}, with its box in fractions of the side.
     """
     side = 2 if max(num_shapes) <= 4 else 3  # shapes that fit beside each other
     scale = 2 / side
@@ -81,12 +82,12 @@ def draw_scene(
 
 
 def names_of(size_word: str, name: str) -> tuple[str, str]:
-    """A shape with its article, with its size and without."""
+    """Return a shape's name with article, with and without its size."""
     return f"a {size_word} {name}", f"an {name}" if name.startswith("o") else f"a {name}"
 
 
 def describe_shape(shape: Shape, background: str, side: int) -> list[str]:
-    """Five captions of one shape in a scene where `side` shapes fit beside each other."""
+    """Return five captions of a single shape in a scene in which `side` shapes fit beside each other."""
     size_word, name, (column, row) = shape
     full, short = names_of(size_word, name)
     position = f"{ROWS[side][row]} {COLUMNS[side][column]}"
@@ -100,7 +101,7 @@ def describe_shape(shape: Shape, background: str, side: int) -> list[str]:
 
 
 def describe_pair(shapes: Sequence[Shape], background: str) -> list[str]:
-    """Five captions of two shapes; the first, second and fourth relate them."""
+    """Return five captions of two shapes; the first, second and fourth relate them."""
     shapes = sorted(shapes, key=lambda shape: shape[2])  # by column, those of a column by row
     (full_1, short_1), (full_2, short_2) = (names_of(size_word, name) for size_word, name, _ in shapes)
     (first_column, _), (second_column, _) = (cell for _, _, cell in shapes)
@@ -115,9 +116,9 @@ def describe_pair(shapes: Sequence[Shape], background: str) -> list[str]:
 
 
 def draw_shapes(folder: Path, num_scenes: int, size: int, seed: int, num_shapes: Sequence[int] = (1, 2, 2)) -> None:
-    """Draw the data set into a folder: photos/ of `size` pixels a side and dataset_shapes.json in Karpathy's format.
+    """Draw the data set: photos/ with sides of `size` pixels, and dataset_shapes.json in Karpathy's format.
 
-    num_scenes are for training; val and test have a tenth as many each. Each scene has one of `num_shapes` shapes.
+    Training has `num_scenes` scenes, val and test a tenth as many each. Each scene has one of `num_shapes` shapes.
     """
     generator = random.Random(seed)
     (folder / "photos").mkdir()

@@ -13,7 +13,7 @@ SPLIT_LISTS = {"train": "trainImages", "val": "devImages", "test": "testImages"}
 
 
 def read_lines(path: Path, newline: str | None = None) -> list[str]:
-    """The lines of a text file in UTF-8, `newline` as `open` takes it; InputError for another encoding."""
+    """Read the lines of a UTF-8 file; `newline` is passed to `open`. Raises InputError for another encoding."""
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             return file.read().split("\n")
@@ -22,7 +22,7 @@ def read_lines(path: Path, newline: str | None = None) -> list[str]:
 
 
 def match_lines(path: Path, lines: list[str], pattern: str, form: str) -> Iterator[re.Match[str]]:
-    """Yield the full match of each line that is not blank; InputError, with what a line should be, for the others."""
+    """Yield the full match of each line that is not blank. Raises InputError, with `form`, for other lines."""
     for line_number, line in enumerate(lines, start=1):
         if line.strip():
             match = re.fullmatch(pattern, line)
@@ -34,7 +34,7 @@ def match_lines(path: Path, lines: list[str], pattern: str, form: str) -> Iterat
 def read_csv(path: Path, images: Path) -> list[ImageRecord]:
     """Read a CSV with the columns image,caption (Kaggle's captions.txt) or file,caption,split, in any order.
 
-    Raises InputError with the number of the first line that is wrong.
+    Raises InputError with the number of the first wrong line.
     """
     captions, splits = {}, {}
     lines = read_lines(path, newline="")  # unchanged: csv handles line ends within quotes
@@ -71,7 +71,7 @@ def read_csv(path: Path, images: Path) -> list[ImageRecord]:
 def read_flickr30k(path: Path, images: Path) -> list[ImageRecord]:
     """Read Flickr30k's results.csv: image_name| comment_number| comment, without quotes.
 
-    Raises InputError with the number of the first line that is wrong.
+    Raises InputError with the number of the first wrong line.
     """
     captions = {}
     lines = [line.strip() for line in read_lines(path)]
@@ -85,8 +85,8 @@ def read_flickr30k(path: Path, images: Path) -> list[ImageRecord]:
 def read_token(path: Path, images: Path) -> list[ImageRecord]:
     """Read Flickr8k.token.txt or Flickr30k's token file: name#number, a tab, the caption.
 
-    Flickr8k's split lists beside it, Flickr_8k.trainImages.txt and so on, give the splits. Raises InputError for a
-    line that is wrong, or a list that is missing or contradicts another.
+    Flickr8k's split lists beside it, such as Flickr_8k.trainImages.txt, give the splits. Raises InputError for a wrong
+    line and for a list that is missing or contradicts another.
     """
     captions = {}
     form = "an image's name, #, a number, a tab and a caption"
@@ -96,12 +96,12 @@ def read_token(path: Path, images: Path) -> list[ImageRecord]:
     if splits is None:
         return records_of(captions, images)
     if unlisted := captions.keys() - splits.keys():
-        print(f"{len(unlisted)} images are in none of the split lists and left out, such as {min(unlisted)}")
+        print(f"{len(unlisted)} images are in no split list and are left out, such as {min(unlisted)}")
     return records_of({name: captions.get(name, []) for name in splits}, images, splits)
 
 
 def read_split_lists(folder: Path) -> dict[str, str] | None:
-    """The split of each image in Flickr8k's three lists of file names; None where a folder has none of them."""
+    """Read the split of each image from Flickr8k's three lists of file names; None if a folder has no list."""
     paths = {split: folder / f"Flickr_8k.{name}.txt" for split, name in SPLIT_LISTS.items()}
     found = [path for path in paths.values() if path.is_file()]
     if not found:

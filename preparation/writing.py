@@ -1,7 +1,4 @@
-"""Write a prepared folder: sample the training data, decode the photos, write the files.
-
-`settings` are those of create_input_files.py.
-"""
+"""Write a prepared folder: sample the training data, decode the photos, write the files."""
 
 import contextlib
 import hashlib
@@ -13,7 +10,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,22 +20,43 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import path_text, write_json
-from preparation.images import MIN_DECODED, open_photo, place_objects, to_square
+from common.files import write_json
+from preparation.images import MIN_DECODED, RESIZE_MODES, open_photo, place_objects, to_square
 from preparation.installation import require_space
 from preparation.records import ImageRecord
 from preparation.region_features import RegionFeatures
 from preparation.storage import SPLITS, RegionInfo, RegionWriter, open_images, write_captions
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
-from utils import InputError
+from utils import BaseSettings, InputError, setting
 
-PATHS = ("output_folder", "overwrite", "preview", "captions", "format")  # settings that do not shape the content
-DETECTION = ("objects", "detect", "detector_weights", "device")  # settings whose result is in the records
+LONG_CAPTIONS = {"truncate": "truncated", "drop": "dropped"}  # choices of a setting, and what was done
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderSettings(BaseSettings):
+    """Photos, words and captions of a prepared folder."""
+
+    # group: photos
+    image_size: int = setting(256, minimum=1)  # side of the square images in pixels
+    resize: str = setting("squash", choices=RESIZE_MODES)  # make photos square: squashed, their center, or padded
+    skip_broken: bool = False  # skip and list photos that are broken, missing or without captions, instead of stopping
+
+    # group: words and captions
+    min_word_freq: int = setting(0, minimum=0)  # rarer words become <unk>; 0: 5, or 1 below 1,000 training photos
+    vocab_size: int = setting(0, minimum=0)  # most frequent words to keep, special tokens not counted; 0: all
+    max_train_images: int = setting(0, minimum=0)  # training images to keep at most, chosen with the seed; 0: all
+    captions_per_image: int = setting(0, minimum=0)  # captions per training image to keep at most; 0: all
+    max_caption_length: int = setting(0, minimum=0)  # words of a training caption at most; 0: any number
+    long_captions: str = setting("truncate", choices=LONG_CAPTIONS, needs="max_caption_length")  # longer captions
+
+    # group: run
+    seed: int = 0  # of the shapes, random splits, --max_train_images and --captions_per_image
+
 
 # ------------------------------------------------------------------------------------------------ training data
 
 
-def subsample_train(records: list[ImageRecord], settings: Any) -> list[ImageRecord]:
+def subsample_train(records: list[ImageRecord], settings: FolderSettings) -> list[ImageRecord]:
     """Sample the training records and captions that the settings keep; print what is left out."""
     generator = random.Random(settings.seed)
     if 0 < settings.max_train_images < len(records):
@@ -46,8 +64,8 @@ def subsample_train(records: list[ImageRecord], settings: Any) -> list[ImageReco
         records = [records[i] for i in sorted(generator.sample(range(len(records)), settings.max_train_images))]
     if max_length := settings.max_caption_length:
         long = sum(len(caption["words"]) > max_length for record in records for caption in record.captions)
-        verb = {"truncate": "truncated", "drop": "dropped"}[settings.long_captions]
-        print(f"{long} training captions of more than {max_length} words are {verb}")
+        done = LONG_CAPTIONS[settings.long_captions]
+        print(f"{long} training captions of more than {max_length} words are {done}")
         shortened = [record.with_captions(shorten(record.captions, settings)) for record in records]
         kept = [new for new, old in zip(shortened, records, strict=True) if new.captions or not old.captions]
         if len(kept) < len(records):
@@ -59,7 +77,7 @@ def subsample_train(records: list[ImageRecord], settings: Any) -> list[ImageReco
     return records
 
 
-def shorten(captions: list[dict[str, Any]], settings: Any) -> list[dict[str, Any]]:
+def shorten(captions: list[dict[str, Any]], settings: FolderSettings) -> list[dict[str, Any]]:
     """Truncate or drop captions of more than max_caption_length words."""
     if settings.long_captions == "drop":
         return [caption for caption in captions if len(caption["words"]) <= settings.max_caption_length]
@@ -111,7 +129,11 @@ def load_records(
 
 
 def write_split(
-    folder: Path, split: str, records: list[ImageRecord], settings: Any, region_features: RegionFeatures | None = None
+    folder: Path,
+    split: str,
+    records: list[ImageRecord],
+    settings: FolderSettings,
+    region_features: RegionFeatures | None = None,
 ) -> tuple[dict[str, Any], list[ImageRecord], list[str]]:
     """Write the images, captions and region features of a split.
 
@@ -159,15 +181,17 @@ def write_split(
 def write_folder(
     folder: Path,
     records: list[ImageRecord],
-    settings: Any,
+    settings: FolderSettings,
     words: list[str] | None,
     region_features: RegionFeatures | None = None,
+    source: dict[str, Any] | None = None,
 ) -> None:
     """Write all files of a prepared folder, dataset.json last.
 
     Args:
         words: the vocabulary's, special tokens excluded; None: those of the training captions that the settings keep.
         region_features: features of all records, if any.
+        source: settings and data that the folder is made from, for dataset.json.
 
     Raises InputError if photos are unusable and not to be skipped, if none is left, or if the disk is too small.
     """
@@ -189,14 +213,14 @@ def write_folder(
     vocabulary, origin = choose_vocabulary(kept["train"], settings, words)
     write_json(folder / "word_map.json", vocabulary.word2idx)
     metadata = {
-        "dataset": settings.dataset,
+        "dataset": (source or {}).get("dataset", ""),
         "image_size": settings.image_size,
         "resize": settings.resize,
         "words": len(vocabulary),
         "splits": splits,
         "digest": content_digest(folder, splits),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
-        "source": fingerprint(settings, records),
+        "source": source or {},
     }
     if region_features:
         metadata["region_features"] = RegionInfo(region_features.feature_dim, region_features.has_boxes)._asdict()
@@ -220,7 +244,9 @@ def content_digest(folder: Path, splits: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def choose_vocabulary(records: list[ImageRecord], settings: Any, words: list[str] | None) -> tuple[Vocabulary, str]:
+def choose_vocabulary(
+    records: list[ImageRecord], settings: FolderSettings, words: list[str] | None
+) -> tuple[Vocabulary, str]:
     """Make the vocabulary of given words or of training records; returns it with a description of its origin.
 
     Raises InputError if the training captions have words and the settings keep none.
@@ -249,21 +275,3 @@ def describe_split(split: str, records: list[ImageRecord], vocabulary: Vocabular
         f"{split}: {len(records)} images, {len(lengths)} captions of {lengths[0]} to {lengths[-1]} words "
         f"(median {statistics.median_low(lengths)}), {unknown / sum(lengths):.2%} <unk>"
     )
-
-
-def fingerprint(settings: Any, records: list[ImageRecord]) -> dict[str, Any]:
-    """Return what a prepared folder is made from: its settings, the photos' folder and a digest of the records.
-
-    The shapes are made from settings alone.
-    """
-    source = {name: value for name, value in asdict(settings).items() if name not in PATHS + DETECTION}
-    source["num_shapes"] = list(settings.num_shapes)  # JSON has no tuples
-    source["region_features"] = [path_text(path) for path in settings.region_features]
-    if settings.dataset != "shapes":
-        source["images"] = path_text(settings.images or next(iter(settings.captions), ""))
-        digest = hashlib.sha256()
-        for record in records:
-            content = (record.name, record.image_id, record.split, record.captions, record.objects)
-            digest.update(repr(content).encode())
-        source["captions"] = digest.hexdigest()
-    return source

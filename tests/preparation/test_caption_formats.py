@@ -302,11 +302,30 @@ def test_few_images_are_split_too(count, sizes):
         ("caption,image\nA dog", "line 2: no image is named"),
         ('image,caption\na.jpg,"A dog\nb.jpg,A cat', "is not a CSV: unexpected end of data"),
         ('{"annotations": [{"image_id": 1}], "images": []}', "no key 'caption'"),
+        ("{", "is not valid JSON"),
+        ('{"pictures": []}', "no key 'images'"),
+        ('{"images": []}', "names no images"),
+        ('{"images": [{"filename": "c.jpg", "sentences": []}]}', "no key 'split' in images[0]"),
+        ('{"images": [{"filename": "c.jpg", "split": "all", "sentences": []}]}', "has the split 'all'"),
+        ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": [{"raw": "x"}]}]}', "no key 'tokens'"),
+        ('{"images": [{"filename": "c.jpg", "split": "val", "sentences": []}]}', "photos are unusable"),
+        ("", "given.any: an empty file"),
+        ("photo;text\nc.jpg;hello", "starts with 'photo;text': neither a CSV"),
+        ("image,caption\nc.jpg", "line 2: no caption for 'c.jpg'"),
+        ("image,caption\nc.jpg,A dog, a cat", "line 2: a caption with commas must be in quotes"),
+        (
+            '{"images": [{"filename": "c.jpg", "split": "val", "sentences": [{"raw": "x", "tokens": "x"}]}]}',
+            "another form",
+        ),
+        ("[1, 2]", "images[0] has another form, is this Karpathy's JSON"),
+        ('{"images": [3]}', "is this Karpathy's JSON"),
+        (b"\xff\xfe\x00", "is not a text file in UTF-8"),
     ],
 )
 def test_unreadable_captions_are_named_in_one_line(command, tmp_path, photos, content, message):
-    paths = write(tmp_path / "given.any", content)
-    arguments = ("--dataset", "own", "--captions", *paths, "--images", photos, "--output_folder", tmp_path / "out")
+    path = tmp_path / "given.any"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    arguments = ("--dataset", "own", "--captions", path, "--images", photos, "--output_folder", tmp_path / "out")
     status, _, err = command(create_input_files, *arguments)
     line = err.strip().splitlines()[-1]
     assert status == 2 and line.startswith("create_input_files.py: error: ") and message in line, err
@@ -316,7 +335,6 @@ def test_unreadable_captions_are_named_in_one_line(command, tmp_path, photos, co
 @pytest.mark.parametrize(
     ("captions", "kind", "message"),
     [
-        (["empty.any"], "auto", "empty.any: an empty file"),
         (["given.any", "given.any"], "auto", "only COCO's may be several, this is --format csv"),
         (["photos"], "csv", "is a folder, which --format csv is not"),
         (["given.any"], "folder", "is a file, which --format folder is not"),
@@ -324,7 +342,6 @@ def test_unreadable_captions_are_named_in_one_line(command, tmp_path, photos, co
 )
 def test_paths_that_do_not_fit_are_named(tmp_path, photos, captions, kind, message):
     write(tmp_path / "given.any", "image,caption\na.jpg,A dog")
-    write(tmp_path / "empty.any", "")
     with pytest.raises(InputError, match=message):
         read_records([str(tmp_path / name) for name in captions], str(photos), kind)
 

@@ -130,7 +130,7 @@ def test_weights_as_torchvision_stores_them_are_loaded(tmp_path, detector_weight
 
 def test_other_files_are_not_continued(tmp_path, photos, detector_weights):
     (tmp_path / "objects.json.partial").write_text('["mine"]\nnotes\n')
-    with pytest.raises(InputError, match="is not what --detect writes: remove it"):
+    with pytest.raises(InputError, match="was not written by --detect: remove it"):
         detect_objects(photos, tmp_path / "objects.json", Detector(NAME, detector_weights, CPU))
     assert (tmp_path / "objects.json.partial").read_text() == '["mine"]\nnotes\n'
 
@@ -148,7 +148,7 @@ def test_photos_are_prepared_with_what_was_found(tmp_path, photos, detector_weig
     arguments = ["--dataset", "mine", "--captions", tmp_path / "captions.csv", "--images", tmp_path / "photos"]
     arguments += ["--image_size", 32, "--output_folder", tmp_path / "data", "--detect", NAME]
     status, _, err = command(create_input_files, *arguments, "--detector_weights", detector_weights)
-    assert status == 2 and f"--detect {NAME} needs --objects FILE, a new file for what it finds" in err
+    assert status == 2 and f"--detect {NAME} requires --objects" in err
     arguments += ["--detector_weights", detector_weights, "--objects", tmp_path / "objects.json"]
     status, out, err = command(create_input_files, *arguments)
     assert status == 0 and "objects in 3 photos, 0 photos have none" in out, err

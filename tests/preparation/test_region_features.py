@@ -48,7 +48,9 @@ def test_ids_that_may_be_names_of_other_photos_are_refused(tmp_path, photos):
     records = [replace(record, name=f"{i}.png", image_id=5 - i) for i, record in enumerate(photos)]
     features, boxes = random_regions(6)
     path = write_features(tmp_path / "f", "keyed", range(6), features, boxes)
-    with pytest.raises(InputError, match=r"its photos, such as \d, may be file names or ids, of other photos"):
+    with pytest.raises(
+        InputError, match=r"its photos, such as \d, could be file names or ids, which are different photos"
+    ):
         RegionFeatures([str(path)], records)
     found = RegionFeatures([str(path)], [*records[:5], replace(records[5], name="other.png")])  # ids find more
     assert np.array_equal(found.read(records[0], 32, "squash")[0], features[5].astype(np.float16))

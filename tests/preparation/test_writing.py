@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from create_input_files import Settings
+from create_input_files import Settings, fingerprint
 from datasets import CaptionDataset
 from preparation.records import ImageRecord, pack_captions
 from preparation.storage import SPLITS, read_captions, read_metadata
-from preparation.writing import fingerprint, subsample_train, write_folder
+from preparation.writing import subsample_train, write_folder
 from text.vocabulary import Vocabulary
 from utils import InputError
 
