@@ -200,7 +200,9 @@ def collate(examples: Sequence[Example]) -> Batch:
         for c, caption in enumerate(image_captions):
             words[b, c, : len(caption)] = torch.tensor(caption)
             lengths[b, c] = len(caption) - 1
-    boxes, object_boxes = (None if each[0] is None else pad_sequence(each, True) for each in (boxes, object_boxes))
+    boxes, object_boxes = (
+        None if each[0] is None else pad_sequence(list(each), True) for each in (boxes, object_boxes)
+    )
     named = None
     if names[0] is not None:
         named = torch.zeros(*words[..., 1:].shape, max(map(len, names)), dtype=torch.bool)
@@ -208,7 +210,7 @@ def collate(examples: Sequence[Example]) -> Batch:
             for i, ids in enumerate(of_objects):
                 named[b, ..., i] = torch.isin(words[b, :, 1:], torch.tensor(ids, dtype=torch.long))
     is_ragged = len(set(map(len, inputs))) > 1  # photos differ in their number of region features
-    inputs = pad_sequence(inputs, True) if is_ragged else torch.stack(inputs)
+    inputs = pad_sequence(list(inputs), True) if is_ragged else torch.stack(inputs)
     return Batch(inputs, words, lengths, list(indices), boxes, object_boxes, named)
 
 
