@@ -59,8 +59,8 @@ def validate_settings(settings: Settings) -> None:
         validate_paths(settings)
     elif settings.captions or settings.images or settings.objects or settings.region_features or settings.detect:
         raise InputError(
-            "--dataset shapes reads no files: name the data set of --captions and --images, --objects, --detect or "
-            "--region_features"
+            "--dataset shapes reads no files: give another --dataset name for your --captions, --images, --objects, "
+            "--detect or --region_features"
         )
 
 
@@ -72,7 +72,7 @@ def validate_paths(settings: Settings) -> None:
     has_folder = bool(settings.captions) and Path(settings.captions[0]).is_dir()
     if not settings.captions or not all(settings.captions) or not (settings.images or has_folder):
         raise InputError(
-            f"--dataset {settings.dataset} needs --captions FILE and --images FOLDER, or a folder of both as --captions"
+            f"--dataset {settings.dataset} requires --captions FILE and --images FOLDER, or --captions FOLDER with both"
         )
     if settings.images and has_folder:
         raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")

@@ -59,10 +59,10 @@ def read_records(captions: Sequence[str], images: str, kind: str) -> tuple[list[
     if kind == "auto":
         kind = detect_format(paths[0])
     if paths[0].is_dir() != (kind in ("folder", "tutorial")):
-        found = "a folder" if paths[0].is_dir() else "a file"
-        raise InputError(f"--captions {paths[0]} is {found}, which --format {kind} is not")
+        found, taken = ("a folder", "a file") if paths[0].is_dir() else ("a file", "a folder")
+        raise InputError(f"--captions {paths[0]} is {found}, but --format {kind} takes {taken}")
     if len(paths) > 1 and kind != "coco":
-        raise InputError(f"--captions {' '.join(captions)}: only COCO's may be several, this is --format {kind}")
+        raise InputError(f"--captions {' '.join(captions)}: --format {kind} takes one file, only coco takes several")
     records = READERS[kind](paths if kind == "coco" else paths[0], Path(images))
     if not records:
         raise InputError(f"{' '.join(captions)} names no images")

@@ -80,7 +80,7 @@ def _read_tutorial_split(
     if not any(file.is_file() for file in files):
         return []
     if missing := [file for file in files if not file.is_file()]:
-        raise InputError(f"{path} has only a part of its {split} split: no {missing[0].name}")
+        raise InputError(f"{path} has only part of its {split} split: {missing[0].name} is missing")
     images_path, captions_path, lengths_path = files
     num_images, per_image = _read_tutorial_images(images_path)
     encoded, lengths = read_json(captions_path), read_json(lengths_path)

@@ -76,7 +76,9 @@ def read_coco(paths: list[Path], images: Path) -> list[ImageRecord]:
         if len(paths) > 1:
             split = next((split for split in SPLITS if split in path.stem), "")
             if not split:
-                raise InputError(f"{path}: one of several files, its name must contain {', '.join(SPLITS)}")
+                raise InputError(
+                    f"{path}: the name of one of several files must contain its split: {', '.join(SPLITS)}"
+                )
         records += read_coco_file(path, images, split)
     return records
 

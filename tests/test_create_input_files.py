@@ -125,7 +125,7 @@ def test_a_half_replaced_folder_is_completed(command, tmp_path, photos):
     assert (tmp_path / "out" / "dataset.json").is_file()
 
 
-def test_the_same_settings_change_nothing(command, tmp_path, photos):
+def test_the_same_settings_change_nothing_and_others_need_overwrite(command, tmp_path, photos):
     captions = karpathy(tmp_path / "captions.json")
     assert prepare(command, tmp_path, captions, photos)[0] == 0
     written = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
@@ -134,12 +134,6 @@ def test_the_same_settings_change_nothing(command, tmp_path, photos):
     assert status == 0 and "exists already, made with the same settings" in out
     assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == written
     assert (tmp_path / "out" / "features").exists()
-
-
-def test_other_settings_need_overwrite(command, tmp_path, photos):
-    captions = karpathy(tmp_path / "captions.json")
-    assert prepare(command, tmp_path, captions, photos)[0] == 0
-    (tmp_path / "out" / "features").mkdir()
     status, _, err = prepare(command, tmp_path, captions, photos, "--seed", 1)
     assert status == 2 and "--overwrite replaces it" in err
     assert prepare(command, tmp_path, captions, photos, "--seed", 1, "--overwrite")[0] == 0
@@ -277,8 +271,8 @@ def test_captions_per_image_are_chosen_with_the_seed(command, tmp_path, photos):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--captions", "a.json"), "--dataset shapes reads no files: name the data set of --captions and --images"),
-        (("--dataset", "own"), "--dataset own needs --captions FILE and --images FOLDER, or a folder of both"),
+        (("--captions", "a.json"), "--dataset shapes reads no files: give another --dataset name for your --captions"),
+        (("--dataset", "own"), "--dataset own requires --captions FILE and --images FOLDER, or --captions FOLDER"),
         (("--dataset", "own", "--captions", "utils.py", "--images", "none"), "--images none: no such folder\n"),
         (
             ("--dataset", "own", "--captions", "utils.py", "--images", "prepartion"),

@@ -335,9 +335,9 @@ def test_unreadable_captions_are_named_in_one_line(command, tmp_path, photos, co
 @pytest.mark.parametrize(
     ("captions", "kind", "message"),
     [
-        (["given.any", "given.any"], "auto", "only COCO's may be several, this is --format csv"),
-        (["photos"], "csv", "is a folder, which --format csv is not"),
-        (["given.any"], "folder", "is a file, which --format folder is not"),
+        (["given.any", "given.any"], "auto", "--format csv takes one file, only coco takes several"),
+        (["photos"], "csv", "is a folder, but --format csv takes a file"),
+        (["given.any"], "folder", "is a file, but --format folder takes a folder"),
     ],
 )
 def test_paths_that_do_not_fit_are_named(tmp_path, photos, captions, kind, message):
