@@ -43,7 +43,7 @@ class Settings(FolderSettings):
     overwrite: bool = False  # replace a folder that was prepared with other settings
     num_scenes: int = setting(4000, minimum=1)  # shapes: scenes for training; val and test have a tenth as many each
     num_shapes: tuple[int, ...] = setting((1, 2, 2), minimum=1, maximum=MAX_SHAPES)  # shapes: how many a scene may have
-    device: str = "auto"  # of the detector: auto, cpu or cuda
+    device: str = setting("auto", needs="detect")  # of the detector: auto, cpu or cuda
 
 
 # Settings that do not shape a prepared folder, and those whose effect is in the records.

@@ -291,6 +291,7 @@ def test_captions_per_image_are_chosen_with_the_seed(command, tmp_path, photos):
         ),
         (("--long_captions", "drop"), "--long_captions drop requires --max_caption_length"),
         (("--num_scenes", 0), "--num_scenes 0: must be at least 1"),
+        (("--device", "cpu"), "--device cpu requires --detect"),
         (("--num_shapes", 2, 10), "--num_shapes 10: must be at most 9"),
     ],
 )
