@@ -163,12 +163,22 @@ def safe_load(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
     Raises InputError if the file is missing, damaged, or holds more than tensors and plain containers.
     """
+    with open_untrusted(path) as file:
+        return torch.load(file, map_location=device, weights_only=True)
+
+
+@contextlib.contextmanager
+def open_untrusted(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file of torch.save for `torch.load`. An exception in the block becomes an InputError.
+
+    Raises InputError if the file is missing or damaged.
+    """
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}")
     with open(path, "rb") as file, warnings.catch_warnings(), reraise_as_refused(path):
-        warnings.simplefilter("ignore")  # such a file is refused anyway
+        warnings.simplefilter("ignore")  # torch warns of what it then refuses
         check_zip(file)
-        return torch.load(file, map_location=device, weights_only=True)
+        yield file
 
 
 @contextlib.contextmanager

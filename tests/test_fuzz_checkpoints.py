@@ -10,14 +10,13 @@ import copy
 import io
 import math
 import random
-import re
 import zipfile
 
 import pytest
 import torch
 
 import train
-from conftest import SMALL, beams, build
+from conftest import SMALL, beams, build, peak_memory
 from decoding.beam_search import beam_search
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
 from text.vocabulary import SPECIAL_TOKENS
@@ -145,18 +144,6 @@ def mutate_pickle(rng, data):
             record = source.read(name)
             target.writestr(name, mutate_bytes(rng, record) if name.endswith("data.pkl") else record)
     return output.getvalue()
-
-
-def peak_memory(reset=False):
-    """The most bytes of memory that this process has held since the last reset, 0 where the system does not tell."""
-    try:
-        if reset:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        with open("/proc/self/status") as file:
-            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", file.read())[1])
-    except OSError:
-        return 0
 
 
 def check(path, original, may_differ):
