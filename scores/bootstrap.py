@@ -7,7 +7,7 @@ means of its images' scores, so that CIDEr's document frequencies stay those of 
 
 import numpy as np
 
-from scores.per_image import bleu_statistics, corpus_bleu
+from scores.metrics import bleu_statistics, corpus_bleu
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

@@ -16,8 +16,7 @@ from scores.bootstrap import (
     scores_of_sums,
 )
 from scores.diversity import diversity, training_captions
-from scores.metrics import ROW_KEYS, TITLES, compute_meteor, format_table
-from scores.per_image import image_scores, image_texts
+from scores.metrics import ROW_KEYS, TITLES, compute_meteor, format_table, image_scores, image_texts
 from scores.results_files import read_results
 from scores.spice import compute_spice, require_spice
 from scores.tokenization import ptb_references, ptb_tokenize
