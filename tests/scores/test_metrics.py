@@ -91,8 +91,11 @@ def test_perfect_hopeless_and_empty_captions():
     assert corpus_bleu(bleu_statistics([[["a"]]], [[]])[0]).tolist() == [0, 0, 0, 0]
 
 
+NEEDS_JAVA = pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+@NEEDS_JAVA
 @pytest.mark.parametrize("locale", ["de_DE", "tr_TR"])
 def test_meteor_is_the_same_in_every_locale(monkeypatch, locale):
     expected = meteor_of([["A", "DOG", "IS", "IN"], [], []])
@@ -103,17 +106,11 @@ def test_meteor_is_the_same_in_every_locale(monkeypatch, locale):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
-def test_meteor_equals_pycocoevalcap():
-    references, predictions = texts(REFERENCES), texts([[words] for words in PREDICTIONS])
-    assert compute_meteor(references, predictions) == Meteor().compute_score(references, predictions)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
-def test_meteor_prefers_the_better_captions():
-    scores = [meteor_of(PREDICTIONS), meteor_of([["x"], [], []])]
-    assert scores[0] > 0.3 > 0.01 > scores[1]
+@NEEDS_JAVA
+def test_meteor_equals_pycocoevalcap_and_prefers_the_better_captions():
+    arguments = texts(REFERENCES), texts([[words] for words in PREDICTIONS])
+    assert compute_meteor(*arguments) == Meteor().compute_score(*arguments)
+    assert meteor_of(PREDICTIONS) > 0.3 > 0.01 > meteor_of([["x"], [], []])
 
 
 def test_a_java_that_fails_is_an_error(monkeypatch, tmp_path):
