@@ -19,7 +19,7 @@ from common.checkpoints import check_dense
 from common.files import open_untrusted
 from utils import InputError
 
-MAX_MODULES = 1000  # a ResNet-152 has 213 in the tutorial
+MAX_MODULES = 1000  # a ResNet-152 has 423
 
 
 class Stub:
@@ -32,7 +32,7 @@ def load_modules(path: str | Path, classes: Iterable[str]) -> Any:
     Raises InputError if the file is missing, damaged, or names a class or function that is not among `classes`, such as
     torch.nn.modules.linear.Linear, and not one of torch's tensors or Python's containers.
     """
-    allowed = [(type(name, (Stub,), {}), name) for name in classes]
+    allowed: list[Any] = [(type(name, (Stub,), {}), name) for name in classes]
     allowed += [(dict, "builtins.dict"), (_make_dict, "collections.defaultdict"), (_class_of, "stubs.class_of")]
     with open_untrusted(path) as file, torch.serialization.safe_globals(allowed):
         try:
@@ -51,7 +51,8 @@ def state_dict(module: Any, path: str | Path) -> dict[str, Tensor]:
     """
     if not isinstance(module, Stub):
         raise InputError(f"{path} is of type {type(module).__name__}, not a module")
-    tensors, modules = {}, [("", module)]
+    tensors: dict[str, Tensor] = {}
+    modules: list[tuple[str, Any]] = [("", module)]
     for prefix, parent in modules:  # the loop appends to it
         for name, tensor in (parent._parameters | parent._buffers).items():
             if tensor is not None:

@@ -1,6 +1,5 @@
 """Files of whole modules, read as data: what torch.save wrote, and what somebody made to do harm."""
 
-import io
 import os
 import pickle
 import re
@@ -153,14 +152,12 @@ def test_memory_is_in_proportion_to_the_file(name, legacy, tmp_path):
 
 
 @FORMATS
-def test_cut_compressed_and_other_files_are_one_line(legacy, tmp_path):
-    path, bomb = tmp_path / "x.pt", io.BytesIO()
+def test_cut_and_other_files_are_one_line(legacy, tmp_path):
+    path = tmp_path / "x.pt"
     torch.save({"x": nn.Linear(3, 2)}, path, _use_new_zipfile_serialization=not legacy)
     whole = path.read_bytes()
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(10**6))
     cut = [whole[:end] for end in (0, 1, 20, len(whole) // 2, len(whole) - 1)]
-    for content in [*cut, b"text", pickle.dumps({"a": 1}), b"PK\x05\x06" + bytes(18), bomb.getvalue()]:
+    for content in [*cut, b"text", pickle.dumps({"a": 1}), b"PK\x05\x06" + bytes(18)]:
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"x\.pt is refused: it is damaged"):
             load_modules(path, CLASSES)
