@@ -1,9 +1,9 @@
-"""Mutated checkpoints: each gives the captions of the unmutated one, or one line, and never takes much memory.
+"""Mutated checkpoints: each gives the captions of the original, or a one-line error, and never takes much memory.
 
-Three kinds of mutations, all seeded: of the dictionary that a checkpoint is, of the file's bytes, and of the pickle in
-it with the file's checksums made right. A mutation may leave a valid checkpoint of something else: other words, another
-image size or grid, one weight in place of another. Those (`OTHER_MODEL`, and pickles with right checksums) must load
-and caption, or be one line.
+There are three kinds of mutations, all seeded: of the dictionary, of the file's bytes, and of the pickle in the file,
+with correct checksums. A mutation may leave a valid checkpoint of another model: other words, another image size or
+grid, one weight in place of another. Those (`OTHER_MODEL`, and mutated pickles) must load and caption, or be a one-line
+error.
 """
 
 import copy
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, of the odd tensors
 TINY = {**vars(SMALL), "encoder": "squeezenet1_1", "encoder_layer": "features.3", "graph_layers": 1}
 WORDS = [*SPECIAL_TOKENS, *"abcdefgh"]
 OTHER_MODEL = {"image_size", "resize", "grid_size", "graph_knn", "words"}
-OVERHEAD = 16 * 2**20  # bytes that Python and torch may take besides
+OVERHEAD = 16 * 2**20  # bytes that Python and torch may take on top
 VALUES = [
     *(None, True, False, -1, 0, 1, 3, 10**7, 10**12, 2**70, 2**2000, 0.3, -0.5, 1e308, math.inf, math.nan, 1j),
     *("", "x", "pad", "gru", "dot", "resnet18", "vgg11", "features", "features.4", "é", "\ud800", "x" * 100_000),
@@ -58,7 +58,7 @@ TENSORS = [
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A checkpoint with the captions of its model: content, path, captions."""
+    """A checkpoint: its content, path and captions."""
     torch.manual_seed(3)
     captioner = build(type(SMALL)(**TINY), WORDS)
     for parameter in captioner.decoder.parameters():
@@ -79,7 +79,7 @@ def original(tmp_path_factory):
 
 
 def captions_of(captioner):
-    """The captions that a model gives two images, None where they are too large to try."""
+    """Caption two images; returns None if the model's images are too large to try."""
     if captioner.image_size * captioner.encoder.num_regions > 10_000:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def captions_of(captioner):
 
 
 def copy_containers(content):
-    """A checkpoint's dictionary whose containers can be changed."""
+    """Copy a checkpoint's dictionary and its containers, not its tensors."""
     return {key: type(value)(value) if isinstance(value, (dict, list)) else value for key, value in content.items()}
 
 
@@ -117,7 +117,7 @@ def mutate_content(rng, content, path):
 
 
 def mutate_bytes(rng, data):
-    """A file's bytes with some changed, cut off, left out or put in twice."""
+    """Change, cut off, leave out or repeat some bytes of a file."""
     data, start, length = bytearray(data), rng.randrange(len(data)), rng.choice([1, 1, 2, 8, 64, 1000])
     if rng.random() < 0.3:  # near the ends: the zip directory
         start = (len(data) - 1 - rng.randrange(3000)) % len(data)
@@ -137,7 +137,7 @@ def mutate_bytes(rng, data):
 
 
 def mutate_pickle(rng, data):
-    """The checkpoint's zip file with a mutated pickle and right checksums."""
+    """Mutate the pickle in a checkpoint's zip file; the checksums are correct."""
     output = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(output, "w") as target:
         for name in source.namelist():
@@ -147,7 +147,7 @@ def mutate_pickle(rng, data):
 
 
 def check(path, original, may_differ):
-    """Whether a checkpoint loads; asserts that it keeps the rules."""
+    """Return True if a checkpoint loads; assert that it keeps the rules."""
     model_bytes = sum(weight.nbytes for weight in original[0]["model"].values())
     limit = 2 * path.stat().st_size + model_bytes + OVERHEAD
     before = peak_memory(reset=True)
@@ -220,7 +220,7 @@ TRAINING = ["settings", "defaults", "progress", "optimizer", "ema", "rng", "data
 
 
 def mutate_training_state(rng, content):
-    """Take an entry of what only a resumed run reads out of a checkpoint, or give it another value."""
+    """Remove or replace an entry of a checkpoint that only a resumed run reads."""
     holder, key = content, rng.choice(TRAINING)
     while isinstance(holder[key], (dict, list)) and holder[key] and rng.random() < 0.7:
         holder = holder[key]

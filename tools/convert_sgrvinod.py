@@ -1,6 +1,6 @@
 """Convert a checkpoint of sgrvinod's PyTorch tutorial on image captioning: python tools/convert_sgrvinod.py
 
-The result is a checkpoint for eval.py, caption.py and train.py --init_from. Nothing of the file is executed.
+The result is a checkpoint for eval.py, caption.py and train.py --init_from. No code in the file is executed.
 """
 
 import sys
@@ -21,7 +21,7 @@ from tools.pickled_modules import load_modules, state_dict
 from training.state import git_revision
 from utils import BaseSettings, InputError, has_type, run_script
 
-# The classes that a checkpoint of the tutorial names, beside optimizers.
+# The classes in a checkpoint of the tutorial, besides torch's optimizers.
 CLASSES = (
     "models.Encoder",
     "models.Attention",
@@ -75,7 +75,7 @@ class Settings(BaseSettings):
 
     checkpoint: str = "BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar"  # what its train.py wrote
     word_map: str = "WORDMAP_coco_5_cap_per_img_5_min_word_freq.json"  # what its create_input_files.py wrote
-    output: str = "runs/sgrvinod/best.pt"  # file to write, which must not exist
+    output: str = "runs/sgrvinod/best.pt"  # new file to write
 
 
 def optimizer_names() -> list[str]:
@@ -92,10 +92,11 @@ def attribute(module: Any, name: str, kind: type, path: str) -> Any:
 
 
 def encoder_settings(encoder: Any, weights: Mapping[str, Tensor], path: str) -> dict[str, Any]:
-    """Return the settings `encoder` and `grid_size` of train.py for the encoder of the file."""
-    depth = 2 + sum(".conv" in name for name in weights)  # and the first convolution, and the linear layer left out
+    """Return train.py's settings `encoder` and `grid_size` for the encoder of the file."""
+    # A ResNet's name counts its convolutions, of which the first is resnet.0 here, and a linear layer, left out here.
+    depth = 2 + sum(".conv" in name for name in weights)
     if f"resnet{depth}" not in RESNETS:
-        raise InputError(f"{path}: encoder is no ResNet of torchvision: it has {depth} layers")
+        raise InputError(f"{path}: encoder has {depth} layers, which no ResNet of torchvision has")
     return {"encoder": f"resnet{depth}", "grid_size": attribute(encoder, "enc_image_size", int, f"{path}: encoder")}
 
 
@@ -112,9 +113,9 @@ def convert_encoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decoder_settings(decoder: Any, weights: Mapping[str, Tensor], path: str) -> dict[str, Any]:
-    """Return the settings of train.py for the decoder of the file: its sizes and dropout.
+    """Return train.py's settings for the decoder of the file: its sizes and dropout.
 
-    Raises InputError if its weights do not have the tutorial's names, or shapes that fit each other.
+    Raises InputError if its weights have other names than the tutorial's, or shapes that do not fit each other.
     """
     if missing := sorted(DECODER_SHAPES.keys() - weights.keys()):
         raise InputError(f"{path}: decoder has no {missing[0]}, which is part of the tutorial's model")
@@ -172,7 +173,7 @@ def read_words(path: str) -> dict[str, int]:
     """Return the ids of a word map by word, special tokens first. Raises InputError if the file is not a word map."""
     word_map = read_json(path)
     if not isinstance(word_map, dict) or not all(type(word_id) is int for word_id in word_map.values()):
-        raise InputError(f"{path} is no word map: not a JSON object of words and their ids")
+        raise InputError(f"{path} is not a word map, a JSON object of words and their ids")
     if sorted(word_map.values()) != list(range(len(word_map))):
         raise InputError(f"{path}: the ids of its {len(word_map)} words are not 0 to {len(word_map) - 1}")
     for token in SPECIAL_TOKENS:
@@ -185,7 +186,7 @@ def read_words(path: str) -> dict[str, int]:
 def convert(content: Any, word_map: Mapping[str, int], path: str) -> dict[str, Any]:
     """Return a checkpoint as train.py writes it, without training state, from the content of the file at `path`."""
     if not isinstance(content, dict) or not content.keys() >= {"encoder", "decoder", "encoder_optimizer"}:
-        raise InputError(f"{path} is no checkpoint of the tutorial: it has no encoder, decoder and encoder_optimizer")
+        raise InputError(f"{path} is not a checkpoint of the tutorial: it lacks encoder, decoder or encoder_optimizer")
     encoder, decoder = content["encoder"], content["decoder"]
     encoder_weights = state_dict(encoder, f"{path}: encoder")
     decoder_weights = state_dict(decoder, f"{path}: decoder")
@@ -198,7 +199,9 @@ def convert(content: Any, word_map: Mapping[str, int], path: str) -> dict[str, A
         **decoder_settings(decoder, decoder_weights, path),
     )
     if len(word_map) != (num_words := len(decoder_weights["embedding.weight"])):
-        raise InputError(f"{path} has {num_words} words, the word map has {len(word_map)}: give the file's own")
+        raise InputError(
+            f"{path} has {num_words} words, the word map {len(word_map)}: give the word map of this checkpoint"
+        )
     return {
         "format": CHECKPOINT_FORMAT,
         "model": convert_encoder(encoder_weights) | convert_decoder(decoder_weights, list(word_map.values())),
@@ -217,12 +220,12 @@ def convert(content: Any, word_map: Mapping[str, int], path: str) -> dict[str, A
 def main(settings: Settings) -> None:
     """Convert the checkpoint, check that the result can be loaded, write it."""
     if Path(settings.output).exists():
-        raise InputError(f"--output {settings.output} exists: give another, or delete it")
+        raise InputError(f"--output {settings.output} exists: give another path, or delete it")
     word_map = read_words(settings.word_map)
     content = load_modules(settings.checkpoint, [*CLASSES, *optimizer_names()])
     with reraise_as_refused(settings.checkpoint):
         checkpoint = convert(content, word_map, settings.checkpoint)
-    captioner_from_checkpoint(checkpoint, settings.checkpoint)  # sizes that fit each other, finite numbers
+    captioner_from_checkpoint(checkpoint, settings.checkpoint)  # checks that sizes fit and numbers are finite
     save_torch(settings.output, checkpoint)
     print(
         f"wrote {settings.output}: {checkpoint['settings']['encoder']}, {len(word_map)} words; --length_penalty 0 of "

@@ -9,7 +9,7 @@ from tools import average_checkpoints
 
 @pytest.fixture
 def models(run_folder, tmp_path):
-    """Two checkpoints of one model: that of the run, and the same with other weights of the decoder."""
+    """Two checkpoints of one model that differ in the weights of the decoder."""
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for path in paths:
         checkpoint = torch.load(run_folder / "best.pt", weights_only=True)

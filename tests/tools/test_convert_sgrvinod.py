@@ -1,4 +1,4 @@
-"""Checkpoints laid out as those of sgrvinod's tutorial, converted, against a plain search with its equations."""
+"""Converted checkpoints of sgrvinod's tutorial against a plain search with its equations."""
 
 import json
 from collections import OrderedDict
@@ -32,7 +32,7 @@ def make_model():
     torch.manual_seed(3)
     encoder = reference.Encoder("resnet18", SIZES[0]).eval()
     for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):  # far from what a new one has, and features that grow nowhere
+        if isinstance(module, nn.BatchNorm2d):  # far from the initial values; features do not explode
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(1, 2)
             module.weight.data.uniform_(0.5, 1.5)
@@ -53,17 +53,16 @@ def write(folder, content, *, legacy=False, words=WORDS):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["zip", "legacy"])
 def converted(request, tmp_path_factory):
-    """The tutorial's model, and the captioner of its converted checkpoint, with the folder of both."""
+    """The tutorial's model, the captioner of its converted checkpoint, and the folder of both files."""
     folder = tmp_path_factory.mktemp("sgrvinod")
     encoder, decoder = make_model()
     settings = write(folder, reference.checkpoint(encoder, decoder, fine_tuned=True), legacy=request.param)
-    # What the step of its optimizers changed is in the file, too.
     convert_sgrvinod.main(settings)
     return encoder, decoder, load_captioner(settings.output, "cpu"), folder
 
 
 def random_regions(count):
-    """Regions (count, R, D), so small that words matter, too."""
+    """Regions (count, R, D), so small that words matter as well."""
     return 0.1 * torch.randn(count, SIZES[0] ** 2, SIZES[1], generator=torch.Generator().manual_seed(0))
 
 
@@ -144,14 +143,14 @@ def test_every_resnet_is_recognized(name):
 
 # Paths of what is replaced in a checkpoint, values and messages.
 REFUSED = {
-    "no encoder": ("model", None, "is no checkpoint of the tutorial: it has no encoder"),
+    "no encoder": ("model", None, "is not a checkpoint of the tutorial: it lacks encoder"),
     "state dicts": ("decoder", OrderedDict(), "decoder is of type OrderedDict, not a module"),
     "another model": ("decoder", nn.Linear(1, 1), "decoder has no attention.decoder_att.bias, which is part of the"),
     "another activation": ("decoder.attention.relu", nn.Tanh(), r"is refused: it names torch.nn.*Tanh, which has no"),
     "a layer more": ("decoder.deep", nn.Linear(16, 16), "decoder has 'deep.bias', which is not part of the tutorial's"),
     "a wider layer": ("decoder.init_c", nn.Linear(512, 17), r"decoder.init_c.weight is \(17, 512\), not \(16, 512\)"),
     "no bias": ("decoder.init_h", nn.Linear(512, 16, bias=False), "decoder has no init_h.bias, which is part of the"),
-    "fewer layers": ("encoder.resnet.7", nn.Sequential(), "encoder is no ResNet of torchvision: it has 14 layers"),
+    "fewer layers": ("encoder.resnet.7", nn.Sequential(), "encoder has 14 layers, which no ResNet of torchvision has"),
     "a wider network": (
         "encoder.resnet.0",
         nn.Conv2d(3, 65, 7, bias=False),
@@ -186,9 +185,9 @@ def test_what_is_not_the_tutorials_is_one_line(name, tmp_path):
 
 
 WORD_MAPS = [
-    (reference.word_map(["a", "b"]), r"has 16 words, the word map has 6: give the file's own"),
-    (["a"], "is no word map: not a JSON object"),
-    ({word: str(i) for word, i in WORDS.items()}, "is no word map"),
+    (reference.word_map(["a", "b"]), r"has 16 words, the word map 6: give the word map of this checkpoint"),
+    (["a"], "is not a word map, a JSON object"),
+    ({word: str(i) for word, i in WORDS.items()}, "is not a word map"),
     (WORDS | {"dog": 1}, "the ids of its 16 words are not 0 to 15"),
     ({word.strip("<"): i for word, i in WORDS.items()}, "has no <pad>, which the word maps of the"),
 ]
@@ -199,9 +198,9 @@ def test_other_word_maps_and_files_are_one_line(converted, tmp_path):
     new, names = tmp_path / "new.pt", ("BEST.pth.tar", "WORDMAP.json", "best.pt")
     original, word_map, output = (folder / name for name in names)
     cases = [
-        ((original, word_map, output), r"best\.pt exists: give another, or delete it"),
+        ((original, word_map, output), r"best\.pt exists: give another path, or delete it"),
         ((tmp_path / "none", word_map, new), r"no such file: .*none"),
-        ((output, word_map, new), "is no checkpoint of the tutorial"),  # it was converted already
+        ((output, word_map, new), "is not a checkpoint of the tutorial"),  # it was converted already
     ]
     for i, (words, message) in enumerate(WORD_MAPS):
         (tmp_path / f"{i}.json").write_text(json.dumps(words))
