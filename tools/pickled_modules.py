@@ -58,7 +58,7 @@ def state_dict(module: Any, path: str | Path) -> dict[str, Tensor]:
             if tensor is not None:
                 check_dense(tensor, f"{prefix}{name}", path)
                 tensors[f"{prefix}{name}"] = tensor.detach()
-        modules += [(f"{prefix}{name}.", child) for name, child in parent._modules.items()]
+        modules += [(f"{prefix}{name}.", child) for name, child in parent._modules.items() if child is not None]
         if len(modules) > MAX_MODULES:  # a module that contains itself
             raise InputError(f"{path} has more than {MAX_MODULES} modules")
     return tensors

@@ -60,8 +60,9 @@ def test_modules_optimizers_and_tensors_are_read(legacy, tmp_path):
     module = nn.Sequential(
         nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Sequential(nn.Linear(2, 2, bias=False), nn.Dropout(0.3))
     )
+    module.register_module("nothing", None)
     optimizer, shared = torch.optim.Adam(module.parameters()), torch.randn(4, 3)
-    module(torch.randn(4, 3)).sum().backward()
+    module[:3](torch.randn(4, 3)).sum().backward()
     optimizer.step()
     content = {"module": module, "optimizer": optimizer, "numbers": [1, 2.5, "module", None, (True,)]}
     content["rows"] = shared[2:]
