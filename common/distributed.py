@@ -1,4 +1,4 @@
-"""Several processes that train together (torchrun): their ranks and what they exchange."""
+"""Processes that train together (torchrun): their ranks and what they exchange."""
 
 import contextlib
 import io
@@ -14,18 +14,18 @@ from utils import InputError, choose_device
 
 
 def rank() -> int:
-    """The rank of this process; 0 for the first or only one, which writes files and prints."""
+    """Return the rank of this process; rank 0, the first or only process, writes files and prints."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes that train together."""
+    """Return the number of processes that train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 @contextlib.contextmanager
 def init_distributed(device_name: str) -> Iterator[torch.device]:
-    """Join the process group where torchrun started several processes; yields this process's device."""
+    """Join the process group if torchrun started this process; yields its device."""
     if not distributed.is_torchelastic_launched():
         yield choose_device(device_name)
         return
@@ -44,7 +44,7 @@ def init_distributed(device_name: str) -> Iterator[torch.device]:
 
 
 def all_reduce_sum(values: list) -> list:
-    """Numbers summed over all processes, each of its type."""
+    """Sum numbers over all processes; each keeps its type."""
     if world_size() == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
@@ -53,7 +53,7 @@ def all_reduce_sum(values: list) -> list:
 
 
 def all_gather(items: list) -> list:
-    """The lists of all processes joined in the order of their ranks."""
+    """Join the lists of all processes in the order of their ranks."""
     if world_size() == 1:
         return items
     lists: list[Any] = [None] * world_size()
@@ -69,7 +69,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def on_rank_zero(function: Callable[[], Any]) -> Any:
-    """Call a function on rank 0 alone; all processes get what it returns, or raise its InputError or OSError."""
+    """Call a function on rank 0 only. All processes return its result, or raise its InputError or OSError."""
     result = error = None
     if rank() == 0:
         try:

@@ -1,13 +1,13 @@
 """Bootstrap over images: confidence intervals of scores, and a paired test of two sets of captions. N images.
 
 Source: Koehn, "Statistical Significance Tests for Machine Translation Evaluation", 2004. A resample draws N images of
-the split with replacement. Its BLEU is computed anew from the sums of its images' counts; its ROUGE-L and CIDEr are
-means of its images' scores, so that CIDEr's document frequencies stay those of the whole split.
+the split with replacement. Its BLEU is recomputed from the summed counts of its images. Its ROUGE-L and CIDEr are the
+means of its images' scores; CIDEr's document frequencies remain those of the whole split.
 """
 
 import numpy as np
 
-from scores.per_image import bleu_statistics, corpus_bleu
+from scores.metrics import bleu_statistics, corpus_bleu
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -18,7 +18,7 @@ NAMES = ("bleu_4", "rouge_l", "cider")
 def image_statistics(
     references: list[list[list[str]]], predictions: list[list[str]], scores: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """What the scores of any set of the images follow from, (N, 12): BLEU's counts, then ROUGE-L and CIDEr.
+    """Return the statistics (N, 12) from which the scores of any set of images follow: BLEU's counts, ROUGE-L, CIDEr.
 
     `scores` are the `image_scores` of the same captions.
     """
@@ -26,36 +26,36 @@ def image_statistics(
 
 
 def scores_of_sums(sums: np.ndarray, num_images: int) -> dict[str, np.ndarray]:
-    """BLEU-1 to 4, ROUGE-L and CIDEr, each (...), from sums (..., 12) of the statistics of that many images."""
+    """Compute BLEU-1 to 4, ROUGE-L and CIDEr, each (...), from sums (..., 12) of `image_statistics`."""
     bleu, means = corpus_bleu(sums[..., :-2]), sums[..., -2:] / num_images
     scores = {f"bleu_{n}": bleu[..., n - 1] for n in range(1, 5)}
     return scores | {"rouge_l": means[..., 0], "cider": means[..., 1]}
 
 
 def resampled_sums(statistics: np.ndarray) -> np.ndarray:
-    """The sums of statistics (N, S) over the images of each resample, (RESAMPLES, S)."""
+    """Sum statistics (N, S) over the images of each resample: (RESAMPLES, S)."""
     generator, N = np.random.default_rng(SEED), len(statistics)
     counts = (np.bincount(generator.integers(N, size=N), minlength=N) for _ in range(RESAMPLES))
     return np.stack([count @ statistics for count in counts])
 
 
 def percentile_interval(samples: np.ndarray) -> np.ndarray:
-    """The lower and upper end (2, ...) of the 95 % percentile interval of bootstrap samples (RESAMPLES, ...)."""
+    """Return the ends (2, ...) of the 95 % percentile interval of bootstrap samples (RESAMPLES, ...)."""
     return np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
 
 
 def two_sided_p(differences: np.ndarray) -> np.ndarray:
-    """p (...) of no difference, from bootstrap samples (RESAMPLES, ...) of the difference.
+    """Compute p (...) of no difference from bootstrap samples (RESAMPLES, ...) of the difference.
 
-    It is twice the smaller share of the resamples that lie on one side of 0, so that p is below 0.05 where the 95 %
-    interval leaves 0 out. It is never below 2 / (RESAMPLES + 1).
+    It is twice the share of the resamples on one side of 0, the smaller one. So p is below 0.05 if the 95 % interval
+    excludes 0. It is never below 2 / (RESAMPLES + 1).
     """
     smaller = np.minimum((differences <= 0).sum(axis=0), (differences >= 0).sum(axis=0))
     return np.minimum(1.0, 2 * (smaller + 1) / (len(differences) + 1))
 
 
 def confidence_intervals(statistics: np.ndarray) -> dict[str, list[float]]:
-    """The 95 % interval, [low, high], of BLEU-4, ROUGE-L and CIDEr, from `image_statistics`."""
+    """Return the 95 % intervals, [low, high], of BLEU-4, ROUGE-L and CIDEr, from `image_statistics`."""
     scores = scores_of_sums(resampled_sums(statistics), len(statistics))
     return {name: percentile_interval(scores[name]).tolist() for name in NAMES}
 

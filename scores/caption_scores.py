@@ -1,4 +1,4 @@
-"""All scores of sets of captions of one split, with intervals, per image, and against each other."""
+"""Score sets of captions of one split: all metrics, their intervals, each image's scores, and paired tests."""
 
 import copy
 from dataclasses import dataclass
@@ -9,15 +9,9 @@ import numpy as np
 
 from common.files import path_text
 from preparation.storage import read_captions, read_metadata
-from scores.bootstrap import (
-    confidence_intervals,
-    image_statistics,
-    paired_test,
-    scores_of_sums,
-)
+from scores.bootstrap import confidence_intervals, image_statistics, paired_test, scores_of_sums
 from scores.diversity import diversity, training_captions
-from scores.metrics import ROW_KEYS, TITLES, compute_meteor, format_table
-from scores.per_image import image_scores, image_texts
+from scores.metrics import ROW_KEYS, TITLES, compute_meteor, format_table, image_scores, image_texts
 from scores.results_files import read_results
 from scores.spice import compute_spice, require_spice
 from scores.tokenization import ptb_references, ptb_tokenize
@@ -32,8 +26,8 @@ class ScoredCaptions:
     row: dict[str, Any]  # of the table, with "intervals" and "diversity"
     results: list[dict[str, Any]]  # the captions in COCO's results format, with the photos' file names
     per_image: list[dict[str, Any]]  # the same with their scores
-    statistics: np.ndarray  # (N, 12), of `image_statistics`
-    words: list[list[str]]  # of the captions, by the repository's tokenizer or as a model wrote them
+    statistics: np.ndarray  # (N, 12), from `image_statistics`
+    words: list[list[str]]  # of the captions, from the repository's tokenizer or as a model generated them
 
 
 class CaptionScorer:
@@ -42,10 +36,10 @@ class CaptionScorer:
     Args:
         tokenizer: "plain" or "ptb", which needs Java.
         photos: a text file that names the photos to score, one a line; "": all.
-        java: whether Java runs, so that there is METEOR.
-        spice: compute SPICE, which needs Java and parts of its own.
+        java: compute METEOR, which needs Java.
+        spice: compute SPICE, which needs Java and jars that are installed separately.
 
-    Raises InputError where the split cannot be read or something that was asked for is missing.
+    Raises InputError if the split cannot be read, or if a requested score lacks its programs.
     """
 
     def __init__(
@@ -66,15 +60,15 @@ class CaptionScorer:
         self.training = training_captions(data_folder, metadata)
 
     def read(self, path: str) -> list[str]:
-        """The captions of a results file, in the split's order; InputError where they are not those of the split.
+        """Read the captions of a results file, in the split's order.
 
-        The file has a caption for each image, also where only some are scored.
+        Raises InputError unless the file has one caption for each image of the split, even if only some are scored.
         """
         captions = read_results(path, self.all_entries, self.where)
         return [captions[i] for i in self.indices]
 
     def _named(self, path: str) -> list[int]:
-        """The images that a text file names, in the split's order; InputError for none or an unknown one."""
+        """Return the indices of the images that a text file names. Raises InputError for an unknown image or none."""
         if not Path(path).is_file():
             raise InputError(f"--photos {path}: no such file")
         lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
@@ -82,69 +76,67 @@ class CaptionScorer:
         if not names:
             raise InputError(f"--photos {path} names no photo: it is a text file with the name of a photo on each line")
         if unknown := sorted(names - {entry["image"] for entry in self.all_entries}):
-            raise InputError(f"--photos {path}: {unknown[0]} is not in {self.where}, give the --split that it is of")
+            raise InputError(f"--photos {path}: {unknown[0]} is not in {self.where}: give its --split")
         return [i for i, entry in enumerate(self.all_entries) if entry["image"] in names]
 
     def quick(self) -> "CaptionScorer":
-        """The same without METEOR and SPICE, which are slow, for captions that others are compared with."""
+        """Return a scorer without METEOR and SPICE, which are slow, for captions that others are compared with."""
         other = copy.copy(self)
         other.meteor = other.spice = False
         return other
 
     def score(self, sentences: list[str], words: list[list[str]] | None = None) -> ScoredCaptions:
-        """Score a caption for each image, in the split's order.
+        """Score one caption for each image, in the split's order.
 
-        `words` are those of the captions where a model wrote them; otherwise the repository's tokenizer finds them.
+        `words` are the words that a model generated; without them the repository's tokenizer splits the sentences.
         """
-        words = [tokenize(sentence) for sentence in sentences] if words is None else words
+        if words is None:
+            words = [tokenize(sentence) for sentence in sentences]
         predictions = ptb_tokenize(sentences) if self.is_ptb else words
         scores = image_scores(self.references, predictions)
         statistics = image_statistics(self.references, predictions, scores)
-        of_split = scores_of_sums(statistics.sum(axis=0), len(words))
-        row: dict[str, Any] = {name: float(score) for name, score in of_split.items()} | {"meteor": None}
+        split_scores = scores_of_sums(statistics.sum(axis=0), len(words))
+        row: dict[str, Any] = {name: float(score) for name, score in split_scores.items()}
+        row["meteor"] = None
         texts = image_texts(self.references, predictions)
         if self.meteor:
-            row["meteor"], of_images = compute_meteor(*texts)
-            scores["meteor"] = np.array(of_images)
+            row["meteor"], image_meteor = compute_meteor(*texts)
+            scores["meteor"] = np.array(image_meteor)
         if self.spice:
             scores["spice"] = compute_spice(*texts)
             row["spice"] = float(scores["spice"].mean())
-        row |= {"intervals": confidence_intervals(statistics), "diversity": diversity(words, self.training)}
-        results = [
-            {"image_id": entry["image_id"], "image": entry["image"], "caption": sentence}
-            for entry, sentence in zip(self.entries, sentences, strict=True)
-        ]
-        values = zip(*(each.tolist() for each in scores.values()), strict=True)
-        per_image = [
-            result | dict(zip(scores, of_image, strict=True)) for result, of_image in zip(results, values, strict=True)
-        ]
+        row["intervals"] = confidence_intervals(statistics)
+        row["diversity"] = diversity(words, self.training)
+        results, per_image = [], []
+        for i, entry in enumerate(self.entries):
+            results.append({"image_id": entry["image_id"], "image": entry["image"], "caption": sentences[i]})
+            per_image.append(results[i] | {name: float(values[i]) for name, values in scores.items()})
         return ScoredCaptions(row, results, per_image, statistics, words)
 
 
 def compare_captions(scored: ScoredCaptions, other: ScoredCaptions, path: str) -> dict[str, Any]:
-    """The paired test of scored captions against those of a file, for the file of scores."""
-    tests = paired_test(scored.statistics, other.statistics)
-    return {"file": path_text(path), "tests": tests}
+    """Run the paired test of scored captions against those of a file; returns what the file of scores says of it."""
+    return {"file": path_text(path), "tests": paired_test(scored.statistics, other.statistics)}
 
 
 def half_intervals(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Half the width of each row's intervals, by the name of the score."""
+    """Return half the width of each row's intervals, by the name of the score."""
     intervals = [row.get("intervals", {}) for row in rows]
     return [{name: (high - low) / 2 for name, (low, high) in each.items()} for each in intervals]
 
 
 def format_scores(rows: list[dict[str, Any]]) -> str:
-    """The table of scores, ± half the width of their intervals, and the table of the captions' diversity."""
-    diverse = [
-        {name: row[name] for name in ("model", *ROW_KEYS) if name in row} | row["diversity"]
-        for row in rows
-        if "diversity" in row
-    ]
+    """Format the table of scores, ± half the width of their intervals, and the table of the captions' diversity."""
+    diverse = []
+    for row in rows:
+        if "diversity" in row:
+            identity = {name: row[name] for name in ("model", *ROW_KEYS) if name in row}
+            diverse.append(identity | row["diversity"])
     return f"{format_table(rows, half_intervals(rows))}\n\n{format_table(diverse)}"
 
 
 def format_tests(tests: dict[str, dict[str, float]], path: str) -> str:
-    """The paired test against the captions of a file, a line for each score."""
+    """Format the paired test against the captions of a file, a line for each score."""
     lines = [f"these captions minus {path} ± standard error:"]
     for name, test in tests.items():
         difference = f"{test['difference']:.4f} ± {test['standard_error']:.4f}"

@@ -1,4 +1,4 @@
-"""How diverse a set of captions is: their n-grams, words and lengths, and how many are copies of training captions."""
+"""The diversity of a set of captions: their n-grams, words and lengths, and how many copy a training caption."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from preparation.storage import PackedObjects, iter_captions
 
 
 def training_captions(data_folder: str | Path, metadata: dict[str, Any]) -> set[str] | None:
-    """The captions of a prepared folder's training split, words joined by spaces; None where it has no such split."""
+    """Read the captions of a prepared folder's training split, words joined by spaces; None if that split is empty."""
     if not metadata["splits"]["train"]["images"]:
         return None
     images = iter_captions(Path(data_folder) / "train_captions.json", [], PackedObjects())
@@ -17,12 +17,12 @@ def training_captions(data_folder: str | Path, metadata: dict[str, Any]) -> set[
 
 
 def diversity(captions: Sequence[list[str]], training: set[str] | None) -> dict[str, float]:
-    """The diversity of captions, each a list of words.
+    """Measure the diversity of captions, each a list of words.
 
-    - "distinct_1" and "distinct_2": distinct n-grams over all n-grams (Li et al., 2016), 0 where there are none;
-    - "vocabulary": how many words are used;
+    - "distinct_1" and "distinct_2": distinct n-grams over all n-grams (Li et al., 2016), 0 if there are none;
+    - "vocabulary": number of distinct words;
     - "mean_length", in words;
-    - "in_training": the share of captions that stand word for word among `training`; left out where that is None.
+    - "in_training": share of captions that occur word for word in `training`; left out if that is None.
     """
     words = [word for caption in captions for word in caption]
     pairs = [pair for caption in captions for pair in itertools.pairwise(caption)]

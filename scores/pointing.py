@@ -1,4 +1,4 @@
-"""Whether the attention falls on the object that a word names."""
+"""Pointing: does the attention fall on the object that a word names?"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,23 +17,23 @@ def attention_metrics(
     alphas: Sequence[Tensor],
     regions: Sequence[Tensor],
 ) -> dict[str, float]:
-    """Where the attention is at nouns that name objects, as means over these nouns.
+    """Measure where the attention is at nouns that name objects, as means over these nouns.
 
-    - "pointing", pointing accuracy: whether the region of maximum attention is inside the object (Zhang et al., 2016);
+    - "pointing", pointing accuracy: the region of maximum attention is inside the object (Zhang et al., 2016);
     - "correctness", attention correctness: the attention weight inside the object (Liu et al., 2017);
-    - "entropy" of the attention in nats: log R where it is uniform over R regions, 0 where it is on one.
+    - "entropy" of the attention in nats: log R if it is uniform over R regions, 0 if it is on one.
 
-    A region is inside where its center is; the whole image is inside of nothing. Where several objects share the noun,
+    A region is inside an object if its center is; the whole image is inside nothing. If several objects share the noun,
     the word before it selects among them; otherwise each of them counts. A noun that names no object of its image is a
-    miss; but a detector misses objects, so where the objects have scores such a noun does not count. Without nouns all
-    are 0.
+    miss. But a detector overlooks objects: if the objects have scores, such a noun does not count. Without nouns all
+    three are 0.
 
     Args:
-        objects: for each image its objects, each of "words", a "box" in [0, 1] and, where it was detected, its "score",
-            which must be 0.3 or more.
+        objects: for each image its objects, each with "words", a "box" in [0, 1] and, if it was detected, a "score";
+            those below 0.3 are left out.
         captions: for each image a caption, a list of T words.
         alphas: for each image the attention weights (T, R) of its caption.
-        regions: for each image the boxes (R, 4) of what the attention looks at, with edges in [0, 1].
+        regions: for each image the boxes (R, 4) of its regions, with edges in [0, 1].
     """
     measured = []
     for i, alpha, boxes in _named_objects(objects, captions, alphas):
@@ -47,7 +47,7 @@ def attention_metrics(
 def _named_objects(
     objects: Iterable[list[dict[str, Any]]], captions: Sequence[list[str]], alphas: Sequence[Tensor]
 ) -> Iterator[tuple[int, Tensor, list[list[float]]]]:
-    """Yield for each noun of an object the image, the attention weights (R,), and the boxes of what it names."""
+    """Yield for each noun of an object the image's index, the attention weights (R,), and the boxes of the objects."""
     certain = [[item for item in each if item.get("score", 1.0) >= MIN_SCORE] for each in objects]
     nouns = {" ".join(item["words"]): nouns_of(item["words"]) for each in certain for item in each}
     known = set().union(*nouns.values())

@@ -8,17 +8,17 @@ from typing import Any
 from common.files import read_json
 from utils import InputError
 
-SHOWN = 3  # images that an error names
+SHOWN = 3  # images named in an error
 
 
 def read_results(path: str | Path, entries: list[dict[str, Any]], where: str) -> list[str]:
-    """The captions of a results file in the order of a split's images.
+    """Read the captions of a results file in the order of a split's images.
 
     Args:
-        entries: the split's images, [{"image", "image_id"}], as `preparation.storage.read_captions` gives them.
-        where: what messages call the split.
+        entries: the split's images, [{"image", "image_id"}], from `preparation.storage.read_captions`.
+        where: the name of the split in messages.
 
-    Raises InputError where the file has another form or an image is unknown, missing or there twice.
+    Raises InputError if the file has another format, or an image is unknown, missing or repeated.
     """
     results = read_json(path)
     if not isinstance(results, list) or not all(map(_is_result, results)):
@@ -33,7 +33,7 @@ def read_results(path: str | Path, entries: list[dict[str, Any]], where: str) ->
         captions[image_id] = item["caption"]
     if unknown:
         raise InputError(
-            f"{path} has images that {where} does not have: {_first(unknown)}. Give the --split that it is of"
+            f"{path} has images that {where} does not have: {_first(unknown)}. Give the --split of the file"
         )
     counts = Counter(item["image_id"] if "image_id" in item else ids[item["image"]] for item in results)
     if repeated := [names[image_id] for image_id, count in counts.items() if count > 1]:
@@ -44,7 +44,7 @@ def read_results(path: str | Path, entries: list[dict[str, Any]], where: str) ->
 
 
 def _is_result(item: Any) -> bool:
-    """Whether an item of a results file has a caption and says of which image."""
+    """Return True if an item of a results file has a caption and names its image."""
     if not isinstance(item, dict) or not isinstance(item.get("caption"), str):
         return False
     keys = [(name, item[name]) for name in ("image_id", "image") if name in item]
@@ -52,7 +52,7 @@ def _is_result(item: Any) -> bool:
 
 
 def _first(images: Iterable[Any]) -> str:
-    """The first few of some images, and how many more there are."""
+    """Join the first few images, and add how many more there are."""
     images = list(map(str, images))
     more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
     return ", ".join(images[:SHOWN]) + more

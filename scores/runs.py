@@ -11,10 +11,10 @@ from utils import InputError
 
 
 def summarize_runs(paths: Sequence[Path], digest: str) -> str:
-    """A table of means ± sample standard deviations over files of scores, a row for each of theirs.
+    """Format a table of means ± sample standard deviations over files of scores, row by row.
 
-    `digest` is that of the data that they must be of. Raises InputError where a file is missing, is of other data, or
-    has other rows or decoding settings than the first.
+    `digest` identifies the data that the scores must come from. Raises InputError if a file is missing, comes from
+    other data, or has other rows or decoding settings than the first.
     """
     files = [_read_scores(path) for path in paths]
     for path, scores in zip(paths, files, strict=True):
@@ -33,9 +33,9 @@ def summarize_runs(paths: Sequence[Path], digest: str) -> str:
 
 
 def _read_scores(path: Path) -> dict[str, Any]:
-    """A file of scores."""
+    """Read a file of scores that eval.py wrote."""
     if not path.is_file():
-        raise InputError(f"no such file: {path}: score this run first, or give the --data_folder and --split it is of")
+        raise InputError(f"no such file: {path}: score this run first, or give its --data_folder and --split")
     scores = read_json(path)
     rows = scores.get("scores") if isinstance(scores, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in [*rows, scores.get("decoding")]):
@@ -44,6 +44,6 @@ def _read_scores(path: Path) -> dict[str, Any]:
 
 
 def _decoding(scores: dict[str, Any]) -> tuple[Any, ...]:
-    """What the rows of a file were decoded with."""
+    """Return how the rows of a file were decoded."""
     rows = [[row.get(name) for name in ROW_KEYS] for row in scores["scores"]]
     return scores["decoding"], scores.get("dtype"), scores.get("consensus_digest"), rows

@@ -1,4 +1,4 @@
-"""SPICE (Anderson et al., 2016) by pycocoevalcap's Java program, where its parts are installed; downloads nothing."""
+"""SPICE (Anderson et al., 2016) with pycocoevalcap's Java program, whose jars the user installs; downloads nothing."""
 
 import json
 import os
@@ -15,7 +15,7 @@ CORENLP = "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zi
 
 
 def require_spice(java: bool) -> None:
-    """Raise InputError, which names what is missing and where to get it, where SPICE cannot run."""
+    """Raise InputError if SPICE cannot run; it names what is missing and where to get it."""
     folder = Path(spice.__file__).parent
     if not java:
         raise InputError("--spice needs Java: install a Java runtime (such as openjdk)")
@@ -27,7 +27,7 @@ def require_spice(java: bool) -> None:
 
 
 def compute_spice(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> np.ndarray:
-    """SPICE of each image's caption (N,), in the order of the ids. Raises InputError where its program fails."""
+    """Compute SPICE of each image's caption (N,), in the order of the ids. Raises InputError if its program fails."""
     items = [{"image_id": i, "test": predictions[i][0], "refs": references[i]} for i in sorted(references)]
     # Java 16 and later forbid the reflection that SPICE's libraries need. Java 8 does not read this variable.
     environment = os.environ | {"JDK_JAVA_OPTIONS": "--add-opens=java.base/java.lang=ALL-UNNAMED"}
@@ -40,4 +40,4 @@ def compute_spice(references: dict[int, list[str]], predictions: dict[int, list[
             scores = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(target.read_text())}
             return np.array([scores[item["image_id"]] for item in items], float)
         except (OSError, subprocess.CalledProcessError, ValueError, KeyError, TypeError):
-            raise InputError("SPICE's Java program failed: does it get the 8 GB of memory that it asks for?") from None
+            raise InputError("SPICE's Java program failed: it needs 8 GB of memory") from None

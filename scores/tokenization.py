@@ -1,4 +1,4 @@
-"""The words of the scores: the repository's own, or those of Penn Treebank's rules, as COCO's published scores."""
+"""Tokenization by the rules of the Penn Treebank, which COCO's published scores use."""
 
 import subprocess
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from utils import InputError
 
 
 def ptb_tokenize(sentences: Sequence[str]) -> list[list[str]]:
-    """Split sentences into words as pycocoevalcap's PTBTokenizer does: lower case, without its list of punctuation.
+    """Split sentences into words like pycocoevalcap's PTBTokenizer: lower case, without its list of punctuation.
 
-    It is the same Java program with the same list, but writes no file beside the program, and its result depends
-    neither on the locale nor on line breaks in a sentence. Raises InputError where Java fails.
+    It runs the same Java program with the same list, but writes no file beside the program, and the result depends
+    neither on the locale nor on line breaks in a sentence. Raises InputError if Java fails.
     """
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     command = ["java", "-Duser.language=en", "-Duser.country=US", "-cp", str(jar)]
@@ -29,7 +29,7 @@ def ptb_tokenize(sentences: Sequence[str]) -> list[list[str]]:
 
 
 def ptb_references(data_folder: str | Path, split: str) -> list[list[list[str]]]:
-    """The words of a prepared split's original sentences, for each image its captions in the order of its file."""
+    """Split the original sentences of a prepared split into words: for each image its captions, in order."""
     path = Path(data_folder) / f"{split}_captions.json"
     try:
         images = [[caption["raw"] for caption in entry["captions"]] for entry in read_json(path)]

@@ -157,6 +157,18 @@ def random_captions(num_images, seed=0, shortest=0):
     return references, predictions
 
 
+def peak_memory(reset=False):
+    """The most bytes of memory that this process has held since the last reset, 0 where the system does not tell."""
+    try:
+        if reset:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        with open("/proc/self/status") as file:
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", file.read())[1])
+    except OSError:
+        return 0
+
+
 @pytest.fixture
 def no_meteor(monkeypatch):
     """Scores without METEOR, which starts slowly."""
@@ -178,6 +190,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--commands", type=int, default=30, help="how many of each script tests/test_fuzz_commands.py runs"
     )
+    parser.addoption("--fuzz", type=float, default=1 / 3, help="share of the runs of fuzz tests: 1 runs them all")
     parser.addoption("--kills", type=int, default=2, help="how often tests/test_kill.py kills a run")
 
 

@@ -1,4 +1,4 @@
-"""A model laid out as in sgrvinod's tutorial: its names of classes, parameters and settings, and its equations.
+"""The model of sgrvinod's tutorial: the same names of classes, parameters and settings, and its equations.
 
 One caption at a time, by `nn.LSTMCell`. D features of a region, R regions, E, A, H and V as in `modules.sgrvinod`.
 """
@@ -74,7 +74,7 @@ def step(decoder, word, regions, state):
 
 
 def random_decoder(word_ids, encoder_dim):
-    """A decoder in eval mode whose random weights, biases too, predict words far from uniformly and <end> often."""
+    """Return a decoder in eval mode whose random weights and biases predict peaked distributions and often <end>."""
     decoder = DecoderWithAttention(6, 5, 16, len(word_ids), encoder_dim).eval()
     for parameter in decoder.parameters():
         parameter.data *= 3
@@ -84,16 +84,16 @@ def random_decoder(word_ids, encoder_dim):
 
 
 def word_map(words):
-    """The word map of the tutorial's preparation: words from 1, then <unk>, <start> and <end>, and <pad> 0."""
+    """Return a word map like the tutorial's: words from 1, then <unk>, <start> and <end>; <pad> is 0."""
     ordered = [*words, "<unk>", "<start>", "<end>"]
     return {word: i + 1 for i, word in enumerate(ordered)} | {"<pad>": 0}
 
 
 def plain_beam_search(decoder, regions, word_ids, *, beam_size, max_length):
-    """The best caption as word ids, `word_ids` being the word map.
+    """Return the word ids of the best caption; `word_ids` is the word map.
 
-    Each step keeps the most probable captions, finished or one word longer. In the tutorial a finished caption leaves
-    the beam, which is smaller from then on, no word is banned, and there is no result where no caption ends.
+    Each step keeps the most probable captions, finished or one word longer. The tutorial's own search differs: a
+    finished caption leaves the beam and shrinks it, no word is banned, and there is no result if no caption ends.
     """
     end = word_ids["<end>"]
     banned = [word_ids[word] for word in ("<pad>", "<start>", "<unk>")]
@@ -114,7 +114,7 @@ def plain_beam_search(decoder, regions, word_ids, *, beam_size, max_length):
 
 @contextlib.contextmanager
 def pickled_as_models():
-    """In this context the classes are pickled as those of a module `models`, as the tutorial's are."""
+    """Within this context the classes are pickled under the module name `models`, like the tutorial's."""
     classes, ours = (Encoder, Attention, DecoderWithAttention), sys.modules.get("models")
     theirs = types.ModuleType("models")
     for each in classes:
@@ -132,7 +132,7 @@ def pickled_as_models():
 
 
 def checkpoint(encoder, decoder, *, fine_tuned=False):
-    """What the tutorial saves, after a step of its optimizers: Adam's state is in the file."""
+    """Return what the tutorial saves after a step of its optimizers, with Adam's state."""
     optimizers = []
     for module in (encoder, decoder) if fine_tuned else (decoder,):
         optimizers.append(torch.optim.Adam(module.parameters(), lr=4e-4))
@@ -152,7 +152,7 @@ def checkpoint(encoder, decoder, *, fine_tuned=False):
 
 
 def save(content, path, *, legacy):
-    """Write with torch.save under the tutorial's names of classes, in the format of torch before 1.6 or after."""
+    """Write with torch.save under the tutorial's class names, in the format of torch before 1.6 or since."""
     with pickled_as_models(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes whose source cannot be saved with them
+        warnings.simplefilter("ignore")  # some classes have no source to save
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)

@@ -13,8 +13,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 import eval as eval_script
 from preparation.storage import read_captions
-from scores.metrics import compute_metrics
-from scores.per_image import image_scores
+from scores.metrics import compute_metrics, image_scores
 from scores.tokenization import ptb_tokenize
 from text.tokenizer import tokenize
 

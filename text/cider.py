@@ -1,6 +1,6 @@
 """CIDEr-D of captions: the reward of self-critical training, and the consensus with similar photos.
 
-The scores that eval.py reports come from pycocoevalcap. Shapes: M and K captions, L words of them all, G n-grams.
+The scores that eval.py reports come from pycocoevalcap. Shapes: M and K captions, L words in all of them, G n-grams.
 """
 
 from array import array
@@ -15,7 +15,7 @@ MULTIPLIER = 0x9E3779B97F4A7C15  # odd and large: n-grams as 64-bit hashes
 
 
 class _Vectors(NamedTuple):
-    """Vectors of G n-grams for M captions, as their N nonzero elements."""
+    """Vectors of G n-grams for M captions, stored as their N nonzero elements."""
 
     owners: np.ndarray  # (N,) the caption of each element
     columns: np.ndarray  # (N,) its n-gram
@@ -24,7 +24,7 @@ class _Vectors(NamedTuple):
     norms: np.ndarray  # (M, MAX_N)
 
     def dense(self, columns: np.ndarray) -> np.ndarray:
-        """The weights of some n-grams in all captions, columns (g,) -> (M, g)."""
+        """Return the weights of some n-grams in all captions: columns (g,) -> (M, g)."""
         positions = np.full(len(self.sizes), -1)  # of each n-gram among the columns
         positions[columns] = np.arange(len(columns))
         wanted = positions[self.columns] >= 0
@@ -36,13 +36,13 @@ class _Vectors(NamedTuple):
 class CiderD:
     """CIDEr-D with the document frequencies of a corpus.
 
-    Source: "CIDEr" (Vedantam et al., 2015), equations 1 to 5; weights, lengths and clipping as in its section 5. The
-    n-grams are hashed, so that numpy counts them: 20 million n-grams (COCO) collide with probability 1e-5.
+    Source: "CIDEr" (Vedantam et al., 2015), equations 1 to 5; weights, lengths and clipping follow its section 5. NumPy
+    counts the hashes of n-grams: among the 20 million of COCO two collide with probability 1e-5.
 
     Args:
         captions: for each image its captions, each a sequence of words or of word ids.
 
-    Raises ValueError where no caption has a word.
+    Raises ValueError if no caption has a word.
     """
 
     def __init__(self, captions: Iterable[Sequence[Sequence]]) -> None:
@@ -67,11 +67,11 @@ class CiderD:
         self.log_images = np.log(len(caption_counts))
 
     def __call__(self, references: Sequence[Sequence], candidates: Sequence[Sequence]) -> list[float]:
-        """Scores between 0 and 10 of candidates for one image, given its references."""
+        """Score candidates for one image against its references, between 0 and 10."""
         return self.pairwise(candidates, references).mean(axis=1).tolist()
 
     def pairwise(self, candidates: Sequence[Sequence], references: Sequence[Sequence]) -> np.ndarray:
-        """The score of each of K candidates for each of M references alone: (K, M)."""
+        """Score each of K candidates against each of M references alone: (K, M)."""
         K, captions = len(candidates), [*candidates, *references]
         vectors = self._tfidf(captions)
         columns = np.unique(vectors.columns[vectors.owners < K])  # other n-grams add nothing to a product
@@ -87,7 +87,7 @@ class CiderD:
         return 10 * penalty * scores / MAX_N
 
     def _tfidf(self, captions: Sequence[Sequence]) -> "_Vectors":
-        """The TF-IDF weights of the n-grams of captions."""
+        """Compute the TF-IDF weights of the n-grams of captions."""
         parts = list(_ngrams(*self._encode(captions)))
         owners, hashes = (np.concatenate(part) for part in zip(*parts, strict=True))
         sizes = np.repeat(np.arange(1, MAX_N + 1), [len(part) for part, _ in parts])
@@ -100,13 +100,13 @@ class CiderD:
         return _Vectors(owners, columns, weights, sizes, np.sqrt(squares).reshape(-1, MAX_N))
 
     def _idf(self, hashes: np.ndarray) -> np.ndarray:
-        """log(images / images that have the n-gram), (G,); an n-gram of none counts as one of a single image."""
+        """Compute log(images / images with the n-gram), (G,); an unknown n-gram counts as if one image had it."""
         positions = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
         frequencies = np.where(self.hashes[positions] == hashes, self.frequencies[positions], 1)
         return self.log_images - np.log(frequencies)
 
     def _encode(self, captions: Iterable[Sequence]) -> tuple[np.ndarray, np.ndarray]:
-        """The words of M captions as ids from 1 on, concatenated (L,), and the captions' lengths (M,)."""
+        """Return the words of M captions as ids from 1 on, concatenated (L,), and the captions' lengths (M,)."""
         ids, lengths = array("Q"), array("q")
         for words in captions:
             ids.extend([self.ids.setdefault(word, len(self.ids) + 1) for word in words])
@@ -115,7 +115,7 @@ class CiderD:
 
 
 def _ngrams(ids: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For n from 1 to MAX_N the n-grams of captions as `CiderD._encode` gives them: the caption and hash of each."""
+    """Yield, for n from 1 to MAX_N, the caption and the hash of each n-gram of captions from `CiderD._encode`."""
     owners = np.repeat(np.arange(len(lengths)), lengths)  # (L,)
     remaining = np.cumsum(lengths)[owners] - np.arange(len(ids))  # words from each one to its caption's end
     hashes = np.zeros_like(ids)

@@ -1,6 +1,6 @@
-"""Nouns of captions for the objects that detectors find: the categories of COCO."""
+"""Nouns in captions that name the objects of detectors, COCO's categories."""
 
-# By their ids, from 1; those that COCO does not use are empty.
+# In the order of their ids, from 1; ids that COCO does not use are empty.
 COCO_CATEGORIES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, , "
     "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, , "
@@ -10,7 +10,7 @@ COCO_CATEGORIES = (
     "bed, , dining table, , , toilet, , tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, "
     "toaster, sink, refrigerator, , book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 )
-# Where other nouns than the last word of the category name it, or none does: in captions "orange" is a color.
+# For categories that are named by other nouns than their last word, or by none: in captions "orange" is a color.
 NOUNS = {
     "person": (
         "person man woman boy girl child kid baby toddler guy lady gentleman player rider skier skateboarder "
@@ -63,13 +63,13 @@ IRREGULAR_PLURALS = {
 
 
 def nouns_of(words: list[str]) -> set[str]:
-    """The nouns that name an object of these words, singular and plural: those of its category, or its last word."""
+    """Return the nouns, singular and plural, that name an object with these words: its category's, or its last word."""
     singular = NOUNS.get(" ".join(words), words[-1]).split()
     return {*singular, *map(plural, singular)}
 
 
 def plural(noun: str) -> str:
-    """The plural of a noun."""
+    """Return the plural of a noun."""
     if noun in IRREGULAR_PLURALS:
         return IRREGULAR_PLURALS[noun]
     if noun.endswith(("s", "sh", "ch", "x")):

@@ -1,10 +1,10 @@
-"""The tokenizer: a caption as people write it becomes a list of words."""
+"""The tokenizer: splits a caption as people write it into words."""
 
 import re
 import unicodedata
 
-# Scripts without spaces: Thai, kana, Chinese characters. What stays with the character before it: Thai vowels and tones
-# above and below a consonant, the voicing of kana, variation selectors.
+# Scripts without spaces: Thai, kana, Chinese characters. Marks that stay with the character before them: Thai vowels
+# and tones above and below a consonant, the voicing of kana, variation selectors.
 UNSPACED = (
     r"[\u0e01-\u0e5b\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f"
     r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -16,9 +16,9 @@ JOINERS = "\u200c\u200d"  # zero-width characters between letters of one word (P
 def tokenize(caption: str) -> list[str]:
     """Split a caption into words: lower case, without punctuation and symbols, composed Unicode (NFC).
 
-    An apostrophe joins its neighbors ("don't": dont), everything else separates ("t-shirt": t shirt), as in Karpathy's
-    files. Letters of all scripts, their marks and digits are kept. Chinese, Japanese and Thai, which are written
-    without spaces, become one word per character; a Thai character keeps the vowels and tones above and below it.
+    An apostrophe joins its neighbors ("don't": dont); everything else separates ("t-shirt": t shirt), as in Karpathy's
+    files. Letters of all scripts, their marks and digits are kept. Chinese, Japanese and Thai are written without
+    spaces: each character becomes a word; a Thai character keeps the vowels and tones above and below it.
     """
     caption = unicodedata.normalize("NFC", re.sub("['\u2019\u00ad\ufe0f]", "", caption.lower()))
     kept = (c if c.isalnum() or c in JOINERS or unicodedata.category(c)[0] == "M" else " " for c in caption)

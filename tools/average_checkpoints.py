@@ -1,6 +1,6 @@
 """Average the weights of models that share a start: python tools/average_checkpoints.py runs/a/best.pt runs/b/best.pt
 
-The result captions as fast as one of them. docs/training.md has an example.
+The result captions as fast as one model. docs/training.md has an example.
 """
 
 import sys
@@ -17,7 +17,7 @@ from common.files import require_writable, save_torch
 from models import DATA_KEYS, captioner_from_checkpoint, load_checkpoint
 from utils import BaseSettings, InputError, run_script
 
-ENCODER = "encoder."  # what the names of its weights begin with
+ENCODER = "encoder."  # prefix of the names of its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Settings(BaseSettings):
 
 
 def average_weights(models: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of state dicts with the same names and shapes; what is no floating-point number is the first's.
+    """Average state dicts with the same names and shapes; tensors of integers are those of the first.
 
     Source: "Model soups" (Wortsman et al., 2022), the uniform soup.
     """
@@ -43,7 +43,7 @@ def average_weights(models: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 
 def require_same_model(first: dict[str, Any], other: dict[str, Any], paths: tuple[str, str]) -> None:
-    """Raise InputError where two checkpoints are of models whose weights have no common meaning."""
+    """Raise InputError if the weights of two checkpoints cannot be averaged: their models or data differ."""
     between = " and ".join(paths)
     settings = (first["model_settings"], other["model_settings"])
     for name in sorted(settings[0]):
@@ -59,11 +59,11 @@ def require_same_model(first: dict[str, Any], other: dict[str, Any], paths: tupl
 
 
 def main(settings: Settings) -> None:
-    """Read the checkpoints one by one, average them, write the result."""
+    """Read the checkpoints, average their weights and write the result."""
     if len(settings.checkpoints) < 2:
-        raise InputError("give two checkpoints or more: one needs no average")
+        raise InputError("give two checkpoints or more")
     if Path(settings.output).exists():
-        load_checkpoint(settings.output)  # another file is not replaced
+        load_checkpoint(settings.output)  # never replaces a file that is no checkpoint
         if not settings.overwrite:
             raise InputError(f"{settings.output} exists: give --overwrite or another --output")
     checkpoints = []
@@ -73,7 +73,7 @@ def main(settings: Settings) -> None:
         if checkpoints:
             require_same_model(checkpoints[0], checkpoint, (settings.checkpoints[0], path))
         if "optimizer" in checkpoint:
-            raise InputError(f"{path} has the weights of a run's last step, which is no result: give its best.pt")
+            raise InputError(f"{path} is the last.pt of a run: give its best.pt")
         if not checkpoint.get("settings", {}).get("init_from"):
             raise InputError(f"{path} was trained from scratch: average runs that began with the same --init_from")
         checkpoints.append(checkpoint)

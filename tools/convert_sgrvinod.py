@@ -1,6 +1,6 @@
 """Convert a checkpoint of sgrvinod's PyTorch tutorial on image captioning: python tools/convert_sgrvinod.py
 
-The result is a checkpoint for eval.py, caption.py and train.py --init_from. Nothing of the file is executed.
+The result is a checkpoint for eval.py, caption.py and train.py --init_from. No code in the file is executed.
 """
 
 import sys
@@ -14,59 +14,35 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from common.checkpoints import EmptyWeights, name_impossible_sizes
-from common.files import read_json, save_torch
-from common.pickled import PickledFile, PickledObject, open_pickled
-from models import CHECKPOINT_FORMAT, Captioner, captioner_from_checkpoint, model_settings
-from text.vocabulary import SPECIAL_TOKENS, Vocabulary
+from common.files import read_json, reraise_as_refused, save_torch
+from models import CHECKPOINT_FORMAT, captioner_from_checkpoint, model_settings
+from text.vocabulary import SPECIAL_TOKENS
+from tools.pickled_modules import load_modules, state_dict
 from training.state import git_revision
 from utils import BaseSettings, InputError, has_type, run_script
 
-# Names of classes and functions that a checkpoint of the tutorial has, and the prefixes of torch's own.
-NAMES = {
+# The classes in a checkpoint of the tutorial, besides torch's optimizers.
+CLASSES = (
     "models.Encoder",
     "models.Attention",
     "models.DecoderWithAttention",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.activation.Sigmoid",
+    "torch.nn.modules.activation.Softmax",
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.conv.Conv2d",
+    "torch.nn.modules.dropout.Dropout",
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.pooling.AdaptiveAvgPool2d",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.rnn.LSTMCell",
+    "torch.nn.modules.sparse.Embedding",
+    "torch.nn.backends.thnn._get_thnn_function_backend",  # in every module before torch 1.5
     "torchvision.models.resnet.BasicBlock",
     "torchvision.models.resnet.Bottleneck",
-    "collections.OrderedDict",
-    "collections.defaultdict",
-    "__builtin__.dict",
-    "__builtin__.set",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-    "torch.FloatStorage",
-    "torch.DoubleStorage",
-    "torch.HalfStorage",
-    "torch.LongStorage",
-    "torch.ByteStorage",
-}
-PREFIXES = ("torch.nn.modules.", "torch.nn.backends.", "torch.optim.")
-# The modules of the tutorial's decoder and encoder, by path.
-DECODER_CLASSES = {
-    "": "models.DecoderWithAttention",
-    "attention": "models.Attention",
-    "attention.encoder_att": "torch.nn.modules.linear.Linear",
-    "attention.decoder_att": "torch.nn.modules.linear.Linear",
-    "attention.full_att": "torch.nn.modules.linear.Linear",
-    "attention.relu": "torch.nn.modules.activation.ReLU",
-    "attention.softmax": "torch.nn.modules.activation.Softmax",
-    "embedding": "torch.nn.modules.sparse.Embedding",
-    "dropout": "torch.nn.modules.dropout.Dropout",
-    "decode_step": "torch.nn.modules.rnn.LSTMCell",
-    "init_h": "torch.nn.modules.linear.Linear",
-    "init_c": "torch.nn.modules.linear.Linear",
-    "f_beta": "torch.nn.modules.linear.Linear",
-    "sigmoid": "torch.nn.modules.activation.Sigmoid",
-    "fc": "torch.nn.modules.linear.Linear",
-}
-ENCODER_CLASSES = {
-    "": "models.Encoder",
-    "resnet": "torch.nn.modules.container.Sequential",
-    "adaptive_pool": "torch.nn.modules.pooling.AdaptiveAvgPool2d",
-}
-# The sizes of the tutorial's decoder, and its weights with their shapes in these letters; G = 4 H, I = E + D.
-DECODER_SIZES = {"V": "vocab_size", "E": "embed_dim", "A": "attention_dim", "H": "decoder_dim", "D": "encoder_dim"}
+)
+# The weights of the tutorial's decoder with their shapes, letters as in modules/sgrvinod.py; G = 4 H, I = E + D.
 DECODER_SHAPES = {
     "embedding.weight": "VE",
     "attention.encoder_att.weight": "AD",
@@ -74,6 +50,7 @@ DECODER_SHAPES = {
     "attention.decoder_att.weight": "AH",
     "attention.decoder_att.bias": "A",
     "attention.full_att.weight": "1A",
+    "attention.full_att.bias": "1",  # no effect: it is the same for all regions
     "decode_step.weight_ih": "GI",
     "decode_step.bias_ih": "G",
     "decode_step.weight_hh": "GH",
@@ -87,15 +64,8 @@ DECODER_SHAPES = {
     "fc.weight": "VH",
     "fc.bias": "V",
 }
-# The ResNets, by the blocks of their four layers and whether these are bottlenecks.
-RESNETS = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-    "resnet152": ((3, 8, 36, 3), True),
-}
-RESNET_PARTS = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+RESNET_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 IMAGE_SIZE = 256  # of the tutorial
 
 
@@ -105,137 +75,105 @@ class Settings(BaseSettings):
 
     checkpoint: str = "BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar"  # what its train.py wrote
     word_map: str = "WORDMAP_coco_5_cap_per_img_5_min_word_freq.json"  # what its create_input_files.py wrote
-    output: str = "runs/sgrvinod/best.pt"  # file to write, which must not exist
+    output: str = "runs/sgrvinod/best.pt"  # new file to write
 
 
-def is_admitted(name: str) -> bool:
-    """Whether a checkpoint of the tutorial may name this class or function. It is not imported."""
-    return name in NAMES or name.startswith(PREFIXES)
+def optimizer_names() -> list[str]:
+    """Return the names of torch's optimizers, such as torch.optim.adam.Adam."""
+    return [f"{each.__module__}.{each.__name__}" for each in vars(torch.optim).values() if isinstance(each, type)]
 
 
-def children(module: Any) -> dict[str, Any]:
-    """The direct submodules of a module of the file, by name; {} where `module` is not a module."""
-    modules = module.state.get("_modules") if isinstance(module, PickledObject) else None
-    return modules if isinstance(modules, dict) and all(isinstance(name, str) for name in modules) else {}
+def attribute(module: Any, name: str, kind: type, path: str) -> Any:
+    """Return an attribute of a module in the file. Raises InputError if it is missing or of another type."""
+    value = getattr(module, name, None)
+    if not has_type(value, kind):
+        raise InputError(f"{path} has no {name} of type {kind.__name__}")
+    return value
 
 
-def submodule(module: Any, path: str) -> Any:
-    """The submodule with this path, or the module itself for ""; None where it does not exist."""
-    for name in path.split(".") if path else ():
-        module = children(module).get(name)
-    return module
+def encoder_settings(encoder: Any, weights: Mapping[str, Tensor], path: str) -> dict[str, Any]:
+    """Return train.py's settings `encoder` and `grid_size` for the encoder of the file."""
+    # A ResNet's name counts its convolutions, of which the first is resnet.0 here, and a linear layer, left out here.
+    depth = 2 + sum(".conv" in name for name in weights)
+    if f"resnet{depth}" not in RESNETS:
+        raise InputError(f"{path}: encoder has {depth} layers, which no ResNet of torchvision has")
+    return {"encoder": f"resnet{depth}", "grid_size": attribute(encoder, "enc_image_size", int, f"{path}: encoder")}
 
 
-def require_classes(module: Any, classes: Mapping[str, str], source: str) -> None:
-    """Raise InputError where a module does not have the submodules of these paths and classes, and no others."""
-    for path, name in classes.items():
-        found = submodule(module, path)
-        found_name = found.name if isinstance(found, PickledObject) else "missing"
-        if found_name != name:
-            raise InputError(f"{source}: {path or 'the model'} is {found_name}, not {name} as in the tutorial")
-    for path in ("", "attention"):
-        for name in children(submodule(module, path)):
-            if f"{path}.{name}".lstrip(".") not in classes:
-                raise InputError(f"{source} has {ascii(name)[:40]}, which is not part of the tutorial's model")
+def convert_encoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a captioner's encoder from those of the file's encoder."""
+    converted = {}
+    for name, weight in weights.items():
+        _, part, rest = name.split(".", 2)  # resnet.4.0.conv1.weight
+        converted[f"encoder.network.{RESNET_PARTS.get(part, part)}.{rest}"] = weight
+    for name in [name for name in converted if name.endswith(".running_mean")]:
+        counter = name.replace("running_mean", "num_batches_tracked")
+        converted.setdefault(counter, torch.tensor(0))  # torch has it since 0.4.1, and nothing here reads it
+    return converted
 
 
-def read_parameter(file: PickledFile, module: Any, path: str, name: str) -> Tensor:
-    """Read the parameter or buffer with this path; `name` is that of the module in an error message."""
-    owner, _, last = path.rpartition(".")
-    state = getattr(submodule(module, owner), "state", {})
-    for kind in ("_parameters", "_buffers"):
-        if isinstance(state.get(kind), dict) and state[kind].get(last) is not None:
-            return file.tensor(state[kind][last])
-    raise InputError(f"{file.path}: {name} has no {path}, which is part of the tutorial's model")
+def decoder_settings(decoder: Any, weights: Mapping[str, Tensor], path: str) -> dict[str, Any]:
+    """Return train.py's settings for the decoder of the file: its sizes and dropout.
 
-
-def read_encoder_settings(encoder: Any, source: str) -> dict[str, Any]:
-    """The settings `encoder` and `grid_size` of train.py, read from the encoder of the file."""
-    require_classes(encoder, ENCODER_CLASSES, f"{source}: encoder")
-    layers = [children(submodule(encoder, f"resnet.{part}")) for part in ("4", "5", "6", "7")]
-    blocks = tuple(len(layer) for layer in layers)
-    is_bottleneck = "conv3" in children(layers[0].get("0"))
-    names = [name for name, layout in RESNETS.items() if layout == (blocks, is_bottleneck)]
-    if not names:
-        raise InputError(f"{source}: encoder is no ResNet of torchvision: its layers have {blocks} blocks")
-    if not has_type(encoder.state.get("enc_image_size"), int):
-        raise InputError(f"{source}: encoder has no enc_image_size of type int")
-    return {"encoder": names[0], "grid_size": encoder.state["enc_image_size"]}
-
-
-def read_encoder(file: PickledFile, encoder: Any, names: list[str]) -> dict[str, Tensor]:
-    """The weights of a captioner's encoder with these names, read from the encoder of the file."""
-    weights = {}
-    for name in names:
-        _, _, part, *rest = name.split(".")  # encoder.network.layer1.0.conv1.weight
-        path = ".".join(["resnet", RESNET_PARTS[part], *rest])
-        if name.endswith("num_batches_tracked"):
-            weights[name] = torch.tensor(0)  # torch has it since 0.4.1, and nothing here reads it
-        else:
-            weights[name] = read_parameter(file, encoder, path, "encoder")
-    return weights
-
-
-def read_decoder_settings(decoder: Any, source: str) -> dict[str, Any]:
-    """The settings of train.py for the decoder, read from the decoder of the file: its sizes and dropout."""
-    require_classes(decoder, DECODER_CLASSES, f"{source}: decoder")
-    dims = {name: decoder.state.get(name) for name in DECODER_SIZES.values()}
-    dropout = submodule(decoder, "dropout").state.get("p")
-    for name, value, kind in [*((name, value, int) for name, value in dims.items()), ("dropout.p", dropout, float)]:
-        if not has_type(value, kind):
-            raise InputError(f"{source}: decoder has no {name} of type {kind.__name__}")
+    Raises InputError if its weights have other names than the tutorial's, or shapes that do not fit each other.
+    """
+    if missing := sorted(DECODER_SHAPES.keys() - weights.keys()):
+        raise InputError(f"{path}: decoder has no {missing[0]}, which is part of the tutorial's model")
+    if unknown := sorted(weights.keys() - DECODER_SHAPES.keys()):
+        raise InputError(f"{path}: decoder has {unknown[0][:40]!a}, which is not part of the tutorial's model")
+    sizes = {"1": 1}
+    for name in ("embedding.weight", "attention.encoder_att.weight", "attention.decoder_att.weight"):
+        sizes |= zip(DECODER_SHAPES[name], weights[name].shape, strict=True)
+    sizes["G"] = 4 * sizes["H"]
+    sizes["I"] = sizes["E"] + sizes["D"]
+    for name, letters in DECODER_SHAPES.items():
+        shape = tuple(sizes[letter] for letter in letters)
+        if weights[name].shape != shape:
+            raise InputError(f"{path}: decoder.{name} is {tuple(weights[name].shape)}, not {shape}")
+    dropout = attribute(decoder._modules.get("dropout"), "p", float, f"{path}: decoder.dropout")
     return {
         "decoder": "sgrvinod",
-        "embed_dim": dims["embed_dim"],
-        "attention_dim": dims["attention_dim"],
-        "hidden_dim": dims["decoder_dim"],
+        "embed_dim": sizes["E"],
+        "attention_dim": sizes["A"],
+        "hidden_dim": sizes["H"],
         "dropout": float(dropout),
     }
 
 
-def read_decoder(file: PickledFile, decoder: Any, word_ids: list[int]) -> dict[str, Tensor]:
-    """The weights of `modules.sgrvinod.SgrvinodDecoder`, read from the decoder of the file.
+def convert_decoder(weights: Mapping[str, Tensor], word_ids: list[int]) -> dict[str, Tensor]:
+    """Return the weights of `modules.sgrvinod.SgrvinodDecoder` from those of the file's decoder.
 
-    word_ids are the tutorial's ids of the words, in the new vocabulary's order. Two biases that add up become one.
+    Two biases that are added to each other become one. `word_ids` are the tutorial's ids of the words in the order of
+    the new vocabulary.
     """
-    sizes = {letter: decoder.state.get(name) for letter, name in DECODER_SIZES.items()}
-    if sizes["V"] != len(word_ids):
-        raise InputError(f"{file.path} has {sizes['V']} words, the word map has {len(word_ids)}: give the file's own")
-    sizes |= {"1": 1, "G": 4 * sizes["H"], "I": sizes["E"] + sizes["D"]}
-    read = {}
-    for path, letters in DECODER_SHAPES.items():
-        read[path] = read_parameter(file, decoder, path, "decoder")
-        shape = tuple(sizes[letter] for letter in letters)
-        if read[path].shape != shape:
-            raise InputError(f"{file.path}: decoder.{path} is {tuple(read[path].shape)}, not {shape}")
-    words, context = read["decode_step.weight_ih"].split([sizes["E"], sizes["D"]], dim=1)
-    weights = {
-        "embedding.weight": read["embedding.weight"][word_ids],
-        "attention.keys.weight": read["attention.encoder_att.weight"],
-        "attention.keys.bias": read["attention.encoder_att.bias"] + read["attention.decoder_att.bias"],
-        "attention.query.weight": read["attention.decoder_att.weight"],
-        "attention.score.weight": read["attention.full_att.weight"],
-        "attention.gate.weight": read["f_beta.weight"],
-        "attention.gate.bias": read["f_beta.bias"],
-        "init_hidden.weight": read["init_h.weight"],
-        "init_hidden.bias": read["init_h.bias"],
-        "init_cell.weight": read["init_c.weight"],
-        "init_cell.bias": read["init_c.bias"],
-        "cell.words.weight": words.contiguous(),
-        "cell.words.bias": read["decode_step.bias_ih"] + read["decode_step.bias_hh"],
-        "cell.context.weight": context.contiguous(),
-        "cell.hidden.weight": read["decode_step.weight_hh"],
-        "output.weight": read["fc.weight"][word_ids],
-        "output.bias": read["fc.bias"][word_ids],
+    embed_dim = weights["embedding.weight"].shape[1]
+    converted = {
+        "embedding.weight": weights["embedding.weight"][word_ids],
+        "attention.keys.weight": weights["attention.encoder_att.weight"],
+        "attention.keys.bias": weights["attention.encoder_att.bias"] + weights["attention.decoder_att.bias"],
+        "attention.query.weight": weights["attention.decoder_att.weight"],
+        "attention.score.weight": weights["attention.full_att.weight"],
+        "attention.gate.weight": weights["f_beta.weight"],
+        "attention.gate.bias": weights["f_beta.bias"],
+        "init_hidden.weight": weights["init_h.weight"],
+        "init_hidden.bias": weights["init_h.bias"],
+        "init_cell.weight": weights["init_c.weight"],
+        "init_cell.bias": weights["init_c.bias"],
+        "cell.words.weight": weights["decode_step.weight_ih"][:, :embed_dim].contiguous(),
+        "cell.words.bias": weights["decode_step.bias_ih"] + weights["decode_step.bias_hh"],
+        "cell.context.weight": weights["decode_step.weight_ih"][:, embed_dim:].contiguous(),
+        "cell.hidden.weight": weights["decode_step.weight_hh"],
+        "output.weight": weights["fc.weight"][word_ids],
+        "output.bias": weights["fc.bias"][word_ids],
     }
-    return {f"decoder.{name}": weight for name, weight in weights.items()}
+    return {f"decoder.{name}": weight for name, weight in converted.items()}
 
 
 def read_words(path: str) -> dict[str, int]:
-    """The ids of a word map by word, the special tokens first; InputError where the file is not a word map."""
+    """Return the ids of a word map by word, special tokens first. Raises InputError if the file is not a word map."""
     word_map = read_json(path)
     if not isinstance(word_map, dict) or not all(type(word_id) is int for word_id in word_map.values()):
-        raise InputError(f"{path} is no word map: not a JSON object of words and their ids")
+        raise InputError(f"{path} is not a word map, a JSON object of words and their ids")
     if sorted(word_map.values()) != list(range(len(word_map))):
         raise InputError(f"{path}: the ids of its {len(word_map)} words are not 0 to {len(word_map) - 1}")
     for token in SPECIAL_TOKENS:
@@ -245,28 +183,29 @@ def read_words(path: str) -> dict[str, int]:
     return {word: word_map[word] for word in [*SPECIAL_TOKENS, *words]}
 
 
-def convert(file: PickledFile, word_map: dict[str, int]) -> dict[str, Any]:
-    """A checkpoint as train.py writes it, without training state."""
-    content, source = file.content, str(file.path)
+def convert(content: Any, word_map: Mapping[str, int], path: str) -> dict[str, Any]:
+    """Return a checkpoint as train.py writes it, without training state, from the content of the file at `path`."""
     if not isinstance(content, dict) or not content.keys() >= {"encoder", "decoder", "encoder_optimizer"}:
-        raise InputError(f"{source} is no checkpoint of the tutorial: it has no encoder, decoder and encoder_optimizer")
+        raise InputError(f"{path} is not a checkpoint of the tutorial: it lacks encoder, decoder or encoder_optimizer")
     encoder, decoder = content["encoder"], content["decoder"]
+    encoder_weights = state_dict(encoder, f"{path}: encoder")
+    decoder_weights = state_dict(decoder, f"{path}: decoder")
     fine_tuned = content["encoder_optimizer"] is not None
     settings = train.Settings(
         region_dim=0,
         fine_tune_encoder=fine_tuned,
         unfreeze_from="layer2" if fine_tuned else "",
-        **read_encoder_settings(encoder, source),
-        **read_decoder_settings(decoder, source),
+        **encoder_settings(encoder, encoder_weights, path),
+        **decoder_settings(decoder, decoder_weights, path),
     )
-    options = model_settings(settings)
-    with name_impossible_sizes(source), EmptyWeights():
-        captioner = Captioner(settings, Vocabulary(list(word_map)), IMAGE_SIZE, "squash", load_weights=False)
-    names = [name for name in captioner.state_dict() if name.startswith("encoder.")]
+    if len(word_map) != (num_words := len(decoder_weights["embedding.weight"])):
+        raise InputError(
+            f"{path} has {num_words} words, the word map {len(word_map)}: give the word map of this checkpoint"
+        )
     return {
         "format": CHECKPOINT_FORMAT,
-        "model": read_encoder(file, encoder, names) | read_decoder(file, decoder, list(word_map.values())),
-        "model_settings": options,
+        "model": convert_encoder(encoder_weights) | convert_decoder(decoder_weights, list(word_map.values())),
+        "model_settings": model_settings(settings),
         "image_size": IMAGE_SIZE,
         "resize": "squash",
         "feature_dim": 0,
@@ -279,13 +218,14 @@ def convert(file: PickledFile, word_map: dict[str, int]) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    """Read, check and write."""
+    """Convert the checkpoint, check that the result can be loaded, write it."""
     if Path(settings.output).exists():
-        raise InputError(f"--output {settings.output} exists: give another, or delete it")
+        raise InputError(f"--output {settings.output} exists: give another path, or delete it")
     word_map = read_words(settings.word_map)
-    with open_pickled(settings.checkpoint, is_admitted) as file:
-        checkpoint = convert(file, word_map)
-    captioner_from_checkpoint(checkpoint, settings.checkpoint)  # sizes that fit each other, finite numbers
+    content = load_modules(settings.checkpoint, [*CLASSES, *optimizer_names()])
+    with reraise_as_refused(settings.checkpoint):
+        checkpoint = convert(content, word_map, settings.checkpoint)
+    captioner_from_checkpoint(checkpoint, settings.checkpoint)  # checks that sizes fit and numbers are finite
     save_torch(settings.output, checkpoint)
     print(
         f"wrote {settings.output}: {checkpoint['settings']['encoder']}, {len(word_map)} words; --length_penalty 0 of "

@@ -16,8 +16,7 @@ from common.distributed import on_rank_zero, rank, world_size
 from common.files import hold_lock, read_jsonl, require_writable, write_jsonl
 from models import Captioner, ModelSettings, captioner_from_checkpoint, load_checkpoint
 from preparation.storage import read_metadata, region_info
-from text.embeddings import read_pretrained_embeddings
-from text.vocabulary import Vocabulary
+from text.vocabulary import Vocabulary, read_pretrained_embeddings
 from training.logs import rewrite_tensorboard
 from training.optim import ModelEMA, make_optimizer
 from training.state import TrainState

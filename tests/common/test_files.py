@@ -1,10 +1,12 @@
 """Files written whole, locks, full disks, and loading that executes nothing."""
 
+import contextlib
 import errno
 import os
 import resource
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,51 +26,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-WRITE_AND_WAIT = """
-import sys, time
-from common import files
-with files.atomic_write(sys.argv[1]):
-    print("writing", flush=True)
-    time.sleep(60)
-"""
-
-HOLD_AND_WAIT = """
-import sys, time
-from common import files
-with files.hold_lock(sys.argv[1], "in use"):
-    print("holding", flush=True)
-    time.sleep(60)
-"""
-
-
-def start_process(code, path):
-    """A process that runs code with a path until it is killed; returns once it has printed a line."""
-    process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    return process
-
-
-def test_what_a_killed_program_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path):
-    process = start_process(WRITE_AND_WAIT, tmp_path / "file.json")
-    (temporary,) = tmp_path.iterdir()
-    try:
-        os.utime(temporary, (0, 0))
-        files.write_json(tmp_path / "file.json", {})
-        assert temporary.exists()
-    finally:
-        process.kill()
-        process.wait()
-    assert temporary.exists()
-    files.write_json(tmp_path / "file.json", {})
-    assert not temporary.exists()
-
-
-def test_a_file_of_the_user_is_no_leftover(tmp_path):
-    for name in (".file.backup.json", ".file.1234.json", "file.json.bak"):
-        (tmp_path / name).write_text("mine")
-        os.utime(tmp_path / name, (0, 0))
-    files.write_json(tmp_path / "file.json", {})
-    assert len(list(tmp_path.iterdir())) == 4
+def test_leftovers_of_killed_programs_are_removed_after_a_day_and_nothing_else(tmp_path):
+    path, day_ago = tmp_path / "file.json", time.time() - files.LEFTOVER_AGE
+    mine = [
+        tmp_path / name for name in (".file.backup.json", ".file.1234.json", "file.json.bak", ".fil.partial-1.json")
+    ]
+    for old in [*mine, tmp_path / ".file.partial-01234567.json"]:
+        old.write_text("old")
+        os.utime(old, (day_ago - 10, day_ago - 10))
+    with files.atomic_write(path) as temporary:
+        os.utime(temporary, (day_ago + 10, day_ago + 10))  # a writer that is slow, or waits for a disk
+        files.write_json(path, "first")
+        temporary.write_text('"second"')
+    assert files.read_json(path) == "second"
+    assert sorted(tmp_path.iterdir()) == sorted([*mine, path])
 
 
 def test_threads_that_write_one_file_do_not_disturb_each_other(tmp_path):
@@ -79,39 +50,59 @@ def test_threads_that_write_one_file_do_not_disturb_each_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_cannot_be_locked_is_written_and_never_a_leftover(tmp_path, monkeypatch):
-    def no_locks(*arguments):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
-    with files.atomic_write(tmp_path / "file.json") as temporary:
-        os.utime(temporary, (0, 0))
-        files.write_json(tmp_path / "file.json", "first")
-        assert temporary.exists()
-        temporary.write_text('"second"')
-    assert files.read_json(tmp_path / "file.json") == "second"
-    monkeypatch.setattr(files, "fcntl", None)  # as on Windows
-    files.write_json(tmp_path / "file.json", "third")
-    assert files.read_json(tmp_path / "file.json") == "third"
-
-
-def test_a_file_is_locked_while_it_is_written(tmp_path):
-    with files.atomic_write(tmp_path / "file") as temporary, open(temporary, "rb+") as other:  # noqa: SIM117
-        with pytest.raises(BlockingIOError):
-            files.fcntl.flock(other, files.fcntl.LOCK_SH | files.fcntl.LOCK_NB)
+HOLD_AND_WAIT = """
+import sys, time
+from common import files
+with files.hold_lock(sys.argv[1], "in use"):
+    print("holding", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_lock_is_held_until_the_process_ends(tmp_path):
-    process = start_process(HOLD_AND_WAIT, tmp_path / ".lock")
+    lock = tmp_path / ".lock"
+    process = subprocess.Popen([sys.executable, "-c", HOLD_AND_WAIT, lock], stdout=subprocess.PIPE)
+    process.stdout.readline()
     try:
-        with pytest.raises(utils.InputError, match="in use"), files.hold_lock(tmp_path / ".lock", "in use"):
+        with pytest.raises(utils.InputError, match="in use"), files.hold_lock(lock, "in use"):
             pass
     finally:
         process.kill()
         process.wait()
-    with files.hold_lock(tmp_path / ".lock", "in use"):
-        assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
+    with files.hold_lock(lock, "in use"):
+        assert list(tmp_path.iterdir()) == [lock]
+        with pytest.raises(utils.InputError, match="in use"), files.hold_lock(lock, "in use"):
+            pass
     assert not list(tmp_path.iterdir())
+
+
+def test_of_many_processes_only_one_holds_a_lock(tmp_path):
+    """They open, remove and make the file all the time."""
+    held = []
+
+    def take(_):
+        with contextlib.suppress(utils.InputError), files.hold_lock(tmp_path / ".lock", "in use"):
+            held.append(1)
+            assert len(held) == 1
+            time.sleep(1e-4)
+            held.pop()
+            return 1
+        return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(take, range(2000))) > 10
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EACCES])
+def test_where_the_file_system_has_no_locks_nothing_is_locked(tmp_path, monkeypatch, number):
+    def no_locks(lock):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.FileLock, "acquire", no_locks)
+    refused = pytest.raises(OSError, match="denied") if number == errno.EACCES else contextlib.nullcontext()
+    with refused, files.hold_lock(tmp_path / ".lock", "in use"):
+        pass
 
 
 @pytest.fixture
@@ -149,16 +140,12 @@ class Malicious:
 
 def test_nothing_that_is_loaded_executes_code(tmp_path):
     torch.save({"format": 1, "model": Malicious(str(tmp_path / "owned"))}, tmp_path / "bad.pt")
-    with pytest.raises(utils.InputError, match=r"bad\.pt is refused"):
-        files.safe_load(tmp_path / "bad.pt")
+    malicious = (tmp_path / "bad.pt").read_bytes()
+    for content in (malicious, b"", b"no checkpoint", b"PK\x03\x04 half a zip"):
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(utils.InputError, match=r"bad\.pt is refused"):
+            files.safe_load(tmp_path / "bad.pt")
     assert not (tmp_path / "owned").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip"])
-def test_damaged_files_are_named(tmp_path, content):
-    (tmp_path / "bad.pt").write_bytes(content)
-    with pytest.raises(utils.InputError, match=r"bad\.pt"):
-        files.safe_load(tmp_path / "bad.pt")
 
 
 def test_names_may_be_as_long_as_the_file_system_allows(tmp_path):

@@ -15,7 +15,7 @@ from scores.bootstrap import (
     resampled_sums,
     two_sided_p,
 )
-from scores.per_image import image_scores
+from scores.metrics import image_scores
 
 
 def statistics_of(references, predictions):

@@ -39,9 +39,7 @@ def test_pointing_accuracy(caption, regions, accuracy):
 
 def test_a_noun_that_names_no_object_is_a_miss():
     other = [{"words": ["small", "red", "square"], "box": [0, 0, 1, 1]}]
-    alpha = torch.eye(4)[[0, 0, 0]]
-    captions = [["a", "red", "circle"], ["a", "red", "circle"]]
-    assert pointing_accuracy([OBJECTS, other], captions, [alpha] * 2) == 0.5
+    assert pointing_accuracy([OBJECTS, other], [["a", "red", "circle"]] * 2, [torch.eye(4)[[0, 0, 0]]] * 2) == 0.5
 
 
 def test_an_object_may_be_named_by_one_word():

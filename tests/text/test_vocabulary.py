@@ -1,10 +1,12 @@
-"""The vocabulary: which words it keeps, and word ids in both directions."""
+"""The vocabulary: which words it keeps, word ids in both directions, and pretrained word vectors."""
 
 from collections import Counter
 
 import pytest
+import torch
 
-from text.vocabulary import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary
+import train
+from text.vocabulary import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary, read_pretrained_embeddings
 from utils import InputError
 
 COUNTS = Counter({"a": 9, "dog": 4, "cat": 4, "runs": 2, "<pad>": 7})
@@ -13,16 +15,11 @@ VOCABULARY = Vocabulary.from_counts(COUNTS, 1)
 
 @pytest.mark.parametrize(
     ("min_word_freq", "vocab_size", "words"),
-    [(1, 0, "a cat dog runs"), (3, 0, "a cat dog"), (1, 2, "a cat"), (5, 3, "a"), (1, 9, "a cat dog runs")],
+    [(1, 0, "a cat dog runs"), (4, 0, "a cat dog"), (1, 2, "a cat"), (5, 3, "a"), (1, 9, "a cat dog runs")],
 )
 def test_the_most_frequent_words_are_kept(min_word_freq, vocab_size, words):
     vocabulary = Vocabulary.from_counts(COUNTS, min_word_freq, vocab_size)
     assert vocabulary.idx2word == SPECIAL_TOKENS + words.split()
-
-
-def test_a_word_counted_exactly_min_word_freq_times_is_kept():
-    vocabulary = Vocabulary.from_counts(Counter({"b": 2, "a": 2, "c": 3, "rare": 1}), 2)
-    assert vocabulary.idx2word == [*SPECIAL_TOKENS, "c", "a", "b"]
 
 
 def test_unknown_words_and_special_tokens_have_the_id_of_unk():
@@ -54,3 +51,64 @@ def test_a_word_map_that_cannot_be_read_says_what_to_do(tmp_path, content, messa
         (tmp_path / "word_map.json").write_text(content)
     with pytest.raises(InputError, match=rf"{message}.*: run create_input_files\.py again with --overwrite"):
         Vocabulary.load(tmp_path)
+
+
+# The first vector of a word that is valid counts.
+GLOVE = "a 1 nan 3\na 1 2 3\na 4 5 6\n. . 0 0 0\ndog 0.5 -1 2e-1\ncat 1 2\nruns 1 x 3\nfish 7 7 7\n\nruns 1 nan 3\n"
+
+
+@pytest.mark.parametrize("header", ["", "400000 3\n"])
+def test_vectors_are_read_and_malformed_lines_counted(tmp_path, capsys, header):
+    (tmp_path / "vectors.txt").write_text(header + GLOVE)
+    word_ids, vectors = read_pretrained_embeddings(tmp_path / "vectors.txt", VOCABULARY, 3)
+    assert VOCABULARY.decode(word_ids) == ["a", "dog"]
+    expected = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 0.2]])
+    torch.testing.assert_close(vectors / vectors[0, 0], expected)
+    assert vectors.square().mean().item() == pytest.approx(1)
+    assert "vectors for 2 of 4 words (50.0%), 5 malformed lines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("a 1 2\ndog 3 4\n", "its vectors have size 2, so give --embed_dim 2"),
+        ("fish 1 2 3\n", "holds none of the 4 words"),
+        ("", "not a text file of a word and its vector per line"),
+        ("a\t1\t2\t3\n", "not a text file of a word and its vector per line"),
+        ("<unk> 1 2 3\n", "holds none of the 4 words"),
+        ("a 0 0 0\n", "all zero, or too large"),
+        ("a 1e39 0 0\n", "all zero, or too large"),
+        ("a 1 2 3".encode("utf-16"), "holds none"),
+    ],
+)
+def test_unusable_vectors_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "vectors.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"--pretrained_embeddings .*vectors\.txt: .*{message}"):
+        read_pretrained_embeddings(tmp_path / "vectors.txt", VOCABULARY, 3)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_model_starts_from_pretrained_embeddings(command, shapes, tmp_path, freeze):
+    lines = [f"{word} {' '.join(str(len(word) * k) for k in range(16))}" for word in ("red", "blue")]
+    (tmp_path / "vectors.txt").write_text("\n".join(lines))
+    small = ["--encoder", "resnet18", "--encoder_layer", "layer1", "--encoder_weights", "", "--epochs", 1]
+    sizes = ["--embed_dim", 16, "--hidden_dim", 16, "--attention_dim", 16, "--region_dim", 16]
+    folders = ["--data_folder", shapes, "--run_folder", tmp_path / "run"]
+    embeddings = ["--pretrained_embeddings", tmp_path / "vectors.txt", f"--{'' if freeze else 'no-'}freeze_embeddings"]
+    status, out, error = command(train, *small, *sizes, *folders, *embeddings, "--ema_decay", 0)
+    assert status == 0 and "vectors for 2 of" in out, error
+    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    red, blue = (checkpoint["model"]["decoder.embedding.weight"][checkpoint["words"].index(w)] for w in ("red", "blue"))
+    assert torch.allclose(red / red[1], torch.arange(16.0), atol=1e-5) == freeze
+    if freeze:
+        torch.testing.assert_close(blue, red * 4 / 3)
+
+
+def test_pretrained_embeddings_contradict_init_from(command, shapes, run_folder, tmp_path):
+    status, _, error = command(
+        train, "--data_folder", shapes, "--run_folder", tmp_path, "--init_from", run_folder / "best.pt",
+        "--pretrained_embeddings", "vectors.txt",
+    )  # fmt: skip
+    assert status == 2 and "--pretrained_embeddings vectors.txt: --init_from has trained words" in error

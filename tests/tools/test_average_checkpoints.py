@@ -9,7 +9,7 @@ from tools import average_checkpoints
 
 @pytest.fixture
 def models(run_folder, tmp_path):
-    """Two checkpoints of one model: that of the run, and the same with other weights of the decoder."""
+    """Two checkpoints of one model that differ in the weights of the decoder."""
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for path in paths:
         checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
@@ -58,8 +58,12 @@ def test_an_equal_weight_keeps_every_bit(models):
 
 def test_what_has_no_common_meaning_is_refused(command, models, run_folder, tmp_path):
     a, b = models
+    content = torch.load(b, weights_only=True)
+    weights, words, settings = content["model"], content["words"], content["model_settings"]
 
-    def refused(*paths):
+    def refused(*paths, **changes):
+        if changes:
+            change(b, **changes)
         status, _, err = command(average_checkpoints, *paths, "--output", tmp_path / "soup.pt")
         assert status == 2 and err.count("\n") == 1 and not (tmp_path / "soup.pt").exists()
         return err
@@ -67,23 +71,10 @@ def test_what_has_no_common_meaning_is_refused(command, models, run_folder, tmp_
     assert "two checkpoints or more" in refused(a)
     assert "give its best.pt" in refused(a, run_folder / "last.pt")
     assert "trained from scratch" in refused(a, run_folder / "best.pt")
-    words = torch.load(b, weights_only=True)["words"]
-    change(b, words=words[:-2] + words[:-3:-1])
-    assert "they differ in words" in refused(a, b)
-    change(b, words=words)
-    change(b, fine_tune_encoder=False)
-    assert "fine_tune_encoder" in refused(a, b)
-    for path in models:
-        change(path, fine_tune_encoder=False)
-    weights = torch.load(b, weights_only=True)["model"]
+    other = settings | {"graph_knn": settings["graph_knn"] + 1}
+    assert "graph_knn" in refused(a, b, model_settings=other)
+    assert "they differ in words" in refused(a, b, model_settings=settings, words=words[:-2] + words[:-3:-1])
+    assert "fine_tune_encoder" in refused(a, b, words=words, fine_tune_encoder=False)
+    change(a, fine_tune_encoder=False)
     name = next(name for name in weights if name.startswith("encoder."))
-    change(b, model=weights | {name: weights[name] + 1})
-    assert "different frozen encoders" in refused(a, b)
-
-
-def test_another_architecture_is_refused(command, models, tmp_path):
-    a, b = models
-    settings = torch.load(b, weights_only=True)["model_settings"]
-    change(b, model_settings=settings | {"graph_knn": settings["graph_knn"] + 1})
-    status, _, err = command(average_checkpoints, a, b, "--output", tmp_path / "soup.pt")
-    assert status == 2 and "graph_knn" in err
+    assert "different frozen encoders" in refused(a, b, model=weights | {name: weights[name] + 1})

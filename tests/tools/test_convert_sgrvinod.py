@@ -1,10 +1,13 @@
-"""Checkpoints laid out as those of sgrvinod's tutorial, converted, against a plain search with its equations."""
+"""Converted checkpoints of sgrvinod's tutorial against a plain search with its equations."""
 
-import copyreg
 import json
+from collections import OrderedDict
+from functools import reduce
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import caption
 import convert_sgrvinod
@@ -29,33 +32,37 @@ def make_model():
     torch.manual_seed(3)
     encoder = reference.Encoder("resnet18", SIZES[0]).eval()
     for module in encoder.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # far from what a new one has, and features that grow nowhere
+        if isinstance(module, nn.BatchNorm2d):  # far from the initial values; features do not explode
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(1, 2)
             module.weight.data.uniform_(0.5, 1.5)
     return encoder, reference.random_decoder(WORDS, SIZES[1])
 
 
+def settings_of(checkpoint, word_map, output):
+    """The settings that convert these files."""
+    return Settings(checkpoint=str(checkpoint), word_map=str(word_map), output=str(output))
+
+
 def write(folder, content, *, legacy=False, words=WORDS):
     """Write a checkpoint and its word map; returns the settings to convert them."""
     (folder / "WORDMAP.json").write_text(json.dumps(words))
     reference.save(content, folder / "BEST.pth.tar", legacy=legacy)
-    return Settings(*(str(folder / name) for name in ("BEST.pth.tar", "WORDMAP.json", "best.pt")))
+    return settings_of(folder / "BEST.pth.tar", folder / "WORDMAP.json", folder / "best.pt")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["zip", "legacy"])
 def converted(request, tmp_path_factory):
-    """The tutorial's model, and the captioner of its converted checkpoint, with the folder of both."""
+    """The tutorial's model, the captioner of its converted checkpoint, and the folder of both files."""
     folder = tmp_path_factory.mktemp("sgrvinod")
     encoder, decoder = make_model()
     settings = write(folder, reference.checkpoint(encoder, decoder, fine_tuned=True), legacy=request.param)
-    # What the step of its optimizers changed is in the file, too.
     convert_sgrvinod.main(settings)
     return encoder, decoder, load_captioner(settings.output, "cpu"), folder
 
 
 def random_regions(count):
-    """Regions (count, R, D), so small that words matter, too."""
+    """Regions (count, R, D), so small that words matter as well."""
     return 0.1 * torch.randn(count, SIZES[0] ** 2, SIZES[1], generator=torch.Generator().manual_seed(0))
 
 
@@ -113,9 +120,8 @@ def test_the_converted_file_is_scored_captions_photos_and_is_trained_further(con
     status, _, err = command(eval_script, "--checkpoint", checkpoint, *data, "--beam_sizes", 1)
     assert status == 0, err
     arguments = ["--init_from", checkpoint, "--run_folder", tmp_path / "run", "--epochs", 1, "--max_length", 4]
-    status, _, err = command(
-        train, *arguments, *data, "--device", "cpu", "--no-fine_tune_encoder", "--unfreeze_from", ""
-    )
+    arguments += ["--device", "cpu", "--no-fine_tune_encoder", "--unfreeze_from", ""]
+    status, _, err = command(train, *arguments, *data)
     assert status == 0, err
     assert load_captioner(tmp_path / "run" / "best.pt", "cpu").vocabulary.idx2word[:4] == SPECIAL_TOKENS
 
@@ -127,122 +133,78 @@ def test_an_encoder_that_was_not_trained_stays_frozen(converted, tmp_path):
     assert converted[2].fine_tune_encoder and not load_captioner(settings.output, "cpu").fine_tune_encoder
 
 
-def replace_module(path, module):
-    """A change of a checkpoint: the module of this path."""
-    return lambda content: content[path.split(".")[0]].set_submodule(path.partition(".")[2], module)
+@pytest.mark.parametrize("name", convert_sgrvinod.RESNETS)
+def test_every_resnet_is_recognized(name):
+    with torch.device("meta"):
+        encoder = reference.Encoder(name, 14)
+    found = convert_sgrvinod.encoder_settings(encoder, encoder.state_dict(), "x.pt")
+    assert found == {"encoder": name, "grid_size": 14}
 
 
-def with_state(module, state):
-    """A module that is pickled with this state in place of its own."""
-    module.__reduce_ex__ = lambda protocol: (copyreg.__newobj__, (type(module),), state)
-    return module
-
-
-class Other(torch.nn.Linear):
-    """A class of nobody."""
-
-
+# Paths of what is replaced in a checkpoint, values and messages.
 REFUSED = {
-    "no encoder": (lambda content: content.pop("encoder"), "is no checkpoint of the tutorial: it has no encoder"),
-    "state dicts": (
-        lambda content: content.update(decoder=content["decoder"].state_dict()),
-        "decoder: the model is collections.OrderedDict, not models.DecoderWithAttention as in the tutorial",
-    ),
-    "modules exchanged": (
-        lambda content: content.update(decoder=content["encoder"]),
-        "decoder: the model is models.Encoder, not models.DecoderWithAttention as in the tutorial",
-    ),
-    "another class": (
-        replace_module("decoder.fc", Other(16, len(WORDS))),
-        "is refused: it names 'test_convert_sgrvinod.Other', which has no place in it",
-    ),
-    "another activation": (
-        replace_module("decoder.attention.relu", torch.nn.Tanh()),
-        "decoder: attention.relu is torch.nn.modules.activation.Tanh, not torch.nn.modules.activation.ReLU as in the",
-    ),
-    "a layer more": (
-        lambda content: content["decoder"].add_module("deep", torch.nn.Linear(16, 16)),
-        "decoder has 'deep', which is not part of the tutorial's model",
-    ),
-    "a wider layer": (
-        replace_module("decoder.init_c", torch.nn.Linear(512, 17)),
-        r"decoder.init_c.weight is \(17, 512\), not \(16, 512\)",
-    ),
-    "no bias": (
-        replace_module("decoder.init_h", torch.nn.Linear(512, 16, bias=False)),
-        "decoder has no init_h.bias, which is part of the tutorial's model",
-    ),
-    "another network": (
-        replace_module("encoder.resnet.7", torch.nn.Sequential(torch.nn.Linear(1, 1))),
-        r"encoder is no ResNet of torchvision: its layers have \(2, 2, 2, 1\) blocks",
-    ),
+    "no encoder": ("model", None, "is not a checkpoint of the tutorial: it lacks encoder"),
+    "state dicts": ("decoder", OrderedDict(), "decoder is of type OrderedDict, not a module"),
+    "another model": ("decoder", nn.Linear(1, 1), "decoder has no attention.decoder_att.bias, which is part of the"),
+    "another activation": ("decoder.attention.relu", nn.Tanh(), r"is refused: it names torch.nn.*Tanh, which has no"),
+    "a layer more": ("decoder.deep", nn.Linear(16, 16), "decoder has 'deep.bias', which is not part of the tutorial's"),
+    "a wider layer": ("decoder.init_c", nn.Linear(512, 17), r"decoder.init_c.weight is \(17, 512\), not \(16, 512\)"),
+    "no bias": ("decoder.init_h", nn.Linear(512, 16, bias=False), "decoder has no init_h.bias, which is part of the"),
+    "fewer layers": ("encoder.resnet.7", nn.Sequential(), "encoder has 14 layers, which no ResNet of torchvision has"),
     "a wider network": (
-        replace_module("encoder.resnet.0", torch.nn.Conv2d(3, 65, 7, bias=False)),
+        "encoder.resnet.0",
+        nn.Conv2d(3, 65, 7, bias=False),
         r"encoder.network.conv1.weight is torch.float32 \(65, 3, 7, 7\), not torch.float32 \(64, 3, 7, 7\)",
     ),
-    "doubles": (lambda content: content["decoder"].double(), "decoder.embedding.weight is torch.float64"),
-    "a size of text": (
-        lambda content: setattr(content["decoder"], "embed_dim", "5"),
-        "decoder has no embed_dim of type int",
-    ),
-    "no size of the regions": (
-        lambda content: delattr(content["decoder"], "encoder_dim"),
-        "decoder has no encoder_dim of type int",
-    ),
-    "a list as state": (
-        lambda content: with_state(content["encoder"], ["_modules"]),
-        "is refused: it is damaged, or holds more than tensors and plain containers",
-    ),
-    "a number as the name of a layer": (
-        lambda content: content["decoder"]._modules.update({10**5000: torch.nn.ReLU()}),
-        "decoder: attention is missing, not models.Attention as in the tutorial",
-    ),
-    "a grid of text": (
-        lambda content: setattr(content["encoder"], "enc_image_size", None),
-        "encoder has no enc_image_size of type int",
-    ),
-    "a fine grid": (
-        lambda content: setattr(content["encoder"], "enc_image_size", 10**6),
-        "--grid_size 1000000: finer than the images",
-    ),
-    "not finite": (
-        lambda content: content["decoder"].fc.bias.data.fill_(float("nan")),
-        "decoder.output.bias has values that are not finite",
-    ),
+    "doubles": ("decoder.fc.bias.data", torch.zeros(len(WORDS)).double(), "decoder.output.bias is torch.float64"),
+    "not finite": ("decoder.fc.bias.data", torch.zeros(len(WORDS)).log(), "decoder.output.bias has values that are"),
+    "a terabyte": ("decoder.fc.bias.data", torch.zeros(1).expand(10**12), "of fc.bias are not one after another"),
+    "dropout of text": ("decoder.dropout.p", "0.5", "dropout has no p of type float"),
+    "no modules": ("encoder._modules", [], "is refused: it is damaged, or holds more than tensors and plain"),
+    "a module inside itself": ("decoder.deep", "decoder", "decoder has more than 1000 modules"),
+    "no grid": ("encoder.enc_image_size", None, "encoder has no enc_image_size of type int"),
+    "a fine grid": ("encoder.enc_image_size", 10**6, "--grid_size 1000000: finer than the images"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_the_tutorials_is_one_line(name, tmp_path):
-    change, message = REFUSED[name]
+    path, value, message = REFUSED[name]
     encoder, decoder = make_model()
-    content = {"encoder": encoder, "decoder": decoder, "encoder_optimizer": None}
-    change(content)
-    settings = write(tmp_path, content)
+    content = SimpleNamespace(encoder=encoder, decoder=decoder, encoder_optimizer=None)
+    if path == "model":
+        del content.encoder
+    else:
+        *owners, attribute = path.split(".")
+        setattr(reduce(getattr, owners, content), attribute, decoder if value == "decoder" else value)
+    settings = write(tmp_path, vars(content))
     with pytest.raises(InputError, match=message) as caught:
         convert_sgrvinod.main(settings)
     assert "\n" not in str(caught.value) and str(tmp_path / "BEST.pth.tar") in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["BEST.pth.tar", "WORDMAP.json"]
 
 
-WORD_MAPS = {
-    "words of others": (reference.word_map(["a", "b"]), r"has 16 words, the word map has 6: give the file's own"),
-    "a list": (["a"], "is no word map: not a JSON object"),
-    "text as ids": ({word: str(i) for word, i in WORDS.items()}, "is no word map"),
-    "an id twice": (WORDS | {"dog": 1}, "the ids of its 16 words are not 0 to 15"),
-    "no <start>": ({word.strip("<"): i for word, i in WORDS.items()}, "has no <pad>, which the word maps of the"),
-}
+WORD_MAPS = [
+    (reference.word_map(["a", "b"]), r"has 16 words, the word map 6: give the word map of this checkpoint"),
+    (["a"], "is not a word map, a JSON object"),
+    ({word: str(i) for word, i in WORDS.items()}, "is not a word map"),
+    (WORDS | {"dog": 1}, "the ids of its 16 words are not 0 to 15"),
+    ({word.strip("<"): i for word, i in WORDS.items()}, "has no <pad>, which the word maps of the"),
+]
 
 
 def test_other_word_maps_and_files_are_one_line(converted, tmp_path):
     *_, folder = converted
-    for words, message in WORD_MAPS.values():
-        (tmp_path / "words.json").write_text(json.dumps(words))
+    new, names = tmp_path / "new.pt", ("BEST.pth.tar", "WORDMAP.json", "best.pt")
+    original, word_map, output = (folder / name for name in names)
+    cases = [
+        ((original, word_map, output), r"best\.pt exists: give another path, or delete it"),
+        ((tmp_path / "none", word_map, new), r"no such file: .*none"),
+        ((output, word_map, new), "is not a checkpoint of the tutorial"),  # it was converted already
+    ]
+    for i, (words, message) in enumerate(WORD_MAPS):
+        (tmp_path / f"{i}.json").write_text(json.dumps(words))
+        cases.append(((original, tmp_path / f"{i}.json", new), message))
+    for paths, message in cases:
         with pytest.raises(InputError, match=message):
-            convert_sgrvinod.main(Settings(folder / "BEST.pth.tar", tmp_path / "words.json", tmp_path / "new.pt"))
-    with pytest.raises(InputError, match=r"best\.pt exists: give another, or delete it"):
-        convert_sgrvinod.main(Settings(folder / "BEST.pth.tar", folder / "WORDMAP.json", folder / "best.pt"))
-    with pytest.raises(InputError, match=r"no such file: .*none"):
-        convert_sgrvinod.main(Settings(tmp_path / "none", folder / "WORDMAP.json", tmp_path / "new.pt"))
-    with pytest.raises(InputError, match="is no checkpoint of the tutorial"):  # what was converted already
-        convert_sgrvinod.main(Settings(folder / "best.pt", folder / "WORDMAP.json", tmp_path / "new.pt"))
+            convert_sgrvinod.main(settings_of(*paths))
