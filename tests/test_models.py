@@ -192,7 +192,7 @@ def test_every_model(variant, tmp_path):
 
 OF_REGION_FEATURES = {
     "soft": {},
-    "adaptive-dim0": {"attention": "adaptive", "region_dim": 0},
+    "adaptive-dim0": {"decoder": "adaptive", "region_dim": 0},
     "up_down-boxes": {"decoder": "up_down", "box_features": True},
     "transformer-geometry": {"decoder": "transformer", "encoder_layers": 1, "geometry": True},
     "spatial-gat": {"graph_layers": 1, "graph_edges": "spatial"},
@@ -256,7 +256,7 @@ MALFORMED = {
     "many recurrent layers": (change("layers", 10**8), "--layers 100000000: must be at most 100"),
     "another decoder": (change("decoder", "up_down"), "its weights do not fit its settings: 'decoder"),
     "a fine grid": (change("grid_size", 10**6), "finer than the images"),
-    "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be below 1"),
+    "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be at least 0"),
     "a missing weight": (lambda checkpoint: checkpoint["model"].popitem(), "is missing"),
     "doubles": (
         lambda checkpoint: checkpoint.update(model={name: x.double() for name, x in checkpoint["model"].items()}),
