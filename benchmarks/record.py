@@ -19,7 +19,7 @@ from preparation.storage import read_captions
 from utils import BaseSettings, InputError, parse_settings, run_script, setting
 
 ROOT = Path(__file__).parent.parent
-SCST = ("--objective", "scst", "--learning_rate", "3e-4", "--batch_size", "40")
+CONFIGS = ROOT / "configs"
 BEAM_SIZE = 5  # of each model
 BEST = ("--beam_sizes", "10", "--views", "original", "hflip", "crop")  # decoding of the last model
 START = "cross_entropy"  # folder of the run that all others start from
@@ -48,12 +48,12 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
     prepare = ["--dataset", "flickr8k", "--captions", settings.captions, "--images", settings.images]
     prepare += ["--image_size", "224", "--output_folder", str(data)]
     yield data / "dataset.json", ["create_input_files.py", *prepare]
-    common = ["--data_folder", str(data), "--hflip"]
+    common = ["--data_folder", str(data)]
     encoder = ["--encoder", settings.encoder, "--encoder_weights", settings.encoder_weights]
     start, seeds = runs / START, list(map(str, settings.seeds))
-    sizes = ["--attention_dim", "64"]  # faster on a CPU; scored like 512 after three epochs: docs/results.md
-    yield from training(start, [*common, *encoder, *sizes, "--seed", seeds[0], "--epochs", str(settings.epochs)])
-    scst = [*SCST, "--epochs", str(settings.scst_epochs)]
+    flags = [f"@{CONFIGS / 'record.txt'}", *common, *encoder, "--seed", seeds[0], "--epochs", str(settings.epochs)]
+    yield from training(start, flags)
+    scst = [f"@{CONFIGS / 'scst.txt'}", "--epochs", str(settings.scst_epochs)]
     models = {seed: runs / f"scst{seed}" for seed in seeds}
     for seed, folder in models.items():
         yield from training(folder, ["--init_from", str(start / "best.pt"), *common, *scst, "--seed", seed])
@@ -63,9 +63,9 @@ def steps(settings: Settings) -> Iterator[tuple[Path, list[str]]]:
         best = models["soup"] / "best.pt"
         yield best, ["tools/average_checkpoints.py", *members, "--output", str(best)]
     index, final = runs / "consensus.pt", list(models.values())[-1]
-    of_index = ["--checkpoint", str(start / "best.pt"), *common[:2], "--output", str(index)]
+    of_index = ["--checkpoint", str(start / "best.pt"), *common, "--output", str(index)]
     yield index, ["tools/index_captions.py", *of_index]
-    validation = [*common[:2], "--split", "val"]
+    validation = [*common, "--split", "val"]
     for folder in models.values():
         yield scoring([*validation, "--checkpoint", str(folder / "best.pt"), "--beam_sizes", str(BEAM_SIZE)])
     consensus = [*validation, "--checkpoint", str(final / "best.pt"), *BEST, "--consensus_index", str(index)]

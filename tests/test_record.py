@@ -15,7 +15,9 @@ import pytest
 import record
 
 import eval as eval_script
+import train
 import utils
+from utils import parse_settings
 
 
 @pytest.fixture
@@ -71,8 +73,10 @@ def test_the_scripts_take_the_commands(run_record):
     assert flags[0]["--seed"] == "4" and flags[0]["--epochs"] == "3"
     for each, seed in zip(flags[1:3], "45", strict=True):
         assert each["--init_from"] == str(run_record.folder / "cross_entropy" / "best.pt")
-        assert (each["--objective"], each["--epochs"], each["--seed"]) == ("scst", "2", seed)
-    assert flags[0]["--attention_dim"] == "64" and "--attention_dim" not in flags[1]  # the start's sizes
+        settings = parse_settings(train.Settings, commands[int(seed) - 3][1])
+        assert (settings.objective, settings.epochs, settings.seed, settings.hflip) == ("scst", 2, int(seed), True)
+        assert "attention_dim" not in settings.given  # the start's sizes
+    assert parse_settings(train.Settings, commands[0][1]).attention_dim == 64
     assert flags[-3]["--checkpoint"] == str(run_record.folder / "soup" / "best.pt")
     best = commands[-3][1]
     views = best.index("--views")
