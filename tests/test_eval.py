@@ -73,10 +73,9 @@ def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
     assert scores["checkpoint"] == [str(run_folder / "best.pt")] and scores["data_folder"] == str(shapes)
     assert (scores["dataset"], scores["split"]) == ("shapes", "test")
     assert scores["digest"] == json.loads((shapes / "dataset.json").read_text())["digest"]
-    assert (
-        scores["decoding"].items()
-        >= {"length_penalty": 0.7, "max_length": 3, "batch_size": 32, "num_beam_groups": 1}.items()
-    )
+    expected = {"beam_size": 1, "length_penalty": 0.7, "max_length": 3, "batch_size": 32, "num_beam_groups": 1}
+    assert scores["decoding"].items() >= expected.items()
+    assert not scores["decoding"].keys() & {"checkpoint", "precision", "device"}
     assert scores["results"] == "" and scores["comparison"] is None and scores["tokenizer"] == "plain"
     assert scores["bootstrap"] == {"resamples": 1000, "confidence": 0.95, "seed": 0}
     assert scores["dtype"] == "float32" and scores["versions"]["torch"] == torch.__version__
@@ -192,11 +191,8 @@ def test_the_index_may_be_of_the_second_models_encoder(command, evaluate, shapes
 
 
 def test_an_index_of_other_data_is_refused(command, evaluate, run_folder, tmp_path):
-    best, other, index = (
-        run_folder / "best.pt",
-        prepare_shapes(tmp_path / "other", num_scenes=12),
-        tmp_path / "index.pt",
-    )
+    best, index = run_folder / "best.pt", tmp_path / "index.pt"
+    other = prepare_shapes(tmp_path / "other", num_scenes=12)
     assert command(index_captions, "--checkpoint", best, "--data_folder", other, "--output", index)[0] == 0
     status, err = evaluate("--output_folder", tmp_path / "out", "--consensus_index", index)
     assert status == 2 and err.count("\n") == 1 and "the index was made from other data than" in err

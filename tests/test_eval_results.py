@@ -146,8 +146,8 @@ def test_a_list_of_photos_is_checked(score, run_folder, results, tmp_path):
     assert "names no photo" in refused("--results", near, "--photos", photos)
     photos.write_text("nowhere.png\n")
     assert "nowhere.png is not in the train split" in refused("--results", near, "--photos", photos)
-    assert "goes with --results" in refused("--checkpoint", run_folder / "best.pt", "--photos", photos)
-    assert "without --report" in refused("--results", near, "--photos", photos, "--report")
+    assert "requires --results" in refused("--checkpoint", run_folder / "best.pt", "--photos", photos)
+    assert "does not go with --report" in refused("--results", near, "--photos", photos, "--report")
     assert not list(tmp_path.glob("scores*"))
 
 
@@ -174,14 +174,10 @@ def test_ptb_scores_are_those_of_cocos_pipeline(command, shapes, tmp_path, monke
         return " ".join(generator.choices(parts, k=generator.randint(4, 8))) + generator.choice([".", "", " !"])
 
     folder = shutil.copytree(shapes, tmp_path / "synthetic")
-    entries = [
-        {
-            "image": f"{i}.jpg",
-            "image_id": i,
-            "captions": [{"raw": text, "words": tokenize(text)} for text in (draw() for _ in range(5))],
-        }
-        for i in range(1000)
-    ]
+    entries = []
+    for i in range(1000):
+        captions = [{"raw": text, "words": tokenize(text)} for text in (draw() for _ in range(5))]
+        entries.append({"image": f"{i}.jpg", "image_id": i, "captions": captions})
     predictions = [draw() for _ in entries]
     metadata = json.loads((folder / "dataset.json").read_text())
     metadata["splits"]["val"] |= {"images": 1000}
@@ -288,24 +284,24 @@ def test_runs_that_do_not_match_are_named(score, digest, tmp_path, changes, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--results", "{far}", "--checkpoint", "best.pt"), "--checkpoint does not go with --results"),
-        (("--results", "{far}", "--beam_sizes", 1), "--beam_sizes does not go with --results"),
-        (("--results", "{far}", "--device", "cpu"), "--device does not go with --results"),
+        (
+            ("--results", "{far}", "--checkpoint", "best.pt"),
+            "--checkpoint best.pt does not go with --results: leave one",
+        ),
+        (("--results", "{far}", "--beam_sizes", 1), "--beam_sizes 1 does not go with --results: leave one"),
+        (("--results", "{far}", "--device", "cpu"), "--device cpu does not go with --results: leave one"),
         (("--results", "missing.json"), "no such file: missing.json"),
         (("--results", __file__), "is not valid JSON"),
         (("--results", "{far}", "--split", "val"), "has images that the val split of {shapes} does not have: "),
         (("--results", "{far}", "--compare", "missing.json"), "no such file: missing.json"),
         (("--results", "{far}", "--tokenizer", "ptb"), "--tokenizer ptb needs Java"),
         (("--results", "{far}", "--spice"), "--spice needs Java"),
-        (
-            ("--results", "{far}", "--compare", "best.pt"),
-            "--compare best.pt: --results decodes nothing, give that model",
-        ),
-        (("--runs", "a", "b", "--results", "{far}"), "--results does not go with --runs"),
+        (("--results", "{far}", "--compare", "best.pt"), "--compare best.pt: --results decodes nothing, give that"),
+        (("--runs", "a", "b", "--results", "{far}"), "--results {far} does not go with --runs: leave one"),
         (("--runs", "a", "b", "--spice"), "--spice does not go with --runs"),
         (("--runs", "a"), "--runs a: give two run folders or more"),
         (("--runs", "a", "./a"), "--runs a ./a: give two run folders or more, each once"),
-        (("--report_photos", 5), "--report_photos 5: needs --report"),
+        (("--report_photos", 5), "--report_photos 5 requires --report"),
         (("--results", "{far}", "--report", "--report_photos", -1), "--report_photos -1: must be at least 0"),
     ],
 )

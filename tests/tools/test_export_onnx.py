@@ -73,7 +73,7 @@ def greedy(model, encoder, step, inputs, count):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"attention": "adaptive", "layers": 2, "image_first": True, "regions": "features"},
+        {"decoder": "adaptive", "layers": 2, "image_first": True, "regions": "features"},
         {"attention": "none", "cell": "gru", "regions": "features", "graph_layers": 1, "graph_edges": "similar"},
         {"decoder": "up_down", "regions": "features", "graph_layers": 1, "graph_layer": "gcn", "graph_edges": "all"},
         {"decoder": "sgrvinod", "regions": "both", "graph_layers": 1, "graph_edges": "spatial"},
@@ -91,7 +91,7 @@ def test_greedy_captions_are_those_of_torch(exported, settings):
         boxes = torch.rand(B, N, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
         feed = {name: x.numpy() for name, x in zip(model["inputs"], (inputs, boxes), strict=False)}
         with torch.no_grad():
-            encoded = captioner.encode(inputs, captioner.uses_region_features, boxes)
+            encoded = captioner.encode(inputs, boxes)
             expected, _ = beam_search(captioner.decoder, encoded.regions, beams(1, 8), encoded.mask)
         found = greedy(model, encoder, step, feed, expected.shape[2])
         ends = (found == model["end"]).cumsum(axis=1) > 0
@@ -102,7 +102,7 @@ def test_greedy_captions_are_those_of_torch(exported, settings):
 def export_of_run(run_folder, tmp_path_factory, onnxruntime):
     """The folder of an export of a trained model."""
     folder = tmp_path_factory.mktemp("export") / "small"
-    export_onnx.main(export_onnx.Settings(str(run_folder / "best.pt"), str(folder)))
+    export_onnx.main(export_onnx.Settings(checkpoint=str(run_folder / "best.pt"), output_folder=str(folder)))
     return folder
 
 

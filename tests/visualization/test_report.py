@@ -226,7 +226,7 @@ def test_references_and_other_models_are_compared_word_by_word(view):
     )
     assert differing == ["red0.10", "green"]
     hover(page, words_of(page)[-1])
-    assert "no attention is known" in page.find_element("css selector", ".status").text
+    assert "the attention of this caption is unknown" in page.find_element("css selector", ".status").text
 
 
 @pytest.mark.slow
