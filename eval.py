@@ -67,9 +67,13 @@ class Settings(EnsembleSettings):
     # group: beam search
     beam_sizes: tuple[int, ...] = setting((1, 3, 5), minimum=1, needs=f"{MODEL}; not samples")  # a row for each
 
-    NOT_FLAGS: ClassVar = ("beam_size",)  # beam_sizes sets it for each row
+    NOT_FLAGS: ClassVar = ("beam_size",)  # the last of beam_sizes
     # Settings that only models have, but for those in the name of the file of scores, which --runs reads.
     INHERITED_NEEDS: ClassVar = {"": MODEL} | dict.fromkeys(("views", "samples", "consensus_index"), "not results")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beam_size", max(1, self.beam_sizes[-1]))  # bypasses frozen=True
+        super().__post_init__()
 
 
 def output_path(settings: Settings, kind: str) -> Path:
@@ -173,7 +177,7 @@ def decoding_of_rows(settings: Settings) -> list[Settings]:
     """Return the settings of each row of scores: one for each beam size, or a single one for samples."""
     if settings.samples:
         return [settings]
-    return [settings.replace(beam_size=beam_size) for beam_size in settings.beam_sizes]
+    return [settings.replace(beam_sizes=(beam_size,)) for beam_size in settings.beam_sizes]
 
 
 # ------------------------------------------------------------------------------------------------- load, decode

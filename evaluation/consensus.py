@@ -79,8 +79,9 @@ class CaptionIndex:
             raise InputError(f"{path} is not an index of captions: make one with tools/index_captions.py")
         try:
             for name, (dtype, ndim) in TENSORS.items():
-                check_dense(content[name], name, path)  # first: other tensors may have more elements than memory
-                if (content[name].dtype, content[name].ndim) != (dtype, ndim):
+                x = content[name]
+                check_dense(x, name, path)  # first: other tensors may have more elements than memory
+                if (x.dtype, x.ndim, x.requires_grad, x.is_neg()) != (dtype, ndim, False, False):
                     raise ValueError(f"{name} is of another kind")
             check_words(content["words"], path)
             captions = PackedCaptions(content["words"], *(content[name].numpy() for name in CAPTION_ARRAYS))

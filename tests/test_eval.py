@@ -142,6 +142,13 @@ def test_bad_input_ends_in_one_line(command, shapes, run_folder, arguments, mess
     assert status == 2 and message.format(run=run_folder) in err.splitlines()[-1] and "Traceback" not in err
 
 
+def test_beam_groups_share_the_beams_of_each_row(evaluate, tmp_path):
+    arguments = ("--output_folder", tmp_path, "--num_beam_groups", 3, "--beam_sizes")
+    assert evaluate(*arguments, 3)[0] == 0
+    status, err = evaluate(*arguments, 3, 4)
+    assert status == 2 and "--num_beam_groups 3: cannot share 4 beams evenly" in err
+
+
 def test_an_empty_split_is_named(command, shapes, run_folder, tmp_path):
     folder = shutil.copytree(shapes, tmp_path / "copy")
     metadata = json.loads((folder / "dataset.json").read_text())

@@ -63,12 +63,7 @@ def main(settings: Settings) -> None:
             f"{settings.checkpoint} has no encoder, whose features find similar photos: give another model"
         )
     dataset = build_dataset(
-        settings.data_folder,
-        "train",
-        captioner,
-        runtime,
-        features_folder=settings.features_folder,
-        with_objects=False,
+        settings.data_folder, "train", captioner, runtime, features_folder=settings.features_folder, with_objects=False
     )
     means, digest = mean_features(captioner, dataset, runtime), read_metadata(settings.data_folder)["digest"]
     index = CaptionIndex.build(captioner.encoder, means, dataset.references, digest)

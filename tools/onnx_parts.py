@@ -189,12 +189,7 @@ def make_parts(captioner: Captioner, names: TensorNames) -> tuple[Part, Part]:
     inputs, arguments = zip(make_example(captioner, 2, 5, 3, 2), make_example(captioner, 4, 7, 5, 3), strict=True)
     of_boxes, of_regions, of_captions = ("batch", "boxes"), ("batch", "regions"), ("batch", "captions", "length")
     encoder = Part(
-        "encoder",
-        ImageModule(captioner),
-        inputs,
-        (of_boxes,) * len(names.inputs),
-        names.inputs,
-        names.image_outputs,
+        "encoder", ImageModule(captioner), inputs, (of_boxes,) * len(names.inputs), names.inputs, names.image_outputs
     )
     _, keys, state = ImageModule(captioner).encode(*inputs[0])
     step = Part(

@@ -109,34 +109,13 @@ DAMAGED = "|".join(
         r"index.pt is refused: it is damaged, or holds more than tensors and plain containers",
     ]
 )
-VALUES = [
-    *(
-        None,
-        True,
-        -1,
-        0,
-        3,
-        10**12,
-        0.5,
-        1j,
-        "",
-        "x",
-        "\ud800",
-        b"",
-        [],
-        [[]],
-        ["a", []],
-        ["a", "a"],
-        {},
-        set(),
-        ("a",),
-    ),
-    *(["resnet18", "", 0, None], ["resnet18", "", 0.5, "x"], ["resnet18"], [["a"], "", 0, "x"]),
-    *(torch.tensor(1), torch.zeros(0), torch.zeros(0, 3), torch.zeros(1).expand(10**12), torch.zeros(3).half()),
-    *(torch.tensor([0, 2, 4, 6, 900]), torch.tensor([0, 3]), torch.tensor([0, 2**63 - 1, -2, 6, 8]), torch.zeros(2)),
-    *(torch.zeros(3, 3).half(), torch.full((3,), torch.nan), torch.full((4, 3), torch.inf).half()),
-    *(torch.zeros(4, 3).half().to_sparse(), torch.zeros(4, 3, dtype=torch.float16, device="meta")),
-]
+VALUES = [None, True, -1, 0, 3, 10**12, 0.5, 1j, "", "x", "\ud800", b"", {}, set(), ("a",)]
+VALUES += [[], [[]], ["a", []], ["a", "a"]]
+VALUES += [["resnet18", "", 0, None], ["resnet18", "", 0.5, "x"], ["resnet18"], [["a"], "", 0, "x"]]
+VALUES += [torch.tensor(1), torch.zeros(0), torch.zeros(0, 3), torch.zeros(1).expand(10**12), torch.zeros(3).half()]
+VALUES += [torch.tensor(each) for each in ([0, 2, 4, 6, 900], [0, 3], [0, 2**63 - 1, -2, 6, 8])]
+VALUES += [torch.zeros(2), torch.zeros(3, 3).half(), torch.full((3,), torch.nan), torch.full((4, 3), torch.inf).half()]
+VALUES += [torch.zeros(4, 3).half().to_sparse(), torch.zeros(4, 3, dtype=torch.float16, device="meta")]
 CHANGES = {  # of each tensor
     "empty": lambda x: x[:0].clone(),
     "one more dimension": lambda x: x.unsqueeze(0),
