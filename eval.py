@@ -15,21 +15,15 @@ import torch
 from common.files import path_text, read_json, require_writable, write_json
 from datasets import CaptionDataset
 from decoding.constraints import Constraints
-from evaluation.consensus import CaptionIndex, make_consensus
+from evaluation.consensus import CaptionIndex, Consensus
 from evaluation.ensemble import Ensemble, EnsembleSettings, combine, load_models
 from evaluation.scoring import caption_split
 from features.feature_cache import build_dataset, require_fitting_images
 from models import Captioner
 from preparation.storage import read_metadata
+from scores import caption_scores
 from scores.bootstrap import CONFIDENCE, RESAMPLES, SEED
-from scores.caption_scores import (
-    CaptionScorer,
-    ScoredCaptions,
-    compare_captions,
-    format_scores,
-    format_tests,
-    half_intervals,
-)
+from scores.caption_scores import CaptionScorer, ScoredCaptions
 from scores.metrics import ROW_KEYS, has_java, table_cells
 from scores.runs import summarize_runs
 from training.state import git_revision
@@ -38,6 +32,7 @@ from visualization.report import require_report
 from visualization.split_report import SplitCaptions, report_split
 
 MODEL = "not results; not runs"  # `needs` of settings that only models have
+NOT_DECODING = ("checkpoint", "precision", "device")  # inherited settings that do not tell how captions were decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +40,7 @@ class Settings(EnsembleSettings):
     """Score a checkpoint, an ensemble or captions: BLEU, METEOR, ROUGE-L, CIDEr. Edit a value or pass it as a flag."""
 
     # group: paths
-    results: str = setting(
-        "", needs="not runs"
-    )  # file of captions to score, in COCO's results format; no checkpoint is loaded
+    results: str = setting("", needs="not runs")  # captions to score, in COCO's results format; needs no checkpoint
     runs: tuple[str, ...] = ()  # run folders with scores of their best.pt: print the mean and deviation of these
     data_folder: str = "data/shapes"  # folder that create_input_files.py wrote
     split: str = setting("test", choices=("train", "val", "test"))  # images to caption
@@ -56,9 +49,7 @@ class Settings(EnsembleSettings):
 
     # group: scores
     photos: str = setting("", needs="results; not report")  # text file of photos to score, one name a line
-    tokenizer: str = setting(
-        "plain", choices=("plain", "ptb")
-    )  # ptb: COCO's tokenizer on the original sentences; needs Java
+    tokenizer: str = setting("plain", choices=("plain", "ptb"))  # ptb: COCO's, for original sentences; needs Java
     compare: str = setting("", needs="not runs")  # results file or checkpoint: test whether its scores differ
     spice: bool = setting(False, needs="not runs")  # also compute SPICE; needs Java and parts that are not installed
     report: bool = setting(False, needs="not runs")  # write a page of photos, captions, references and attention
@@ -68,7 +59,7 @@ class Settings(EnsembleSettings):
     beam_sizes: tuple[int, ...] = setting((1, 3, 5), minimum=1, needs=f"{MODEL}; not samples")  # a row for each
 
     NOT_FLAGS: ClassVar = ("beam_size",)  # the last of beam_sizes
-    # Settings that only models have, but for those in the name of the file of scores, which --runs reads.
+    # Inherited settings need a model. --runs takes those that are part of the name of the files that it reads.
     INHERITED_NEEDS: ClassVar = {"": MODEL} | dict.fromkeys(("views", "samples", "consensus_index"), "not results")
 
     def __post_init__(self) -> None:
@@ -95,9 +86,8 @@ def output_path(settings: Settings, kind: str) -> Path:
         parts.append("ptb")
     if settings.photos:
         parts.append(Path(settings.photos).stem)
-    return Path(settings.output_folder or source.parent) / "_".join(
-        [*parts, data_folder.name, f"{settings.split}.json"]
-    )
+    parts += [data_folder.name, f"{settings.split}.json"]
+    return Path(settings.output_folder or source.parent) / "_".join(parts)
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -122,12 +112,9 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 def describe_decoding(settings: Settings, runtime: Runtime, index: CaptionIndex | None) -> dict[str, Any]:
     """Return how the captions of the last row were decoded."""
-    last = decoding_of_rows(settings)[-1]
-    names = [
-        field.name for field in fields(EnsembleSettings) if field.name not in ("checkpoint", "precision", "device")
-    ]
+    names = [field.name for field in fields(EnsembleSettings) if field.name not in NOT_DECODING]
     return {
-        "decoding": {name: getattr(last, name) for name in names},
+        "decoding": {name: getattr(settings, name) for name in names},
         "consensus_digest": index.data_digest if index else None,  # of the data that the index was made from
         "dtype": str(runtime.dtype).removeprefix("torch."),
     }
@@ -233,7 +220,7 @@ def decode(
     """Caption the split with one captioner; return its rows of scores, and the scored captions of the last row."""
     consensus = None
     if index and index.encoder in captioner.fingerprints:  # some of several models may have other encoders
-        consensus = make_consensus(index, captioner, settings, runtime)
+        consensus = Consensus(index, captioner, settings, runtime.device)
     datasets = load_split(settings, captioner, runtime)
     rows, decodings = [], decoding_of_rows(settings)
     for decoding in decodings:
@@ -319,7 +306,7 @@ def main(settings: Settings) -> None:
         captions.append(SplitCaptions(settings.compare, scorer.quick().score(others)))
     comparison = None
     if settings.compare:
-        comparison = compare_captions(captions[0].scored, captions[1].scored, settings.compare)
+        comparison = caption_scores.compare_captions(captions[0].scored, captions[1].scored, settings.compare)
 
     write_json(paths["scores"], described | {"comparison": comparison, "scores": rows}, indent=1)
     if not settings.results:
@@ -327,12 +314,12 @@ def main(settings: Settings) -> None:
     write_json(paths["scores_per_image"], captions[0].scored.per_image)
     if not java:
         print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
-    print(format_scores(rows))
+    print(caption_scores.format_scores(rows))
     if comparison:
-        print(f"\n{format_tests(comparison['tests'], settings.compare)}")
+        print(f"\n{caption_scores.format_tests(comparison['tests'], settings.compare)}")
     print(f"{paths['scores']} holds the tables, {paths['scores_per_image']} the last row's captions and their scores")
     if settings.report:
-        table = table_cells(rows, half_intervals(rows))
+        table = table_cells(rows, caption_scores.half_intervals(rows))
         report_split(described, table, captions, settings.report_photos).write(report_path)
         print(f"{report_path} shows them: open it in a browser")
 

@@ -162,24 +162,20 @@ class Consensus:
     Args:
         index: photos with captions.
         captioner: captioner whose captions are re-ranked; one encoder of an ensemble must be the index's.
-        weight: weight of the mean CIDEr-D (0 to 10) relative to the length-normalized log-probability.
-        similar_photos: number k of photos that vote; each counts by its similarity to the power of SIMILARITY_POWER.
+        settings: `consensus_weight`, the weight of the mean CIDEr-D (0 to 10) relative to the length-normalized
+            log-probability, and `similar_photos`, the number k of photos that vote. Each photo counts by its similarity
+            to the power of SIMILARITY_POWER.
         device: device that computes the similarities.
 
     Raises InputError if the index was made with another encoder.
     """
 
     def __init__(
-        self,
-        index: CaptionIndex,
-        captioner: Captioner | Ensemble,
-        *,
-        weight: float,
-        similar_photos: int,
-        device: torch.device,
+        self, index: CaptionIndex, captioner: Captioner | Ensemble, settings: EnsembleSettings, device: torch.device
     ) -> None:
         self.source = index.find_encoder(captioner)
-        self.weight, self.similar_photos = weight, min(similar_photos, len(index.features))
+        self.weight = settings.consensus_weight
+        self.similar_photos = min(settings.similar_photos, len(index.features))
         self.center, self.features = index.center.to(device), index.features.to(device).float()
         self.captions = index.captions  # packed: lists of strings take many times the memory
         self.word2id = {word: i for i, word in enumerate(index.captions.idx2word)}
@@ -219,19 +215,6 @@ class Consensus:
         return self.word2id.setdefault(word, len(self.word2id))
 
 
-def make_consensus(
-    index: CaptionIndex, captioner: Captioner | Ensemble, settings: EnsembleSettings, runtime: Runtime
-) -> Consensus:
-    """Build the consensus for a captioner as the settings say."""
-    return Consensus(
-        index,
-        captioner,
-        weight=settings.consensus_weight,
-        similar_photos=settings.similar_photos,
-        device=runtime.device,
-    )
-
-
 def load_captioning(
     settings: EnsembleSettings, runtime: Runtime
 ) -> tuple[Captioner | Ensemble, Callable[..., list[ImageCaption]]]:
@@ -245,7 +228,8 @@ def load_captioning(
     torch.manual_seed(settings.seed)
     rerank = None
     if settings.consensus_index:
-        rerank = make_consensus(CaptionIndex.load(settings.consensus_index), captioner, settings, runtime).rerank
+        index = CaptionIndex.load(settings.consensus_index)
+        rerank = Consensus(index, captioner, settings, runtime.device).rerank
     return captioner, functools.partial(caption_batch, captioner, decoding=settings, runtime=runtime, rerank=rerank)
 
 

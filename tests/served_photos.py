@@ -26,7 +26,7 @@ def running(server):
 
 
 def serve_run(run_folder, **settings):
-    """A running server of a run, with settings of tools/serve.py."""
+    """Run a server of a run's best checkpoint with settings of tools/serve.py."""
     checkpoint = (str(run_folder / "best.pt"),)
     return running(serve.make_server(serve.Settings(checkpoint=checkpoint, port=0, **DECODING, **settings)))
 

@@ -84,7 +84,7 @@ def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
 
 
 def test_nothing_replaces_the_scores_of_something_else(evaluate, shapes, run_folder, tmp_path):
-    """Of another split, another checkpoint in the folder, another data set."""
+    """Something else: another split, another checkpoint in the folder, another data set."""
     run = shutil.copytree(run_folder, tmp_path / "run")
     for checkpoint in ("best.pt", "last.pt"):
         for split in ("val", "test"):

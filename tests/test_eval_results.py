@@ -1,4 +1,4 @@
-"""eval.py on captions that are there already: a results file, two of them, the scores of several runs."""
+"""eval.py without a model: on a results file, on two of them, and on the scores of several runs."""
 
 import json
 import random
@@ -154,7 +154,7 @@ def test_a_list_of_photos_is_checked(score, run_folder, results, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_ptb_scores_are_those_of_cocos_pipeline(command, shapes, tmp_path, monkeypatch):
-    """1,000 images of synthetic captions with punctuation, hyphens and contractions."""
+    """Score 1,000 images of synthetic captions with punctuation, hyphens and contractions."""
     monkeypatch.setattr("scores.caption_scores.compute_meteor", lambda *_: (0.0, [0.0] * 1000))  # slow
     generator = random.Random(0)
     parts = [
@@ -223,7 +223,7 @@ def test_ptb_scores_of_a_checkpoint(command, shapes, run_folder, tmp_path, monke
 
 
 def write_scores(folder, cider, **changes):
-    """A run folder with a file of scores of two rows; returns the folder."""
+    """Write a run folder with a file of scores of two rows; return the folder."""
     rows = [{"beam_size": size, "meteor": None, "cider": cider + size, "intervals": {}} for size in (1, 3)]
     folder.mkdir()
     scores = {"checkpoint": [], "digest": "d", "decoding": {"max_length": 30}, "scores": rows} | changes

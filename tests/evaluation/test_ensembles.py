@@ -23,7 +23,7 @@ DECODING = beams(3, 6)
 
 
 def captioner_of(seed, vocabulary=VOCABULARY, **changes):
-    """A random captioner in eval mode; all have the same encoder."""
+    """Return a random captioner in eval mode; all have the same encoder."""
     torch.manual_seed(seed)
     captioner = build(replace(FROZEN, **changes), vocabulary.idx2word).eval()
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def test_the_flipped_view_exchanges_left_and_right(images):
     ensemble = ensemble_of([captioner], views=["original", "hflip"])
     flipped = EnsembleDecoder(ensemble.decoder.members[1:], ensemble.decoder.word_maps[1:])
     captions, _ = beam_search(flipped, ensemble.encode(images).regions[1:], beams(3, 6))
-    of_flipped, exchange, seen = caption_batch(captioner, images.flip(-1), DECODING, CPU), {}, set()
+    of_flipped, seen = caption_batch(captioner, images.flip(-1), DECODING, CPU), set()
     exchange = {"left": "right", "right": "left"}
     for found, other in zip(captions[:, 0], of_flipped, strict=True):
         assert VOCABULARY.decode(found) == [exchange.get(word, word) for word in other.words]
@@ -118,11 +118,8 @@ def test_views_are_encoded_one_by_one(images):
     captioners = [captioner_of(1), captioner_of(2)]
     ensemble = ensemble_of(captioners, views=["crop", "original", "hflip"])
     regions = ensemble.encode(images).regions
-    expected = [
-        captioner.encode(VIEWS[view](images)).regions
-        for view in ("original", "crop", "hflip")
-        for captioner in captioners
-    ]
+    views = [VIEWS[view](images) for view in ("original", "crop", "hflip")]
+    expected = [captioner.encode(view).regions for view in views for captioner in captioners]
     torch.testing.assert_close(list(regions), expected)
     assert not torch.equal(regions[0], regions[2]) and not torch.equal(regions[0], regions[4])
     (image,) = caption_batch(ensemble, images[:1], DECODING, CPU)

@@ -17,7 +17,7 @@ from visualization.pictures import plot_attention, save_picture
 
 @pytest.fixture
 def folder(tmp_path):
-    """b.jpg, sub/a.png, a hidden photo, a text file and one of our pictures."""
+    """A folder of b.jpg, sub/a.png, a hidden photo, a text file and one of our pictures."""
     (tmp_path / "sub").mkdir()
     for name in ("b.jpg", "sub/a.png", ".hidden.png"):
         Image.new("RGB", (20, 10), "red").save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""tools/export_onnx.py: what ONNX Runtime computes of its files, and docs/onnx_example.py without torch."""
+"""tools/export_onnx.py: ONNX Runtime computes what torch does, and docs/onnx_example.py captions without torch."""
 
 import json
 import os
@@ -26,14 +26,14 @@ WORDS = [*SPECIAL_TOKENS, *"abcdefghijklmnop"]
 
 @pytest.fixture(scope="module")
 def onnxruntime():
-    """The package, without which its tests are skipped."""
+    """The package; tests that need it are skipped without."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     return pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 
 @pytest.fixture
 def exported(monkeypatch, command, tmp_path, onnxruntime):
-    """Export a random model: settings of train.py -> the captioner, vocabulary.json and the sessions of both files."""
+    """Export a random model: settings of train.py -> captioner, content of vocabulary.json, sessions of both files."""
 
     def export(**settings):
         torch.manual_seed(3)
@@ -53,7 +53,7 @@ def exported(monkeypatch, command, tmp_path, onnxruntime):
 
 
 def greedy(model, encoder, step, inputs, count):
-    """The word ids (B, count) of the most probable words, two captions of an image alike."""
+    """Return the word ids (B, count) of the most probable words; checks that two captions of an image are alike."""
     names = ["regions", *model["keys"], *model["state"]]
     tensors = dict(zip(names, encoder.run(names, inputs), strict=True))
     tensors |= {name: tensors[name].repeat(2, axis=model["captions_axis"]) for name in model["state"]}
@@ -107,7 +107,7 @@ def export_of_run(run_folder, tmp_path_factory, onnxruntime):
 
 
 def run_example(tmp_path, *arguments):
-    """Run the example where torch cannot be imported."""
+    """Run the example in an environment without torch."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch')")
     return subprocess.run(
         [sys.executable, EXAMPLE, *arguments],

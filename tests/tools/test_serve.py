@@ -78,7 +78,7 @@ def upload(server, name, content):
 
 
 def flags_of(settings):
-    """The settings as arguments on the command line."""
+    """Return settings as arguments of the command line."""
     return [argument for name, value in settings.items() for argument in (f"--{name}", value)]
 
 
