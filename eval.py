@@ -149,7 +149,7 @@ def validate_settings(settings: Settings) -> None:
     if settings.runs and len(set(folders)) < max(2, len(folders)):
         raise InputError(f"--runs {' '.join(settings.runs)}: give two run folders or more, each once")
     if settings.results and is_checkpoint(settings.compare):
-        raise InputError(f"--compare {settings.compare}: --results decodes nothing, give that model's results file")
+        raise InputError(f"--compare {settings.compare}: --results loads no model: give that model's results file")
     if settings.consensus_index and settings.split == "train":
         raise InputError("--consensus_index does not go with --split train: the index holds these photos' own captions")
     decoding_of_rows(settings)
@@ -313,7 +313,7 @@ def main(settings: Settings) -> None:
         write_json(paths["results"], captions[0].scored.results)
     write_json(paths["scores_per_image"], captions[0].scored.per_image)
     if not java:
-        print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
+        print("METEOR is left out: it needs a Java runtime, such as openjdk", file=sys.stderr)
     print(caption_scores.format_scores(rows))
     if comparison:
         print(f"\n{caption_scores.format_tests(comparison['tests'], settings.compare)}")

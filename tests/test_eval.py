@@ -49,7 +49,7 @@ def test_without_java_all_but_meteor_works(command, shapes, run_folder, tmp_path
     monkeypatch.setattr(shutil, "which", lambda _: None)
     arguments = ("--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output_folder", tmp_path)
     status, out, err = command(eval_script, *arguments, "--beam_sizes", 1)
-    assert status == 0 and "METEOR is left out, it needs Java" in err and "METEOR" not in out
+    assert status == 0 and "METEOR is left out: it needs a Java runtime" in err and "METEOR" not in out
     scores = json.loads((tmp_path / f"scores_best_{shapes.name}_test.json").read_text())
     assert scores["scores"][0]["meteor"] is None
 

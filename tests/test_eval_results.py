@@ -296,7 +296,7 @@ def test_runs_that_do_not_match_are_named(score, digest, tmp_path, changes, mess
         (("--results", "{far}", "--compare", "missing.json"), "no such file: missing.json"),
         (("--results", "{far}", "--tokenizer", "ptb"), "--tokenizer ptb needs Java"),
         (("--results", "{far}", "--spice"), "--spice needs Java"),
-        (("--results", "{far}", "--compare", "best.pt"), "--compare best.pt: --results decodes nothing, give that"),
+        (("--results", "{far}", "--compare", "best.pt"), "--compare best.pt: --results loads no model: give that"),
         (("--runs", "a", "b", "--results", "{far}"), "--results {far} does not go with --runs: leave one"),
         (("--runs", "a", "b", "--spice"), "--spice does not go with --runs"),
         (("--runs", "a"), "--runs a: give two run folders or more"),

@@ -59,7 +59,7 @@ def test_the_report_shows_the_split_and_another_model(evaluate, shapes, run_fold
         assert np.abs(photo - images[i]).mean() < 12  # JPEG of 32 pixels
     path.write_text("mine")
     status, err = evaluate(*common)
-    assert status == 2 and "is not a report of ours and is not replaced" in err and path.read_text() == "mine"
+    assert status == 2 and "is not a report of this program and is not replaced" in err and path.read_text() == "mine"
 
 
 def test_the_report_of_results_has_no_attention(command, shapes, no_meteor, tmp_path):

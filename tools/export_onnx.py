@@ -75,14 +75,16 @@ def require_packages() -> None:
     """Raise InputError if a package that torch's export needs is missing."""
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
-        raise InputError(f"no package {' '.join(missing)}: pip install onnx onnxscript onnxruntime")
+        raise InputError(f"missing packages {' '.join(missing)}: pip install onnx onnxscript onnxruntime")
 
 
 def require_replaceable(folder: Path) -> None:
     """Raise InputError if an export would replace a file that no export wrote."""
     for path in map(folder.joinpath, FILES):
         if path.exists() and not is_export(path):
-            raise InputError(f"{path} is no export of this command and is not replaced: give another --output_folder")
+            raise InputError(
+                f"{path} is not an export of this command and is not replaced: choose another --output_folder"
+            )
 
 
 def is_export(path: Path) -> bool:

@@ -204,7 +204,7 @@ class Handler(BaseHTTPRequestHandler):
         if origin is not None and origin.removeprefix("http://") not in self.server.hosts:
             raise RequestError(403, f"a page of another origin: open {address}")
         if self.path not in ROUTES:
-            raise RequestError(404, f"there is only {address}")
+            raise RequestError(404, f"the only page is {address}")
         if self.command not in ROUTES[self.path]:
             raise RequestError(405, f"{self.command} is not a method of {self.path}: {' '.join(ROUTES[self.path])}")
 

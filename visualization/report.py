@@ -53,7 +53,7 @@ class Report:
     serve: bool = False
 
     def write(self, path: str | Path) -> None:
-        """Write the page. Raises InputError if the path holds anything but a report of ours."""
+        """Write the page. Raises InputError if the path has anything but a report of this program."""
         require_report(path)
         with atomic_write(path) as temporary:
             Path(temporary).write_text(self.page(), encoding="utf-8")
@@ -100,7 +100,9 @@ def require_report(path: str | Path) -> None:
     if Path(path).exists():
         with open(path, "rb") as file:
             if f'content="{GENERATOR}"'.encode() not in file.read(1000):
-                raise InputError(f"{path} is not a report of ours and is not replaced: move it, or give another path")
+                raise InputError(
+                    f"{path} is not a report of this program and is not replaced: move it, or choose another path"
+                )
 
 
 # -------------------------------------------------------------------------------------------------------- cards

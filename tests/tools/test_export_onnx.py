@@ -161,7 +161,9 @@ def test_only_an_export_is_replaced(command, export_of_run, tmp_path):
             (folder / name).write_bytes(content)
             status, _, error = command(export_onnx, "--output_folder", folder)
             assert status == 2 and error.count("\n") == 1
-            assert f"{name} is no export of this command and is not replaced: give another --output_folder" in error
+            assert (
+                f"{name} is not an export of this command and is not replaced: choose another --output_folder" in error
+            )
             assert (folder / name).read_bytes() == content
         shutil.copy(export_of_run / name, folder)
 
@@ -170,7 +172,7 @@ def test_without_the_packages_the_error_says_how_to_install_them(command, monkey
     monkeypatch.setattr(export_onnx.importlib.util, "find_spec", lambda name: None)
     status, _, error = command(export_onnx, "--output_folder", tmp_path / "export")
     assert status == 2 and error.count("\n") == 1 and not (tmp_path / "export").exists()
-    assert "no package onnx onnxscript: pip install onnx onnxscript onnxruntime" in error
+    assert "missing packages onnx onnxscript: pip install onnx onnxscript onnxruntime" in error
 
 
 def test_what_cannot_be_exported_or_differs_leaves_no_file(command, monkeypatch, onnxruntime, run_folder, tmp_path):

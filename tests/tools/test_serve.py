@@ -167,10 +167,10 @@ def test_other_sites_are_refused(quick_server, headers):
 
 POST = "POST /caption HTTP/1.1\r\nHOST\r\n"
 REQUESTS = [
-    ("GET /../../etc/passwd HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only http://127.0.0.1:"),
-    ("GET /%2e%2e/caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only"),
-    ("GET //caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only"),
-    ("POST /caption/x HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 404, "there is only"),
+    ("GET /../../etc/passwd HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is http://127.0.0.1:"),
+    ("GET /%2e%2e/caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is"),
+    ("GET //caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is"),
+    ("POST /caption/x HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 404, "the only page is"),
     ("GET /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "GET is not a method of /caption: POST"),
     ("POST / HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 405, "POST is not a method of /: GET HEAD"),
     ("DELETE / HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method ('DELETE')"),

@@ -116,7 +116,7 @@ def test_the_page_holds_its_data_and_loads_nothing(tmp_path):
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(http|//)", page) and "default-src 'none'" in page
     report.write(tmp_path / "report.html")  # ours is replaced
     (tmp_path / "other.html").write_text("<html>")
-    with pytest.raises(InputError, match=r"other.html is not a report of ours and is not replaced"):
+    with pytest.raises(InputError, match=r"other.html is not a report of this program and is not replaced"):
         report.write(tmp_path / "other.html")
     assert (tmp_path / "other.html").read_text() == "<html>"
 
