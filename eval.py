@@ -186,16 +186,6 @@ def load_captioners(settings: Settings, runtime: Runtime) -> dict[str, Captioner
     return captioners
 
 
-def load_index(settings: Settings, captioner: Captioner | Ensemble) -> CaptionIndex | None:
-    """Load the index for consensus, if there is one. Raises InputError if it does not fit captioner or data."""
-    if not settings.consensus_index:
-        return None
-    index = CaptionIndex.load(settings.consensus_index)
-    index.find_encoder(captioner)
-    index.require_data(read_metadata(settings.data_folder)["digest"], settings.data_folder)
-    return index
-
-
 def load_split(settings: Settings, captioner: Captioner | Ensemble, runtime: Runtime) -> list[CaptionDataset]:
     """Return the split as each of a captioner's sources takes it."""
     is_cached = settings.views == ("original",)
@@ -256,7 +246,11 @@ def evaluate_checkpoints(
     captioners = load_captioners(settings, runtime)
     other = settings.replace(checkpoint=(settings.compare,), beam_sizes=settings.beam_sizes[-1:])
     compared = load_captioners(other, runtime) if is_checkpoint(settings.compare) else {}
-    index = load_index(settings, list(captioners.values())[-1])
+    index = None
+    if settings.consensus_index:
+        index = CaptionIndex.load(settings.consensus_index)
+        index.find_encoder(list(captioners.values())[-1])
+        index.require_data(read_metadata(settings.data_folder)["digest"], settings.data_folder)
 
     rows, captions = [], []
     for name, captioner in captioners.items():
