@@ -230,16 +230,6 @@ def test_without_attention_the_picture_is_the_photo(command, shapes, photo, tmp_
         assert picture.width < 300
 
 
-def test_several_photos_of_the_same_name_get_a_picture_each(command, photo, run_folder, tmp_path):
-    photos = []
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        photos.append(shutil.copy(photo, tmp_path / folder / "photo.png"))
-    arguments = (*photos, "--checkpoint", run_folder / "best.pt", "--output_folder", tmp_path / "out")
-    assert command(caption, *arguments, "--max_length", 1)[0] == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"photo_attention.png", "photo-2_attention.png"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

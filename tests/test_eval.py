@@ -32,12 +32,18 @@ def test_eval_writes_a_table_and_the_captions(command, shapes, run_folder, tmp_p
     assert f"| 3 | {rows[1]['bleu_1']:.4f} |" in out
 
     # pycocoevalcap computes the same scores from the files alone: one caption per image, all references, no <end>.
-    results = json.loads((tmp_path / f"results_best_{shapes.name}_train.json").read_text())
+    path = tmp_path / f"results_best_{shapes.name}_train.json"
+    results = json.loads(path.read_text())
     entries = json.loads((shapes / "train_captions.json").read_text())
     for name in ("image_id", "image"):
         assert [result[name] for result in results] == [entry[name] for entry in entries]
     references = {entry["image_id"]: [" ".join(caption["words"]) for caption in entry["captions"]] for entry in entries}
     predictions = {result["image_id"]: [result["caption"]] for result in results}
+    coco = COCO()
+    coco.dataset = {"images": [{"id": result["image_id"]} for result in results]}
+    coco.createIndex()
+    annotations = coco.loadRes(str(path)).dataset["annotations"]
+    assert [each["caption"] for each in annotations] == [result["caption"] for result in results]
     assert not any("<" in result["caption"] for result in results)
     assert rows[1]["cider"] == pytest.approx(Cider().compute_score(references, predictions)[0])
     assert rows[1]["rouge_l"] == pytest.approx(Rouge().compute_score(references, predictions)[0])
@@ -111,15 +117,6 @@ def test_nothing_replaces_the_scores_of_something_else(evaluate, shapes, run_fol
     (renamed / path.name).write_text("[]")
     status, err = evaluate("--checkpoint", renamed / "best.pt")
     assert status == 2 and "was not written by eval.py" in err
-
-
-def test_results_are_read_by_coco(evaluate, shapes, tmp_path):
-    assert evaluate("--output_folder", tmp_path)[0] == 0
-    path = tmp_path / f"results_best_{shapes.name}_test.json"
-    coco = COCO()
-    coco.dataset = {"images": [{"id": result["image_id"]} for result in json.loads(path.read_text())]}
-    coco.createIndex()
-    assert [annotation["caption"] for annotation in coco.loadRes(str(path)).dataset["annotations"]]
 
 
 @pytest.mark.parametrize(
