@@ -1,6 +1,6 @@
 """Score checkpoints on a prepared folder: python eval.py --checkpoint runs/shapes/best.pt --data_folder data/shapes
 
-Or score captions that are there already (--results FILE), or average the scores of several runs (--runs runs/a runs/b).
+Or score existing captions (--results FILE), or average the scores of several runs (--runs runs/a runs/b).
 """
 
 import datetime
@@ -13,23 +13,17 @@ from typing import Any, ClassVar
 import torch
 
 from common.files import path_text, read_json, require_writable, write_json
+from datasets import CaptionDataset
 from decoding.constraints import Constraints
-from decoding.settings import DecodingSettings
-from evaluation.consensus import CaptionIndex, Consensus, make_consensus
+from evaluation.consensus import CaptionIndex, Consensus
 from evaluation.ensemble import Ensemble, EnsembleSettings, combine, load_models
 from evaluation.scoring import caption_split
 from features.feature_cache import build_dataset, require_fitting_images
 from models import Captioner
 from preparation.storage import read_metadata
+from scores import caption_scores
 from scores.bootstrap import CONFIDENCE, RESAMPLES, SEED
-from scores.caption_scores import (
-    CaptionScorer,
-    ScoredCaptions,
-    compare_captions,
-    format_scores,
-    format_tests,
-    half_intervals,
-)
+from scores.caption_scores import CaptionScorer, ScoredCaptions
 from scores.metrics import ROW_KEYS, has_java, table_cells
 from scores.runs import summarize_runs
 from training.state import git_revision
@@ -37,8 +31,8 @@ from utils import InputError, Runtime, choose_runtime, require_needs, run_script
 from visualization.report import require_report
 from visualization.split_report import SplitCaptions, report_split
 
-# Conditions of settings, as in `utils.setting`.
-MODEL = "not results; not runs"
+MODEL = "not results; not runs"  # `needs` of settings that only models have
+NOT_DECODING = ("checkpoint", "precision", "device")  # inherited settings that do not tell how captions were decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +40,8 @@ class Settings(EnsembleSettings):
     """Score a checkpoint, an ensemble or captions: BLEU, METEOR, ROUGE-L, CIDEr. Edit a value or pass it as a flag."""
 
     # group: paths
-    results: str = setting("", needs="not runs")  # captions to score in COCO's results format, not a checkpoint's
-    runs: tuple[str, ...] = ()  # run folders whose best.pt is scored already: mean and deviation of these scores
+    results: str = setting("", needs="not runs")  # captions to score, in COCO's results format; needs no checkpoint
+    runs: tuple[str, ...] = ()  # run folders with scores of their best.pt: print the mean and deviation of these
     data_folder: str = "data/shapes"  # folder that create_input_files.py wrote
     split: str = setting("test", choices=("train", "val", "test"))  # images to caption
     output_folder: str = setting("", needs="not runs")  # folder of scores and captions; empty: the checkpoint's
@@ -55,39 +49,49 @@ class Settings(EnsembleSettings):
 
     # group: scores
     photos: str = setting("", needs="results; not report")  # text file of photos to score, one name a line
-    tokenizer: str = setting("plain", choices=("plain", "ptb"))  # ptb: COCO's tokenizer of original sentences, Java
+    tokenizer: str = setting("plain", choices=("plain", "ptb"))  # ptb: COCO's, for original sentences; needs Java
     compare: str = setting("", needs="not runs")  # results file or checkpoint: test whether its scores differ
-    spice: bool = setting(False, needs="not runs")  # SPICE, too; needs Java and parts that are not installed
+    spice: bool = setting(False, needs="not runs")  # also compute SPICE; needs Java and parts that are not installed
     report: bool = setting(False, needs="not runs")  # write a page of photos, captions, references and attention
     report_photos: int = setting(0, minimum=0, needs="report")  # first photos of the split in the report; 0: all
 
     # group: beam search
     beam_sizes: tuple[int, ...] = setting((1, 3, 5), minimum=1, needs=f"{MODEL}; not samples")  # a row for each
 
-    NOT_FLAGS: ClassVar = ("beam_size",)  # of each row, from beam_sizes
-    # --runs needs what names the file of scores.
+    NOT_FLAGS: ClassVar = ("beam_size",)  # the last of beam_sizes
+    # Inherited settings need a model. --runs takes those that are part of the name of the files that it reads.
     INHERITED_NEEDS: ClassVar = {"": MODEL} | dict.fromkeys(("views", "samples", "consensus_index"), "not results")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beam_size", max(1, self.beam_sizes[-1]))  # bypasses frozen=True
+        super().__post_init__()
 
 
 def output_path(settings: Settings, kind: str) -> Path:
-    """Where the scores or results go: a name of checkpoint, data folder and split, scores_best_flickr8k_test.json.
+    """Return the path of scores or results: scores_best_flickr8k_test.json beside the checkpoint best.pt.
 
-    Those of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json. Views, sampling,
+    The scores of an ensemble lie beside its first checkpoint, scores_ensemble4_flickr8k_test.json. Views, sampling,
     consensus and another tokenizer have names of their own, scores_best_consensus_flickr8k_test.json. The scores of a
-    results file lie beside it and have its name in place of the checkpoint's, and that of the list of --photos.
+    results file lie beside it, named after it and the list of --photos.
     """
     source, data_folder = Path(settings.results or settings.checkpoint[0]), Path(settings.data_folder).resolve()
-    folder = Path(settings.output_folder or source.parent)
-    is_ensemble = len(settings.checkpoint) > 1 and not settings.results
-    name = f"ensemble{len(settings.checkpoint)}" if is_ensemble else source.stem
-    parts = list(settings.views[1:])
-    parts += ["samples"] * bool(settings.samples) + ["consensus"] * bool(settings.consensus_index)
-    parts += ["ptb"] * (settings.tokenizer == "ptb") + [Path(settings.photos).stem] * bool(settings.photos)
-    return folder / "_".join([kind, name, *parts, data_folder.name, f"{settings.split}.json"])
+    parts = [kind, source.stem, *settings.views[1:]]
+    if len(settings.checkpoint) > 1 and not settings.results:
+        parts[1] = f"ensemble{len(settings.checkpoint)}"
+    if settings.samples:
+        parts.append("samples")
+    if settings.consensus_index:
+        parts.append("consensus")
+    if settings.tokenizer == "ptb":
+        parts.append("ptb")
+    if settings.photos:
+        parts.append(Path(settings.photos).stem)
+    parts += [data_folder.name, f"{settings.split}.json"]
+    return Path(settings.output_folder or source.parent) / "_".join(parts)
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """What the scores are of and how they were made, but for the decoding."""
+    """Return what the scores are of and how they were computed; `describe_decoding` adds how captions were decoded."""
     metadata = read_metadata(settings.data_folder)
     checkpoints = () if settings.results else settings.checkpoint
     return {
@@ -106,10 +110,20 @@ def describe(settings: Settings) -> dict[str, Any]:
     }
 
 
-def require_same_source(path: Path, described: dict[str, Any]) -> None:
-    """Raise InputError where the scores in a file are of another checkpoint, results file, list of photos or data set.
+def describe_decoding(settings: Settings, runtime: Runtime, index: CaptionIndex | None) -> dict[str, Any]:
+    """Return how the captions of the last row were decoded."""
+    names = [field.name for field in fields(EnsembleSettings) if field.name not in NOT_DECODING]
+    return {
+        "decoding": {name: getattr(settings, name) for name in names},
+        "consensus_digest": index.data_digest if index else None,  # of the data that the index was made from
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+    }
 
-    A run folder that moved with its scores and a data folder that moved are still the same.
+
+def require_same_source(path: Path, described: dict[str, Any]) -> None:
+    """Raise InputError if a file has scores of another checkpoint, results file, list of photos or data set.
+
+    A run folder that moved with its scores is the same, and so is a data folder that moved.
     """
     if not path.exists():
         return
@@ -129,121 +143,130 @@ def require_same_source(path: Path, described: dict[str, Any]) -> None:
 
 
 def validate_settings(settings: Settings) -> None:
-    """Raise InputError where settings are out of range or do not go together."""
+    """Raise InputError if settings do not go together."""
     require_needs(settings)
     folders = [str(Path(run).resolve()) for run in settings.runs]
     if settings.runs and len(set(folders)) < max(2, len(folders)):
         raise InputError(f"--runs {' '.join(settings.runs)}: give two run folders or more, each once")
     if settings.results and is_checkpoint(settings.compare):
-        raise InputError(f"--compare {settings.compare}: --results decodes nothing, give that model's results file")
+        raise InputError(f"--compare {settings.compare}: --results loads no model: give that model's results file")
     if settings.consensus_index and settings.split == "train":
         raise InputError("--consensus_index does not go with --split train: the index holds these photos' own captions")
     decoding_of_rows(settings)
 
 
-def decoding_of_rows(settings: Settings) -> list[DecodingSettings]:
-    """How the rows of a model are decoded: by beam size, or one by sampling. Raises InputError for wrong values."""
+def is_checkpoint(path: str) -> bool:
+    """Return True if --compare names a checkpoint, False if a results file."""
+    return path.endswith(".pt")
+
+
+def decoding_of_rows(settings: Settings) -> list[Settings]:
+    """Return the settings of each row of scores: one for each beam size, or a single one for samples."""
     if settings.samples:
         return [settings]
-    return [settings.replace(beam_size=beam_size) for beam_size in settings.beam_sizes]
+    return [settings.replace(beam_sizes=(beam_size,)) for beam_size in settings.beam_sizes]
 
 
-def evaluate_model(
+# ------------------------------------------------------------------------------------------------- load, decode
+
+
+def load_captioners(settings: Settings, runtime: Runtime) -> dict[str, Captioner | Ensemble]:
+    """Load the captioner of each checkpoint and, if there are several, their ensemble; by the names of their rows.
+
+    Raises InputError if one cannot caption the data folder.
+    """
+    loaded = load_models(settings.checkpoint, runtime.device)
+    captioners = {name: combine({name: captioner}, settings.views) for name, captioner in loaded.items()}
+    if len(loaded) > 1:
+        captioners["ensemble"] = combine(loaded, settings.views)
+    metadata = read_metadata(settings.data_folder)
+    for captioner in captioners.values():
+        Constraints.of(settings, captioner.vocabulary)
+        require_fitting_images(captioner, metadata, settings.data_folder)
+    return captioners
+
+
+def load_split(settings: Settings, captioner: Captioner | Ensemble, runtime: Runtime) -> list[CaptionDataset]:
+    """Return the split as each of a captioner's sources takes it."""
+    is_cached = settings.views == ("original",)
+    folders = settings.data_folder, settings.split
+    datasets = [
+        build_dataset(*folders, source, runtime, features_folder=settings.features_folder, cached=is_cached)
+        for source in captioner.sources
+    ]
+    if captioner.uses_objects:  # perhaps not the first source of an ensemble
+        datasets[0].use_objects()
+    return datasets
+
+
+def decode(
     settings: Settings,
     name: str,
     captioner: Captioner | Ensemble,
     runtime: Runtime,
     scorer: CaptionScorer,
-    consensus: Consensus | None = None,
+    index: CaptionIndex | None,
 ) -> tuple[list[dict[str, Any]], SplitCaptions]:
-    """The rows of a model, and the captions of the last."""
-    datasets = [
-        build_dataset(
-            settings.data_folder,
-            settings.split,
-            source,
-            runtime,
-            features_folder=settings.features_folder,
-            cached=settings.views == ("original",),
-        )
-        for source in captioner.sources
-    ]
-    if captioner.uses_objects:  # maybe not the first of an ensemble's sources
-        datasets[0].use_objects()
-    rows, found = [], []
-    decodings = decoding_of_rows(settings)
-    shown = (settings.report_photos or len(datasets[0])) if settings.report else 0
+    """Caption the split with one captioner; return its rows of scores, and the scored captions of the last row."""
+    consensus = None
+    if index and index.encoder in captioner.fingerprints:  # some of several models may have other encoders
+        consensus = Consensus(index, captioner, settings, runtime.device)
+    datasets = load_split(settings, captioner, runtime)
+    rows, decodings = [], decoding_of_rows(settings)
     for decoding in decodings:
         torch.manual_seed(decoding.seed)
-        num_shown = shown if decoding is decodings[-1] else 0  # of the last row
-        images, row = caption_split(captioner, datasets, decoding, runtime, consensus, num_shown=num_shown)
+        num_shown = 0
+        if settings.report and decoding is decodings[-1]:
+            num_shown = settings.report_photos or len(datasets[0])
+        rerank = consensus.rerank if consensus else None
+        images, row = caption_split(captioner, datasets, decoding, runtime, rerank, num_shown=num_shown)
         if consensus:
             before = score_words(scorer, [image.before_consensus for image in images])
             rows.append({name: row[name] for name in ROW_KEYS if name in row} | {"consensus": 0.0} | before.row)
             row["consensus"] = consensus.weight
-        found = [SplitCaptions(name, score_words(scorer, [image.words for image in images]), captioner, images)]
-        rows.append(row | found[0].scored.row)
-    return rows, found[0]
+        scored = score_words(scorer, [image.words for image in images])
+        rows.append(row | scored.row)
+    return rows, SplitCaptions(name, scored, captioner, images)
 
 
 def score_words(scorer: CaptionScorer, captions: list[list[str]]) -> ScoredCaptions:
-    """The scores of captions, lists of words, that a model wrote."""
+    """Score captions that a model wrote, given as lists of words."""
     return scorer.score([" ".join(words) for words in captions], captions)
 
 
 def evaluate_checkpoints(
     settings: Settings, scorer: CaptionScorer
 ) -> tuple[list[dict[str, Any]], list[SplitCaptions], dict[str, Any]]:
-    """The rows of all checkpoints and of their ensemble, the last captions, and how captions were decoded.
+    """Load all models, then caption the split with each.
 
-    Where --compare names a checkpoint, its captions come after the last ones.
+    Returns the rows of all checkpoints and their ensemble, the captions of the last row, and how these were decoded. If
+    --compare names a checkpoint, its captions follow.
     """
     runtime = choose_runtime(settings.device, settings.precision)
-    index = CaptionIndex.load(settings.consensus_index) if settings.consensus_index else None
-    loaded = load_models(settings.checkpoint, runtime.device)
-    models = {name: combine({name: model}, settings.views) for name, model in loaded.items()}
-    if len(models) > 1:
-        models["ensemble"] = combine(loaded, settings.views)
-    compared = {}
-    if is_checkpoint(settings.compare):
-        compared = load_models([settings.compare], runtime.device)
-        compared = {name: combine({name: model}, settings.views) for name, model in compared.items()}
-    metadata = read_metadata(settings.data_folder)
-    for captioner in [*models.values(), *compared.values()]:  # an error is one before all work
-        Constraints.of(settings, captioner.vocabulary)
-        require_fitting_images(captioner, metadata, settings.data_folder)
-    if index:
-        index.find_encoder(list(models.values())[-1])
-        index.require_data(metadata["digest"], settings.data_folder)
+    captioners = load_captioners(settings, runtime)
+    other = settings.replace(checkpoint=(settings.compare,), beam_sizes=settings.beam_sizes[-1:])
+    compared = load_captioners(other, runtime) if is_checkpoint(settings.compare) else {}
+    index = None
+    if settings.consensus_index:
+        index = CaptionIndex.load(settings.consensus_index)
+        index.find_encoder(list(captioners.values())[-1])
+        index.require_data(read_metadata(settings.data_folder)["digest"], settings.data_folder)
 
-    def consensus_of(captioner: Captioner | Ensemble) -> Consensus | None:
-        # Of several models some may have other encoders than the index.
-        fits = index and index.encoder in captioner.fingerprints
-        return make_consensus(index, captioner, settings, runtime) if index and fits else None
-
-    rows, found = [], []
-    for name, captioner in models.items():
-        new_rows, captions = evaluate_model(settings, name, captioner, runtime, scorer, consensus_of(captioner))
-        found = [captions]
-        rows += [{"model": name} | row for row in new_rows] if len(models) > 1 else new_rows
-    last = settings.replace(beam_sizes=settings.beam_sizes[-1:])
+    rows, captions = [], []
+    for name, captioner in captioners.items():
+        new_rows, last = decode(settings, name, captioner, runtime, scorer, index)
+        captions = [last]
+        rows += [{"model": name} | row for row in new_rows] if len(captioners) > 1 else new_rows
     for name, captioner in compared.items():
-        found.append(evaluate_model(last, name, captioner, runtime, scorer.quick(), consensus_of(captioner))[1])
-    decoded = {
-        "decoding": {field.name: getattr(last, field.name) for field in fields(EnsembleSettings)},
-        "consensus_digest": index.data_digest if index else None,  # of the data that the index is of
-        "dtype": str(runtime.dtype).removeprefix("torch."),
-    }
-    return rows, found, decoded
+        captions.append(decode(other, name, captioner, runtime, scorer.quick(), index)[1])
+    return rows, captions, describe_decoding(settings, runtime, index)
 
 
-def is_checkpoint(path: str) -> bool:
-    """Whether --compare names a checkpoint, and not a results file."""
-    return path.endswith(".pt")
+# ------------------------------------------------------------------------------------------------- compare, write
 
 
 def main(settings: Settings) -> None:
-    """Score captions, those of checkpoints in all ways that are asked for; write scores and captions."""
+    """Score the captions of checkpoints or of a results file, compare them if asked, and write scores and captions."""
     validate_settings(settings)
     if settings.runs:
         of_runs = (settings.replace(checkpoint=(f"{run}/best.pt",)) for run in settings.runs)
@@ -277,20 +300,21 @@ def main(settings: Settings) -> None:
         captions.append(SplitCaptions(settings.compare, scorer.quick().score(others)))
     comparison = None
     if settings.compare:
-        comparison = compare_captions(captions[0].scored, captions[1].scored, settings.compare)
+        comparison = caption_scores.compare_captions(captions[0].scored, captions[1].scored, settings.compare)
+
     write_json(paths["scores"], described | {"comparison": comparison, "scores": rows}, indent=1)
     if not settings.results:
         write_json(paths["results"], captions[0].scored.results)
     write_json(paths["scores_per_image"], captions[0].scored.per_image)
     if not java:
-        print("METEOR is left out, it needs Java: install a Java runtime (such as openjdk)", file=sys.stderr)
-    print(format_scores(rows))
+        print("METEOR is left out: it needs a Java runtime, such as openjdk", file=sys.stderr)
+    print(caption_scores.format_scores(rows))
     if comparison:
-        print(f"\n{format_tests(comparison['tests'], settings.compare)}")
+        print(f"\n{caption_scores.format_tests(comparison['tests'], settings.compare)}")
     print(f"{paths['scores']} holds the tables, {paths['scores_per_image']} the last row's captions and their scores")
     if settings.report:
-        described |= {"table": table_cells(rows, half_intervals(rows))}
-        report_split(described, captions, settings.report_photos).write(report_path)
+        table = table_cells(rows, caption_scores.half_intervals(rows))
+        report_split(described, table, captions, settings.report_photos).write(report_path)
         print(f"{report_path} shows them: open it in a browser")
 
 

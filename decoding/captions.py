@@ -6,7 +6,6 @@ it, F features of the encoder, N neighbors of a region in the graph, L layers, n
 
 import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +21,8 @@ from decoding.force_decode import force_decode
 from decoding.sampling import sample
 from decoding.settings import DecodingSettings
 from modules.decoders import Decoder, Nested, first_tensor, map_tensors
-from modules.regions import has_area
+from modules.graph import RegionGraph
+from modules.regions import RegionSource, has_area
 from text.vocabulary import END, START, Vocabulary
 from utils import Runtime, copy_to_device
 
@@ -47,9 +47,11 @@ class Encoded(NamedTuple):
 
 
 class CaptioningModel(Protocol):
-    """What captions images: a `models.Captioner` or an `evaluation.ensemble.Ensemble`."""
+    """A model that captions images: a `models.Captioner` or an `evaluation.ensemble.Ensemble`."""
 
     vocabulary: Vocabulary
+    region_source: RegionSource
+    graph: RegionGraph
 
     @property
     def decoder(self) -> Decoder | EnsembleDecoder:
@@ -58,6 +60,14 @@ class CaptioningModel(Protocol):
 
     def encode(self, inputs: Any, boxes: Tensor | None) -> Encoded:
         """What the decoder sees of inputs as `caption_batch` takes them."""
+        ...
+
+
+class Rerank(Protocol):
+    """A function that re-ranks the candidates of B images, such as `evaluation.consensus.Consensus.rerank`."""
+
+    def __call__(self, candidates: list[list[Candidate]], features: Nested) -> list[list[Candidate]]:
+        """Return each image's candidates, best first, given its features (B, R, F)."""
         ...
 
 
@@ -100,7 +110,7 @@ def caption_batch(
     boxes: Tensor | None = None,
     with_attention: bool = True,
     with_heads: bool = False,
-    rerank: Callable[[list[list[Candidate]], Nested], list[list[Candidate]]] | None = None,
+    rerank: Rerank | None = None,
 ) -> list[ImageCaption]:
     """Caption a batch of images with a captioner in eval mode, or with an ensemble.
 
@@ -110,7 +120,7 @@ def caption_batch(
         boxes: of objects in the images (B, N, 4), for a captioner that `uses_objects`; of region features (B, R, 4).
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
         with_heads: and of a transformer the attention weights of all layers and heads.
-        rerank: re-ranks the candidates of each image by its features, as `evaluation.consensus.Consensus.rerank`.
+        rerank: re-ranks the candidates of each image by its features.
     """
     inputs, boxes = map_tensors(lambda x: copy_to_device(x, runtime.device), (inputs, boxes))
     with runtime.autocast():

@@ -1,4 +1,4 @@
-"""Consensus re-ranking: of the captions that a search found, those that resemble the captions of similar photos win.
+"""Consensus re-ranking: prefer those captions of a search that resemble the captions of similar photos.
 
 Sources: "Deep Captioning with Multimodal Recurrent Neural Networks" (Mao et al., 2015, section 8) and "Exploring
 Nearest Neighbor Approaches for Image Captioning" (Devlin et al., 2015). Shapes: B images, R regions, F features of the
@@ -31,7 +31,7 @@ from utils import InputError, Runtime
 INDEX_FORMAT = 1
 SIMILARITY_POWER = 4  # in the weights of similar photos' captions; 2 scored lower on Flickr8k's validation photos
 CAPTION_ARRAYS = ("word_ids", "caption_offsets", "image_offsets")
-TENSORS = {  # of the file, with dtype and number of dimensions
+TENSORS = {  # dtype and number of dimensions of the tensors in an index's file
     "center": (torch.float32, 1),
     "features": (torch.float16, 2),
     "word_ids": (torch.int32, 1),
@@ -45,21 +45,21 @@ Fingerprint = tuple[str, str, int, str]  # `modules.encoders.Encoder.fingerprint
 class CaptionIndex:
     """Photos with captions, found by the features of one encoder."""
 
-    encoder: Fingerprint  # fingerprint of the encoder
+    encoder: Fingerprint
     center: Tensor  # (F,) mean of the photos' features
     features: Tensor  # (N, F) unit vectors, float16
     captions: PackedCaptions  # of the N photos
-    data_digest: str  # of the prepared folder that they are of, `preparation.storage.read_metadata`
+    data_digest: str  # digest of the prepared folder that they are from, see `preparation.storage.read_metadata`
 
     @classmethod
     def build(cls, encoder: Encoder, means: Tensor, captions: PackedCaptions, data_digest: str) -> "CaptionIndex":
-        """The index of N photos with these captions, whose regions have the mean features (N, F)."""
+        """Index N photos with these captions by their features' means over the regions (N, F)."""
         center = means.float().mean(dim=0)
         features = unit_vectors(means, center).half()
         return cls(encoder.fingerprint(), center, features, captions, data_digest)
 
     def save(self, path: str | Path) -> None:
-        """Write the index to a file; an existing one is replaced."""
+        """Write the index to a file and replace an existing one."""
         arrays = {name: torch.from_numpy(getattr(self.captions, name)) for name in CAPTION_ARRAYS}
         content = {
             "index_format": INDEX_FORMAT,
@@ -73,20 +73,43 @@ class CaptionIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> "CaptionIndex":
-        """Read what `save` wrote. Raises InputError for another file."""
+        """Read what `save` wrote. Raises InputError for any other file."""
         content = safe_load(path)
         if not _is_index(content) or content["index_format"] != INDEX_FORMAT:
             raise InputError(f"{path} is not an index of captions: make one with tools/index_captions.py")
         try:
-            _check_content(content, path)
-        except ValueError:
+            for name, (dtype, ndim) in TENSORS.items():
+                x = content[name]
+                check_dense(x, name, path)  # first: other tensors may have more elements than memory
+                if (x.dtype, x.ndim, x.requires_grad, x.is_neg()) != (dtype, ndim, False, False):
+                    raise ValueError(f"{name} is of another kind")
+            check_words(content["words"], path)
+            captions = PackedCaptions(content["words"], *(content[name].numpy() for name in CAPTION_ARRAYS))
+            encoder, digest = tuple(content["encoder"]), content["data_digest"]
+            index = cls(encoder, content["center"], content["features"], captions, digest)
+            index._check()
+        except (KeyError, TypeError, ValueError, RuntimeError):
             raise InputError(f"{path} is damaged: make it again with tools/index_captions.py") from None
-        captions = PackedCaptions(content["words"], *(content[name].numpy() for name in CAPTION_ARRAYS))
-        encoder = tuple(content["encoder"])
-        return cls(encoder, content["center"], content["features"], captions, content["data_digest"])
+        return index
+
+    def _check(self) -> None:
+        """Raise ValueError if parts of an index do not fit together, or features are not finite."""
+        captions = self.captions
+        if [type(part) for part in (*self.encoder, self.data_digest)] != [str, str, int, str, str]:
+            raise ValueError("no fingerprint or no digest")
+        num_words, num_captions = len(captions.word_ids), len(captions.caption_offsets) - 1
+        for offsets, end in ((captions.caption_offsets, num_words), (captions.image_offsets, num_captions)):
+            if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != end or not (offsets[:-1] < offsets[1:]).all():
+                raise ValueError("the offsets do not fit")
+        if captions.word_ids.min() < 0 or captions.word_ids.max() >= len(captions.idx2word):
+            raise ValueError("a word is missing")
+        if self.features.shape != (len(captions), len(self.center)):
+            raise ValueError("the features do not fit")
+        if not (self.center.isfinite().all() and self.features.isfinite().all()):
+            raise ValueError("the features are not finite")
 
     def find_encoder(self, captioner: Captioner | Ensemble) -> int:
-        """Which of a captioner's `sources` has the index's encoder. Raises InputError where none has it."""
+        """Return the position of the index's encoder among a captioner's `sources`; InputError if it is not there."""
         if captioner.uses_region_features:
             raise InputError(
                 "consensus finds similar photos by the features of an encoder, which a model of region features does "
@@ -108,11 +131,11 @@ class CaptionIndex:
         return source
 
     def require_data(self, digest: str, data_folder: str | Path) -> None:
-        """Raise InputError where the index was made from another prepared folder than the one with this digest.
+        """Raise InputError if the index was made from another prepared folder than the one with this digest.
 
-        The training split of another folder, such as one with a new split of the same photos, may have photos that are
-        scored here, and their own captions would then vote. Pixels do not show it, they depend on size and resizing,
-        so every other folder is refused. A copy of the folder has the same digest.
+        The training split of another folder may hold photos that are scored here, for example after a new split of the
+        same photos. Their own captions would then vote. Pixels cannot tell, since they depend on size and resizing, so
+        every other folder is refused. A copy of the folder has the same digest.
         """
         if self.data_digest != digest:
             raise InputError(
@@ -122,7 +145,7 @@ class CaptionIndex:
 
 
 def is_index_file(path: str | Path) -> bool:
-    """Whether a file is an index of captions, of any format, damaged or not."""
+    """Return True if a file is an index of captions, of any format, damaged or not."""
     try:
         return _is_index(safe_load(path))
     except InputError:
@@ -133,66 +156,36 @@ def _is_index(content: Any) -> bool:
     return isinstance(content, dict) and type(content.get("index_format")) is int
 
 
-def _check_content(content: dict[str, Any], path: str | Path) -> None:
-    """Raise ValueError where the content of an index's file is not what `CaptionIndex.save` writes."""
-    if not content.keys() >= {"encoder", "data_digest", "words", *TENSORS}:
-        raise ValueError("a part is missing")
-    for name, (dtype, ndim) in TENSORS.items():
-        tensor = content[name]
-        check_dense(tensor, name, path)  # first: others may have more elements than memory
-        if (tensor.dtype, tensor.ndim, tensor.requires_grad, tensor.is_neg()) != (dtype, ndim, False, False):
-            raise ValueError(f"{name} is of another kind")
-    words, encoder, center, features = (content[name] for name in ("words", "encoder", "center", "features"))
-    check_words(words, path)
-    if not isinstance(encoder, list) or [type(part) for part in encoder] != [str, str, int, str]:
-        raise ValueError("encoder is not a fingerprint")
-    if type(content["data_digest"]) is not str:
-        raise ValueError("data_digest is not text")
-    word_ids, caption_offsets, image_offsets = (content[name] for name in CAPTION_ARRAYS)
-    for offsets, end in ((caption_offsets, len(word_ids)), (image_offsets, len(caption_offsets) - 1)):
-        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != end or not (offsets[:-1] < offsets[1:]).all():
-            raise ValueError("the offsets do not fit")
-    if word_ids.min() < 0 or word_ids.max() >= len(words):
-        raise ValueError("a word is missing")
-    if features.shape != (len(image_offsets) - 1, len(center)):
-        raise ValueError("the features do not fit")
-    if not (center.isfinite().all() and features.isfinite().all()):
-        raise ValueError("the features are not finite")
-
-
 class Consensus:
-    """Re-ranks captions by their log-probabilities and by their mean CIDEr-D against those of similar photos.
+    """Re-ranks captions by their log-probabilities and their mean CIDEr-D against the captions of similar photos.
 
     Args:
         index: photos with captions.
-        captioner: whose captions are re-ranked; of an ensemble, one encoder is the index's.
-        weight: of the mean CIDEr-D (0 to 10) beside the length-normalized log-probability.
-        similar_photos: how many vote, k; each counts by its similarity to the power of `SIMILARITY_POWER`.
-        device: where the similarities are computed.
+        captioner: captioner whose captions are re-ranked; one encoder of an ensemble must be the index's.
+        settings: `consensus_weight`, the weight of the mean CIDEr-D (0 to 10) relative to the length-normalized
+            log-probability, and `similar_photos`, the number k of photos that vote. Each photo counts by its similarity
+            to the power of SIMILARITY_POWER.
+        device: device that computes the similarities.
 
-    Raises InputError where the index was made with another encoder.
+    Raises InputError if the index was made with another encoder.
     """
 
     def __init__(
-        self,
-        index: CaptionIndex,
-        captioner: Captioner | Ensemble,
-        *,
-        weight: float,
-        similar_photos: int,
-        device: torch.device,
+        self, index: CaptionIndex, captioner: Captioner | Ensemble, settings: EnsembleSettings, device: torch.device
     ) -> None:
         self.source = index.find_encoder(captioner)
-        self.weight, self.similar_photos = weight, min(similar_photos, len(index.features))
+        self.weight = settings.consensus_weight
+        self.similar_photos = min(settings.similar_photos, len(index.features))
         self.center, self.features = index.center.to(device), index.features.to(device).float()
-        self.captions = index.captions  # packed: as lists of strings they take many times the memory
+        self.captions = index.captions  # packed: lists of strings take many times the memory
         self.word2id = {word: i for i, word in enumerate(index.captions.idx2word)}
         self.cider = CiderD(self.captions)
 
     def similar(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and indices (B, k) of the photos that are most similar to features (B, R, F), most similar first.
+        """Find the k photos that are most similar to images with features (B, R, F).
 
-        The features' means over the regions are compared, less the mean of all photos.
+        Compares the features' means over the regions, less the mean of all photos. Returns cosines and indices (B, k),
+        most similar first.
         """
         with torch.autocast(self.features.device.type, enabled=False):  # bfloat16 is too coarse to rank them
             query = unit_vectors(features.float().mean(dim=1), self.center)  # (B, F)
@@ -200,7 +193,10 @@ class Consensus:
         return cosines.clamp_min(0), indices
 
     def rerank(self, candidates: list[list[Candidate]], features: Nested) -> list[list[Candidate]]:
-        """The candidates of B images, each image's best first: features (B, R, F), or a tuple of each encoder's."""
+        """Return the candidates of B images, best first.
+
+        features: (B, R, F), or a tuple with those of each of an ensemble's encoders.
+        """
         cosines, indices = self.similar(features if isinstance(features, Tensor) else features[self.source])
         images = zip(candidates, cosines.pow(SIMILARITY_POWER).tolist(), indices.tolist(), strict=True)
         return [self._rerank_image(*image) for image in images]
@@ -215,21 +211,8 @@ class Consensus:
         return [candidates[i] for i in order]
 
     def _word_id(self, word: str) -> int:
-        """The id of a word in the index; one that the index lacks gets a new id."""
+        """Return the id of a word; a word that the index lacks gets a new id."""
         return self.word2id.setdefault(word, len(self.word2id))
-
-
-def make_consensus(
-    index: CaptionIndex, captioner: Captioner | Ensemble, settings: EnsembleSettings, runtime: Runtime
-) -> Consensus:
-    """The consensus of a script's settings for a captioner or an ensemble."""
-    return Consensus(
-        index,
-        captioner,
-        weight=settings.consensus_weight,
-        similar_photos=settings.similar_photos,
-        device=runtime.device,
-    )
 
 
 def load_captioning(
@@ -237,8 +220,7 @@ def load_captioning(
 ) -> tuple[Captioner | Ensemble, Callable[..., list[ImageCaption]]]:
     """Load the captioner of the settings; return it with a function that captions a batch as the settings say.
 
-    The function is `caption_batch` with its first arguments filled in. Seeds the samples.
-
+    The function is `caption_batch` with captioner, decoding, runtime and rerank filled in. Seeds torch's generators.
     Raises InputError if a file cannot be read, or does not fit the others.
     """
     captioner = combine(load_models(settings.checkpoint, runtime.device), settings.views)
@@ -246,10 +228,11 @@ def load_captioning(
     torch.manual_seed(settings.seed)
     rerank = None
     if settings.consensus_index:
-        rerank = make_consensus(CaptionIndex.load(settings.consensus_index), captioner, settings, runtime).rerank
+        index = CaptionIndex.load(settings.consensus_index)
+        rerank = Consensus(index, captioner, settings, runtime.device).rerank
     return captioner, functools.partial(caption_batch, captioner, decoding=settings, runtime=runtime, rerank=rerank)
 
 
 def unit_vectors(means: Tensor, center: Tensor) -> Tensor:
-    """Mean features (N, F), less a center (F,), scaled to length 1."""
+    """Subtract a center (F,) from mean features (N, F) and scale them to length 1."""
     return functional.normalize(means.float() - center, dim=1)

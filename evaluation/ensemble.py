@@ -6,6 +6,7 @@ Shapes: B images, R regions.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +21,17 @@ from utils import PRECISIONS, InputError, setting
 
 
 def unchanged(x: Tensor) -> Tensor:
-    """Images, or boxes, as they are."""
+    """Return images or boxes as they are."""
     return x
 
 
 def hflip(images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) uint8, flipped horizontally."""
+    """Flip images (B, 3, S, S) uint8 horizontally."""
     return images.flip(-1)
 
 
 def center_crop(images: Tensor) -> Tensor:
-    """The middle of images (B, 3, S, S) uint8, an eighth of the side smaller, resized to S."""
+    """Crop the middle of images (B, 3, S, S) uint8, an eighth of the side smaller, and resize it to S."""
     size = images.shape[-1]
     margin = size // 16
     middle = images[..., margin : size - margin, margin : size - margin].float()
@@ -39,7 +40,7 @@ def center_crop(images: Tensor) -> Tensor:
 
 
 def crop_boxes(boxes: Tensor) -> Tensor:
-    """Where boxes (B, N, 4) are in `center_crop`, up to a pixel; those outside lose their area."""
+    """Move boxes (B, N, 4) to their place in `center_crop`, up to a pixel; boxes outside of it lose their area."""
     return ((boxes - 1 / 16) * 8 / 7).clamp(0, 1)
 
 
@@ -49,7 +50,7 @@ BOX_VIEWS = {"original": unchanged, "hflip": flip_boxes, "crop": crop_boxes}
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleSettings(DecodingSettings):
-    """Which checkpoints caption together, and how: shared by eval.py, caption.py and tools/serve.py."""
+    """Checkpoints that caption together, and how: settings of eval.py, caption.py and tools/serve.py."""
 
     # group: paths
     checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # checkpoints of train.py; several form an ensemble
@@ -70,105 +71,130 @@ class EnsembleSettings(DecodingSettings):
             raise InputError(f"--views {' '.join(self.views)}: add original, whose attention is shown")
 
 
+class Member(NamedTuple):
+    """A captioner that sees one view of each photo."""
+
+    captioner: Captioner
+    source: int  # index of the captioner in `Ensemble.sources` whose encoder gives the features
+    view: str  # key of VIEWS
+
+
 class Ensemble:
     """Captioners with the same words that caption together, in place of a `models.Captioner`.
 
-    Each sees each view of a photo. What is shown of a caption (attention, gates, edges) is the first captioner's.
-    `sources` are the captioners whose encoders differ, `fingerprints` those of their encoders; captioners with the same
-    encoder share its features.
+    Each captioner sees each view of a photo. Attention, gates and edges of a caption are those of the first captioner.
 
     Args:
         models: captioners in eval mode, by the names that errors give them.
-        views: keys of `VIEWS`, among them "original", which is put first.
+        views: keys of VIEWS, among them "original", which is put first.
 
-    Raises InputError where the captioners differ in their words, or in the images that they take.
+    Attributes:
+        sources: captioners with different encoders; a captioner with the same encoder as one of them shares its
+            features.
+        fingerprints: fingerprints of the encoders of `sources`.
+
+    Raises InputError if the captioners differ in their words or in the images that they take.
     """
 
     def __init__(self, models: Mapping[str, Captioner], views: Sequence[str] = ("original",)) -> None:
         self.views = ["original", *(view for view in views if view != "original")]
-        first_name, first = next(iter(models.items()))
+        first = next(iter(models.values()))
         self.vocabulary = first.vocabulary
         self.image_size, self.resize = first.image_size, first.resize
         self.region_source, self.graph = first.region_source, first.graph
+        sources: dict[tuple, Captioner] = {}
+        source_of = {}
         for name, captioner in models.items():
-            if (captioner.image_size, captioner.resize) != (self.image_size, self.resize):
-                raise InputError(
-                    f"an ensemble needs models for images of one size: {first_name} takes {self.image_size} pixels "
-                    f"made by {self.resize}, {name} takes {captioner.image_size} by {captioner.resize}"
-                )
-        if any(captioner.uses_region_features for captioner in models.values()):
-            if self.views != ["original"]:
-                raise InputError(f"--views {' '.join(self.views)}: a model of region features knows the original only")
-            if not all(captioner.uses_region_features for captioner in models.values()):
-                raise InputError(
-                    f"an ensemble needs models that all look at region features, or none: {' '.join(models)}"
-                )
-        fingerprints = {name: captioner.encoder.fingerprint() for name, captioner in models.items()}
-        if self.uses_region_features and len(set(fingerprints.values())) > 1:
-            raise InputError(f"an ensemble needs models of the same region features: {' '.join(models)}")
-        self.fingerprints = list(dict.fromkeys(fingerprints.values()))  # of the sources
-        by_fingerprint = {fingerprints[name]: models[name] for name in reversed(list(models))}
-        self.sources = [by_fingerprint[fingerprint] for fingerprint in self.fingerprints]
-        self._members: list[tuple[Captioner, int, int]] = []  # captioner, index of its source, index of the view
+            fingerprint = captioner.encoder.fingerprint()
+            sources.setdefault(fingerprint, captioner)
+            source_of[name] = list(sources).index(fingerprint)
+        self.fingerprints, self.sources = list(sources), list(sources.values())
+        require_same_inputs(models, self.views, len(self.sources))
+        word_maps = self._map_words(models)
+        self._members = [
+            Member(captioner, source_of[name], view) for view in self.views for name, captioner in models.items()
+        ]
+        self.decoder = EnsembleDecoder([member.captioner.decoder for member in self._members], word_maps)
+
+    def _map_words(self, models: Mapping[str, Captioner]) -> list[Tensor | None]:
+        """Return the word map of each member, as `EnsembleDecoder` takes them."""
+        first_name, first = next(iter(models.items()))
+        device = next(first.parameters()).device
         word_maps = []
-        for i, view in enumerate(self.views):
+        for view in self.views:
             for name, captioner in models.items():
-                self._members.append((captioner, self.fingerprints.index(fingerprints[name]), i))
                 try:
                     word_map = map_words(self.vocabulary, captioner.vocabulary, flipped=view == "hflip")
                 except InputError as error:
                     raise InputError(f"{first_name} and {name}: {error}") from None
-                word_maps.append(None if word_map is None else word_map.to(next(first.parameters()).device))
-        self.decoder = EnsembleDecoder([captioner.decoder for captioner, _, _ in self._members], word_maps)
+                word_maps.append(None if word_map is None else word_map.to(device))
+        return word_maps
 
     @property
     def uses_objects(self) -> bool:
-        """Whether a captioner needs the boxes of the objects in the images."""
-        return any(captioner.uses_objects for captioner, _, _ in self._members)
+        """True if a captioner needs the boxes of the objects in the images."""
+        return any(member.captioner.uses_objects for member in self._members)
 
     @property
     def needs_boxes(self) -> bool:
-        """Whether a captioner cannot do without the boxes of its regions."""
-        return any(captioner.needs_boxes for captioner, _, _ in self._members)
+        """True if a captioner needs the boxes of its regions."""
+        return any(member.captioner.needs_boxes for member in self._members)
 
     @property
     def uses_region_features(self) -> bool:
-        """Whether the captioners need region features in place of images."""
+        """True if the captioners take region features in place of images."""
         return self.region_source.uses_region_features
 
-    def encode(
-        self,
-        inputs: Tensor | Sequence[Tensor],
-        boxes: Tensor | None = None,
-    ) -> Encoded:
-        """As `Captioner.encode`, with tuples of the members' regions and masks and of the sources' features.
+    def encode(self, inputs: Tensor | Sequence[Tensor], boxes: Tensor | None = None) -> Encoded:
+        """Encode images as `Captioner.encode` does; regions, masks and features are tuples.
 
         Args:
-            inputs: images (B, 3, h, w) uint8 or, for each source, its images or features (B, R, F). Features are those
-                of the view "original" alone.
-            boxes: of objects in the images (B, N, 4), or of region features (B, R, 4).
+            inputs: images (B, 3, h, w) uint8 for all sources or, for each source, its images or features (B, R, F).
+                Features are those of the original view alone.
+            boxes: boxes of objects in the images (B, N, 4), or of region features (B, R, 4).
+
+        Returns regions and masks of each member, features (original view) of each source; the rest of the first member.
         """
         if isinstance(inputs, Tensor):
             inputs = [inputs] * len(self.sources)
         assert self.views == ["original"] or all(x.ndim == 4 for x in inputs), "other views need images"
-        features = [
-            [source.features(VIEWS[view](x)) for source, x in zip(self.sources, inputs, strict=True)]
+        features = {
+            view: tuple(source.features(VIEWS[view](x)) for source, x in zip(self.sources, inputs, strict=True))
             for view in self.views
-        ]
-        boxes_of_views = [None if boxes is None else BOX_VIEWS[view](boxes) for view in self.views]
-        encoded = [
-            captioner.encode(features[view][source], boxes_of_views[view]) for captioner, source, view in self._members
-        ]
-        regions, masks = (tuple(getattr(each, name) for each in encoded) for name in ("regions", "mask"))
-        return encoded[0]._replace(regions=regions, mask=masks, features=features[0])
+        }
+        encoded = []
+        for captioner, source, view in self._members:
+            of_view = None if boxes is None else BOX_VIEWS[view](boxes)
+            encoded.append(captioner.encode(features[view][source], of_view))
+        return encoded[0]._replace(
+            regions=tuple(each.regions for each in encoded),
+            mask=tuple(each.mask for each in encoded),
+            features=features["original"],
+        )
 
-    def eval(self) -> "Ensemble":
-        """As `nn.Module.eval`; the captioners are in eval mode."""
-        return self
+
+def require_same_inputs(models: Mapping[str, Captioner], views: Sequence[str], num_encoders: int) -> None:
+    """Raise InputError if captioners, which have so many different encoders, do not take the same inputs."""
+    first_name, first = next(iter(models.items()))
+    for name, captioner in models.items():
+        if (captioner.image_size, captioner.resize) != (first.image_size, first.resize):
+            raise InputError(
+                f"an ensemble needs models for images of one size: {first_name} takes {first.image_size} pixels "
+                f"made by {first.resize}, {name} takes {captioner.image_size} by {captioner.resize}"
+            )
+    use_features = [captioner.uses_region_features for captioner in models.values()]
+    if not any(use_features):
+        return
+    if list(views) != ["original"]:
+        raise InputError(f"--views {' '.join(views)}: a model of region features knows the original only")
+    if not all(use_features):
+        raise InputError(f"an ensemble needs models that all look at region features, or none: {' '.join(models)}")
+    if num_encoders > 1:
+        raise InputError(f"an ensemble needs models of the same region features: {' '.join(models)}")
 
 
 def load_models(paths: Sequence[str | Path], device: str | torch.device) -> dict[str, Captioner]:
-    """Read checkpoints for inference, by their paths.
+    """Load the captioners of checkpoints, in eval mode, by their paths.
 
     Raises InputError as `models.load_captioner` does, and for a path given twice.
     """
@@ -179,6 +205,6 @@ def load_models(paths: Sequence[str | Path], device: str | torch.device) -> dict
 
 
 def combine(models: Mapping[str, Captioner], views: Sequence[str]) -> Captioner | Ensemble:
-    """One captioner seeing photos as they are, or else an `Ensemble`."""
+    """Return the only captioner if it sees the original view alone, otherwise an `Ensemble`."""
     is_single = len(models) == 1 and list(views) == ["original"]
     return next(iter(models.values())) if is_single else Ensemble(models, views)

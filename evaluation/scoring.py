@@ -9,53 +9,50 @@ from tqdm import tqdm
 
 from common.distributed import all_gather, rank, world_size
 from datasets import CaptionDataset, in_order, make_batches, make_loader
-from decoding.captions import ImageCaption, caption_batch
+from decoding.captions import CaptioningModel, ImageCaption, Rerank, caption_batch
 from decoding.settings import DecodingSettings
-from evaluation.consensus import Consensus
-from evaluation.ensemble import Ensemble
 from models import Captioner
 from scores.metrics import compute_metrics
 from scores.pointing import attention_metrics
 from utils import Runtime
-
-NUM_PICTURES = 2  # first images of a split whose captions `evaluate` returns with attention weights, to be drawn
+from visualization.samples import NUM_PICTURES
 
 
 def caption_dataset(
-    captioner: Captioner | Ensemble,
+    captioner: CaptioningModel,
     datasets: Sequence[CaptionDataset],
     decoding: DecodingSettings,
     runtime: Runtime,
-    consensus: Consensus | None = None,
+    rerank: Rerank | None = None,
     *,
     num_shown: int = 0,
 ) -> list[ImageCaption]:
-    """Caption every image of a split; each process decodes its share.
+    """Caption every image of a split with a captioner in eval mode; each process decodes its share.
 
     Args:
-        datasets: the split, as the captioner takes it; of an ensemble, as each of its `sources` takes it.
-        num_shown: of so many images, the first ones, keep all that is shown: attention weights, those of all heads and
-            a graph's edges.
+        datasets: the split as the captioner takes it; for an ensemble, one dataset for each of its `sources`.
+        rerank: re-ranks the candidates of each image, as in `decoding.captions.caption_batch`.
+        num_shown: first images for which all that pictures and reports show is kept: attention weights, also of all
+            heads, and edges of the graph.
 
-    Returns the captions in the split's order, with attention weights where the split has boxes to compare them with.
+    Returns the captions in the split's order; with attention weights if the split has boxes to compare them with.
     """
-    captioner.eval()
     results: list[tuple[int, ImageCaption]] = []  # of this process
     title = f"{decoding.samples} samples" if decoding.samples else f"beam {decoding.beam_size}"
     batches = make_batches(in_order(len(datasets[0])), decoding.batch_size)
     with tqdm(total=len(datasets[0]), desc=title, unit="image", leave=False, disable=rank() > 0) as progress:
         for parts in zip(*(make_loader(dataset, batches) for dataset in datasets), strict=True):
             inputs = tuple(part.inputs for part in parts)
-            single, is_shown = isinstance(captioner, Captioner), min(parts[0].indices) < num_shown
+            is_shown = min(parts[0].indices) < num_shown
             decoded = caption_batch(
                 captioner,
-                inputs[0] if single else inputs,
+                inputs[0] if len(inputs) == 1 else inputs,
                 decoding,
                 runtime,
                 boxes=parts[0].boxes,
                 with_attention=datasets[0].has_boxes or is_shown,
                 with_heads=is_shown,
-                rerank=consensus.rerank if consensus else None,
+                rerank=rerank,
             )
             for index, image in zip(parts[0].indices, decoded, strict=True):
                 if index >= num_shown:
@@ -66,21 +63,21 @@ def caption_dataset(
 
 
 def caption_split(
-    captioner: Captioner | Ensemble,
+    captioner: CaptioningModel,
     datasets: Sequence[CaptionDataset],
     decoding: DecodingSettings,
     runtime: Runtime,
-    consensus: Consensus | None = None,
+    rerank: Rerank | None = None,
     *,
     num_shown: int = 0,
 ) -> tuple[list[ImageCaption], dict[str, Any]]:
-    """What `caption_dataset` returns, and what it says of a row of scores beside the scores.
+    """Caption a split as `caption_dataset` does; return the captions and the start of a row of scores.
 
-    That is how the captions were decoded and how fast, and `attention_metrics` where the split has boxes and the
+    The row tells how the captions were decoded and how fast. It has `attention_metrics` if the split has boxes and the
     decoder has attention.
     """
     start = time.perf_counter()
-    images = caption_dataset(captioner, datasets, decoding, runtime, consensus, num_shown=num_shown)
+    images = caption_dataset(captioner, datasets, decoding, runtime, rerank, num_shown=num_shown)
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {"samples": decoding.samples} if decoding.samples else {"beam_size": decoding.beam_size}
     row["images_per_second"] = len(images) / seconds
@@ -95,6 +92,10 @@ def caption_split(
 def evaluate(
     captioner: Captioner, dataset: CaptionDataset, decoding: DecodingSettings, runtime: Runtime
 ) -> tuple[dict[str, Any], list[ImageCaption]]:
-    """Caption a split and score the captions: a row of `caption_split` and `compute_metrics`, and the captions."""
+    """Caption a split and score the captions; return the row of scores, and the captions.
+
+    Puts the captioner into eval mode.
+    """
+    captioner.eval()
     images, row = caption_split(captioner, [dataset], decoding, runtime, num_shown=NUM_PICTURES)
     return row | compute_metrics(dataset.references.decode(), [image.words for image in images]), images

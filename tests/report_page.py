@@ -1,10 +1,10 @@
-"""What tests do with the report's page in a browser."""
+"""Actions on the report's page in a browser, shared by tests."""
 
 import numpy as np
 
 
 def names(page):
-    """The names of the visible cards in their order."""
+    """Return the names of the visible cards in order."""
     script = "return [...document.querySelectorAll('.card:not([hidden]) h2')].map((each) => each.textContent)"
     return page.execute_script(script)
 
@@ -26,7 +26,7 @@ def words_of(page, card=0):
 
 
 def shade(page, points, card=0):
-    """How black the overlay is, from 0 to 255, at points (x, y) in fractions of the photo's sides."""
+    """Return the opacity of the black overlay, 0 to 255, at points (x, y) in fractions of the photo's sides."""
     script = """
         const canvas = document.querySelectorAll(".card")[arguments[0]].querySelector("canvas");
         const context = canvas.getContext("2d");
@@ -36,7 +36,7 @@ def shade(page, points, card=0):
 
 
 def overlapping(page):
-    """The parts of the page that lie over each other or reach out of their parents."""
+    """Return the parts of the page that overlap each other or reach out of their parents."""
     return page.execute_script("""
         const boxes = (parent) => [...parent.children]
           .filter((each) => each.offsetParent).map((each) => [each, each.getBoundingClientRect()]);

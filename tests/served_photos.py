@@ -1,4 +1,4 @@
-"""What tests of the served page share: a server that runs meanwhile, and photos to send to it."""
+"""Shared by tests of the served page: a running server, and photos to send to it."""
 
 import io
 import threading
@@ -6,15 +6,15 @@ from contextlib import contextmanager
 
 from PIL import Image
 
-import caption
+from tools import serve
 
 DECODING = {"max_length": 6, "device": "cpu", "precision": "fp32"}
-STRANGE = "<img src=x onerror=alert(1)> & 猫.png"  # a name of a photo
+STRANGE = "<img src=x onerror=alert(1)> & 猫.png"  # name of a photo
 
 
 @contextmanager
 def running(server):
-    """A server that answers meanwhile."""
+    """Run a server in a thread."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -26,23 +26,20 @@ def running(server):
 
 
 def serve_run(run_folder, **settings):
-    """A running server of a run, with settings of caption.py."""
+    """Run a server of a run's best checkpoint with settings of tools/serve.py."""
     checkpoint = (str(run_folder / "best.pt"),)
-    return running(caption.make_server(caption.Settings((), checkpoint, serve=True, port=0, **DECODING, **settings)))
+    return running(serve.make_server(serve.Settings(checkpoint=checkpoint, port=0, **DECODING, **settings)))
 
 
 def encode(photo, suffix, **options):
-    """A photo as the bytes of a file."""
+    """Encode a photo as the bytes of a file."""
     file = io.BytesIO()
     photo.save(file, {"jpg": "JPEG"}.get(suffix, suffix), **options)
     return file.getvalue()
 
 
 def photo_files(folder):
-    """The files of a prepared folder's first 12 photos by their names.
-
-    They have three formats, the JPEGs are turned by their EXIF orientation.
-    """
+    """Return the first 12 photos of a prepared folder as files of three formats, by name; EXIF turns the JPEGs."""
     found = {}
     for i, path in enumerate(sorted((folder / "photos").glob("*.png"))[:12]):
         photo = Image.open(path).convert("RGB").resize((40 + i, 30))

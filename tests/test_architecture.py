@@ -26,7 +26,7 @@ ALLOWED = {
     "scores": BOTTOM | {"preparation", "modules"},
     "training": DATA,
     "evaluation": DATA | {"scores", "visualization"},
-    "visualization": DATA | {"scores", "evaluation"},
+    "visualization": DATA | {"scores"},
     "eval": DATA | {"training", "scores", "evaluation", "visualization"},
     "train": DATA | {"training", "evaluation", "visualization"},
     "caption": MODEL | {"evaluation", "visualization"},

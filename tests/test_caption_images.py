@@ -21,9 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 def test_captions_are_those_of_the_script(command, shapes, run_folder):
     photos = sorted((shapes / "photos").glob("*.png"))
-    status, out, _ = command(
-        caption, *photos, "--checkpoint", run_folder / "best.pt", "--no-pictures", "--json", "--n_best", 3
-    )
+    arguments = ("--checkpoint", run_folder / "best.pt", "--no-pictures", "--json", "--n_best", 3)
+    status, out, _ = command(caption, *photos, *arguments)
     rows = [json.loads(line) for line in out.splitlines()]
     captioner = load_captioner(run_folder / "best.pt")
     found = captioner.caption_images(photos)
@@ -40,7 +39,8 @@ def test_batches_and_images_give_the_same(shapes, run_folder):
     photos = sorted((shapes / "photos").glob("*.png"))[:5]
     captioner = load_captioner(run_folder / "best.pt", "cpu")
     images = [Image.open(photo) for photo in photos]
-    one, other = captioner.caption_images(photos, 3), captioner.caption_images(images, 3, batch_size=2)
+    one = captioner.caption_images(photos, beam_size=3)
+    other = captioner.caption_images(images, beam_size=3, batch_size=2)
     assert [record.caption for record in one] == [record.caption for record in other]
     assert captioner.caption_images([]) == []
     short = captioner.caption_images(map(str, photos[:1]), max_length=2)
@@ -78,7 +78,7 @@ def test_images_are_read_as_their_files(tmp_path, run_folder):
 def test_samples_depend_on_their_seed(shapes, run_folder):
     photos = sorted((shapes / "photos").glob("*.png"))[:8]
     captioner = load_captioner(run_folder / "best.pt", "cpu")
-    found = [captioner.caption_images(photos, 1, samples=2, seed=seed) for seed in (3, 3, 4)]
+    found = [captioner.caption_images(photos, samples=2, seed=seed) for seed in (3, 3, 4)]
     captions = [[record.caption for record in records] for records in found]
     assert captions[0] == captions[1] != captions[2]
 
@@ -90,11 +90,17 @@ def test_wrong_input_is_named(tmp_path, shapes, run_folder):
         captioner.caption_images([tmp_path / "nowhere.png"])
     with pytest.raises(InputError, match=r"caption_images takes a list of photos, not the single .*png"):
         captioner.caption_images(str(photo))
-    with pytest.raises(InputError, match="looks at no objects: leave objects= out"):
+    with pytest.raises(InputError, match="does not look at objects: leave objects= out"):
         captioner.caption_images([photo], objects=[[]])
-    with pytest.raises(InputError, match="--beam_size 0: must be at least 1"):
-        captioner.caption_images([photo], beam_size=0)
-    with pytest.raises(InputError, match="looks at objects: give those of each photo as objects="):
+    for options, message in (
+        ({"beam_size": 0}, "--beam_size 0: must be at least 1"),
+        ({"temperature": 0.5}, "--temperature 0.5 requires --samples"),
+        ({"samples": 2, "beam_size": 3}, "--beam_size 3 does not go with --samples"),
+        ({"num_beams": 3}, "num_beams is not a setting: did you mean"),
+    ):
+        with pytest.raises(InputError, match=message):
+            captioner.caption_images([photo], **options)
+    with pytest.raises(InputError, match="looks at objects: pass those of each photo as objects="):
         build(replace(SMALL, regions="objects"), 9).caption_images([photo])
     features = build(replace(SMALL, regions="features", fine_tune_encoder=False), 9, feature_dim=8)
     with pytest.raises(InputError, match="looks at region features, not at photos"):

@@ -32,12 +32,18 @@ def test_eval_writes_a_table_and_the_captions(command, shapes, run_folder, tmp_p
     assert f"| 3 | {rows[1]['bleu_1']:.4f} |" in out
 
     # pycocoevalcap computes the same scores from the files alone: one caption per image, all references, no <end>.
-    results = json.loads((tmp_path / f"results_best_{shapes.name}_train.json").read_text())
+    path = tmp_path / f"results_best_{shapes.name}_train.json"
+    results = json.loads(path.read_text())
     entries = json.loads((shapes / "train_captions.json").read_text())
     for name in ("image_id", "image"):
         assert [result[name] for result in results] == [entry[name] for entry in entries]
     references = {entry["image_id"]: [" ".join(caption["words"]) for caption in entry["captions"]] for entry in entries}
     predictions = {result["image_id"]: [result["caption"]] for result in results}
+    coco = COCO()
+    coco.dataset = {"images": [{"id": result["image_id"]} for result in results]}
+    coco.createIndex()
+    annotations = coco.loadRes(str(path)).dataset["annotations"]
+    assert [each["caption"] for each in annotations] == [result["caption"] for result in results]
     assert not any("<" in result["caption"] for result in results)
     assert rows[1]["cider"] == pytest.approx(Cider().compute_score(references, predictions)[0])
     assert rows[1]["rouge_l"] == pytest.approx(Rouge().compute_score(references, predictions)[0])
@@ -49,7 +55,7 @@ def test_without_java_all_but_meteor_works(command, shapes, run_folder, tmp_path
     monkeypatch.setattr(shutil, "which", lambda _: None)
     arguments = ("--checkpoint", run_folder / "best.pt", "--data_folder", shapes, "--output_folder", tmp_path)
     status, out, err = command(eval_script, *arguments, "--beam_sizes", 1)
-    assert status == 0 and "METEOR is left out, it needs Java" in err and "METEOR" not in out
+    assert status == 0 and "METEOR is left out: it needs a Java runtime" in err and "METEOR" not in out
     scores = json.loads((tmp_path / f"scores_best_{shapes.name}_test.json").read_text())
     assert scores["scores"][0]["meteor"] is None
 
@@ -73,10 +79,9 @@ def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
     assert scores["checkpoint"] == [str(run_folder / "best.pt")] and scores["data_folder"] == str(shapes)
     assert (scores["dataset"], scores["split"]) == ("shapes", "test")
     assert scores["digest"] == json.loads((shapes / "dataset.json").read_text())["digest"]
-    assert (
-        scores["decoding"].items()
-        >= {"length_penalty": 0.7, "max_length": 3, "batch_size": 32, "num_beam_groups": 1}.items()
-    )
+    expected = {"beam_size": 1, "length_penalty": 0.7, "max_length": 3, "batch_size": 32, "num_beam_groups": 1}
+    assert scores["decoding"].items() >= expected.items()
+    assert not scores["decoding"].keys() & {"checkpoint", "precision", "device"}
     assert scores["results"] == "" and scores["comparison"] is None and scores["tokenizer"] == "plain"
     assert scores["bootstrap"] == {"resamples": 1000, "confidence": 0.95, "seed": 0}
     assert scores["dtype"] == "float32" and scores["versions"]["torch"] == torch.__version__
@@ -85,7 +90,7 @@ def test_scores_say_of_what_they_are(evaluate, shapes, run_folder, tmp_path):
 
 
 def test_nothing_replaces_the_scores_of_something_else(evaluate, shapes, run_folder, tmp_path):
-    """Of another split, another checkpoint in the folder, another data set."""
+    """Something else: another split, another checkpoint in the folder, another data set."""
     run = shutil.copytree(run_folder, tmp_path / "run")
     for checkpoint in ("best.pt", "last.pt"):
         for split in ("val", "test"):
@@ -114,15 +119,6 @@ def test_nothing_replaces_the_scores_of_something_else(evaluate, shapes, run_fol
     assert status == 2 and "was not written by eval.py" in err
 
 
-def test_results_are_read_by_coco(evaluate, shapes, tmp_path):
-    assert evaluate("--output_folder", tmp_path)[0] == 0
-    path = tmp_path / f"results_best_{shapes.name}_test.json"
-    coco = COCO()
-    coco.dataset = {"images": [{"id": result["image_id"]} for result in json.loads(path.read_text())]}
-    coco.createIndex()
-    assert [annotation["caption"] for annotation in coco.loadRes(str(path)).dataset["annotations"]]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +137,13 @@ def test_bad_input_ends_in_one_line(command, shapes, run_folder, arguments, mess
     arguments = [argument.format(run=run_folder) for argument in arguments]
     status, _, err = command(eval_script, *good, *arguments)
     assert status == 2 and message.format(run=run_folder) in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_beam_groups_share_the_beams_of_each_row(evaluate, tmp_path):
+    arguments = ("--output_folder", tmp_path, "--num_beam_groups", 3, "--beam_sizes")
+    assert evaluate(*arguments, 3)[0] == 0
+    status, err = evaluate(*arguments, 3, 4)
+    assert status == 2 and "--num_beam_groups 3: cannot share 4 beams evenly" in err
 
 
 def test_an_empty_split_is_named(command, shapes, run_folder, tmp_path):
@@ -192,11 +195,8 @@ def test_the_index_may_be_of_the_second_models_encoder(command, evaluate, shapes
 
 
 def test_an_index_of_other_data_is_refused(command, evaluate, run_folder, tmp_path):
-    best, other, index = (
-        run_folder / "best.pt",
-        prepare_shapes(tmp_path / "other", num_scenes=12),
-        tmp_path / "index.pt",
-    )
+    best, index = run_folder / "best.pt", tmp_path / "index.pt"
+    other = prepare_shapes(tmp_path / "other", num_scenes=12)
     assert command(index_captions, "--checkpoint", best, "--data_folder", other, "--output", index)[0] == 0
     status, err = evaluate("--output_folder", tmp_path / "out", "--consensus_index", index)
     assert status == 2 and err.count("\n") == 1 and "the index was made from other data than" in err

@@ -1,4 +1,4 @@
-"""eval.py on captions that are there already: a results file, two of them, the scores of several runs."""
+"""eval.py without a model: on a results file, on two of them, and on the scores of several runs."""
 
 import json
 import random
@@ -146,15 +146,15 @@ def test_a_list_of_photos_is_checked(score, run_folder, results, tmp_path):
     assert "names no photo" in refused("--results", near, "--photos", photos)
     photos.write_text("nowhere.png\n")
     assert "nowhere.png is not in the train split" in refused("--results", near, "--photos", photos)
-    assert "goes with --results" in refused("--checkpoint", run_folder / "best.pt", "--photos", photos)
-    assert "without --report" in refused("--results", near, "--photos", photos, "--report")
+    assert "requires --results" in refused("--checkpoint", run_folder / "best.pt", "--photos", photos)
+    assert "does not go with --report" in refused("--results", near, "--photos", photos, "--report")
     assert not list(tmp_path.glob("scores*"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("java"), reason="needs Java")
 def test_ptb_scores_are_those_of_cocos_pipeline(command, shapes, tmp_path, monkeypatch):
-    """1,000 images of synthetic captions with punctuation, hyphens and contractions."""
+    """Score 1,000 images of synthetic captions with punctuation, hyphens and contractions."""
     monkeypatch.setattr("scores.caption_scores.compute_meteor", lambda *_: (0.0, [0.0] * 1000))  # slow
     generator = random.Random(0)
     parts = [
@@ -174,14 +174,10 @@ def test_ptb_scores_are_those_of_cocos_pipeline(command, shapes, tmp_path, monke
         return " ".join(generator.choices(parts, k=generator.randint(4, 8))) + generator.choice([".", "", " !"])
 
     folder = shutil.copytree(shapes, tmp_path / "synthetic")
-    entries = [
-        {
-            "image": f"{i}.jpg",
-            "image_id": i,
-            "captions": [{"raw": text, "words": tokenize(text)} for text in (draw() for _ in range(5))],
-        }
-        for i in range(1000)
-    ]
+    entries = []
+    for i in range(1000):
+        captions = [{"raw": text, "words": tokenize(text)} for text in (draw() for _ in range(5))]
+        entries.append({"image": f"{i}.jpg", "image_id": i, "captions": captions})
     predictions = [draw() for _ in entries]
     metadata = json.loads((folder / "dataset.json").read_text())
     metadata["splits"]["val"] |= {"images": 1000}
@@ -227,7 +223,7 @@ def test_ptb_scores_of_a_checkpoint(command, shapes, run_folder, tmp_path, monke
 
 
 def write_scores(folder, cider, **changes):
-    """A run folder with a file of scores of two rows; returns the folder."""
+    """Write a run folder with a file of scores of two rows; return the folder."""
     rows = [{"beam_size": size, "meteor": None, "cider": cider + size, "intervals": {}} for size in (1, 3)]
     folder.mkdir()
     scores = {"checkpoint": [], "digest": "d", "decoding": {"max_length": 30}, "scores": rows} | changes
@@ -288,24 +284,24 @@ def test_runs_that_do_not_match_are_named(score, digest, tmp_path, changes, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--results", "{far}", "--checkpoint", "best.pt"), "--checkpoint does not go with --results"),
-        (("--results", "{far}", "--beam_sizes", 1), "--beam_sizes does not go with --results"),
-        (("--results", "{far}", "--device", "cpu"), "--device does not go with --results"),
+        (
+            ("--results", "{far}", "--checkpoint", "best.pt"),
+            "--checkpoint best.pt does not go with --results: leave one",
+        ),
+        (("--results", "{far}", "--beam_sizes", 1), "--beam_sizes 1 does not go with --results: leave one"),
+        (("--results", "{far}", "--device", "cpu"), "--device cpu does not go with --results: leave one"),
         (("--results", "missing.json"), "no such file: missing.json"),
         (("--results", __file__), "is not valid JSON"),
         (("--results", "{far}", "--split", "val"), "has images that the val split of {shapes} does not have: "),
         (("--results", "{far}", "--compare", "missing.json"), "no such file: missing.json"),
         (("--results", "{far}", "--tokenizer", "ptb"), "--tokenizer ptb needs Java"),
         (("--results", "{far}", "--spice"), "--spice needs Java"),
-        (
-            ("--results", "{far}", "--compare", "best.pt"),
-            "--compare best.pt: --results decodes nothing, give that model",
-        ),
-        (("--runs", "a", "b", "--results", "{far}"), "--results does not go with --runs"),
+        (("--results", "{far}", "--compare", "best.pt"), "--compare best.pt: --results loads no model: give that"),
+        (("--runs", "a", "b", "--results", "{far}"), "--results {far} does not go with --runs: leave one"),
         (("--runs", "a", "b", "--spice"), "--spice does not go with --runs"),
         (("--runs", "a"), "--runs a: give two run folders or more"),
         (("--runs", "a", "./a"), "--runs a ./a: give two run folders or more, each once"),
-        (("--report_photos", 5), "--report_photos 5: needs --report"),
+        (("--report_photos", 5), "--report_photos 5 requires --report"),
         (("--results", "{far}", "--report", "--report_photos", -1), "--report_photos -1: must be at least 0"),
     ],
 )

@@ -24,19 +24,16 @@ def evaluate(command, shapes, no_meteor):
     """Run eval.py on the training split without METEOR: arguments -> exit status, stderr."""
 
     def run(*arguments):
-        status, _, err = command(
-            eval_script, "--data_folder", shapes, "--split", "train", "--max_length", 3, *arguments
-        )
+        common = ("--data_folder", shapes, "--split", "train", "--max_length", 3)
+        status, _, err = command(eval_script, *common, *arguments)
         return status, err
 
     return run
 
 
 def test_the_report_shows_the_split_and_another_model(evaluate, shapes, run_folder, tmp_path):
-    last, common = (
-        run_folder / "last.pt",
-        ("--checkpoint", run_folder / "best.pt", "--output_folder", tmp_path, "--report"),
-    )
+    last = run_folder / "last.pt"
+    common = ("--checkpoint", run_folder / "best.pt", "--output_folder", tmp_path, "--report")
     status, err = evaluate(*common, "--compare", last, "--beam_sizes", 1, 3, "--report_photos", 5)
     assert status == 0, err
     path = tmp_path / f"report_best_{shapes.name}_train.html"
@@ -47,7 +44,8 @@ def test_the_report_shows_the_split_and_another_model(evaluate, shapes, run_fold
     assert scores["comparison"]["file"] == str(last) and scores["comparison"]["tests"]["cider"]["p"] <= 1
     assert [row[0] for row in data["table"]] == ["beam", "1", "3"] and ["photos", "5 of 24"] in data["details"]
     captioner = load_captioner(last, "cpu")
-    expected = captioner.caption_images([shapes / "photos" / card["name"] for card in data["cards"]], 3, max_length=3)
+    photos = [shapes / "photos" / card["name"] for card in data["cards"]]
+    expected = captioner.caption_images(photos, beam_size=3, max_length=3)
     with h5py.File(shapes / "train_images.hdf5") as file:
         images = file["images"][:5]
     entries = json.loads((shapes / "train_captions.json").read_text())
@@ -61,7 +59,7 @@ def test_the_report_shows_the_split_and_another_model(evaluate, shapes, run_fold
         assert np.abs(photo - images[i]).mean() < 12  # JPEG of 32 pixels
     path.write_text("mine")
     status, err = evaluate(*common)
-    assert status == 2 and "is not a report of ours and is not replaced" in err and path.read_text() == "mine"
+    assert status == 2 and "is not a report of this program and is not replaced" in err and path.read_text() == "mine"
 
 
 def test_the_report_of_results_has_no_attention(command, shapes, no_meteor, tmp_path):

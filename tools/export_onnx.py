@@ -1,6 +1,6 @@
 """Export a model to ONNX, which runs without torch: python tools/export_onnx.py --checkpoint best.pt
 
-docs/models.md says what is written, docs/onnx_example.py captions photos with it.
+docs/models.md describes the files; docs/onnx_example.py captions photos with them.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ from tools.onnx_parts import ImageModule, StepModule, TensorNames, flatten, make
 from utils import BaseSettings, InputError, run_script
 
 FILES = ("encoder.onnx", "step.onnx", "vocabulary.json")
-FORMAT_KEY, FORMAT = "image_captioning_export", "1"  # in each file, by which it is known again
-MAX_DIFFERENCE = 1e-4  # from torch, of numbers below 1; relative, of larger ones
+FORMAT_KEY, FORMAT = "image_captioning_export", "1"  # marks the files of an export
+MAX_DIFFERENCE = 1e-4  # from torch: absolute for numbers below 1, relative for larger ones
 CHECKED_WORDS = 4  # words of each caption that are compared with torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BaseSettings):
-    """Write encoder.onnx, step.onnx and vocabulary.json, with which a program without torch captions photos."""
+    """Write encoder.onnx, step.onnx and vocabulary.json, which caption photos without torch."""
 
     checkpoint: str = "runs/shapes/best.pt"  # what train.py wrote
     output_folder: str = "export"  # folder of the three files; those of an earlier export are replaced
 
 
 def largest_difference(captioner: Captioner, names: TensorNames, encoder_path: Path, step_path: Path) -> float:
-    """The largest difference of the files' outputs from torch's, on random images in batches of 1 and 3."""
+    """Return the largest difference of the files' outputs from torch's, on random images in batches of 1 and 3."""
     import onnxruntime  # optional
 
     differences: list[float] = []
@@ -61,44 +61,46 @@ def largest_difference(captioner: Captioner, names: TensorNames, encoder_path: P
             outputs = step.run(None, {"words": words.numpy()} | found)
             differences += compare(expected, outputs)
             state, found = expected[2:], found | dict(zip(names.state, outputs[2:], strict=True))
-    return float(np.max(differences))  # NaN where there is one
+    return float(np.max(differences))  # NaN if one is NaN
 
 
 def compare(expected: Sequence[Tensor], found: Sequence[np.ndarray]) -> Iterator[float]:
-    """The largest difference of each of torch's tensors from those of ONNX Runtime; relative, of numbers above 1."""
+    """Yield the largest difference of each of torch's tensors from ONNX Runtime's, relative for numbers above 1."""
     for x, y in zip(expected, found, strict=True):
         x, y = x.double().numpy(), y.astype(np.float64)
         yield np.max(abs(x - y) / np.maximum(1, abs(x)), initial=0) if x.shape == y.shape else np.inf
 
 
 def require_packages() -> None:
-    """Raise InputError where a package is missing that torch's export needs."""
+    """Raise InputError if a package that torch's export needs is missing."""
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
-        raise InputError(f"no package {' '.join(missing)}: pip install onnx onnxscript onnxruntime")
+        raise InputError(f"missing packages {' '.join(missing)}: pip install onnx onnxscript onnxruntime")
 
 
 def require_replaceable(folder: Path) -> None:
-    """Raise InputError where a file of an export's name is there that no export wrote."""
+    """Raise InputError if an export would replace a file that no export wrote."""
     for path in map(folder.joinpath, FILES):
         if path.exists() and not is_export(path):
-            raise InputError(f"{path} is no export of this command and is not replaced: give another --output_folder")
+            raise InputError(
+                f"{path} is not an export of this command and is not replaced: choose another --output_folder"
+            )
 
 
 def is_export(path: Path) -> bool:
-    """Whether this command wrote a file."""
+    """Return True if this command wrote a file."""
     import onnx  # optional
 
     try:
         if path.suffix == ".json":
             return FORMAT_KEY in read_json(path)
         return any(entry.key == FORMAT_KEY for entry in onnx.load(path, load_external_data=False).metadata_props)
-    except Exception:  # a file of others raises almost anything
+    except Exception:  # a file of another program raises almost anything
         return False
 
 
 def describe_model(captioner: Captioner, names: TensorNames) -> dict[str, Any]:
-    """What vocabulary.json holds: all that a caller needs beside the two models."""
+    """Return the content of vocabulary.json: all that a caller needs besides the two models."""
     return {
         FORMAT_KEY: FORMAT,
         "image_size": captioner.image_size,
@@ -117,7 +119,7 @@ def describe_model(captioner: Captioner, names: TensorNames) -> dict[str, Any]:
 
 @torch.no_grad()
 def main(settings: Settings) -> None:
-    """Export both models and compare them with torch before the files are put in place."""
+    """Export both models and compare them with torch, then put the files in place."""
     folder = Path(settings.output_folder)
     require_packages()
     require_writable(folder)

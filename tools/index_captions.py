@@ -1,7 +1,7 @@
 """Index photos and captions for consensus re-ranking: python tools/index_captions.py --checkpoint best.pt
 
-eval.py and caption.py take the file as --consensus_index, for every model with the same encoder; eval.py takes it for
-this prepared folder alone.
+eval.py, caption.py and tools/serve.py take the file as --consensus_index, for every model with the same encoder.
+eval.py takes it for this prepared folder alone.
 """
 
 import sys
@@ -24,20 +24,20 @@ from utils import PRECISIONS, BaseSettings, InputError, Runtime, choose_runtime,
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BaseSettings):
-    """Write an index of a prepared folder's training photos and captions, found by the features of an encoder."""
+    """Index a prepared folder's training photos and captions by the features of an encoder."""
 
-    checkpoint: str = "runs/shapes/best.pt"  # a model whose encoder gives the features
-    data_folder: str = "data/shapes"  # what create_input_files.py wrote
-    output: str = "data/shapes/consensus.pt"  # the index
-    overwrite: bool = False  # replace an index
-    features_folder: str = ""  # where the features of a frozen encoder are cached; empty: in the data folder
+    checkpoint: str = "runs/shapes/best.pt"  # model whose encoder computes the features
+    data_folder: str = "data/shapes"  # folder that create_input_files.py wrote
+    output: str = "data/shapes/consensus.pt"  # file of the index
+    overwrite: bool = False  # replace an existing index
+    features_folder: str = ""  # cache of a frozen encoder's features; empty: in the data folder
     precision: str = setting("auto", choices=PRECISIONS)  # auto: bf16 mixed precision where it is faster
     device: str = "auto"  # auto, cpu or cuda
 
 
 @torch.no_grad()
 def mean_features(captioner: Captioner, dataset: CaptionDataset, runtime: Runtime) -> torch.Tensor:
-    """The mean over the regions of each photo's features, (N, F), on the CPU."""
+    """Compute the mean of each photo's features over the regions: (N, F), on the CPU."""
     means = []
     batches = make_batches(in_order(len(dataset)), 32)
     for batch in tqdm(make_loader(dataset, batches), desc="features", unit="batch"):
@@ -59,14 +59,11 @@ def main(settings: Settings) -> None:
     require_writable(Path(settings.output).parent)
     captioner = load_captioner(settings.checkpoint, runtime.device)
     if isinstance(captioner.encoder, NoEncoder):
-        raise InputError(f"{settings.checkpoint} has no encoder, by whose features similar photos are found")
+        raise InputError(
+            f"{settings.checkpoint} has no encoder, whose features find similar photos: give another model"
+        )
     dataset = build_dataset(
-        settings.data_folder,
-        "train",
-        captioner,
-        runtime,
-        features_folder=settings.features_folder,
-        with_objects=False,
+        settings.data_folder, "train", captioner, runtime, features_folder=settings.features_folder, with_objects=False
     )
     means, digest = mean_features(captioner, dataset, runtime), read_metadata(settings.data_folder)["digest"]
     index = CaptionIndex.build(captioner.encoder, means, dataset.references, digest)

@@ -1,4 +1,4 @@
-"""A captioner as two ONNX models: what is computed once per image, and what is computed at each word.
+"""A captioner as two ONNX models: the first runs once per image, the second at each word.
 
 Shapes: B images, S pixels of a side, N boxes of an image, F features, R regions, D their width, C captions of an image,
 V words of the vocabulary.
@@ -22,29 +22,29 @@ from utils import InputError, first_line
 
 
 class ImageModule(nn.Module):
-    """What is computed once per image: the encoder and all between it and the first word."""
+    """The computation once per image: the encoder, and the decoder's keys and first state."""
 
     def __init__(self, captioner: Captioner) -> None:
         super().__init__()
         self.captioner = captioner
 
     def forward(self, inputs: Tensor, boxes: Tensor | None = None) -> tuple[Tensor, ...]:
-        """inputs and boxes of `random_inputs` -> regions (B, R, D), the tensors of keys (B, ...) and state (B, 1, ...).
+        """Compute regions (B, R, D), tensors of keys (B, ...) and of the state before the first word (B, 1, ...).
 
-        The state is that before the first word.
+        inputs and boxes: as `random_inputs` returns them.
         """
         regions, keys, state = self.encode(inputs, boxes)
         return regions, *flatten(keys), *flatten(state)
 
     def encode(self, inputs: Tensor, boxes: Tensor | None = None) -> tuple[Tensor, Nested, Nested]:
-        """As `forward`, with keys and state as the decoder nests them."""
+        """Compute what `forward` does, with keys and state nested as in the decoder."""
         encoded = self.captioner.encode(inputs, boxes)
         regions, mask, decoder = encoded.regions, encoded.mask, self.captioner.decoder
         return regions, decoder.keys(regions, mask), decoder.init_state(regions, mask)
 
 
 class StepModule(nn.Module):
-    """What is computed at each word, by a decoder whose keys and state are nested as those given."""
+    """The decoder's step at each word. Takes keys and state as flat lists; those given show how to nest them."""
 
     def __init__(self, decoder: Decoder, keys: Nested, state: Nested) -> None:
         super().__init__()
@@ -53,8 +53,9 @@ class StepModule(nn.Module):
     def forward(
         self, words: Tensor, regions: Tensor, keys: Sequence[Tensor], state: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """words (B, C), regions (B, R, D), tensors of keys (B, ...) and state (B, C, ...)
-        -> log-probabilities (B, C, V), alpha (B, C, R), tensors of the next state (B, C, ...).
+        """Predict the next words after words (B, C), given regions (B, R, D), keys (B, ...) and state (B, C, ...).
+
+        Returns log-probabilities (B, C, V), alpha (B, C, R) and the tensors of the next state (B, C, ...).
         """
         nested_keys, nested_state = nest(keys, self.nested_keys), nest(state, self.nested_state)
         logits, alpha, next_state = self.decoder.step(words, regions, nested_keys, nested_state)
@@ -62,51 +63,52 @@ class StepModule(nn.Module):
 
 
 def flatten(nested: Nested) -> list[Tensor]:
-    """All tensors, in their order."""
+    """Return all tensors in order."""
     if nested is None or isinstance(nested, Tensor):
         return [] if nested is None else [nested]
     return [tensor for part in nested for tensor in flatten(part)]
 
 
 def nest(tensors: Sequence[Tensor], like: Nested) -> Nested:
-    """The inverse of `flatten`: tensors nested as those of `like`."""
+    """Undo `flatten`: nest tensors as those of `like` are."""
     remaining = iter(tensors)
     return map_tensors(lambda _: next(remaining), like)
 
 
 class TensorNames(NamedTuple):
-    """What the inputs and outputs of both models are called, `regions`, `words`, `log_probs` and `alpha` aside."""
+    """Names of the inputs and outputs of both models besides `regions`, `words`, `log_probs` and `alpha`."""
 
-    inputs: list[str]  # of the image's model
+    inputs: list[str]  # of the model that runs once per image
     keys: list[str]
     state: list[str]
     next_state: list[str]
 
     @classmethod
     def of(cls, captioner: Captioner) -> "TensorNames":
-        """The names of a captioner's tensors."""
-        inputs = ["features" if captioner.uses_region_features else "images", *["boxes"] * takes_boxes(captioner)]
-        _, *nested = ImageModule(captioner).encode(*random_inputs(captioner, 1, 1))
-        keys, state = (range(len(flatten(each))) for each in nested)
-        return cls(
-            inputs, [f"key_{i}" for i in keys], [f"state_{i}" for i in state], [f"next_state_{i}" for i in state]
-        )
+        """Return the names of a captioner's tensors."""
+        inputs = ["features" if captioner.uses_region_features else "images"]
+        if takes_boxes(captioner):
+            inputs.append("boxes")
+        _, keys, state = ImageModule(captioner).encode(*random_inputs(captioner, 1, 1))
+        key_names = [f"key_{i}" for i in range(len(flatten(keys)))]
+        state_names = [f"state_{i}" for i in range(len(flatten(state)))]
+        return cls(inputs, key_names, state_names, [f"next_{name}" for name in state_names])
 
     @property
     def image_outputs(self) -> list[str]:
-        """The outputs of the image's model, which are inputs of the word's."""
+        """Outputs of the model that runs once per image, which are inputs of the other."""
         return ["regions", *self.keys, *self.state]
 
 
 def takes_boxes(captioner: Captioner) -> bool:
-    """Whether the boxes of objects or of region features are an input."""
+    """Return True if the boxes of objects or of region features are an input."""
     return captioner.uses_objects or captioner.uses_region_features
 
 
 def random_inputs(captioner: Captioner, B: int, N: int) -> tuple[Tensor, ...]:
-    """Images (B, 3, S, S) uint8 or region features (B, N, F), and the boxes (B, N, 4) where the captioner takes some.
+    """Draw images (B, 3, S, S) uint8 or region features (B, N, F) and, if the captioner takes boxes, these (B, N, 4).
 
-    Where there are several, the last box of image 0 has no area: it stands for none.
+    If there are several, the last box of image 0 has no area, as padding has none.
     """
     generator = torch.Generator().manual_seed(B)
     if captioner.uses_region_features:
@@ -121,33 +123,15 @@ def random_inputs(captioner: Captioner, B: int, N: int) -> tuple[Tensor, ...]:
     return inputs, boxes
 
 
-class Example(NamedTuple):
-    """Inputs of both models."""
-
-    inputs: tuple[Tensor, ...]  # of `random_inputs`
-    words: Tensor  # (B, C)
-    regions: Tensor  # (B, R, D)
-    keys: Nested  # tensors (B, ...)
-    state: Nested  # tensors (B, C, ...)
-
-
-def make_example(captioner: Captioner, B: int, N: int, C: int, t: int) -> Example:
-    """B images with N boxes, each with C captions of which t words are decoded."""
+def make_example(captioner: Captioner, B: int, N: int, C: int, t: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return example inputs of both modules: B images with N boxes, and C captions of each after t words."""
     inputs = random_inputs(captioner, B, N)
     regions, keys, state = ImageModule(captioner).encode(*inputs)
     state, words = expand(state, C), torch.full((B, C), START)
     for _ in range(t):
         *_, state = captioner.decoder.step(words, regions, keys, state)
-    keys, state = (map_tensors(Tensor.contiguous, nested) for nested in (keys, state))  # ONNX knows no strides
-    return Example(inputs, words, regions.contiguous(), keys, state)
-
-
-def dynamic_axes(tensors: Sequence[Tensor], others: Sequence[Tensor], names: Sequence[str]) -> list[dict[int, str]]:
-    """The axes of each tensor whose sizes differ in another example; the last of names is that of all other axes."""
-    return [
-        {i: names[min(i, len(names) - 1)] for i, (m, n) in enumerate(zip(x.shape, y.shape, strict=True)) if m != n}
-        for x, y in zip(tensors, others, strict=True)
-    ]
+    keys, state = ([x.contiguous() for x in flatten(nested)] for nested in (keys, state))  # ONNX has no strides
+    return inputs, (words, regions.contiguous(), keys, state)
 
 
 class Part(NamedTuple):
@@ -155,23 +139,24 @@ class Part(NamedTuple):
 
     name: str  # in messages
     module: nn.Module
-    arguments: tuple[Any, ...]  # an example of its inputs
-    axes: tuple[Any, ...]  # {axis: name} of each input whose size may be another
+    examples: tuple[tuple[Any, ...], tuple[Any, ...]]  # two sets of inputs with no size in common
+    axis_names: tuple[tuple[str, ...], ...]  # for each input, as in `dynamic_axes`
     input_names: list[str]
     output_names: list[str]
 
     def write(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write it as one file. Raises InputError where torch cannot export the module."""
+        """Write the model as one file. Raises InputError if torch cannot export the module."""
+        axes = [dynamic_axes(*each) for each in zip(*self.examples, self.axis_names, strict=True)]
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")  # of what torch deprecates in itself
+            warnings.simplefilter("ignore")  # torch warns about its own deprecated calls
             try:
                 program = torch.onnx.export(
                     self.module,
-                    self.arguments,
+                    self.examples[0],
                     dynamo=True,
                     input_names=self.input_names,
                     output_names=self.output_names,
-                    dynamic_shapes=self.axes,
+                    dynamic_shapes=tuple(axes),
                     verbose=False,
                 )
                 assert program is not None
@@ -179,7 +164,7 @@ class Part(NamedTuple):
                 program.save(path, external_data=False)
             except (OSError, MemoryError):
                 raise
-            except Exception as error:  # what ONNX lacks raises almost anything
+            except Exception as error:  # an operation that ONNX lacks raises almost anything
                 while error.__cause__ is not None:
                     error = error.__cause__  # torch wraps the reason
                 raise InputError(
@@ -187,25 +172,32 @@ class Part(NamedTuple):
                 ) from None
 
 
+def dynamic_axes(x: Any, other: Any, names: tuple[str, ...]) -> Any:
+    """Name the axes of a tensor, or of a list of tensors, whose sizes differ in another example.
+
+    Axis i is names[i]; further axes have the last name.
+    """
+    if not isinstance(x, Tensor):
+        return [dynamic_axes(*each, names) for each in zip(x, other, strict=True)]
+    sizes = enumerate(zip(x.shape, other.shape, strict=True))
+    return {i: names[min(i, len(names) - 1)] for i, (size, other_size) in sizes if size != other_size}
+
+
 def make_parts(captioner: Captioner, names: TensorNames) -> tuple[Part, Part]:
-    """The encoder, with all that is computed once per image, and the decoder's step."""
-    # Of two examples without a common size the axes that differ are dynamic. No size is 1, which torch would fix.
-    example, other = make_example(captioner, 2, 5, 3, 2), make_example(captioner, 4, 7, 5, 3)
-    keys, state = flatten(example.keys), flatten(example.state)
-    input_axes = dynamic_axes(example.inputs, other.inputs, ("batch", "boxes"))
-    region_axes, *key_axes = dynamic_axes(
-        [example.regions, *keys], [other.regions, *flatten(other.keys)], ("batch", "regions")
+    """Return the two parts of a captioner: once per image, and at each word."""
+    # Axes whose sizes differ between the examples are dynamic. No size is 1, which torch would fix.
+    inputs, arguments = zip(make_example(captioner, 2, 5, 3, 2), make_example(captioner, 4, 7, 5, 3), strict=True)
+    of_boxes, of_regions, of_captions = ("batch", "boxes"), ("batch", "regions"), ("batch", "captions", "length")
+    encoder = Part(
+        "encoder", ImageModule(captioner), inputs, (of_boxes,) * len(names.inputs), names.inputs, names.image_outputs
     )
-    word_axes, *state_axes = dynamic_axes(
-        [example.words, *state], [other.words, *flatten(other.state)], ("batch", "captions", "length")
-    )
+    _, keys, state = ImageModule(captioner).encode(*inputs[0])
     step = Part(
         "decoder",
-        StepModule(captioner.decoder, example.keys, example.state),
-        (example.words, example.regions, keys, state),
-        (word_axes, region_axes, key_axes, state_axes),
+        StepModule(captioner.decoder, keys, state),
+        arguments,
+        (of_captions, of_regions, of_regions, of_captions),
         ["words", *names.image_outputs],
         ["log_probs", "alpha", *names.next_state],
     )
-    encoder = ImageModule(captioner)
-    return Part("encoder", encoder, example.inputs, tuple(input_axes), names.inputs, names.image_outputs), step
+    return encoder, step

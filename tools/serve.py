@@ -1,6 +1,6 @@
 """Caption photos on a page in the browser: python tools/serve.py --checkpoint best.pt
 
-The server runs on this machine only and captions the photos that are dropped on the report's page.
+The server runs on this machine only and captions the photos that are dropped on the page.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from utils import InputError, choose_runtime, first_line, is_out_of_memory, requ
 from visualization.photos import open_for_picture
 from visualization.report import Report, describe_caption, describe_photo
 
-HOST = "127.0.0.1"  # no other machine reaches it
+HOST = "127.0.0.1"  # other machines cannot reach it
 MAX_UPLOAD = 32 * 2**20  # bytes of a photo's file
-MAX_IGNORED = 2**30  # bytes that are read of a refused request, so that its sender gets to the answer
+MAX_IGNORED = 2**30  # bytes to read from a refused request, so that its sender reads the answer
 TIMEOUT = 30  # seconds that a client may be silent
-ROUTES = {"/": ("GET", "HEAD"), "/caption": ("POST",)}  # the methods of each path
+ROUTES = {"/": ("GET", "HEAD"), "/caption": ("POST",)}  # methods of each path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,10 @@ class CardMaker:
     """Captions a photo and describes it as a card of the report.
 
     Args:
-        captioner: in eval mode, or an ensemble; not of region features.
-        caption: `decoding.captions.caption_batch` of it, with the settings of the decoding.
-        detector: finds the objects that the captioner looks at; None where it looks at none.
-        seed: of each photo's samples.
+        captioner: captioner in eval mode, or an ensemble; takes images.
+        caption: captions a batch of images, as `evaluation.consensus.load_captioning` returns it.
+        detector: finds the objects that the captioner looks at; None if it looks at none.
+        seed: seed of each photo's samples.
     """
 
     captioner: Captioner | Ensemble
@@ -67,7 +67,7 @@ class CardMaker:
     seed: int
 
     def __call__(self, photo: PhotoBytes) -> dict[str, Any]:
-        """The card. Raises InputError where the photo cannot be read, as `preparation.images.open_photo`."""
+        """Return the card of a photo. Raises InputError if the photo cannot be read."""
         size = self.captioner.image_size, self.captioner.resize
         image, objects = torch.from_numpy(load_image(photo, *size)), []
         if self.detector:
@@ -84,11 +84,11 @@ class CaptionServer(ThreadingHTTPServer):
     """Serves the page, and the cards of the photos that it sends, one after the other.
 
     Args:
-        page: HTML.
-        make_card: called with one photo at a time; its InputErrors are answers to the client.
-        port: 0 for any free one.
+        page: the page as HTML.
+        make_card: called with one photo at a time; the client receives its InputErrors.
+        port: port of the page; 0: any free one.
 
-    Raises InputError where the port cannot be had.
+    Raises InputError if the port is unavailable.
     """
 
     def __init__(self, page: str, make_card: Callable[[PhotoBytes], dict[str, Any]], port: int) -> None:
@@ -100,12 +100,12 @@ class CaptionServer(ThreadingHTTPServer):
             raise InputError(f"--port {port}: {error.strerror}: give another one, or 0 for any that is free") from None
         names = (HOST, "localhost")
         self.hosts = {f"{name}:{self.server_port}" for name in names}
-        if self.server_port == 80:  # which browsers leave out
+        if self.server_port == 80:  # browsers leave this port out
             self.hosts |= set(names)
 
     @property
     def address(self) -> str:
-        """Where the page is."""
+        """Address of the page."""
         return f"http://{HOST}:{self.server_port}/"
 
     def run(self) -> None:
@@ -118,13 +118,13 @@ class CaptionServer(ThreadingHTTPServer):
                 self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the traceback of an error in the program; clients that went away are none."""
+        """Print the traceback of an error, unless the client has closed the connection."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 class RequestError(Exception):
-    """A request that is answered with an HTTP status and one line."""
+    """Error in a request; the answer is an HTTP status and one line."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -132,15 +132,15 @@ class RequestError(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET / with the page and POST /caption, a photo's bytes, with its card in JSON.
+    """Answers GET / with the page and POST /caption, which sends a photo's bytes, with its card in JSON.
 
-    Everything else is answered with a status and {"error": "one line"}. No path is one of the file system. Requests
-    under another host name (DNS rebinding) or of another site's page are refused.
+    The answer to anything else is a status and {"error": "one line"}. No path leads to the file system. Requests under
+    another host name (DNS rebinding) or from another site's page are refused.
     """
 
     server: CaptionServer
     timeout = TIMEOUT
-    default_request_version = "HTTP/1.0"  # of a request that names none: its answer has a status all the same
+    default_request_version = "HTTP/1.0"  # so that even a request without a version gets a status
 
     def do_GET(self) -> None:
         """Answer a request."""
@@ -164,20 +164,20 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET  # noqa: N815
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Send {"error": message} with an HTTP status: http.server does for requests that it cannot read, too."""
+        """Send {"error": message} with an HTTP status; http.server calls it for unreadable requests, too."""
         code = 405 if code == 501 else code  # a method without a do_ function
         error = {"error": " ".join(str(message).split())}
         self._send(code, "application/json", json.dumps(error).encode())
         self._ignore_rest()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of requests."""
+        """Log nothing."""
 
     def _send(self, status: int, kind: str, content: bytes) -> None:
         self.send_response(status)
         headers = {"Content-Type": kind, "Content-Length": len(content), "Connection": "close"}
         headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        headers["Content-Security-Policy"] = "frame-ancestors 'none'"  # beside that of the page, which cannot say it
+        headers["Content-Security-Policy"] = "frame-ancestors 'none'"  # a policy in the page cannot contain this
         if status == 405:
             headers["Allow"] = ", ".join(ROUTES.get(self.path, ()))
         for name, value in headers.items():
@@ -187,10 +187,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _ignore_rest(self) -> None:
-        """Read what a client still sends: closing the connection before would take the answer from it."""
+        """Read the rest of a request: closing the connection early would discard the answer."""
         self.close_connection = True
         ignored = 0
-        with contextlib.suppress(OSError):  # it has gone, or is silent
+        with contextlib.suppress(OSError):  # the client has gone, or is silent
             self.connection.shutdown(socket.SHUT_WR)
             while ignored < MAX_IGNORED and (part := self.rfile.read1(2**16)):
                 ignored += len(part)
@@ -204,24 +204,24 @@ class Handler(BaseHTTPRequestHandler):
         if origin is not None and origin.removeprefix("http://") not in self.server.hosts:
             raise RequestError(403, f"a page of another origin: open {address}")
         if self.path not in ROUTES:
-            raise RequestError(404, f"there is only {address}")
+            raise RequestError(404, f"the only page is {address}")
         if self.command not in ROUTES[self.path]:
             raise RequestError(405, f"{self.command} is not a method of {self.path}: {' '.join(ROUTES[self.path])}")
 
     def _card(self) -> dict[str, Any]:
-        """The card of the photo in the request's body, whose name is in the header X-Photo-Name, percent-encoded."""
+        """Return the card of the photo in the request's body; header X-Photo-Name: its name, percent-encoded."""
         name = " ".join(unquote(self.headers.get("X-Photo-Name", "")).split()) or "photo"
         length = self._length()
         content = self.rfile.read(length)
         if len(content) < length:
             raise RequestError(400, f"{name}: {len(content)} of {length} bytes arrived")
-        with self.server.lock:  # also while it is decoded, which may take a lot of memory
+        with self.server.lock:  # covers the decoding of the photo, which may take a lot of memory
             if self.server.is_ending:
                 raise RequestError(503, f"{name}: the server is ending")
             return self.server.make_card(PhotoBytes(name, content))
 
     def _length(self) -> int:
-        """The length of the body. Raises RequestError where it is not known or too large."""
+        """Return the length of the body in bytes. Raises RequestError if it is unknown or too large."""
         lengths = self.headers.get_all("Content-Length", [])
         if not lengths or "Transfer-Encoding" in self.headers:
             raise RequestError(411, "a photo needs a Content-Length, and no Transfer-Encoding")
@@ -233,7 +233,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def make_server(settings: Settings) -> CaptionServer:
-    """Load the model and return its server, which does not run yet. Raises InputError if it cannot caption photos."""
+    """Load the model and return a server that is not running yet; InputError if the model cannot caption photos."""
     require_needs(settings)
     runtime = choose_runtime(settings.device, settings.precision)
     captioner, caption = load_captioning(settings, runtime)

@@ -1,6 +1,6 @@
-"""What pictures and the report share: the photo as it is shown, its regions by name, and the pictures' files.
+"""What pictures and the report share: the photo as they show it, its named regions, and the files of the pictures.
 
-Shapes: R regions. Without matplotlib, which takes half a second to import.
+Shapes: R regions. This module does not import matplotlib, which takes half a second.
 """
 
 import itertools
@@ -12,24 +12,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from decoding.captions import ImageCaption
-from evaluation.ensemble import Ensemble
-from models import Captioner
+from decoding.captions import CaptioningModel, ImageCaption
 from preparation.images import PhotoBytes, open_photo, to_square
 from utils import InputError
 
-SOFTWARE = "caption.py (image captioning)"  # PNG metadata by which our pictures are told from the user's files
+SOFTWARE = "caption.py (image captioning)"  # PNG metadata that tells our pictures from the user's files
 PHOTO_SIDE = 400  # pixels of a photo's longer side in a picture
-MAX_ASPECT = 2.5  # of a photo's sides in a picture, a longer one is squeezed: the model sees a square anyway
-FULL_BRIGHTNESS = 4.0  # attention, in multiples of the uniform weight 1 / R, from which a tile is fully bright
-MAX_FRAMES = 3  # of the objects at a word
-MAX_NAMED_EDGES = 8  # of a graph at a word
+MAX_ASPECT = (
+    2.5  # largest ratio of a photo's sides in a picture; longer photos are squeezed, as the model sees a square
+)
+FULL_BRIGHTNESS = 4.0  # attention, in multiples of the uniform weight 1 / R, at which a tile reaches full brightness
+MAX_FRAMES = 3  # framed objects at a word
+MAX_NAMED_EDGES = 8  # edges of a graph with names at a word
 
 
 def open_for_picture(path: str | Path | PhotoBytes, resize_mode: str) -> Image.Image:
-    """A photo as its pictures show it, so that the grid of regions spans it exactly.
+    """Open a photo as pictures show it: exactly the part that the grid of regions covers.
 
-    The image that the model sees is the whole photo where `resize_mode` is squash, otherwise its square
+    This is the whole photo if `resize_mode` is squash, otherwise the square that the model sees
     (`preparation.images.to_square`).
     """
     photo = open_photo(path, PHOTO_SIDE)
@@ -41,35 +41,35 @@ def open_for_picture(path: str | Path | PhotoBytes, resize_mode: str) -> Image.I
 
 
 class Regions(NamedTuple):
-    """What the attention looks at."""
+    """The regions that the attention weights belong to."""
 
     boxes: np.ndarray  # (R, 4) left, top, right and bottom in fractions of the sides
-    names: Sequence[str | None]  # of the R regions, "" where it is not known; None: cells of a grid, which come first
+    names: Sequence[str | None]  # of the R regions; None: a cell of the grid (these come first); "": name unknown
 
     @property
     def num_cells(self) -> int:
-        """How many regions are cells of a grid."""
+        """The number of regions that are cells of a grid."""
         return self.names.count(None)
 
     def is_whole(self, i: int) -> bool:
-        """Whether a region is the whole photo."""
+        """Return True if a region is the whole photo."""
         return bool((self.boxes[i] == (0, 0, 1, 1)).all())
 
-    def named_edges(self, edges: dict[tuple[int, int], float]) -> list[tuple[tuple[int, int], float]]:
-        """Of edges with their shares, largest first, those whose relations are named, MAX_NAMED_EDGES at most.
+    def is_part(self, i: int) -> bool:
+        """Return True if a region is neither a cell of the grid nor the whole photo."""
+        return self.names[i] is not None and not self.is_whole(i)
 
-        Those of the whole photo, which is around everything, are left out.
+    def named_edges(self, edges: dict[tuple[int, int], float]) -> list[tuple[tuple[int, int], float]]:
+        """Return the edges whose relations are named, with their shares: the first MAX_NAMED_EDGES, largest first.
+
+        Edges of the whole photo are left out: it is around everything.
         """
         kept = [(edge, share) for edge, share in edges.items() if not any(map(self.is_whole, edge))]
         return kept[:MAX_NAMED_EDGES]
 
-    def is_part(self, i: int) -> bool:
-        """Whether a region is a part of the photo, and no cell of a grid."""
-        return self.names[i] is not None and not self.is_whole(i)
 
-
-def name_regions(captioner: Captioner | Ensemble, caption: ImageCaption, objects: Sequence[dict[str, Any]]) -> Regions:
-    """The regions of a caption's photo, which has these objects, with their names."""
+def name_regions(captioner: CaptioningModel, caption: ImageCaption, objects: Sequence[dict[str, Any]]) -> Regions:
+    """Return the regions of a caption with their names, which come from the objects of the photo."""
     source, count = captioner.region_source, len(caption.boxes)
     names: list[str | None] = [None] * count
     if source.uses_region_features:
@@ -81,9 +81,9 @@ def name_regions(captioner: Captioner | Ensemble, caption: ImageCaption, objects
 
 
 def picture_paths(photos: Sequence[str], folder: str | Path, kinds: Sequence[str]) -> list[dict[str, Path]]:
-    """For each photo the paths of its pictures by kind: cat_attention.png, cat-2_attention.png for another cat.
+    """Return the paths of each photo's pictures by kind: cat_attention.png, cat-2_attention.png for another cat.
 
-    Raises InputError where a picture would replace a file that is not one of ours.
+    Raises InputError if a picture would replace a file that is not one of our pictures.
     """
     names: dict[str, None] = {}  # an ordered set
     for photo in photos:
@@ -102,7 +102,7 @@ def picture_paths(photos: Sequence[str], folder: str | Path, kinds: Sequence[str
 
 
 def is_our_picture(path: str | Path) -> bool:
-    """Whether `save_picture` wrote a file."""
+    """Return True if `visualization.pictures.save_picture` wrote a file."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             return picture.info.get("Software") == SOFTWARE

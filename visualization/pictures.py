@@ -1,7 +1,7 @@
 """Pictures of a caption: the attention at each word, and the edges of the graph that mattered for a word.
 
-Shapes: T words of a caption, R regions, a square grid where they are not described. Figures are laid out in inches of
-100 pixels.
+Shapes: T words of a caption, R regions (cells of a square grid unless `Regions` describe them). Figures are laid out in
+inches of 100 pixels.
 """
 
 import math
@@ -16,35 +16,36 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from common.files import save_figure
-from decoding.captions import ImageCaption
-from evaluation.ensemble import Ensemble
-from models import Captioner
+from decoding.captions import CaptioningModel, ImageCaption
 from modules.graph import edge_attribution
 from modules.relations import RELATIONS, spatial_relations
 from visualization.photos import FULL_BRIGHTNESS, MAX_FRAMES, SOFTWARE, Regions, name_regions
 
 MAX_WIDTH, MAX_HEIGHT = 11.5, 16.0  # inches of a picture
-TILE_WIDTH, TITLE_HEIGHT, GAP = 2.3, 0.42, 0.03  # inches; the width at most, smaller where tiles are many
+TILE_WIDTH, TITLE_HEIGHT, GAP = 2.3, 0.42, 0.03  # inches; many tiles are narrower than TILE_WIDTH
 FRAME_COLOR = "orange"
-MAX_EDGES = 30  # in a picture, where they have no names
+MAX_EDGES = 30  # edges without names in a picture
 
 
 def plot_pictures(
     photo: Image.Image,
     caption: ImageCaption,
-    captioner: Captioner | Ensemble,
+    captioner: CaptioningModel,
     graph_word: str,
     objects: Sequence[dict[str, Any]],
 ) -> dict[str, Figure]:
-    """The pictures of a photo with its objects by their kind: attention and, where it has the graph word, edges.
+    """Plot the pictures of a caption by kind: "attention" and, if the caption has the graph word, "edges".
 
-    The photo is as `open_for_picture` returns it.
+    Args:
+        photo: as `open_for_picture` returns it.
+        graph_word: word whose edges are plotted; "": none.
+        objects: objects in the photo, which name its regions.
     """
     words = caption.words if captioner.decoder.has_attention else []
     regions = name_regions(captioner, caption, objects)
-    of_grid = regions.num_cells == len(regions.boxes)
+    is_grid = regions.num_cells == len(regions.boxes)
     alpha = caption.alpha.numpy()
-    figures = {"attention": plot_attention(photo, words, alpha, caption.gates, None if of_grid else regions)}
+    figures = {"attention": plot_attention(photo, words, alpha, caption.gates, None if is_grid else regions)}
     if graph_word in caption.words and caption.neighbors is not None:
         alpha = caption.alpha[caption.words.index(graph_word)]
         edges = edge_attribution(alpha, caption.neighbors, caption.edge_weights)
@@ -74,9 +75,9 @@ def plot_attention(
 
     Args:
         photo: as `open_for_picture` returns it.
-        words: T words; without any, the figure is just the photo.
+        words: T words; if there are none, the figure is just the photo.
         alpha: (T, R) attention weights; further rows are ignored.
-        gates: of each word, None for a decoder without a gate; further ones are ignored.
+        gates: gates of the T words, None for a decoder without gates; further gates are ignored.
         regions: None for a grid of R cells.
     """
     aspect, title_height = photo.height / photo.width, TITLE_HEIGHT if words else 0
@@ -88,7 +89,7 @@ def plot_attention(
     pixels = np.asarray(photo.resize((round(100 * width), max(1, round(100 * width * aspect)))))
     tiles = [pixels, *(pixels * _brightness(alpha[: len(words)], pixels.shape[:2], regions)).astype(np.uint8)]
     figure = Figure(figsize=(width * columns, row_height * rows))
-    axes = figure.add_axes((0, 0, 1, 1))  # one for all tiles, an axes each would take longer than the rest
+    axes = figure.add_axes((0, 0, 1, 1))  # shared by all tiles: axes for each would take longer than all the rest
     axes.axis("off")
     for i, (tile, (word, weights)) in enumerate(zip(tiles, titles, strict=True)):
         left, top = width * (i % columns), row_height * (i // columns)
@@ -105,7 +106,7 @@ def plot_attention(
 
 
 def _tile_columns(num_tiles: int, aspect: float) -> tuple[int, float]:
-    """The number of columns, and the width in inches of tiles, with which a picture keeps to MAX_WIDTH, MAX_HEIGHT."""
+    """Return the number of columns and the width of tiles in inches that keep a picture within its maximum size."""
     columns, width = min(5, num_tiles), TILE_WIDTH
     while math.ceil(num_tiles / columns) * (width * aspect + TITLE_HEIGHT) > MAX_HEIGHT:
         columns += 1
@@ -114,9 +115,9 @@ def _tile_columns(num_tiles: int, aspect: float) -> tuple[int, float]:
 
 
 def _brightness(alpha: np.ndarray, size: tuple[int, ...], regions: Regions | None) -> np.ndarray:
-    """Attention weights (T, R) as brightness (T, *size, 1) from 0.2 to 1, size being (height, width).
+    """Convert attention weights (T, R) to brightness (T, *size, 1) from 0.2 to 1; size is (height, width).
 
-    That of cells is smoothed by half a cell; an object is as bright as its weight, and so is the whole photo.
+    The brightness of cells is smoothed by half a cell. Objects and the whole photo are as bright as their weights.
     """
     (height, width), relative = size, alpha * alpha.shape[1]
     boxes = regions.boxes[regions.num_cells :] if regions else np.zeros((0, 4))
@@ -133,9 +134,9 @@ def _brightness(alpha: np.ndarray, size: tuple[int, ...], regions: Regions | Non
 
 
 def _frame_objects(axes: Axes, alpha: np.ndarray, regions: Regions, tile: tuple[float, float, float, float]) -> None:
-    """Frame and name the objects of more than the uniform weight at a word, MAX_FRAMES at most, the heaviest first.
+    """Frame and name the MAX_FRAMES objects with the largest weights alpha (R,), if these exceed the uniform weight.
 
-    alpha (R,); tile: left, top, right and bottom of the photo in the figure, in inches.
+    tile: left, top, right and bottom of the photo in the figure, in inches.
     """
     objects = [i for i in range(len(alpha)) if regions.is_part(i) and alpha[i] > 1 / len(alpha)]
     for i in sorted(objects, key=lambda i: -alpha[i])[:MAX_FRAMES]:
@@ -144,7 +145,7 @@ def _frame_objects(axes: Axes, alpha: np.ndarray, regions: Regions, tile: tuple[
 
 
 def _frame(axes: Axes, box: np.ndarray, name: str, tile: tuple[float, float, float, float], strength: float) -> None:
-    """Frame and name an object in a photo that is drawn at `tile`: left, top, right and bottom."""
+    """Frame and name an object in a photo drawn at `tile`: left, top, right and bottom."""
     left, top, right, bottom = tile
     x, y = left + box[0::2] * (right - left), top + box[1::2] * (bottom - top)
     frame = Rectangle((x[0], y[0]), x[1] - x[0], y[1] - y[0], fill=False, linewidth=0.5 + 1.5 * strength)
@@ -154,7 +155,7 @@ def _frame(axes: Axes, box: np.ndarray, name: str, tile: tuple[float, float, flo
 
 
 def _smoothing(pixels: int, regions: int) -> np.ndarray:
-    """The weights (pixels, regions) of a Gaussian mean of the regions along one side."""
+    """Return the weights (pixels, regions) of a Gaussian mean of the regions along one side."""
     centers = (np.arange(pixels) + 0.5) / pixels * regions - 0.5
     weights = np.exp(-2 * (centers[:, None] - np.arange(regions)) ** 2)
     return weights / weights.sum(axis=1, keepdims=True)
@@ -177,12 +178,11 @@ def plot_edges(
         photo: as `open_for_picture` returns it.
         alpha: (R,) attention weights at the word.
         edges: shares of (source, target) edges, largest first, as `modules.graph.edge_attribution` returns them.
-        regions: of the graph.
-        relations: (R, R) indices into `modules.relations.RELATIONS`, whose names are written beside the edges; those of
-            the whole photo, which is around everything, are left out then.
+        regions: regions of the graph.
+        relations: (R, R) indices into `modules.relations.RELATIONS`; names the edges of `Regions.named_edges` and
+            leaves out all others.
     """
     centers = (regions.boxes[:, :2] + regions.boxes[:, 2:]) / 2 * (photo.width, photo.height)
-
     figure = Figure(figsize=(6, 6 * photo.height / photo.width + 0.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(np.asarray(photo) / 255 * 0.6)
@@ -198,15 +198,15 @@ def plot_edges(
             _frame(axes, regions.boxes[i], name or "", whole, strength=min(1.0, alpha[i] / alpha.max()))
     for (source, target), share in largest:
         strength = share / largest[0][1]
-        arrow = {"arrowstyle": "->", "color": "orange", "linewidth": 3 * strength, "alpha": 0.3 + 0.7 * strength}
+        arrow = {"arrowstyle": "->", "color": FRAME_COLOR, "linewidth": 3 * strength, "alpha": 0.3 + 0.7 * strength}
         axes.annotate("", centers[target], centers[source], arrowprops=arrow)
         if relations is not None:
-            x, y = 0.6 * centers[source] + 0.4 * centers[target]  # not in the middle: an edge back has its name, too
+            x, y = 0.6 * centers[source] + 0.4 * centers[target]  # off the middle, where the edge back has no name
             axes.text(x, y, RELATIONS[relations[source, target]], color="white", fontsize=8, ha="center")
     return figure
 
 
 def save_picture(figure: Figure, path: str | Path) -> set[str]:
-    """Write a figure as a PNG that `is_our_picture` knows; returns the characters that the font lacks."""
-    # This compression takes half the time of the default, for a sixth more bytes.
+    """Write a figure as a PNG that `is_our_picture` recognizes; return the characters that the font lacks."""
+    # Compression level 1 takes half the time of the default; files are a sixth larger.
     return save_figure(figure, path, metadata={"Software": SOFTWARE}, pil_kwargs={"compress_level": 1})

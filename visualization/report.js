@@ -1,13 +1,13 @@
 "use strict";
 
-// The report's page: cards of photos with their captions, drawn from the JSON that evaluation/report.py wrote into it.
-// All text of the data reaches the page as text nodes, so no name or caption is ever read as HTML.
+// The report's page: draws cards of photos with their captions from the JSON that visualization/report.py embeds.
+// All text of the data becomes text nodes, so no name or caption is ever read as HTML.
 
 const report = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
-const BINS = 24; // of the histogram
+const BINS = 24; // bars of the histogram
 const MAX_PHOTO_HEIGHT = 24; // rem
-const PLAY_MS = 700; // a word
+const PLAY_MS = 700; // for each word
 const byId = (id) => document.getElementById(id);
 
 function element(tag, attributes = {}, ...children) {
@@ -23,12 +23,12 @@ function element(tag, attributes = {}, ...children) {
 
 // ------------------------------------------------------------------------------------------------- attention
 
-// The weights of a caption: base64 of bytes that are 255 times the square roots.
+// Decode the weights of a caption: base64 of bytes, each 255 times the square root of a weight.
 function decodeWeights(text) {
   return Float32Array.from(atob(text), (character) => (character.charCodeAt(0) / 255) ** 2);
 }
 
-// The weights (R) at word t: those of the chosen layer and head, null where the model has none such, or what it gave.
+// Return the weights (R) at word t of the chosen layer and head; null if the model does not have these.
 function weightsAt(caption, t) {
   const regions = caption.cells + caption.boxes.length;
   const layer = Number(byId("layer").value), head = Number(byId("head").value);
@@ -48,8 +48,8 @@ function weightsAt(caption, t) {
   return caption.weights.subarray(t * regions, (t + 1) * regions);
 }
 
-// Brightness (height * width) from 0 to 1, for all words 1 from `full_brightness` times the uniform weight on.
-// That of cells is interpolated between their centers; an object is as bright as its weight.
+// Return the brightness (height * width) from 0 to 1; 1 means at least `full_brightness` times the uniform weight.
+// The brightness of cells is interpolated between their centers; objects are as bright as their weights.
 function brightness(caption, weights, width, height) {
   const light = new Float32Array(width * height), side = Math.sqrt(caption.cells);
   const scale = weights.length / report.full_brightness;
@@ -76,7 +76,7 @@ function brightness(caption, weights, width, height) {
   return light.map((weight) => Math.min(1, weight * scale));
 }
 
-// Whether nobody knows where the regions are: region features without boxes.
+// Return true if the positions of the regions are unknown: region features without boxes.
 const lacksBoxes = (caption) => caption.boxes.length > 1 && !caption.cells && caption.boxes.every(isWhole);
 
 const isWhole = ([left, top, right, bottom]) => left === 0 && top === 0 && right === 1 && bottom === 1;
@@ -85,7 +85,7 @@ const isWhole = ([left, top, right, bottom]) => left === 0 && top === 0 && right
 
 const ngramsOf = (words, n) => words.slice(n - 1).map((_, i) => words.slice(i, i + n).join(" "));
 
-// For each word of a reference the length of the longest n-gram around it, up to 4, that a caption has as well.
+// Return for each word of a reference the length of the longest n-gram with it, up to 4, that a caption shares.
 function matches(reference, caption) {
   const longest = reference.map(() => 0);
   for (let n = 1; n <= 4; n++) {
@@ -97,7 +97,7 @@ function matches(reference, caption) {
   return longest;
 }
 
-// Which words of a caption are not in its longest common subsequence with another one.
+// Return for each word of a caption true if it is not in the longest common subsequence with another caption.
 function differing(words, other) {
   const common = Array.from({ length: words.length + 1 }, () => new Uint16Array(other.length + 1));
   for (let i = words.length - 1; i >= 0; i--) {
@@ -124,13 +124,13 @@ class Card {
     this.record = record;
     this.index = index;
     const texts = [...record.captions.map((caption) => caption.words.join(" ")), ...record.references];
-    this.text = ` ${texts.join(" ")}`.toLowerCase(); // each word behind a space
+    this.text = ` ${texts.join(" ")}`.toLowerCase(); // a space before each word
     this.node = element("article", { class: "card", tabindex: -1, "aria-label": record.name });
     this.node.card = this;
     this.isFilled = false;
   }
 
-  // The content is made when the card comes near the window: a thousand photos open at once.
+  // Fill the card only when it comes near the window, so that a page of a thousand photos opens at once.
   fill() {
     if (this.isFilled) return;
     this.isFilled = true;
@@ -141,7 +141,7 @@ class Card {
     const src = `data:image/jpeg;base64,${record.photo}`;
     this.image = element("img", { src, width, height, alt, decoding: "async" });
     const photo = element("div", { class: "photo" }, this.image, this.canvas, this.drawing);
-    photo.style.width = `${MAX_PHOTO_HEIGHT * width / height}rem`; // high photos are narrow
+    photo.style.width = `${MAX_PHOTO_HEIGHT * width / height}rem`; // tall photos are narrow
     this.status = element("p", { class: "status", "aria-live": "polite" });
     this.words = [];
     this.node.append(
@@ -151,7 +151,7 @@ class Card {
       ...record.captions.flatMap((caption, model) => this.captionNodes(caption, model)),
     );
     if (record.references.length) this.node.append(this.referencesNode());
-    if (this.words.length) this.words[0].tabIndex = 0; // of all words one is a tab stop, arrow keys reach the others
+    if (this.words.length) this.words[0].tabIndex = 0; // only one word is a tab stop; arrow keys reach the others
   }
 
   captionNodes(caption, model) {
@@ -202,7 +202,7 @@ class Card {
     return element("details", { class: "references" }, element("summary", {}, summary), element("ul", {}, ...items));
   }
 
-  // Show where the attention is at a word, the one of a button.
+  // Show the attention at the word of a button.
   show(button) {
     for (const other of this.words) {
       other.setAttribute("aria-pressed", String(other === button));
@@ -210,21 +210,21 @@ class Card {
     }
     this.shown = button;
     const { caption, t } = button, { width, height } = this.record;
-    if (!caption.alpha) return this.erase(`${caption.words[t]}: no attention is known of this caption`);
+    if (!caption.alpha) return this.erase(`${caption.words[t]}: the attention of this caption is unknown`);
     const weights = weightsAt(caption, t);
     if (!weights) return this.erase(`${caption.words[t]}: this model has no such layer or head`);
     if (lacksBoxes(caption)) return this.erase(describe(caption, t, weights));
     const light = brightness(caption, weights, width, height);
     const pixels = new ImageData(width, height);
     light.forEach((value, i) => {
-      pixels.data[4 * i + 3] = Math.round(255 * 0.8 * (1 - value)); // black above the photo
+      pixels.data[4 * i + 3] = Math.round(255 * 0.8 * (1 - value)); // black over the photo
     });
     this.canvas.getContext("2d").putImageData(pixels, 0, 0);
     this.drawing.replaceChildren(...this.frames(caption, weights), ...this.arrows(caption, t));
     this.status.textContent = describe(caption, t, weights);
   }
 
-  // Frames of the objects with more than the uniform weight, the heaviest first.
+  // Return frames of the objects with the largest weights, if these exceed the uniform weight.
   frames(caption, weights) {
     const { width, height } = this.record, uniform = 1 / weights.length;
     return caption.boxes
@@ -237,13 +237,13 @@ class Card {
           x: left * width, y: top * height, width: (right - left) * width, height: (bottom - top) * height,
           "stroke-width": 1 + 2 * Math.min(1, weight / uniform / report.full_brightness),
         }),
-        // A corner of its own for each name: objects that share a name often overlap.
+        // Names go to different corners, because objects of the same name often overlap.
         element("text", i === 1 ? { x: right * width - 3, y: bottom * height - 4, "text-anchor": "end" }
           : { x: left * width + 3, y: i ? bottom * height - 4 : top * height + 10 }, name),
       ]);
   }
 
-  // Arrows of the graph's edges that mattered for a word, with their relations.
+  // Return arrows of the graph's edges that mattered for a word, with their relations.
   arrows(caption, t) {
     if (!caption.edges || !byId("edges").checked) return [];
     const { width, height } = this.record, at = (i) => [caption.centers[i][0] * width, caption.centers[i][1] * height];
@@ -266,7 +266,7 @@ class Card {
     this.status.textContent = status;
   }
 
-  // Back to the photo alone; while a word has the keyboard's focus it stays.
+  // Show the photo alone again, unless a word has the keyboard's focus.
   clear() {
     if (!this.shown || this.timer || this.node.contains(document.activeElement?.closest(".word"))) return;
     this.shown.setAttribute("aria-pressed", "false");
@@ -291,7 +291,7 @@ class Card {
   }
 }
 
-// What the status line says of a word: where the largest weights are, in words and numbers.
+// Return the status line of a word: the positions and values of its largest weights.
 function describe(caption, t, weights) {
   const order = [...weights.keys()].sort((i, j) => weights[j] - weights[i]), side = Math.sqrt(caption.cells);
   const regionName = (i) => {
@@ -307,7 +307,7 @@ function describe(caption, t, weights) {
 
 // ------------------------------------------------------------------------------------------------- sort and filter
 
-// What cards are sorted and filtered by: the title of each key, and its value of a card.
+// Return what cards can be sorted and filtered by: a name, a title, and a function that returns a card's value.
 function makeKeys() {
   const order = report.serve ? ["order", "Newest first", (card) => -card.index]
     : ["order", "Order in the data", (card) => card.index];
@@ -370,7 +370,7 @@ function update() {
   const [name, , value] = chosenKey(), [least, most] = range(), [low, high] = limits();
   const terms = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const bin = (card) => (value(card) - least) / (most - least || 1) * BINS;
-  const fits = (card) => terms.every((term) => card.text.includes(` ${term}`)) && // words that start so
+  const fits = (card) => terms.every((term) => card.text.includes(` ${term}`)) && // words that start with the term
     (name === "order" || (bin(card) >= low && (bin(card) < high || high === BINS)));
   const sign = isAscending ? 1 : -1;
   const sorted = [...cards].sort((a, b) => sign * (value(a) - value(b)) || a.index - b.index);
@@ -379,7 +379,7 @@ function update() {
   for (const card of visible) card.node.hidden = false;
   const focused = document.activeElement;
   byId("cards").replaceChildren(...sorted.map((card) => card.node));
-  if (focused !== document.activeElement) focused.focus({ preventScroll: true }); // a node that moves loses the focus
+  if (focused !== document.activeElement) focused.focus({ preventScroll: true }); // a node loses the focus when it moves
   byId("count").textContent = `${visible.length} of ${cards.length} photos`;
 }
 
@@ -459,7 +459,7 @@ function offerChoices() {
 
 let sent = 0, total = 0, lastUpload = Promise.resolve();
 
-// Caption files one after the other; more may be added while it works.
+// Caption files one after the other; more may be added meanwhile.
 function upload(files) {
   if (!files.length) return;
   if (sent === total) {
@@ -479,7 +479,7 @@ async function captionFile(file) {
     if (response.ok) addCard(answer);
     else showError(answer.error.startsWith(file.name) ? answer.error : `${file.name}: ${answer.error}`);
   } catch (error) {
-    showError(`${file.name}: not captioned (${error.message}): is it a file, and does caption.py still run?`);
+    showError(`${file.name}: not captioned (${error.message}): check that it is a file and that tools/serve.py is still running`);
   }
   sent++;
   if (sent < total) return;
@@ -494,7 +494,7 @@ function showError(text) {
 function addCard(record) {
   const card = new Card(record, cards.length);
   cards.push(card);
-  if (cards.length === 1) offerChoices(); // the same for all: they are of one model
+  if (cards.length === 1) offerChoices(); // the same for all cards, which come from one model
   card.fill();
   update();
 }
@@ -512,7 +512,7 @@ function acceptPhotos() {
   });
   document.addEventListener("dragleave", () => highlight(false));
   document.addEventListener("drop", (event) => {
-    event.preventDefault(); // the browser would open the file in place of this page
+    event.preventDefault(); // otherwise the browser opens the file in place of this page
     highlight(false);
     upload([...event.dataTransfer.files]);
   });
@@ -532,11 +532,11 @@ function start() {
   }
   byId("about").hidden = !(rows.length || report.details.length);
   choices("key", keys.map(([, title]) => title));
-  // Of two models, those photos come first on which the first one loses most.
+  // When two models are compared, start with the photos on which the first model loses most.
   byId("key").selectedIndex = Math.max(0, keys.findIndex(([name]) => name.endsWith(" difference")));
   offerChoices();
   byId("head").addEventListener("change", () => {
-    if (byId("layer").value === "0") byId("layer").selectedIndex = byId("layer").length - 1; // a head is one of a layer
+    if (byId("layer").value === "0") byId("layer").selectedIndex = byId("layer").length - 1; // a head needs a layer
   });
   byId("layer").addEventListener("change", () => {
     if (byId("layer").value === "0") byId("head").value = "0";

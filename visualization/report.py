@@ -1,7 +1,7 @@
-"""The report: a page to look through captions, with the attention at each word, that needs no server and no network.
+"""The report: a page to look through captions with the attention at each word. It needs no server and no network.
 
 The page is report.html with report.css, report.js and its data written into it. Shapes: T words of a caption, R regions
-of which the first may be the cells of a square grid, L layers, n heads.
+(cells of a square grid come first), L layers, n heads.
 """
 
 import base64
@@ -18,30 +18,29 @@ from PIL import Image
 from torch import Tensor
 
 from common.files import atomic_write
-from decoding.captions import ImageCaption
-from evaluation.ensemble import Ensemble
-from models import Captioner
+from decoding.captions import CaptioningModel, ImageCaption
 from modules.graph import edge_attribution
 from modules.relations import RELATIONS, spatial_relations
 from utils import InputError
 from visualization.photos import FULL_BRIGHTNESS, MAX_FRAMES, MAX_NAMED_EDGES, Regions, name_regions
 
-GENERATOR = "image captioning report"  # by which a report is told from the user's files
+GENERATOR = "image captioning report"  # tells our reports from the user's files
 THUMBNAIL_SIDE, JPEG_QUALITY = 256, 80  # of the photos in the page
 
 
 @dataclass
 class Report:
-    """What a page shows: cards of `describe_photo`, each with what `describe_caption` says of every model.
+    """Content of a page.
 
-    Args:
-        title: of the page.
-        models: the models' names, one or two; the captions of two are compared.
-        metrics: what the cards have scores of: column names and their titles.
-        details: what the captions are of and how they were made, name and value.
+    Attributes:
+        title: title of the page.
+        models: names of one model, or of two to compare.
+        metrics: column names and titles of the scores that cards have.
+        details: names and values that tell what the captions are of and how they were decoded.
         table: scores of the whole split, as `scores.metrics.table_cells` returns them.
-        attention: which attention weights of a transformer decoder are shown at first.
-        serve: whether photos can be dropped on the page, which `tools.serve` captions.
+        cards: results of `describe_photo`, each with a caption of every model.
+        attention: attention weights of a transformer decoder that the page shows first.
+        serve: True if photos can be dropped on the page; `tools.serve` captions them.
     """
 
     title: str
@@ -54,53 +53,56 @@ class Report:
     serve: bool = False
 
     def write(self, path: str | Path) -> None:
-        """Write the page; one of ours is replaced. Raises InputError where another file is in the way."""
+        """Write the page. Raises InputError if the path has anything but a report of this program."""
         require_report(path)
         with atomic_write(path) as temporary:
             Path(temporary).write_text(self.page(), encoding="utf-8")
 
     def page(self) -> str:
-        """The page as HTML."""
-        data = {
-            "title": self.title,
-            "models": list(self.models),
+        """Return the page as HTML.
+
+        Its policy allows only its own style and script and loads nothing. A served page may send photos to its server.
+        """
+        data = vars(self) | {
             "metrics": list(self.metrics.items()),
             "details": list(self.details.items()),
-            "table": self.table,
             "relations": RELATIONS,
             "full_brightness": FULL_BRIGHTNESS,
             "max_frames": MAX_FRAMES,
-            "attention": self.attention,
-            "serve": self.serve,
-            "cards": self.cards,
         }
-        return fill_page(data)
+        folder = Path(__file__).parent
+        page, style, script = (
+            (folder / f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
+        )
+        parts = {
+            "GENERATOR": GENERATOR,
+            "STYLE_HASH": sha256(style),
+            "SCRIPT_HASH": sha256(script),
+            "CONNECT": "'self'" if self.serve else "'none'",
+            "STYLE": style,
+            "SCRIPT": script,
+            "DATA": json.dumps(data, separators=(",", ":")).replace(
+                "<", "\\u003c"
+            ),  # so that no text ends the <script>
+        }
+        for name, part in parts.items():
+            page = page.replace(f"{{{{{name}}}}}", part, 1)
+        return page
 
 
-def fill_page(data: dict[str, Any]) -> str:
-    """The page with its style, its script and data. Its policy lets no other script run and nothing be loaded.
-
-    A page that is served may send photos to its server.
-    """
-    folder = Path(__file__).parent
-    page, style, script = (
-        (folder / f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
-    )
-    content = json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")  # ends no <script>
-    hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
-    parts = {"GENERATOR": GENERATOR, "STYLE_HASH": hashes[0], "SCRIPT_HASH": hashes[1]}
-    parts["CONNECT"] = "'self'" if data["serve"] else "'none'"
-    for name, part in (parts | {"STYLE": style, "SCRIPT": script, "DATA": content}).items():
-        page = page.replace(f"{{{{{name}}}}}", part, 1)
-    return page
+def sha256(text: str) -> str:
+    """Return the SHA-256 digest of a text in base64, as a Content-Security-Policy has it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def require_report(path: str | Path) -> None:
-    """Raise InputError where a file is there that `Report.write` did not write."""
+    """Raise InputError if a file exists that `Report.write` did not write."""
     if Path(path).exists():
         with open(path, "rb") as file:
             if f'content="{GENERATOR}"'.encode() not in file.read(1000):
-                raise InputError(f"{path} is not a report of ours and is not replaced: move it, or give another path")
+                raise InputError(
+                    f"{path} is not a report of this program and is not replaced: move it, or choose another path"
+                )
 
 
 # -------------------------------------------------------------------------------------------------------- cards
@@ -109,7 +111,7 @@ def require_report(path: str | Path) -> None:
 def describe_photo(
     name: str, photo: Image.Image, captions: Sequence[dict[str, Any]], references: Sequence[Sequence[str]] = ()
 ) -> dict[str, Any]:
-    """A card: the photo as the model saw it, captions of `describe_caption`, one a model, and reference captions."""
+    """Return a card: the photo as the model saw it, a caption of `describe_caption` for each model, and references."""
     photo = photo.copy()
     photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     jpeg = io.BytesIO()
@@ -124,18 +126,21 @@ def describe_photo(
     }
 
 
+def describe_text(words: Sequence[str], scores: Mapping[str, float]) -> dict[str, Any]:
+    """Return the entry in a card of a caption that has only words and scores."""
+    return {"words": list(words), "scores": {name: round(float(score), 4) for name, score in scores.items()}}
+
+
 def describe_caption(
-    captioner: Captioner | Ensemble,
+    captioner: CaptioningModel,
     caption: ImageCaption,
     objects: Sequence[dict[str, Any]],
     scores: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What a card says of a captioner's caption for a photo with these objects, and with scores of this image."""
-    described: dict[str, Any] = {
-        "words": caption.words,
+    """Return the entry in a card of a decoded caption, with the objects of its photo and the scores of this caption."""
+    described = describe_text(caption.words, scores or {}) | {
         "log_prob": round(caption.log_prob, 3),
         "n_best": [[" ".join(each.words), round(each.log_prob, 3)] for each in caption.n_best],
-        "scores": {name: round(float(score), 4) for name, score in (scores or {}).items()},
     }
     if not captioner.decoder.has_attention:
         return described
@@ -155,15 +160,10 @@ def describe_caption(
     return described
 
 
-def describe_text(words: Sequence[str], scores: Mapping[str, float]) -> dict[str, Any]:
-    """As `describe_caption`, of a caption of which nothing else is known."""
-    return {"words": list(words), "scores": {name: round(float(score), 4) for name, score in scores.items()}}
-
-
 def describe_edges(caption: ImageCaption, regions: Regions, has_relations: bool) -> list[list[list[float]]]:
-    """For each word the edges of the graph that mattered most: source, target, share, index of the relation or 0.
+    """Return the edges of the graph that mattered most for each word: [source, target, share, index of the relation].
 
-    Where relations are named they are those of `Regions.named_edges`.
+    Edges with relations are those of `Regions.named_edges`; without, the index is 0.
     """
     assert caption.neighbors is not None
     relations = spatial_relations(caption.boxes.unsqueeze(0))[0] if has_relations else None
@@ -178,10 +178,9 @@ def describe_edges(caption: ImageCaption, regions: Regions, has_relations: bool)
 
 
 def encode_weights(alpha: Tensor) -> str:
-    """Attention weights (..., R) as a byte each, 255 times their square root, in base64.
+    """Encode attention weights (..., R) in base64, a byte each: 255 times the square root.
 
-    The square root keeps small weights apart: where 49 regions share the attention, a weight is off by 3 % at most.
+    The square root keeps small weights apart: with 49 regions, weights above the uniform one are off by 3 % at most.
     """
-    return base64.b64encode(
-        np.round(255 * alpha.float().clamp(0, 1).sqrt().numpy()).astype(np.uint8).tobytes()
-    ).decode()
+    roots = np.round(255 * alpha.float().clamp(0, 1).sqrt().numpy()).astype(np.uint8)
+    return base64.b64encode(roots.tobytes()).decode()

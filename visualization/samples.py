@@ -1,4 +1,4 @@
-"""Sample captions of a split, as TensorBoard shows them."""
+"""Sample captions of a split for TensorBoard."""
 
 import html
 import warnings
@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from datasets import CaptionDataset
-from decoding.captions import ImageCaption
-from evaluation.scoring import NUM_PICTURES
-from models import Captioner
+from decoding.captions import CaptioningModel, ImageCaption
 from preparation.storage import open_images
-from visualization.pictures import plot_pictures
 
-NUM_CAPTIONS = 8  # in the table
+NUM_PICTURES = 2  # first images of a split whose captions are drawn
+NUM_CAPTIONS = 8  # captions in the table
 
 
 class Samples(NamedTuple):
@@ -26,8 +23,12 @@ class Samples(NamedTuple):
     table: str  # Markdown: NUM_CAPTIONS photos with their captions and references
 
 
-def draw_samples(captioner: Captioner, dataset: CaptionDataset, captions: Sequence[ImageCaption]) -> Samples:
-    """Draw the captions of a split, in its order, as `evaluation.scoring.evaluate` returns them."""
+def draw_samples(captioner: CaptioningModel, dataset: CaptionDataset, captions: Sequence[ImageCaption]) -> Samples:
+    """Draw captions of a split, which are in its order and have the attention weights of the first NUM_PICTURES."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second
+
+    from visualization.pictures import plot_pictures
+
     pictures = []
     with open_images(dataset.images_path) as images:
         for i, caption in enumerate(captions[:NUM_PICTURES]):
@@ -47,5 +48,5 @@ def draw_samples(captioner: Captioner, dataset: CaptionDataset, captions: Sequen
 
 
 def _escape(text: str) -> str:
-    """Text as a cell of a Markdown table shows it: `<unk>` is no tag and a bar ends no cell."""
+    """Escape text for a cell of a Markdown table: `<unk>` is not a tag and a bar does not end the cell."""
     return html.escape(text).replace("|", "&#124;")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evaluation.consensus import TENSORS, Candidate, CaptionIndex, Consensus
+from evaluation.ensemble import EnsembleSettings
 from modules.encoders import Encoder
 from preparation.storage import PackedCaptions
 from text.cider import CiderD
@@ -35,18 +36,19 @@ def index():
 
 
 def captioner_of(fingerprint, feature_dim=3, *others):
-    """What a consensus needs of a captioner with this encoder, or of an ensemble: fingerprints and widths."""
+    """Return the parts of a captioner with this encoder, or of an ensemble, that a consensus needs."""
     sources = [SimpleNamespace(encoder=SimpleNamespace(feature_dim=feature_dim)) for _ in range(1 + len(others))]
     return SimpleNamespace(fingerprints=[*others, fingerprint], sources=sources, uses_region_features=False)
 
 
 def consensus(index, weight, similar_photos, captioner=None):
     captioner = captioner or captioner_of(index.encoder)
-    return Consensus(index, captioner, weight=weight, similar_photos=similar_photos, device=torch.device("cpu"))
+    settings = EnsembleSettings(consensus_weight=weight, similar_photos=similar_photos)
+    return Consensus(index, captioner, settings, torch.device("cpu"))
 
 
 def by_formula(query, weight, similar_photos):
-    """The scores of CANDIDATES, with plain loops."""
+    """Compute the scores of CANDIDATES with plain loops."""
     center = MEANS.mean(dim=0)
     cosines = [max(0.0, float(torch.cosine_similarity(query - center, mean - center, dim=0))) for mean in MEANS]
     nearest = sorted(range(len(MEANS)), key=lambda i: -cosines[i])[:similar_photos]
@@ -109,34 +111,13 @@ DAMAGED = "|".join(
         r"index.pt is refused: it is damaged, or holds more than tensors and plain containers",
     ]
 )
-VALUES = [
-    *(
-        None,
-        True,
-        -1,
-        0,
-        3,
-        10**12,
-        0.5,
-        1j,
-        "",
-        "x",
-        "\ud800",
-        b"",
-        [],
-        [[]],
-        ["a", []],
-        ["a", "a"],
-        {},
-        set(),
-        ("a",),
-    ),
-    *(["resnet18", "", 0, None], ["resnet18", "", 0.5, "x"], ["resnet18"], [["a"], "", 0, "x"]),
-    *(torch.tensor(1), torch.zeros(0), torch.zeros(0, 3), torch.zeros(1).expand(10**12), torch.zeros(3).half()),
-    *(torch.tensor([0, 2, 4, 6, 900]), torch.tensor([0, 3]), torch.tensor([0, 2**63 - 1, -2, 6, 8]), torch.zeros(2)),
-    *(torch.zeros(3, 3).half(), torch.full((3,), torch.nan), torch.full((4, 3), torch.inf).half()),
-    *(torch.zeros(4, 3).half().to_sparse(), torch.zeros(4, 3, dtype=torch.float16, device="meta")),
-]
+VALUES = [None, True, -1, 0, 3, 10**12, 0.5, 1j, "", "x", "\ud800", b"", {}, set(), ("a",)]
+VALUES += [[], [[]], ["a", []], ["a", "a"]]
+VALUES += [["resnet18", "", 0, None], ["resnet18", "", 0.5, "x"], ["resnet18"], [["a"], "", 0, "x"]]
+VALUES += [torch.tensor(1), torch.zeros(0), torch.zeros(0, 3), torch.zeros(1).expand(10**12), torch.zeros(3).half()]
+VALUES += [torch.tensor(each) for each in ([0, 2, 4, 6, 900], [0, 3], [0, 2**63 - 1, -2, 6, 8])]
+VALUES += [torch.zeros(2), torch.zeros(3, 3).half(), torch.full((3,), torch.nan), torch.full((4, 3), torch.inf).half()]
+VALUES += [torch.zeros(4, 3).half().to_sparse(), torch.zeros(4, 3, dtype=torch.float16, device="meta")]
 CHANGES = {  # of each tensor
     "empty": lambda x: x[:0].clone(),
     "one more dimension": lambda x: x.unsqueeze(0),
@@ -155,7 +136,7 @@ CHANGES = {  # of each tensor
 
 
 def written(index, path):
-    """The content of the file of an index."""
+    """Return the content of the file of an index."""
     index.save(path)
     return torch.load(path, weights_only=True)
 

@@ -10,7 +10,7 @@ from conftest import CPU, SMALL, beams, build
 from decoding.beam_search import beam_search
 from decoding.captions import caption_attention, caption_batch, encode_words
 from decoding.ensemble import EnsembleDecoder
-from evaluation.ensemble import VIEWS, Ensemble, load_models
+from evaluation.ensemble import VIEWS, Ensemble, EnsembleSettings, load_models
 from modules.regions import grid_boxes
 from preparation.images import flip_boxes
 from text.vocabulary import Vocabulary
@@ -23,7 +23,7 @@ DECODING = beams(3, 6)
 
 
 def captioner_of(seed, vocabulary=VOCABULARY, **changes):
-    """A random captioner in eval mode; all have the same encoder."""
+    """Return a random captioner in eval mode; all have the same encoder."""
     torch.manual_seed(seed)
     captioner = build(replace(FROZEN, **changes), vocabulary.idx2word).eval()
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def test_members_with_one_encoder_share_its_features(images):
     assert ensemble.sources == captioners[:1] and len(calls) == 1
     for captioner, regions in zip(captioners, encoded.regions, strict=True):
         torch.testing.assert_close(regions, captioner.encode(images).regions)
-    from_features = ensemble.encode(encoded.features, [True])
+    from_features = ensemble.encode(encoded.features)
     torch.testing.assert_close(from_features.regions, encoded.regions)
 
 
@@ -61,8 +61,8 @@ def test_members_with_other_encoders_have_inputs_of_their_own(images):
     ensemble = ensemble_of(captioners)
     assert ensemble.sources == captioners
     features = [captioner.features(images) for captioner in captioners]
-    for inputs, flags in (((images, features[1]), [False, True]), (features, [True, True])):
-        for captioner, regions in zip(captioners, ensemble.encode(inputs, flags).regions, strict=True):
+    for inputs in ((images, features[1]), features):
+        for captioner, regions in zip(captioners, ensemble.encode(inputs).regions, strict=True):
             torch.testing.assert_close(regions, captioner.encode(images).regions)
 
 
@@ -106,7 +106,7 @@ def test_the_flipped_view_exchanges_left_and_right(images):
     ensemble = ensemble_of([captioner], views=["original", "hflip"])
     flipped = EnsembleDecoder(ensemble.decoder.members[1:], ensemble.decoder.word_maps[1:])
     captions, _ = beam_search(flipped, ensemble.encode(images).regions[1:], beams(3, 6))
-    of_flipped, exchange, seen = caption_batch(captioner, images.flip(-1), DECODING, CPU), {}, set()
+    of_flipped, seen = caption_batch(captioner, images.flip(-1), DECODING, CPU), set()
     exchange = {"left": "right", "right": "left"}
     for found, other in zip(captions[:, 0], of_flipped, strict=True):
         assert VOCABULARY.decode(found) == [exchange.get(word, word) for word in other.words]
@@ -118,11 +118,8 @@ def test_views_are_encoded_one_by_one(images):
     captioners = [captioner_of(1), captioner_of(2)]
     ensemble = ensemble_of(captioners, views=["crop", "original", "hflip"])
     regions = ensemble.encode(images).regions
-    expected = [
-        captioner.encode(VIEWS[view](images)).regions
-        for view in ("original", "crop", "hflip")
-        for captioner in captioners
-    ]
+    views = [VIEWS[view](images) for view in ("original", "crop", "hflip")]
+    expected = [captioner.encode(view).regions for view in views for captioner in captioners]
     torch.testing.assert_close(list(regions), expected)
     assert not torch.equal(regions[0], regions[2]) and not torch.equal(regions[0], regions[4])
     (image,) = caption_batch(ensemble, images[:1], DECODING, CPU)
@@ -166,12 +163,12 @@ def test_what_does_not_go_together_is_named(run_folder):
     other = Vocabulary.from_counts(Counter([*WORDS[:-1], "cat"]), 1)
     with pytest.raises(InputError, match="0 and 1: an ensemble needs models with the same words: 2 are"):
         ensemble_of([small, captioner_of(2, other)])
-    for views in (["original", "upside_down"], [""]):
+    for views in (("original", "upside_down"), ("",)):
         with pytest.raises(InputError, match=r"--views .*: choose from original hflip crop"):
-            load_models([run_folder / "best.pt"], views, "cpu")
+            EnsembleSettings(views=views)
     with pytest.raises(InputError, match="--views hflip: add original"):
-        load_models([run_folder / "best.pt"], ["hflip"], "cpu")
+        EnsembleSettings(views=("hflip",))
     with pytest.raises(InputError, match=r"--checkpoint .*best.pt is given twice"):
-        load_models([run_folder / "best.pt", run_folder / ".." / run_folder.name / "best.pt"], ["original"], "cpu")
+        load_models([run_folder / "best.pt", run_folder / ".." / run_folder.name / "best.pt"], "cpu")
     with pytest.raises(AssertionError, match="other views need images"):
-        ensemble_of([small], views=["original", "crop"]).encode([torch.zeros(1, 16, 64)], [True])
+        ensemble_of([small], views=["original", "crop"]).encode([torch.zeros(1, 16, 64)])

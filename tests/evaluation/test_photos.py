@@ -11,12 +11,13 @@ from PIL import Image
 from evaluation.photos import collect_photos, load_photos
 from preparation.images import load_image
 from utils import InputError
+from visualization.photos import open_for_picture
 from visualization.pictures import plot_attention, save_picture
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """b.jpg, sub/a.png, a hidden photo, a text file and one of our pictures."""
+    """A folder of b.jpg, sub/a.png, a hidden photo, a text file and one of our pictures."""
     (tmp_path / "sub").mkdir()
     for name in ("b.jpg", "sub/a.png", ".hidden.png"):
         Image.new("RGB", (20, 10), "red").save(tmp_path / name)
@@ -45,8 +46,9 @@ def test_names_come_from_standard_input(folder, monkeypatch):
 def test_batches_leave_broken_photos_out(folder):
     photos = [str(folder / name) for name in ("b.jpg", "notes.txt", "missing.jpg", "sub/a.png", "notes.txt")]
     broken: list[str] = []
-    batches = list(load_photos(photos, 2, 8, "pad", broken))
-    assert [indices for indices, _ in batches] == [[0], [3]]
-    for (i,), images in batches:
+    batches = list(load_photos(photos, 2, 8, "pad", broken, with_pictures=True))
+    assert [indices for indices, *_ in batches] == [[0], [3]]
+    for (i,), images, pictures in batches:
         np.testing.assert_array_equal(images[0].numpy(), load_image(photos[i], 8, "pad"))
+        assert list(pictures) == [i] and pictures[i] == open_for_picture(photos[i], "pad")
     assert len(broken) == 3 and "missing.jpg: no such file" in broken[1]

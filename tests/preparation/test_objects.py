@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import create_input_files
-from evaluation.photos import find_objects
+from evaluation.photo_regions import read_objects
 from preparation.images import open_photo, pad_boxes, photo_size, place_objects
 from preparation.objects import MAX_OBJECTS, add_objects
 from preparation.records import ImageRecord, pack_sentences
@@ -134,7 +134,7 @@ def test_photos_of_one_name_are_told_by_their_folders(tmp_path, write):
         photo.parent.mkdir()
         Image.new("RGB", (100, 50)).save(photo)
     path = write([DOG | {"image": "b/cat.jpg"}, DOG | {"image": "a/cat.jpg", "category": "cat"}])
-    found = find_objects([*map(str, photos), f"{tmp_path}/./b/cat.jpg"], path, 32, "squash")
+    found = read_objects([*map(str, photos), f"{tmp_path}/./b/cat.jpg"], path, 32, "squash")
     assert [[item["words"] for item in objects] for objects in found] == [[["cat"]], [["dog"]], [["dog"]]]
 
 
@@ -142,7 +142,7 @@ def test_photos_of_one_name_are_told_by_their_folders(tmp_path, write):
 def test_coco_ids_find_photos_with_coco_names(tmp_path, write, stem):
     Image.new("RGB", (100, 50)).save(tmp_path / f"{stem}.jpg")
     row = {"image_id": 42, "bbox": [0, 0, 50, 50], "category_id": 1, "score": 0.5}
-    ((found,),) = find_objects([str(tmp_path / f"{stem}.jpg")], write([row]), 32, "squash")
+    ((found,),) = read_objects([str(tmp_path / f"{stem}.jpg")], write([row]), 32, "squash")
     assert found["words"] == ["person"]
 
 

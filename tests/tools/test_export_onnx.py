@@ -1,4 +1,4 @@
-"""tools/export_onnx.py: what ONNX Runtime computes of its files, and docs/onnx_example.py without torch."""
+"""tools/export_onnx.py: ONNX Runtime computes what torch does, and docs/onnx_example.py captions without torch."""
 
 import json
 import os
@@ -26,14 +26,14 @@ WORDS = [*SPECIAL_TOKENS, *"abcdefghijklmnop"]
 
 @pytest.fixture(scope="module")
 def onnxruntime():
-    """The package, without which its tests are skipped."""
+    """The package; tests that need it are skipped without."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     return pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 
 @pytest.fixture
 def exported(monkeypatch, command, tmp_path, onnxruntime):
-    """Export a random model: settings of train.py -> the captioner, vocabulary.json and the sessions of both files."""
+    """Export a random model: settings of train.py -> captioner, content of vocabulary.json, sessions of both files."""
 
     def export(**settings):
         torch.manual_seed(3)
@@ -53,7 +53,7 @@ def exported(monkeypatch, command, tmp_path, onnxruntime):
 
 
 def greedy(model, encoder, step, inputs, count):
-    """The word ids (B, count) of the most probable words, two captions of an image alike."""
+    """Return the word ids (B, count) of the most probable words; checks that two captions of an image are alike."""
     names = ["regions", *model["keys"], *model["state"]]
     tensors = dict(zip(names, encoder.run(names, inputs), strict=True))
     tensors |= {name: tensors[name].repeat(2, axis=model["captions_axis"]) for name in model["state"]}
@@ -73,7 +73,7 @@ def greedy(model, encoder, step, inputs, count):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"attention": "adaptive", "layers": 2, "image_first": True, "regions": "features"},
+        {"decoder": "adaptive", "layers": 2, "image_first": True, "regions": "features"},
         {"attention": "none", "cell": "gru", "regions": "features", "graph_layers": 1, "graph_edges": "similar"},
         {"decoder": "up_down", "regions": "features", "graph_layers": 1, "graph_layer": "gcn", "graph_edges": "all"},
         {"decoder": "sgrvinod", "regions": "both", "graph_layers": 1, "graph_edges": "spatial"},
@@ -91,7 +91,7 @@ def test_greedy_captions_are_those_of_torch(exported, settings):
         boxes = torch.rand(B, N, 2, 2, generator=generator).sort(dim=2).values.flatten(2)
         feed = {name: x.numpy() for name, x in zip(model["inputs"], (inputs, boxes), strict=False)}
         with torch.no_grad():
-            encoded = captioner.encode(inputs, captioner.uses_region_features, boxes)
+            encoded = captioner.encode(inputs, boxes)
             expected, _ = beam_search(captioner.decoder, encoded.regions, beams(1, 8), encoded.mask)
         found = greedy(model, encoder, step, feed, expected.shape[2])
         ends = (found == model["end"]).cumsum(axis=1) > 0
@@ -102,12 +102,12 @@ def test_greedy_captions_are_those_of_torch(exported, settings):
 def export_of_run(run_folder, tmp_path_factory, onnxruntime):
     """The folder of an export of a trained model."""
     folder = tmp_path_factory.mktemp("export") / "small"
-    export_onnx.main(export_onnx.Settings(str(run_folder / "best.pt"), str(folder)))
+    export_onnx.main(export_onnx.Settings(checkpoint=str(run_folder / "best.pt"), output_folder=str(folder)))
     return folder
 
 
 def run_example(tmp_path, *arguments):
-    """Run the example where torch cannot be imported."""
+    """Run the example in an environment without torch."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch')")
     return subprocess.run(
         [sys.executable, EXAMPLE, *arguments],
@@ -161,7 +161,9 @@ def test_only_an_export_is_replaced(command, export_of_run, tmp_path):
             (folder / name).write_bytes(content)
             status, _, error = command(export_onnx, "--output_folder", folder)
             assert status == 2 and error.count("\n") == 1
-            assert f"{name} is no export of this command and is not replaced: give another --output_folder" in error
+            assert (
+                f"{name} is not an export of this command and is not replaced: choose another --output_folder" in error
+            )
             assert (folder / name).read_bytes() == content
         shutil.copy(export_of_run / name, folder)
 
@@ -170,7 +172,7 @@ def test_without_the_packages_the_error_says_how_to_install_them(command, monkey
     monkeypatch.setattr(export_onnx.importlib.util, "find_spec", lambda name: None)
     status, _, error = command(export_onnx, "--output_folder", tmp_path / "export")
     assert status == 2 and error.count("\n") == 1 and not (tmp_path / "export").exists()
-    assert "no package onnx onnxscript: pip install onnx onnxscript onnxruntime" in error
+    assert "missing packages onnx onnxscript: pip install onnx onnxscript onnxruntime" in error
 
 
 def test_what_cannot_be_exported_or_differs_leaves_no_file(command, monkeypatch, onnxruntime, run_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The page that is served: captions as caption.py's, refusals in one line, and what no request can bring about."""
+"""tools/serve.py: captions are those of caption.py, refusals are one line, and no request causes harm."""
 
 import http.client
 import json
@@ -17,6 +17,7 @@ from PIL import Image
 import caption
 from models import Captioner
 from served_photos import DECODING, STRANGE, encode, photo_files, running, serve_run
+from tools import serve
 from tools.serve import MAX_UPLOAD, CaptionServer, Handler
 from utils import InputError
 from visualization.report import describe_photo
@@ -29,9 +30,15 @@ def server(run_folder):
         yield server
 
 
+@pytest.fixture(scope="module")
+def photos(shapes):
+    """Files of photos by name."""
+    return photo_files(shapes)
+
+
 @pytest.fixture
 def quick_server():
-    """A running server whose cards take no model, and the names of the photos that it was asked for."""
+    """A running server whose cards need no model; `asked` has the names of the photos sent to it."""
     asked, busy = [], threading.Lock()
 
     def make_card(photo):
@@ -47,7 +54,7 @@ def quick_server():
 
 
 def ask(server, body=b"photo", method="POST", path="/caption", **headers):
-    """Send a request; returns the status and what the answer says."""
+    """Send a request; return the status and the content of the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     response = connection.getresponse()
@@ -58,7 +65,7 @@ def ask(server, body=b"photo", method="POST", path="/caption", **headers):
 
 
 def send(server, text):
-    """Send bytes as they are; returns the status and the line of the error, or None where there is no answer."""
+    """Send bytes as they are; return the status and the line of the error, or None if there is no answer."""
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
         connection.sendall(text.replace("HOST", f"Host: 127.0.0.1:{server.server_port}").encode())
         answer = b"".join(iter(lambda: connection.recv(2**16), b"")).decode()
@@ -66,14 +73,13 @@ def send(server, text):
 
 
 def upload(server, name, content):
-    """Send a photo; returns the status and its card, or the error."""
+    """Send a photo; return the status and its card, or the error."""
     return ask(server, content, X_Photo_Name=quote(name))
 
 
-@pytest.fixture(scope="module")
-def photos(shapes):
-    """Files of photos by their names."""
-    return photo_files(shapes)
+def flags_of(settings):
+    """Return settings as arguments of the command line."""
+    return [argument for name, value in settings.items() for argument in (f"--{name}", value)]
 
 
 BROKEN = {
@@ -88,8 +94,7 @@ def test_each_photo_is_captioned_as_by_caption_py_or_named(command, server, run_
     for name, content in photos.items():
         (tmp_path / name).write_bytes(content)
     arguments = ("--checkpoint", run_folder / "best.pt", "--no-pictures", "--json", "--batch_size", 1)
-    flags = [argument for name, value in DECODING.items() for argument in (f"--{name}", value)]
-    status, out, _ = command(caption, tmp_path, *arguments, *flags)
+    status, out, _ = command(caption, tmp_path, *arguments, *flags_of(DECODING))
     expected = {row["file"].split("/")[-1]: row for row in map(json.loads, out.splitlines())}
     assert status == 0 and expected.keys() == photos.keys()
     for folder in ("working", "temporary"):
@@ -146,20 +151,13 @@ def test_the_page_has_two_names(quick_server, name):
     assert ask(quick_server, Host=host, Origin=f"http://{host.lower()}")[0] == 200
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Host": "evil.example"},
-        {"Host": "evil.example:PORT"},
-        {"Host": "127.0.0.1"},
-        {"Host": "127.0.0.1:1"},
-        {"Host": "127.0.0.1.evil.example:PORT"},
-        {"Origin": "http://evil.example"},
-        {"Origin": "http://127.0.0.1:1"},
-        {"Origin": "https://127.0.0.1:PORT"},
-        {"Origin": "null"},
-    ],
-)
+HEADERS = [{"Host": f"evil.example{port}"} for port in ("", ":PORT")]
+HEADERS += [{"Host": name} for name in ("127.0.0.1", "127.0.0.1:1", "127.0.0.1.evil.example:PORT")]
+HEADERS += [{"Origin": f"http://{name}"} for name in ("evil.example", "127.0.0.1:1")]
+HEADERS += [{"Origin": "https://127.0.0.1:PORT"}, {"Origin": "null"}]
+
+
+@pytest.mark.parametrize("headers", HEADERS, ids=lambda headers: str(*headers.items()))
 def test_other_sites_are_refused(quick_server, headers):
     headers = {name: value.replace("PORT", str(quick_server.server_port)) for name, value in headers.items()}
     status, answer = ask(quick_server, **headers)
@@ -167,37 +165,30 @@ def test_other_sites_are_refused(quick_server, headers):
     assert ask(quick_server, None, "GET", "/", **headers)[0] == 403 and not quick_server.asked
 
 
-@pytest.mark.parametrize(
-    ("request_text", "status", "message"),
-    [
-        ("GET /../../etc/passwd HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only http://127.0.0.1:"),
-        ("GET /%2e%2e/caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only"),
-        ("GET //caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "there is only"),
-        ("POST /caption/x HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 404, "there is only"),
-        ("GET /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "GET is not a method of /caption: POST"),
-        ("POST / HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 405, "POST is not a method of /: GET HEAD"),
-        ("DELETE / HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method ('DELETE')"),
-        ("OPTIONS /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method"),
-        ("POST /caption HTTP/1.1\r\n\r\n", 403, "another host"),
-        ("POST /caption HTTP/1.1\r\nHOST\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 403, "another host"),
-        ("POST /caption HTTP/1.1\r\nHOST\r\n\r\n", 411, "a photo needs a Content-Length"),
-        (
-            "POST /caption HTTP/1.1\r\nHOST\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
-            411,
-            "a photo needs a Content-Length, and no Transfer-Encoding",
-        ),
-        ("POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: -1\r\n\r\n", 400, "Content-Length -1: must be one number"),
-        ("POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: 1_0\r\n\r\n", 400, "Content-Length 1_0: must be one"),
-        (
-            "POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
-            400,
-            "Content-Length 1, 2: must be one",
-        ),
-        (f"POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: {MAX_UPLOAD + 1}\r\n\r\nx", 413, "more than 32 MB"),
-        (f"POST /caption HTTP/1.1\r\nHOST\r\nContent-Length: {'9' * 5000}\r\n\r\nx", 413, "more than 32 MB"),
-        ("no request\r\n\r\n", 400, "Bad HTTP/0.9 request type"),
-    ],
-)
+POST = "POST /caption HTTP/1.1\r\nHOST\r\n"
+REQUESTS = [
+    ("GET /../../etc/passwd HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is http://127.0.0.1:"),
+    ("GET /%2e%2e/caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is"),
+    ("GET //caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is"),
+    ("POST /caption/x HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 404, "the only page is"),
+    ("GET /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "GET is not a method of /caption: POST"),
+    ("POST / HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 405, "POST is not a method of /: GET HEAD"),
+    ("DELETE / HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method ('DELETE')"),
+    ("OPTIONS /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method"),
+    ("POST /caption HTTP/1.1\r\n\r\n", 403, "another host"),
+    (f"{POST}HOST\r\nContent-Length: 1\r\n\r\nx", 403, "another host"),
+    (f"{POST}\r\n", 411, "a photo needs a Content-Length"),
+    (f"{POST}Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n", 411, "Content-Length, and no Transfer-Encoding"),
+    (f"{POST}Content-Length: -1\r\n\r\n", 400, "Content-Length -1: must be one number"),
+    (f"{POST}Content-Length: 1_0\r\n\r\n", 400, "Content-Length 1_0: must be one"),
+    (f"{POST}Content-Length: 1\r\nContent-Length: 2\r\n\r\nxx", 400, "Content-Length 1, 2: must be one"),
+    (f"{POST}Content-Length: {MAX_UPLOAD + 1}\r\n\r\nx", 413, "more than 32 MB"),
+    (f"{POST}Content-Length: {'9' * 5000}\r\n\r\nx", 413, "more than 32 MB"),
+    ("no request\r\n\r\n", 400, "Bad HTTP/0.9 request type"),
+]
+
+
+@pytest.mark.parametrize(("request_text", "status", "message"), REQUESTS)
 def test_requests_without_a_photo_are_answered_in_one_line(quick_server, monkeypatch, request_text, status, message):
     monkeypatch.setattr(Handler, "timeout", 0.5)
     found, error = send(quick_server, request_text)
@@ -242,7 +233,7 @@ def test_an_error_of_the_model_is_answered(quick_server, capfd):
 
 def test_no_photo_begins_when_the_server_ends(quick_server):
     quick_server.is_ending = True
-    assert ask(quick_server) == (503, {"error": "photo: caption.py is ending"}) and not quick_server.asked
+    assert ask(quick_server) == (503, {"error": "photo: the server is ending"}) and not quick_server.asked
 
 
 def test_names_are_text_in_one_line(quick_server):
@@ -265,7 +256,7 @@ def test_the_address_is_printed_and_ctrl_c_ends_it(command, run_folder, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CaptionServer, "serve_forever", serve_forever)
-    status, out, err = command(caption, "--serve", "--port", 0, "--checkpoint", run_folder / "best.pt")
+    status, out, err = command(serve, "--port", 0, "--checkpoint", run_folder / "best.pt")
     assert out == f"http://127.0.0.1:{ports[0]}/ captions photos until Ctrl-C\n"
     assert status == 130 and err == "\ninterrupted\n"
     with pytest.raises(ConnectionRefusedError):
@@ -275,42 +266,42 @@ def test_the_address_is_printed_and_ctrl_c_ends_it(command, run_folder, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "photos are missing: name files or folders, or give --serve for a page to drop them on"),
-        (("a.jpg", "--port", "1"), "--port 1: is of --serve, give both"),
-        (("a.jpg", "--serve"), "a.jpg: --serve takes photos on its page, leave it out"),
-        (("--serve", "--report"), "--report has no effect on the page of --serve, leave it out"),
-        (("--serve", "--alpha_layer", "1"), "--alpha_layer has no effect on the page"),
-        (("--serve", "--objects", "x.json"), "--objects has no effect on the page"),
-        (("--serve", "--port", "65536"), "--port 65536: must be at most 65535"),
-        (("--serve", "--port", "-1"), "--port -1: must be at least 0"),
-        (("--serve", "--port", "USED"), ": give another one, or 0 for any that is free"),
-        (("--serve", "--detect", "x"), "--detect x: the model looks at no objects, leave it out"),
-        (("--serve", "--n_best", "6"), "--n_best 6: more than --beam_size 5"),
+        (("a.jpg",), "unrecognized arguments: a.jpg"),
+        (("--report",), "unrecognized arguments: --report"),
+        (("--alpha_layer", "1"), "unrecognized arguments: --alpha_layer 1"),
+        (("--objects", "x.json"), "unrecognized arguments: --objects x.json"),
+        (("--n_best", "6"), "unrecognized arguments: --n_best 6"),
+        (("--batch_size", "2"), "unrecognized arguments: --batch_size 2"),
+        (("--port", "65536"), "--port 65536: must be at most 65535"),
+        (("--port", "-1"), "--port -1: must be at least 0"),
+        (("--port", "USED"), ": give another one, or 0 for any that is free"),
+        (("--detect", "x"), "--detect x: the model does not look at objects, leave it out"),
+        (("--detector_weights", "x"), "--detector_weights x requires --detect"),
+        (("--top_k", "2"), "--top_k 2 requires --samples"),
     ],
 )
 def test_wrong_settings_end_in_one_line(command, quick_server, run_folder, arguments, message):
     arguments = [argument.replace("USED", str(quick_server.server_port)) for argument in arguments]
-    status, out, err = command(caption, *arguments, "--checkpoint", run_folder / "best.pt")
+    status, out, err = command(serve, *arguments, "--checkpoint", run_folder / "best.pt")
     assert status == 2 and message in err and err.count("\n") == 1 and not out
 
 
 def test_models_of_region_features_take_no_photos(command, run_folder, monkeypatch):
     monkeypatch.setattr(Captioner, "uses_region_features", property(lambda captioner: True))
-    status, _, err = command(caption, "--serve", "--checkpoint", run_folder / "best.pt")
+    status, _, err = command(serve, "--checkpoint", run_folder / "best.pt")
     assert status == 2 and "best.pt looks at the region features of a detector, not at photos" in err
 
 
 @pytest.mark.slow
 def test_a_detector_finds_the_objects_of_each_photo(command, objects_run, detector_weights, photos, tmp_path):
     best, name = str(objects_run / "best.pt"), "fasterrcnn_mobilenet_v3_large_320_fpn"
-    status, _, err = command(caption, "--serve", "--checkpoint", best)
+    status, _, err = command(serve, "--checkpoint", best)
     assert status == 2 and err.endswith("best.pt looks at objects: find them with --detect NAME\n")
     detect = {"detect": name, "detector_weights": detector_weights}
-    settings = caption.Settings((), (best,), serve=True, port=0, **detect, **DECODING)
     (tmp_path / "1.jpg").write_bytes(photos["1.jpg"])
-    flags = [argument for name, value in (detect | DECODING).items() for argument in (f"--{name}", value)]
-    _, out, _ = command(caption, tmp_path / "1.jpg", "--checkpoint", best, "--no-pictures", "--json", *flags)
-    with running(caption.make_server(settings)) as server:
+    arguments = ("--checkpoint", best, "--no-pictures", "--json", *flags_of(detect | DECODING))
+    _, out, _ = command(caption, tmp_path / "1.jpg", *arguments)
+    with serve_run(objects_run, **detect) as server:
         status, card = upload(server, "1.jpg", photos["1.jpg"])
     (found,), expected = card["captions"], json.loads(out)
     assert status == 200 and found["cells"] == 16 and found["names"][:2] == ["", "dog"]
@@ -319,6 +310,6 @@ def test_a_detector_finds_the_objects_of_each_photo(command, objects_run, detect
 
 
 def test_samples_are_those_of_a_single_photo(run_folder, photos):
-    with serve_run(run_folder, samples=4, seed=3, n_best=2) as server:
+    with serve_run(run_folder, samples=4, seed=3) as server:
         first, _, again = (upload(server, name, photos[name])[1] for name in ("0.gif", "1.gif", "0.gif"))
     assert first == again and len(first["captions"][0]["n_best"]) > 1

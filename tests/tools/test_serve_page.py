@@ -18,7 +18,7 @@ def server(run_folder):
 
 @pytest.fixture(scope="module")
 def photos(shapes):
-    """Files of photos by their names."""
+    """Files of photos by name."""
     return photo_files(shapes)
 
 

@@ -1,4 +1,4 @@
-"""The pictures show the attention and the edges at the right positions, and replace nothing of the user's."""
+"""Pictures show attention and edges at the right positions, and never replace a file of the user."""
 
 import warnings
 
@@ -21,12 +21,12 @@ def cells(side):
 
 
 def tiles_of(figure):
-    """The pixels of a figure's tiles, without the photo."""
+    """Return the pixels of a figure's tiles, without the photo."""
     return [np.asarray(image.get_array())[..., 0] / 255 for image in figure.axes[0].images[1:]]
 
 
 def titles_of(figure):
-    """The words of a figure's tiles and what is written below them, without the photo's."""
+    """Return the titles of a figure's tiles, words and numbers, without the photo's."""
     texts = [text.get_text() for text in figure.axes[0].texts[2:]]
     return list(zip(texts[::2], texts[1::2], strict=True))
 

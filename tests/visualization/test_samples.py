@@ -8,10 +8,10 @@ import pytest
 from conftest import SMALL, build
 from datasets import CaptionDataset
 from decoding.settings import DecodingSettings
-from evaluation.scoring import NUM_PICTURES, caption_dataset
+from evaluation.scoring import caption_dataset
 from models import load_captioner
 from utils import choose_runtime
-from visualization.samples import draw_samples
+from visualization.samples import NUM_PICTURES, draw_samples
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def sample(captioner, dataset):
 
 
 def test_samples_are_the_first_captions_with_their_references(run_folder, dataset):
-    dataset.has_boxes = False  # attention weights are asked for nowhere else
+    dataset.has_boxes = False  # so that only the pictures need attention weights
     captions, (pictures, table) = sample(load_captioner(run_folder / "best.pt", "cpu"), dataset)
     assert len(pictures) == 2 and all(len(caption.alpha) == 0 for caption in captions[7:])
     for picture in pictures:
@@ -42,7 +42,7 @@ def test_samples_are_the_first_captions_with_their_references(run_folder, datase
 
 @pytest.mark.parametrize("changes", [{"attention": "none"}, {"regions": "objects"}, {"regions": "both"}])
 def test_any_model_has_samples(dataset, changes):
-    captioner = build(replace(SMALL, **changes), dataset.captions.idx2word)
+    captioner = build(replace(SMALL, **changes), dataset.captions.idx2word).eval()
     if captioner.uses_objects:
         dataset.use_objects()
     assert len(sample(captioner, dataset)[1].pictures) == 2
@@ -51,8 +51,5 @@ def test_any_model_has_samples(dataset, changes):
 def test_words_are_no_markup(run_folder, dataset):
     dataset.references.idx2word[:] = [f"<{word}|" for word in dataset.references.idx2word]
     dataset.entries = dataset.entries[:1]
-    captions = caption_dataset(
-        load_captioner(run_folder / "best.pt", "cpu"), [dataset], DecodingSettings(), choose_runtime("cpu", "fp32")
-    )
-    table = draw_samples(load_captioner(run_folder / "best.pt", "cpu"), dataset, captions).table
+    _, (_, table) = sample(load_captioner(run_folder / "best.pt", "cpu"), dataset)
     assert "&lt;a&#124;" in table and table.count("|") == 12 and "<a" not in table
