@@ -154,9 +154,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_runs_once_an_image(shapes, tmp_path
 
 def test_init_from_starts_a_new_run_with_the_weights_words_and_model_settings(command, shapes, run_folder, tmp_path):
     arguments = ("--data_folder", shapes, "--run_folder", tmp_path, "--init_from", run_folder / "best.pt")
-    status, out, _ = command(
-        train, *arguments, "--epochs", 1, "--learning_rate", 0, "--encoder_learning_rate", 0, "--max_length", 6
-    )
+    status, out, _ = command(train, *arguments, "--epochs", 1, "--learning_rate", 0, "--max_length", 6)
     assert status == 0, out
     started, trained = weights(tmp_path / "best.pt"), weights(run_folder / "best.pt")
     assert all(torch.equal(started[name], trained[name]) for name in trained if name.startswith("decoder"))
@@ -357,22 +355,25 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
         (("--encoder_weights", "missing.pth"), "missing.pth"),
         (("--encoder_weights", "{run}/log.jsonl"), "log.jsonl is refused"),
         (("--plot", "{run}", "missing"), "--plot missing: no run there"),
-        (("--objective", "scst"), "--objective scst needs a trained model"),
-        (("--geometry",), "--geometry is a setting of --encoder_layers: give --encoder_layers, too"),
-        (("--grounding_weight", "1", "--attention", "none"), "--grounding_weight needs attention"),
-        (("--unfreeze_from", "layer3"), "--unfreeze_from layer3 needs --fine_tune_encoder"),
+        (("--objective", "scst"), "--objective scst requires a trained model"),
+        (("--geometry",), "--geometry requires --encoder_layers"),
+        (
+            ("--grounding_weight", "1", "--attention", "none"),
+            "--grounding_weight 1.0 does not go with --attention none: leave one of them out",
+        ),
+        (("--unfreeze_from", "layer3"), "--unfreeze_from layer3 requires --fine_tune_encoder"),
         (("--fine_tune_encoder", "--unfreeze_from", "layer9"), "--unfreeze_from layer9: resnet18 has conv1"),
-        (("--freeze_embeddings",), "--freeze_embeddings needs --pretrained_embeddings"),
+        (("--freeze_embeddings",), "--freeze_embeddings requires --pretrained_embeddings or --init_from or --resume"),
         (("--pretrained_embeddings", "missing.txt"), "--pretrained_embeddings missing.txt: no such file"),
-        (("--graph_edges", "all"), "--graph_edges is a setting of --graph_layers: give --graph_layers, too"),
+        (("--graph_edges", "all"), "--graph_edges all requires --graph_layers"),
         (("--graph_layers", "1", "--graph_heads", "3"), "--graph_heads 3: does not divide the 512 features"),
         (("--decoder", "transformer", "--heads", "7"), "--heads 7: does not divide --hidden_dim 512"),
         (("--encoder_layers", "1", "--heads", "7"), "--heads 7: does not divide the 512 features"),
-        (("--decoder", "transformer", "--cell", "gru"), "--cell does not go with --decoder transformer"),
-        (("--ffn_dim", "64"), "--ffn_dim does not go with --decoder recurrent"),
-        (("--warmup_ratio", "-0.5"), "--warmup_ratio -0.5: must be below 1 and at least 0"),
-        (("--decoder", "up_down", "--layers", "2"), "--layers does not go with --decoder up_down"),
-        (("--attention", "adaptive", "--cell", "gru"), "--cell gru does not go with --attention adaptive"),
+        (("--decoder", "transformer", "--cell", "gru"), "--cell gru requires --decoder recurrent"),
+        (("--ffn_dim", "64"), "--ffn_dim 64 requires --decoder transformer or --encoder_layers"),
+        (("--warmup_ratio", "-1.5"), "--warmup_ratio -1.5: must be at least -1"),
+        (("--decoder", "up_down", "--layers", "2"), "--layers 2 requires --decoder recurrent or adaptive"),
+        (("--decoder", "adaptive", "--cell", "gru"), "--cell gru requires --decoder recurrent"),
         (("--epochs", "0"), "--epochs 0: must be at least 1"),
         (("--learning_rate", "nan"), "--learning_rate nan: must be at least 0"),
         (("--dropout", "1.5"), "--dropout 1.5: must be below 1"),

@@ -40,7 +40,7 @@ def make_optimizer(captioner: Captioner, settings: Settings) -> torch.optim.Opti
 def learning_rate_factor(settings: Settings, step: int, steps_per_epoch: int) -> float:
     """The factor on the learning rates at a step, counted from 0 over all epochs: linear warmup, then the schedule."""
     steps = settings.epochs * steps_per_epoch
-    ratio = DECODERS[settings.decoder].WARMUP_RATIO if settings.warmup_ratio == -1 else settings.warmup_ratio
+    ratio = DECODERS[settings.decoder].WARMUP_RATIO if settings.warmup_ratio < 0 else settings.warmup_ratio
     warmup = min(1, (step + 1) / max(1, ratio * steps))
     if settings.lr_schedule == "step":
         return warmup * settings.learning_rate_decay ** (step // steps_per_epoch)
