@@ -1,4 +1,4 @@
-"""The feature cache: the features of a frozen encoder, computed once for all epochs and runs."""
+"""Datasets as a captioner takes them, and the cache of a frozen encoder's features, which are computed only once."""
 
 import contextlib
 import functools
@@ -6,26 +6,26 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.distributed import all_gather, on_rank_zero, rank, world_size
+from common.distributed import on_rank_zero, rank, world_size
 from common.files import hold_lock, name_in_errors, nearest_existing, require_writable
-from datasets import Batch, CaptionDataset, in_order, make_batches, make_loader
+from datasets import CaptionDataset, in_order, make_batches, make_loader
 from models import Captioner
 from modules.encoders import Encoder, NoEncoder, folded_encoder
 from preparation.storage import read_metadata, region_info
 from utils import InputError, Runtime, copy_to_device
 
-NEEDS_BOXES = "leave out --box_features, --geometry and --graph_edges spatial, or prepare features with boxes"
 BATCH_SIZE, GPU_BATCH_SIZE = 16, 64  # images that a process encodes at once; 16 fit into the cache of a CPU
-SAVE_EVERY = 64  # batches after which the features are on the disk, whatever happens then
+SAVE_EVERY = 64  # batches between two writes of the number of complete rows
+HEADER_BYTES = 128  # of a .npy file, for any shape of features: NumPy pads the header
 
 
 def build_dataset(
@@ -40,18 +40,18 @@ def build_dataset(
     cached: bool = True,
     with_objects: bool = True,
 ) -> CaptionDataset:
-    """One split as a captioner takes it: images or, where its encoder is frozen, their cached features.
+    """Open a split with the inputs that a captioner takes: images, cached features or region features.
 
     Args:
-        hflip: cache the features of flipped images, too.
+        hflip: also cache the features of flipped images.
         in_memory: read all images into memory at once.
-        features_folder: where features are cached; "": in `features` of the data folder or, where that cannot be
-            written, in the user's cache.
-        with_objects: False leaves out the boxes of objects, whatever the captioner uses.
-        cached: False yields images, whatever the encoder, as several views of a photo need them.
+        features_folder: where to cache features; "": `features` in the data folder, or the user's cache if the data
+            folder cannot be written.
+        cached: False yields images even if the encoder is frozen, for several views of a photo.
+        with_objects: False leaves out the boxes of objects even if the captioner uses them.
 
-    Raises InputError where the folder's images are not of the captioner's size, where it has no objects and the
-    captioner needs them, or where features cannot be cached.
+    Raises InputError if the folder lacks what the captioner needs (images of its size, objects, region features), or
+    if features cannot be cached.
     """
     metadata = read_metadata(data_folder)
     require_fitting_images(captioner, metadata, data_folder)
@@ -66,25 +66,23 @@ def build_dataset(
                 f"create_input_files.py with --region_features"
             )
         if captioner.needs_boxes and not info.has_boxes:
-            raise InputError(f"{data_folder} has region features without boxes, which the model needs: {NEEDS_BOXES}")
+            raise InputError(
+                f"{data_folder} has region features without boxes, which the model needs: leave out --box_features, "
+                f"--geometry and --graph_edges spatial, or prepare features with boxes"
+            )
         dataset.use_region_features()
         return dataset
     if with_objects and captioner.uses_objects:
         dataset.use_objects()
     if cached and not captioner.fine_tune_encoder:
-        names = cache_names(dataset, encoder, runtime, hflip)
-        size = len(dataset) * encoder.num_regions * encoder.feature_dim * 2  # bytes, of float16
-        folder, missing = on_rank_zero(lambda: prepare_cache(names, size, data_folder, features_folder))
-        for name in missing:
-            compute_features(folder / name, dataset, encoder, runtime, flipped=name != names[0])
-        dataset.use_features([folder / name for name in names])
+        dataset.use_features(cache_features(dataset, encoder, runtime, hflip, features_folder))
     elif in_memory:
         dataset.load_into_memory()
     return dataset
 
 
 def require_fitting_images(captioner: Any, metadata: dict[str, Any], data_folder: str | Path) -> None:
-    """Raise InputError where a folder of this metadata has other images than a captioner, or an ensemble, takes."""
+    """Raise InputError if a captioner, or an ensemble, takes other images than those of a folder with this metadata."""
     if (metadata["image_size"], metadata["resize"]) != (captioner.image_size, captioner.resize):
         raise InputError(
             f"{data_folder} has images of {metadata['image_size']} pixels, made by {metadata['resize']}, the model "
@@ -93,28 +91,34 @@ def require_fitting_images(captioner: Any, metadata: dict[str, Any], data_folder
         )
 
 
-def cache_names(dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, hflip: bool) -> list[str]:
-    """The names of the files of a split's features: those of its images and, with hflip, of the flipped images.
+def cache_features(
+    dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, hflip: bool, features_folder: str
+) -> list[Path]:
+    """Compute the features of a split that are not cached yet; return the files, of images and of flipped images.
 
-    A name holds a fingerprint of the network, its layer and grid, its weights, the images, whether they are flipped,
-    and the dtype, so the features of anything else are never taken for these.
+    A file's name holds a fingerprint of what the features depend on: network, layer, grid, weights, images, precision
+    and flip.
     """
     with h5py.File(dataset.images_path) as file:
-        images_digest = file.attrs["digest"]
-    source = (*encoder.fingerprint(), images_digest)
-    split, names = dataset.images_path.stem.removesuffix("_images"), []
+        source = (*encoder.fingerprint(), file.attrs["digest"], str(runtime.dtype))
+    names = []
     for flipped in (False, True) if hflip else (False,):
-        key = hashlib.sha256(repr((*source, str(runtime.dtype), flipped)).encode()).hexdigest()[:16]
-        names.append(f"{split}{'_flipped' if flipped else ''}_{encoder.name}_{encoder.layer}_{key}.npy")
-    return names
+        key = hashlib.sha256(repr((*source, flipped)).encode()).hexdigest()[:16]
+        names.append(f"{dataset.split}{'_flipped' if flipped else ''}_{encoder.name}_{encoder.layer}_{key}.npy")
+    size = len(dataset) * encoder.num_regions * encoder.feature_dim * 2  # bytes of float16
+    default = dataset.images_path.parent / "features"
+    folder, missing = on_rank_zero(lambda: prepare_folder(names, size, features_folder, default))
+    for name in missing:
+        compute_features(folder / name, dataset, encoder, runtime, flipped=name != names[0])
+    return [folder / name for name in names]
 
 
-def prepare_cache(names: list[str], size: int, data_folder: str | Path, features_folder: str) -> tuple[Path, list[str]]:
-    """The folder of the cache, and which of the names are not there yet, each a file of `size` bytes to come.
+def prepare_folder(names: list[str], size: int, features_folder: str, default: Path) -> tuple[Path, list[str]]:
+    """Return the folder of the cache and the names that it lacks, each to become a file of `size` bytes.
 
-    Raises InputError where the folder cannot be written or has no room.
+    Raises InputError if the folder cannot be written or has no room for them.
     """
-    folder = Path(features_folder or Path(data_folder) / "features")
+    folder = Path(features_folder or default)
     if not all((folder / name).is_file() for name in names):
         try:
             require_writable(folder)
@@ -134,12 +138,9 @@ def prepare_cache(names: list[str], size: int, data_folder: str | Path, features
     return folder, missing
 
 
-@functools.cache  # printed once
+@functools.cache  # to print once
 def user_cache(unwritable: Path) -> Path:
-    """The folder for features in the user's cache, instead of one that cannot be written.
-
-    Raises InputError where it cannot be written either.
-    """
+    """Return the folder for features in the user's cache; raise InputError if it cannot be written either."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "image-captioning" / "features"
     try:
         require_writable(folder)
@@ -155,38 +156,37 @@ def user_cache(unwritable: Path) -> Path:
 def compute_features(path: Path, dataset: CaptionDataset, encoder: Encoder, runtime: Runtime, flipped: bool) -> None:
     """Write a frozen encoder's features of all images, (I, R, F) float16; each process computes its share.
 
-    They are written into PATH.partial, whose header counts the rows that are complete and on the disk, so that what a
-    killed run has computed is kept. Where another program computes the same features, this one waits for it.
+    The header of PATH.partial counts the rows that are complete and on disk, so a killed run loses only those after
+    them. If another program is computing the same features, wait for it.
 
-    Raises InputError for features that float16 cannot hold, OSError for a full disk.
+    Raises InputError for features that float16 cannot hold, OSError if the disk is full.
     """
     partial = path.with_name(f"{path.name}.partial")
     shape = (len(dataset), encoder.num_regions, encoder.feature_dim)
-    encoder = folded_encoder(encoder)
     title = f"{encoder.name} features of {dataset.images_path.stem}{', flipped' if flipped else ''}"
+    encoder = folded_encoder(encoder)
+    batch_size = world_size() * (BATCH_SIZE if runtime.device.type == "cpu" else GPU_BATCH_SIZE)
     with contextlib.ExitStack() as stack:
         if not on_rank_zero(lambda: try_lock(path, stack)):
             print(f"{path} is being computed by another program, waiting for it")
             while not on_rank_zero(lambda: try_lock(path, stack)):
                 time.sleep(1)
-        complete = on_rank_zero(lambda: len(dataset) if path.is_file() else open_partial(partial, shape))
-        batch_size = BATCH_SIZE if runtime.device.type == "cpu" else GPU_BATCH_SIZE
-        batches = make_batches(in_order(len(dataset), flipped), batch_size * world_size())
-        batches = [batch for batch in batches if batch[-1][0] >= complete]
-        bar = stack.enter_context(
-            tqdm(total=len(dataset), initial=complete, desc=title, unit="image", disable=rank() > 0)
-        )
+        if on_rank_zero(path.is_file):  # by the other program
+            return
+        rows = on_rank_zero(lambda: open_partial(partial, shape))
+        batches = make_batches(in_order(len(dataset), flipped)[rows:], batch_size)
+        progress = tqdm(total=len(dataset), initial=rows, desc=title, unit="image", disable=rank() > 0)
+        bar = stack.enter_context(progress)
         for first in range(0, len(batches), SAVE_EVERY):
             part = batches[first : first + SAVE_EVERY]
-            encoded = encode_batches(make_loader(dataset, part), encoder, runtime)
-            write_features(partial, encoded, bar)
-            on_rank_zero(lambda rows=part[-1][-1][0] + 1: write_header(partial, (rows, *shape[1:])))
-        if not on_rank_zero(path.is_file):
-            on_rank_zero(lambda: publish(partial, path, shape))
+            write_features(partial, make_loader(dataset, part), encoder, runtime, bar)
+            last, _ = part[-1][-1]
+            on_rank_zero(lambda rows=last + 1: write_header(partial, (rows, *shape[1:])))
+        on_rank_zero(lambda: publish(partial, path, shape))
 
 
 def try_lock(path: Path, stack: contextlib.ExitStack) -> bool:
-    """Lock a file of features until the stack is closed; False where another program computes it."""
+    """Lock a file of features until the stack is closed; return False if another program has locked it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         stack.enter_context(hold_lock(path.with_name(f".{path.name}.lock"), ""))
@@ -196,77 +196,50 @@ def try_lock(path: Path, stack: contextlib.ExitStack) -> bool:
 
 
 def open_partial(path: Path, shape: tuple[int, ...]) -> int:
-    """The number of complete rows in an unfinished file of an array of this shape; begins the file where it is new."""
-    try:
-        with open(path, "rb") as file:
-            (rows, *row_shape), _ = read_header(file)
-            if tuple(row_shape) == shape[1:]:
-                return rows
-    except (FileNotFoundError, ValueError):  # new, or killed as it was begun
-        pass
+    """Return the number of complete rows in a partial file; start the file anew if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        rows = np.load(path, mmap_mode="r")
+        if rows.shape[1:] == shape[1:]:
+            return len(rows)
     with name_in_errors(path):
         path.write_bytes(b"")
     write_header(path, (0, *shape[1:]))
     return 0
 
 
-def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
-    """The shape in the header of an array's file, and where its first row begins; ValueError where there is none."""
-    np.lib.format.read_magic(file)
-    shape, _, _ = np.lib.format.read_array_header_1_0(file)
-    return shape, file.tell()
-
-
 def write_header(path: Path, shape: tuple[int, ...]) -> None:
-    """Write the header of an array's file; numpy pads it so that it has one length for any number of rows."""
+    """Write the header of a .npy file and leave the rows after it as they are."""
     with name_in_errors(path), open(path, "rb+") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        assert file.tell() == HEADER_BYTES
         file.flush()
         os.fsync(file.fileno())
 
 
 def publish(partial: Path, path: Path, shape: tuple[int, ...]) -> None:
-    """Give a complete file its name. Without locks another program may have counted fewer rows in it meanwhile."""
+    """Rename a complete file; on a disk without locks, another program may have written a header of fewer rows."""
     write_header(partial, shape)
     os.replace(partial, path)
 
 
-def encode_batches(
-    loader: Iterable[Batch], encoder: Encoder, runtime: Runtime
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yield the indices of each batch's images and their features (B, R, F) float16; InputError for an overflow."""
-    for batch in loader:
-        with torch.inference_mode(), runtime.autocast():
-            features = encoder(copy_to_device(batch.inputs, runtime.device)).half().cpu().numpy()
-        assert features.shape[1:] == (encoder.num_regions, encoder.feature_dim), "images of another size"
-        if not np.isfinite(features).all():
-            raise InputError(
-                f"{encoder.name}'s features do not fit into float16, as random weights may make them: train with "
-                f"--encoder_weights, or with --fine_tune_encoder"
-            )
-        yield batch.indices, features
+def write_features(path: Path, loader: DataLoader, encoder: Encoder, runtime: Runtime, bar: tqdm) -> None:
+    """Write the features of a loader's images into their rows of a .npy file and flush them to disk.
 
-
-def write_features(path: Path, encoded: Iterable[tuple[list[int], np.ndarray]], bar: tqdm) -> None:
-    """Write features into their rows of an array's file and, before it returns, to the disk.
-
-    Raises the InputError or OSError of any process; features that do not fit remove the file.
+    Plain writes raise OSError on a full disk; a memory map would crash.
     """
-    error = None
-    try:
-        # Written and not mapped: a full disk is then an error and not a crash.
-        with name_in_errors(path), open(path, "rb+") as file:
-            _, first_row = read_header(file)
-            for indices, features in encoded:
-                for index, row in zip(indices, features, strict=True):
-                    file.seek(first_row + index * row.nbytes)
-                    file.write(row.tobytes())
-                bar.update(len(features) * world_size())
-            file.flush()
-            os.fsync(file.fileno())
-    except (InputError, OSError) as raised:
-        error = raised
-    for raised in filter(None, all_gather([error])):  # of any process
-        if isinstance(raised, InputError):
-            on_rank_zero(path.unlink)
-        raise raised
+    with name_in_errors(path), open(path, "rb+") as file:
+        for batch in loader:
+            with torch.inference_mode(), runtime.autocast():
+                features = encoder(copy_to_device(batch.inputs, runtime.device)).half().cpu().numpy()
+            if not np.isfinite(features).all():
+                path.unlink(missing_ok=True)
+                raise InputError(
+                    f"{encoder.name}'s features do not fit into float16, as random weights may make them: train with "
+                    f"--encoder_weights, or with --fine_tune_encoder"
+                )
+            for index, row in zip(batch.indices, features, strict=True):
+                file.seek(HEADER_BYTES + index * row.nbytes)
+                file.write(row.tobytes())
+            bar.update(len(features) * world_size())
+        file.flush()
+        os.fsync(file.fileno())
