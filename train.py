@@ -2,11 +2,11 @@
 
 import functools
 import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,26 +18,14 @@ from evaluation.scoring import evaluate
 from features.feature_cache import build_dataset
 from models import ENCODER, ModelSettings
 from text.cider import CiderD
-from training.checks import print_warnings, validate_settings
-from training.logs import plot_curves, plot_runs, write_samples, write_tensorboard
+from text.vocabulary import FLIPPED_WORDS
+from training.logs import plot_curves, plot_runs, write_tensorboard
 from training.optim import learning_rate_factor
-from training.shutdown import graceful_shutdown
 from training.start import choose_run_device, lock_run_folder, prepare_run, start_files, start_run
-from training.state import TrainState
+from training.state import TrainState, graceful_shutdown, stop_request
 from training.steps import scst_step, train_step
-from training.validation import describe_best, epoch_key, print_epoch, validation_loss
-from utils import (
-    PRECISIONS,
-    InputError,
-    Runtime,
-    StopRequested,
-    choose_runtime,
-    first_line,
-    require_needs,
-    run_script,
-    setting,
-)
-from visualization.samples import draw_samples
+from training.validation import describe_best, epoch_key, is_informative, print_epoch, validation_loss
+from utils import PRECISIONS, InputError, Runtime, choose_runtime, first_line, require_needs, run_script, setting
 
 OBJECTIVES = ("cross_entropy", "scst")
 # Conditions of settings, as in `utils.setting`.
@@ -100,29 +88,27 @@ class Settings(ModelSettings):
 def train_one_epoch(
     state: TrainState, training: CaptionDataset, runtime: Runtime, caught: list[int], reward: CiderD | None
 ) -> None:
-    """The rest of a pass over the training images with all their captions; sums up in `state`.
+    """Finish the current epoch over the training images and accumulate its loss in `state`.
 
-    A signal in the list `caught`, of `training.shutdown.graceful_shutdown`, ends the program before the next step,
-    with all complete steps in last.pt. With a `reward` the steps are those of self-critical training.
+    With a `reward` the steps are self-critical. A signal in `caught` (`training.state.graceful_shutdown`) raises
+    StopRequested before the next step, with all complete steps in last.pt.
     """
     settings = state.settings
     state.captioner.train()
     items = shuffled_indices(len(training), settings.seed, state.epoch, settings.hflip)
     batches = make_batches(items, settings.batch_size)
     loader = make_loader(training, batches[state.step :], settings.workers)
-    done = sum(len(training.captions[index]) for batch in batches[: state.step] for index, _ in batch)
-    title, metric = f"epoch {state.epoch + 1}", "reward" if reward else "loss"
-    start = saved = time.perf_counter()
-    seconds_before = state.seconds
-    progress = tqdm(
+    bar = tqdm(
         total=training.captions.num_captions(),
-        initial=done,
-        desc=title,
+        initial=sum(len(training.captions[index]) for batch in batches[: state.step] for index, _ in batch),
+        desc=f"epoch {state.epoch + 1}",
         unit="caption",
         leave=False,
         disable=rank() > 0,
     )
-    with progress as bar:
+    start = saved = time.perf_counter()
+    seconds_before = state.seconds
+    with bar:
         for batch in loader:
             save_now = rank() == 0 and time.perf_counter() - saved > settings.save_minutes * 60
             words, captions, stop, save_now = all_reduce_sum([*batch.counts(), bool(caught), save_now])
@@ -133,7 +119,7 @@ def train_one_epoch(
                 raise stop_request(state, caught)
             optimization_step(state, batch, runtime, len(batches), (words, captions), reward)
             state.seconds = seconds_before + time.perf_counter() - start
-            bar.set_postfix({metric: f"{state.loss / state.count:.3f}"}, refresh=False)
+            bar.set_postfix({"reward" if reward else "loss": f"{state.loss / state.count:.3f}"}, refresh=False)
             bar.update(captions)
 
 
@@ -145,7 +131,10 @@ def optimization_step(
     counts: tuple[int, int],
     reward: CiderD | None,
 ) -> None:
-    """One step of the objective at its learning rate, added to `state`; InputError where it cannot be taken."""
+    """Take a step at its learning rate and add its loss to `state`; raise InputError if it is not finite or too large.
+
+    `counts` are the words and captions of the step over all processes.
+    """
     settings, optimizer = state.settings, state.optimizer
     step = state.epoch * steps_per_epoch + state.step
     factor = learning_rate_factor(settings, step, steps_per_epoch)
@@ -155,7 +144,7 @@ def optimization_step(
         if reward:
             loss, count = scst_step(state.network, optimizer, batch, settings, runtime, reward, counts)
         else:
-            # Rising linearly over all steps.
+            # Rises linearly over all steps.
             sampling_prob = settings.scheduled_sampling_max_prob * step / (settings.epochs * steps_per_epoch)
             loss, count = train_step(state.network, optimizer, batch, settings, runtime, counts, sampling_prob)
     except FloatingPointError as error:
@@ -174,13 +163,6 @@ def optimization_step(
     state.count += count
 
 
-def stop_request(state: TrainState, caught: list[int]) -> StopRequested:
-    """What ends a training that a signal stopped, with the way to continue."""
-    last = Path(state.settings.run_folder) / "last.pt"
-    signum = caught[0] if caught else signal.SIGTERM  # another process caught it
-    return StopRequested(signum, f"stopped in epoch {state.epoch + 1}: continue with python train.py --resume {last}")
-
-
 # -------------------------------------------------------------------------------------------------- validation
 
 
@@ -189,28 +171,31 @@ def validate_and_save(
 ) -> None:
     """Validate the averaged weights, then write log.jsonl, best.pt, last.pt and curves.png."""
     settings = state.settings
-    state.save("last.pt", with_training_state=True)  # validation takes its time, too
+    state.save("last.pt", with_training_state=True)  # validation takes time, too
     broadcast(average for average, _ in state.ema.buffers)  # BatchNorm's statistics differ between processes
     captioner = state.ema.captioner
     decoding = DecodingSettings(beam_size=1, max_length=settings.max_length)
     scores, captions = evaluate(captioner, validation, decoding, runtime)
     loss, count = all_reduce_sum([state.loss, state.count])
-    not_logged = ("beam_size", "images_per_second")
     row = {
         "epoch": state.epoch + 1,
         "train/reward" if settings.objective == "scst" else "train/loss": loss / count,
         "val/loss": validation_loss(captioner, validation, decoding.batch_size, runtime),
-        **{f"val/{name}": score for name, score in scores.items() if name not in not_logged},
+        **{f"val/{name}": score for name, score in scores.items() if name not in ("beam_size", "images_per_second")},
         "lr": state.optimizer.param_groups[0]["lr"],
         "seconds": state.seconds,
         "captions_per_second": training.captions.num_captions() / state.seconds,
     }
     improved = state.end_epoch(epoch_key(row, settings.best_metric, len(validation)))
     folder = Path(settings.run_folder)
+
+    def draw() -> tuple[list[np.ndarray], str]:
+        from visualization.samples import draw_samples  # imports matplotlib
+
+        return draw_samples(captioner, validation, captions)
+
     on_rank_zero(lambda: append_jsonl(folder / "log.jsonl", row))
-    on_rank_zero(lambda: write_tensorboard(folder / "tensorboard", [row]))
-    draw = functools.partial(draw_samples, captioner, validation, captions)
-    on_rank_zero(lambda: write_samples(folder / "tensorboard", row["epoch"], draw))
+    on_rank_zero(lambda: write_tensorboard(folder / "tensorboard", row, draw))
     if improved:
         state.save("best.pt", with_training_state=False)
     state.save("last.pt", with_training_state=True)
@@ -219,28 +204,34 @@ def validate_and_save(
     print(f"  {validation.entries[0]['image']}: {captions[0].caption}")
 
 
-# ---------------------------------------------------------------------------------------------------- all of it
+# -------------------------------------------------------------------------------------------------- the program
 
 
 def train(settings: Settings, device: torch.device) -> None:
-    """Train until the validation score stops rising: model, data, optimizer and state, then the epochs."""
+    """Train until the last epoch, or until the validation score no longer rises."""
     settings, checkpoint = prepare_run(settings)
     device = choose_run_device(settings, device)
     require_needs(settings)
-    validate_settings(settings)
-    if settings.features_folder:  # found again from another working directory
+    micro_batches = world_size() * settings.gradient_accumulation_steps
+    if settings.batch_size < micro_batches:
+        raise InputError(
+            f"--batch_size {settings.batch_size} cannot be shared by {world_size()} processes in "
+            f"--gradient_accumulation_steps {settings.gradient_accumulation_steps}: give at least {micro_batches}"
+        )
+    if settings.features_folder:  # to find it again from another working directory
         settings = settings.replace(features_folder=os.path.abspath(settings.features_folder))
     runtime = choose_runtime(device, settings.precision)
     state = start_run(settings, checkpoint, device)
-    build = functools.partial(
+    open_split = functools.partial(
         build_dataset,
+        settings.data_folder,
         captioner=state.captioner,
         runtime=runtime,
         in_memory=settings.in_memory,
         features_folder=settings.features_folder,
     )
-    validation = build(settings.data_folder, "val")
-    training = build(settings.data_folder, "train", hflip=settings.hflip)
+    validation = open_split("val")
+    training = open_split("train", hflip=settings.hflip)
     if settings.grounding_weight:
         training.use_names(state.captioner.vocabulary)
     if len(training) < world_size():
@@ -248,14 +239,10 @@ def train(settings: Settings, device: torch.device) -> None:
     start_files(state)
     dtype = str(runtime.dtype).split(".")[1]
     print(f"{len(training)} training images, {len(state.captioner.vocabulary)} words, {device}, {dtype}")
-    print_warnings(settings, training, validation)
-    if state.epochs_since_improvement >= settings.patience:
-        print(f"nothing to do: no improvement in {state.epochs_since_improvement} epochs, raise --patience to go on")
-    elif state.epoch >= settings.epochs:
-        print(f"nothing to do after {state.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
+    print_warnings(state, training, validation)
     reward = None
     if settings.objective == "scst":
-        # <end> counts as a word: captions that break off would cost nothing otherwise.
+        # <end> counts as a word; otherwise captions that break off would cost nothing.
         reward = CiderD([[caption[1:] for caption in captions] for captions in training.captions])
     with graceful_shutdown() as caught:
         while state.epoch < settings.epochs and state.epochs_since_improvement < settings.patience:
@@ -264,13 +251,32 @@ def train(settings: Settings, device: torch.device) -> None:
     print(f"best {describe_best(state.best_key, settings.best_metric)}: {Path(settings.run_folder) / 'best.pt'}")
 
 
+def print_warnings(state: TrainState, training: CaptionDataset, validation: CaptionDataset) -> None:
+    """Print which settings have no effect on this data, and whether a resumed run has nothing to do."""
+    settings = state.settings
+    if not is_informative(settings.best_metric, len(validation)):
+        print(
+            "warning: CIDEr of one validation image is always 0: the validation loss picks best.pt and --patience has "
+            "no effect. Give more validation photos, or --best_metric bleu_4"
+        )
+    if settings.hflip and not training.flipped_ids:
+        print(
+            f"warning: --hflip flips photos but no words, the captions have neither {' nor '.join(FLIPPED_WORDS)}: "
+            f"leave it out if they name sides in other words"
+        )
+    if state.epochs_since_improvement >= settings.patience:
+        print(f"nothing to do: no improvement in {state.epochs_since_improvement} epochs, raise --patience to go on")
+    elif state.epoch >= settings.epochs:
+        print(f"nothing to do after {state.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
+
+
 def main(settings: Settings) -> None:
-    """Train, on each of several processes its share (torchrun), or plot the curves of runs."""
+    """Train (each process of torchrun its share) or plot the curves of runs."""
     if settings.plot:
         print(plot_runs(settings.plot))
         return
     with init_distributed(settings.device) as device, lock_run_folder(settings):
-        train(settings, device)  # all that uses the process group is freed before it is destroyed
+        train(settings, device)  # frees all that uses the process group before the group is destroyed
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def test_a_full_disk_is_no_traceback_of_tensorboards_thread(tmp_path, monkeypatc
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4096))
     with pytest.raises(OSError, match="No space left on device") as error:
-        write_tensorboard(tmp_path / "tensorboard", [{"epoch": 1}])
+        write_tensorboard(tmp_path / "tensorboard", {"epoch": 1}, lambda: ([], ""))
     assert error.value.filename == str(tmp_path / "tensorboard")
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, make_dataclass, replace
 
 import pytest
 import torch
+from test_resume import assert_same_weights
 
 import train
 from conftest import SMALL, flags, logged_epochs, prepare_shapes
@@ -28,21 +29,31 @@ def test_a_flag_given_at_its_default_counts_when_resuming(command, shapes, run_f
     assert status == 0 and logged_epochs(folder) == list(range(1, default + 1)), err
 
 
-def test_an_edited_default_counts_when_resuming(monkeypatch, run_folder, tmp_path):
+def edited(**defaults):
+    """Settings as if the user had edited these defaults at the top of train.py."""
+    edits = [(name, type(value), value) for name, value in defaults.items()]
+    return make_dataclass("Edited", edits, bases=(train.Settings,), frozen=True)
+
+
+@pytest.mark.parametrize("path", [{}, {"run_folder": "runs/next"}, {"encoder_weights": "resnet101.pth"}])
+def test_an_edited_default_counts_when_resuming_but_for_paths(run_folder, tmp_path, capsys, path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
-    edited = make_dataclass(  # as if the user had edited the top of train.py
-        "Edited", [("epochs", int, 3)], bases=(train.Settings,), frozen=True
-    )
-    train.main(edited(resume=str(folder / "last.pt")))
-    assert logged_epochs(folder) == [1, 2, 3]
+    train.main(edited(epochs=3, **path)(resume=str(folder / "last.pt")))
+    assert logged_epochs(folder) == [1, 2, 3] and "epochs is 3, where " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["hidden_dim", "dropout"])
-def test_an_edited_default_that_makes_another_run_is_refused(run_folder, name):
-    kind = type(getattr(train.Settings(), name))
-    edited = make_dataclass("Edited", [(name, kind, kind(0.75) or 99)], bases=(train.Settings,), frozen=True)
-    with pytest.raises(InputError, match=rf"--{name} \S+ does not go with .*last\.pt, which was trained with"):
-        train.main(edited(resume=str(run_folder / "last.pt")))
+@pytest.mark.parametrize("edit", [{"hidden_dim": 99}, {"dropout": 0.75}])
+def test_an_edited_default_that_makes_another_run_is_refused(run_folder, edit):
+    with pytest.raises(InputError, match=rf"--{min(edit)} \S+ does not go with .*last\.pt, which was trained with"):
+        train.main(edited(**edit)(resume=str(run_folder / "last.pt")))
+
+
+def test_an_edited_default_of_another_start_is_refused(run_folder):
+    last = str(run_folder / "last.pt")
+    with pytest.raises(InputError, match=r"--init_from b\.pt does not go with --resume: leave one of them out"):
+        train.main(edited(init_from="b.pt")(resume=last))
+    with pytest.raises(InputError, match=r"--pretrained_embeddings b\.txt does not go with --init_from: leave one"):
+        train.main(edited(pretrained_embeddings="b.txt", run_folder=str(run_folder / "new"))(init_from=last))
 
 
 def test_a_data_folder_given_at_its_default_counts_when_resuming(command, shapes, run_folder, tmp_path, monkeypatch):
@@ -50,7 +61,7 @@ def test_a_data_folder_given_at_its_default_counts_when_resuming(command, shapes
     monkeypatch.chdir(tmp_path)
     arguments = ("--resume", folder / "last.pt", "--epochs", 3, "--data_folder", train.Settings().data_folder)
     status, _, err = command(train, *arguments)
-    assert status == 2 and f"{train.Settings().data_folder} is no data folder: give the one that" in err
+    assert status == 2 and f"{train.Settings().data_folder} does not hold the data that" in err
     shutil.copytree(shapes, tmp_path / train.Settings().data_folder)
     status, _, err = command(train, *arguments)
     assert status == 0 and (tmp_path / "data").is_dir() and logged_epochs(folder) == [1, 2, 3], err
@@ -63,51 +74,36 @@ def other_data(tmp_path_factory):
 
 
 def test_other_data_is_refused_when_resuming(command, shapes, other_data, run_folder, tmp_path):
-    folder = shutil.copytree(run_folder, tmp_path / "run")
+    data, folder = shutil.copytree(shapes, tmp_path / "data"), shutil.copytree(run_folder, tmp_path / "run")
+    arguments = ("--resume", folder / "last.pt", "--data_folder", data)
+    assert command(train, *arguments, "--epochs", 2)[0] == 0
     before = (folder / "last.pt").read_bytes()
-    status, _, err = command(train, "--resume", folder / "last.pt", "--epochs", 3, "--data_folder", other_data)
-    assert status == 2 and f"{other_data} does not hold the data that" in err and f"trained on in {shapes}: " in err
+    status, _, err = command(train, *arguments[:2], "--epochs", 3, "--data_folder", other_data)
+    assert status == 2 and f"{other_data} does not hold the data that" in err and f"trained on in {data}: " in err
     assert (folder / "last.pt").read_bytes() == before and logged_epochs(folder) == [1, 2]
-
-
-def test_data_prepared_again_is_refused_when_resuming(command, shapes, other_data, tmp_path):
-    data = shutil.copytree(shapes, tmp_path / "data")
-    train.main(replace(SMALL, data_folder=str(data), run_folder=str(tmp_path / "run"), epochs=1))
-    shutil.rmtree(data)
-    shutil.copytree(other_data, data)
-    status, _, err = command(train, "--resume", tmp_path / "run" / "last.pt", "--epochs", 2)
+    shutil.copytree(other_data, data, dirs_exist_ok=True)  # prepared again
+    status, _, err = command(train, *arguments, "--epochs", 3)
     assert status == 2 and f"{data} does not hold the data that" in err
 
 
-def test_a_run_finds_its_data_from_another_working_directory(command, shapes, tmp_path, monkeypatch):
+def test_a_run_finds_its_data_from_another_working_directory_and_at_home_again(command, shapes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(shapes, "data/shapes")
     arguments = flags("data/shapes", "runs/small", replace(SMALL, fine_tune_encoder=False, features_folder="cache"))
     assert command(train, *arguments, "--epochs", 1)[0] == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    status, _, err = command(train, "--resume", "../runs/small/last.pt", "--epochs", 2)
-    assert status == 0 and logged_epochs(tmp_path / "runs" / "small") == [1, 2], err
-    assert not list((tmp_path / "elsewhere").iterdir())
+    resume = ("--resume", "../runs/small/last.pt", "--epochs")
+    status, _, err = command(train, *resume, 2)
+    assert status == 0 and not list((tmp_path / "elsewhere").iterdir()), err
     shutil.move(tmp_path / "data", tmp_path / "moved")
-    status, _, err = command(train, "--resume", "../runs/small/last.pt", "--epochs", 3)
-    assert (
-        status == 2 and f"the one that ../runs/small/last.pt was trained on, {tmp_path}/data/shapes, as --data" in err
-    )
-    arguments = ("--epochs", 3, "--data_folder", "../moved/shapes")
-    status, _, err = command(train, "--resume", "../runs/small/last.pt", *arguments)
-    assert status == 0 and logged_epochs(tmp_path / "runs" / "small") == [1, 2, 3], err
-
-
-def test_a_resume_elsewhere_does_not_break_the_next_at_home(command, shapes, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(shapes, "data")
-    assert command(train, *flags("data", "run"), "--epochs", 1)[0] == 0
-    shutil.copytree("data", "copy")
-    assert command(train, "--resume", "run/last.pt", "--epochs", 2, "--data_folder", "copy")[0] == 0
-    shutil.rmtree("copy")
-    status, _, err = command(train, "--resume", "run/last.pt", "--epochs", 3)
-    assert status == 0 and logged_epochs(tmp_path / "run") == [1, 2, 3], err
+    status, _, err = command(train, *resume, 3)
+    assert status == 2 and f"that ../runs/small/last.pt was trained on in {tmp_path}/data/shapes: give the " in err
+    status, _, err = command(train, *resume, 3, "--data_folder", "../moved/shapes")
+    assert status == 0, err
+    shutil.move(tmp_path / "moved", tmp_path / "data")
+    status, _, err = command(train, *resume, 4)
+    assert status == 0 and logged_epochs(tmp_path / "runs" / "small") == [1, 2, 3, 4], err
 
 
 def test_another_run_folder_is_refused_when_resuming(command, run_folder, tmp_path):
@@ -115,60 +111,48 @@ def test_another_run_folder_is_refused_when_resuming(command, run_folder, tmp_pa
     assert status == 2 and "--resume continues in" in err and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(("flag", "value"), [("dropout", 0.5), ("dropout", 0.25)])
-def test_init_from_takes_settings_that_no_weight_depends_on(command, shapes, run_folder, tmp_path, flag, value):
-    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", run_folder / "best.pt")
-    status, _, err = command(train, *arguments, "--epochs", 1, "--max_length", 6, f"--{flag}", value)
+@pytest.fixture
+def init_from(command, shapes, run_folder, tmp_path):
+    """Start a run from the weights of `run_folder` with more flags: (flags) -> exit status, errors."""
+
+    def start(*arguments, checkpoint=run_folder / "best.pt"):
+        folders = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", checkpoint)
+        return command(train, *folders, "--epochs", 1, "--max_length", 6, *arguments)[::2]
+
+    return start
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.25])  # the default of train.py, and another value
+def test_init_from_takes_weights_words_and_settings_that_were_not_given(init_from, run_folder, tmp_path, dropout):
+    trained = torch.load(run_folder / "best.pt", weights_only=True)
+    older = trained | {key: dict(trained[key]) for key in ("settings", "defaults")}
+    for key in ("settings", "defaults"):
+        del older[key]["features_folder"]  # a setting that train.py did not have yet
+    torch.save(older, tmp_path / "older.pt")
+    status, err = init_from("--learning_rate", 0, "--dropout", dropout, checkpoint=tmp_path / "older.pt")
     assert status == 0, err
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert best["settings"][flag] == best["model_settings"][flag] == value
-
-
-@pytest.mark.parametrize("start", ["--init_from", "--resume"])
-def test_flags_of_layers_that_are_not_there_are_refused_from_a_checkpoint_too(
-    command, shapes, run_folder, tmp_path, start
-):
-    checkpoint = run_folder / ("best.pt" if start == "--init_from" else "last.pt")
-    arguments = (start, checkpoint, "--graph_edges", "grid", "--epochs", 9)
-    arguments += ("--data_folder", shapes, "--run_folder", tmp_path / "run") * (start == "--init_from")
-    status, _, err = command(train, *arguments)
-    assert status == 2 and "--graph_edges grid requires --graph_layers" in err, err
-
-
-def test_a_checkpoint_may_be_older_than_a_setting(command, shapes, run_folder, tmp_path):
-    checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
-    for key in ("settings", "defaults"):
-        del checkpoint[key]["features_folder"]
-    torch.save(checkpoint, tmp_path / "old.pt")
-    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", tmp_path / "old.pt")
-    status, _, err = command(train, *arguments, "--epochs", 1, "--max_length", 6)
-    assert status == 0, err
+    names = [name for name in trained["model"] if name.startswith("decoder")]
+    assert_same_weights({name: best["model"][name] for name in names}, {name: trained["model"][name] for name in names})
+    assert best["words"] == trained["words"] and best["settings"]["dropout"] == dropout
+    assert best["model_settings"] == trained["model_settings"] | {"dropout": dropout}
 
 
 @pytest.mark.parametrize(("flag", "value"), [("hidden_dim", 512), ("cell", "gru"), ("attention", "dot")])
-def test_init_from_refuses_settings_that_the_weights_depend_on(command, shapes, run_folder, tmp_path, flag, value):
-    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", run_folder / "best.pt")
-    status, _, err = command(train, *arguments, "--dropout", 0.25, f"--{flag}", value)
+def test_init_from_refuses_settings_that_the_weights_depend_on(init_from, tmp_path, flag, value):
+    status, err = init_from("--dropout", 0.25, f"--{flag}", value)
     assert status == 2 and f"--{flag} {value} does not go with" in err and not (tmp_path / "run").exists(), err
 
 
-def test_a_run_that_started_from_another_is_resumed_with_its_origin(command, shapes, run_folder, tmp_path):
-    best, last = run_folder / "best.pt", tmp_path / "run" / "last.pt"
-    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--init_from", best, "--max_length", 6)
-    assert command(train, *arguments, "--freeze_embeddings", "--epochs", 1)[0] == 0
+def test_flags_of_layers_that_are_not_there_are_refused_from_a_checkpoint_too(init_from, command, run_folder):
+    resume = ("--resume", run_folder / "last.pt", "--epochs", 9)
+    for _, err in (init_from("--graph_edges", "grid"), command(train, *resume, "--graph_edges", "grid")[1:]):
+        assert "--graph_edges grid requires --graph_layers" in err
+
+
+def test_a_run_that_started_from_another_is_resumed_with_its_origin(init_from, command, run_folder, tmp_path):
+    last = tmp_path / "run" / "last.pt"
+    assert init_from("--freeze_embeddings")[0] == 0
     status, _, err = command(train, "--resume", last, "--epochs", 2)
-    assert status == 0 and torch.load(last, weights_only=True)["settings"]["init_from"] == str(best), err
-
-
-@pytest.mark.parametrize(("name", "value"), [("run_folder", "runs/next"), ("encoder_weights", "resnet101.pth")])
-def test_an_edited_default_of_a_path_blocks_no_resume(run_folder, tmp_path, name, value):
-    folder = shutil.copytree(run_folder, tmp_path / "run")
-    edited = make_dataclass("Edited", [(name, str, value), ("epochs", int, 3)], bases=(train.Settings,), frozen=True)
-    train.main(edited(resume=str(folder / "last.pt")))
-    assert logged_epochs(folder) == [1, 2, 3]
-
-
-def test_a_setting_that_differs_from_the_runs_is_printed(capsys, run_folder, tmp_path):
-    folder = shutil.copytree(run_folder, tmp_path / "run")
-    train.main(train.Settings(resume=str(folder / "last.pt"), epochs=3))
-    assert "epochs is 3, where " in capsys.readouterr().out
+    origin = torch.load(last, weights_only=True)["settings"]["init_from"]
+    assert status == 0 and origin == str(run_folder / "best.pt"), err

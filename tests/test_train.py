@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -68,20 +69,15 @@ def test_two_processes_train_as_one_does(shapes, tmp_path, others):
     assert cached.keys() == {path.name for path in (folder / "features").iterdir()}
     for name, features in cached.items():
         np.testing.assert_allclose(features, np.load(folder / "features" / name), rtol=2e-3, atol=1e-3)  # float16
-    for one, two in zip(
-        read_jsonl(tmp_path / "one" / "log.jsonl"), read_jsonl(tmp_path / "two" / "log.jsonl"), strict=True
-    ):
+    rows = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    for one, two in zip(*rows, strict=True):
         for name in ("train/loss", "val/loss", "val/cider", "val/bleu_4", "val/rouge_l"):
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
 def test_a_run_leaves_its_files_and_checkpoints_hold_only_plain_things(run_folder):
-    assert {path.name for path in run_folder.iterdir()} - {"tensorboard"} == {
-        "last.pt",
-        "best.pt",
-        "log.jsonl",
-        "curves.png",
-    }
+    files = {path.name for path in run_folder.iterdir()}
+    assert files - {"tensorboard"} == {"last.pt", "best.pt", "log.jsonl", "curves.png"}
     best = torch.load(run_folder / "best.pt", weights_only=True)
     last = torch.load(run_folder / "last.pt", weights_only=True)
     assert {"optimizer", "rng", "progress", "ema", "data"} == last.keys() - best.keys()
@@ -152,30 +148,12 @@ def test_a_frozen_encoder_stays_as_it_is_and_runs_once_an_image(shapes, tmp_path
     assert not all(torch.equal(fresh[name], trained[name]) for name in fresh if name.startswith("decoder"))
 
 
-def test_init_from_starts_a_new_run_with_the_weights_words_and_model_settings(command, shapes, run_folder, tmp_path):
-    arguments = ("--data_folder", shapes, "--run_folder", tmp_path, "--init_from", run_folder / "best.pt")
-    status, out, _ = command(train, *arguments, "--epochs", 1, "--learning_rate", 0, "--max_length", 6)
-    assert status == 0, out
-    started, trained = weights(tmp_path / "best.pt"), weights(run_folder / "best.pt")
-    assert all(torch.equal(started[name], trained[name]) for name in trained if name.startswith("decoder"))
-
-
 @pytest.mark.slow
 def test_scst_raises_the_reward_of_the_sampled_captions(command, shapes, run_folder, tmp_path):
-    arguments = ("--data_folder", shapes, "--run_folder", tmp_path / "run", "--max_length", 12, "--epochs", 12)
-    start = (
-        "--init_from",
-        run_folder / "best.pt",
-        "--learning_rate",
-        5e-3,
-        "--patience",
-        12,
-        "--gradient_accumulation_steps",
-        2,
-    )
-    status, _, err = command(
-        train, *arguments, *start, "--objective", "scst", "--fine_tune_encoder", "--precision", "fp32"
-    )
+    arguments = ["--data_folder", shapes, "--run_folder", tmp_path / "run", "--max_length", 12, "--epochs", 12]
+    arguments += ["--init_from", run_folder / "best.pt", "--objective", "scst", "--fine_tune_encoder"]
+    arguments += ["--learning_rate", 5e-3, "--patience", 12, "--gradient_accumulation_steps", 2, "--precision", "fp32"]
+    status, _, err = command(train, *arguments)
     assert status == 0, err
     rewards = [row["train/reward"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     assert 0 < sum(rewards[:3]) < 0.9 * sum(rewards[-3:])
@@ -212,35 +190,21 @@ def test_plot_draws_several_runs_into_one_picture(command, run_folder, tmp_path)
 
 
 def test_tensorboard_gets_each_epochs_numbers_and_samples_where_it_is_installed(shapes, tmp_path, monkeypatch):
-    written, samples = [], []
-
-    class SummaryWriter:
-        def __init__(self, folder, filename_suffix):
-            self.folder, self.suffix = folder, filename_suffix
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-        def add_scalar(self, name, value, epoch):
-            written.append((self.folder, name, value, epoch))
-
-        def add_image(self, name, value, epoch, dataformats):
-            samples.append((self.suffix, name, epoch))
-
-        def add_text(self, name, value, epoch):
-            samples.append((self.suffix, name, epoch))
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    make_writer = MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=make_writer))
     train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path), fine_tune_encoder=False))
-    rows = read_jsonl(tmp_path / "log.jsonl")
-    for name in ("train/loss", "val/loss", "lr", "val/cider"):
-        expected = [(str(tmp_path / "tensorboard"), name, row[name], row["epoch"]) for row in rows]
-        assert [one for one in written if one[1] == name] == expected
-    names = ("attention/1", "attention/2", "captions")
-    assert samples == [(f".samples-{epoch}", name, epoch) for epoch in (1, 2) for name in names]
+    suffixes = [{"filename_suffix": f".epoch-{epoch}"} for epoch in (1, 2)]
+    assert make_writer.call_args_list == [call(str(tmp_path / "tensorboard"), **suffix) for suffix in suffixes]
+    writer = make_writer.return_value.__enter__.return_value
+    for row in read_jsonl(tmp_path / "log.jsonl"):
+        for name in ("train/loss", "val/loss", "lr", "val/cider"):
+            assert call(name, row[name], row["epoch"]) in writer.add_scalar.call_args_list
+    pictures = [(each.args[0], each.args[2]) for each in writer.add_image.call_args_list]
+    assert pictures == [(f"attention/{i}", epoch) for epoch in (1, 2) for i in (1, 2)]
+    assert [(each.args[0], each.args[2]) for each in writer.add_text.call_args_list] == [
+        ("captions", 1),
+        ("captions", 2),
+    ]
 
 
 def test_early_stopping_and_decay(shapes, tmp_path):
@@ -252,30 +216,24 @@ def test_early_stopping_and_decay(shapes, tmp_path):
     assert [row["lr"] for row in rows] == pytest.approx([1e-9, 0.5e-9, 0.25e-9])
 
 
-def scripted_validation(monkeypatch, rows):
-    """Let the epochs of training have these CIDEr, BLEU-4 and validation losses."""
-    rows = iter(rows)
+@pytest.mark.parametrize(
+    ("rows", "epochs", "best"),  # of at most 5, with a patience of 1
+    [
+        ([(0.0, 0.0, 3), (0.0, 0.0, 4), (0.0, 0.1, 5), (0.2, 0.0, 6), (0.1, 0.2, 2)], 5, 4),
+        ([(0.1, 0.1, 3), (0.1, 0.1, 2), (0.1, 0.2, 4), (0.1, 0.1, 1)], 4, 3),
+    ],
+)
+def test_ties_of_the_score_are_broken_and_a_score_of_0_stops_nothing(shapes, tmp_path, monkeypatch, rows, epochs, best):
+    results = iter(rows)  # of each epoch: CIDEr, BLEU-4 and validation loss
     losses = []
 
     def evaluate(*arguments, original=train.evaluate):
-        cider, bleu_4, loss = next(rows)
+        cider, bleu_4, loss = next(results)
         losses.append(loss)
         return {"cider": cider, "bleu_4": bleu_4}, original(*arguments)[1]
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(train, "validation_loss", lambda *arguments: losses[-1])
-
-
-@pytest.mark.parametrize(
-    ("rows", "epochs", "best"),  # of at most 5, with a patience of 1
-    [
-        ([(0.0, 0.0, 3), (0.0, 0.0, 4), (0.0, 0.1, 5), (0.2, 0.0, 6), (0.1, 0.2, 2)], 5, 4),
-        ([(0.0, 0.0, 3), (0.0, 0.0, 4), (0.0, 0.0, 2), (0.0, 0.0, 5), (0.0, 0.0, 6)], 5, 3),
-        ([(0.1, 0.1, 3), (0.1, 0.1, 2), (0.1, 0.2, 4), (0.1, 0.1, 1)], 4, 3),
-    ],
-)
-def test_ties_of_the_score_are_broken_and_a_score_of_0_stops_nothing(shapes, tmp_path, monkeypatch, rows, epochs, best):
-    scripted_validation(monkeypatch, rows)
     train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path), epochs=5, patience=1))
     assert len(read_jsonl(tmp_path / "log.jsonl")) == epochs
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == best
@@ -302,13 +260,19 @@ def test_flips_that_change_no_caption_are_named(shapes, tmp_path, command):
     assert "--hflip flips" not in command(train, *flags(shapes, tmp_path / "b"), *arguments)[1]
 
 
-def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shapes, tmp_path, monkeypatch):
+def spoil_bias(monkeypatch, spoil):
+    """Call a function with the output layer's bias of each captioner that train.py builds."""
+
     def spoiled(*arguments, original=Captioner, **settings):
         captioner = original(*arguments, **settings)
-        captioner.decoder.output.bias.data[5] = math.nan
+        spoil(captioner.decoder.output.bias)
         return captioner
 
     monkeypatch.setattr(start, "Captioner", spoiled)
+
+
+def test_a_loss_that_is_not_finite_stops_with_epoch_step_and_rate(command, shapes, tmp_path, monkeypatch):
+    spoil_bias(monkeypatch, lambda bias: bias.data[5:6].fill_(math.nan))
     status, _, err = command(train, *flags(shapes, tmp_path / "run"))
     assert status == 2 and "the loss is nan at epoch 1, step 1, learning rate 0.01: lower --learning_rate" in err
 
@@ -318,18 +282,8 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
     command, shapes, tmp_path, monkeypatch, grad_clip
 ):
     """The second step's gradient is infinite, its loss is not."""
-    gradients = []
-
-    def spoil(gradient):
-        gradients.append(gradient)
-        return gradient * math.inf if len(gradients) == 2 else gradient
-
-    def spoiled(*arguments, original=Captioner, **settings):
-        captioner = original(*arguments, **settings)
-        captioner.decoder.output.bias.register_hook(spoil)
-        return captioner
-
-    monkeypatch.setattr(start, "Captioner", spoiled)
+    factors = iter([1, math.inf])
+    spoil_bias(monkeypatch, lambda bias: bias.register_hook(lambda gradient: gradient * next(factors)))
     settings = replace(SMALL, grad_clip=grad_clip, save_minutes=0.0)  # a checkpoint before each step
     status, _, err = command(train, *flags(shapes, tmp_path / "run", settings))
     assert status == 2 and "the norm of the gradient is " in err and " at epoch 1, step 2, learning rate" in err, err
@@ -345,7 +299,10 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
         (("--data_folder", "missing"), "no data folder missing: run create_input_files.py"),
         (("--resume", "missing.pt"), "no such file: missing.pt"),
         (("--init_from", "missing.pt"), "no such file: missing.pt"),
-        (("--resume", "a.pt", "--init_from", "b.pt"), "give one of them"),
+        (
+            ("--resume", "a.pt", "--init_from", "b.pt"),
+            "--init_from b.pt does not go with --resume: leave one of them out",
+        ),
         (("--resume", "{run}/best.pt"), "cannot be resumed: give the run's last.pt"),
         (("--resume", "{run}/last.pt", "--hidden_dim", "99"), "--hidden_dim 99 does not go with"),
         (("--init_from", "{run}/best.pt", "--hidden_dim", "99"), "which was trained with 16"),

@@ -1,87 +1,60 @@
-"""The log of a run as TensorBoard files and as a picture of its curves."""
+"""The log of a run as TensorBoard files and as a plot of its curves."""
 
-import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from common.files import read_jsonl, require_writable, save_figure
 from utils import InputError
 
-# The panels of curves.png: the log keys of each and the line style of each key.
+# Panels of curves.png: the log keys in each, with their line styles.
 PANELS = {
     "loss": {"train/loss": "-", "val/loss": "--"},
     "CIDEr": {"train/reward": "--", "val/cider": "-"},
     "validation BLEU-4": {"val/bleu_4": "-"},
 }
-SAMPLES = ".samples-"  # with the epoch, the suffix of TensorBoard's files of sample captions
-MIN_FREE_BYTES = 2**23  # more than an epoch writes for TensorBoard
+EPOCH_SUFFIX = ".epoch-"  # followed by the epoch, the suffix of a TensorBoard file
+MIN_FREE_BYTES = 2**23  # more than TensorBoard writes in an epoch
 
 
-@contextlib.contextmanager
-def _open_tensorboard(folder: str | Path, suffix: str = "") -> Iterator[Any]:
-    """Open a new file of TensorBoard in a folder; None where the package tensorboard is not installed.
+def write_tensorboard(folder: Path, row: dict, draw: Callable[[], tuple[list[np.ndarray], str]]) -> None:
+    """Write an epoch's row of the log and its sample captions to a TensorBoard file, if tensorboard is installed.
 
-    Raises OSError where the disk is full.
+    `draw` returns pictures (h, w, 3) uint8 and a text; it is not called without tensorboard. Raises OSError if the disk
+    is full.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        yield None
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < MIN_FREE_BYTES:  # TensorBoard's thread would print a traceback
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
-        yield writer
+    epoch = row["epoch"]
+    pictures, text = draw()
+    with SummaryWriter(str(folder), filename_suffix=f"{EPOCH_SUFFIX}{epoch}") as writer:
+        for name in row.keys() - {"epoch"}:
+            if row[name] is not None:
+                writer.add_scalar(name, row[name], epoch)
+        for i, picture in enumerate(pictures, start=1):
+            writer.add_image(f"attention/{i}", picture, epoch, dataformats="HWC")
+        writer.add_text("captions", text, epoch)
 
 
-def write_tensorboard(folder: str | Path, rows: list[dict]) -> None:
-    """Add rows of the log to TensorBoard's files in a folder, where the package tensorboard is installed.
-
-    Raises OSError where the disk is full.
-    """
-    with _open_tensorboard(folder) as writer:
-        for row in rows if writer else []:
-            for name in row.keys() - {"epoch"}:
-                if row[name] is not None:
-                    writer.add_scalar(name, row[name], row["epoch"])
-
-
-def write_samples(folder: str | Path, epoch: int, draw: Callable[[], tuple[list[np.ndarray], str]]) -> None:
-    """Add sample captions of an epoch to TensorBoard's files in a folder, in a file of their own.
-
-    `draw` returns pictures (h, w, 3) uint8 and a text; it is called only where the package tensorboard is installed.
-    Raises OSError where the disk is full.
-    """
-    with _open_tensorboard(folder, f"{SAMPLES}{epoch}") as writer:
-        if writer:
-            pictures, text = draw()
-            for i, picture in enumerate(pictures, start=1):
-                writer.add_image(f"attention/{i}", picture, epoch, dataformats="HWC")
-            writer.add_text("captions", text, epoch)
-
-
-def rewrite_tensorboard(folder: str | Path, rows: list[dict]) -> None:
-    """Bring TensorBoard's files in a folder to these rows of the log, the only ones of the run.
-
-    Curves are written again. Samples cannot be, they are in no log: their files stay, but for those of other epochs.
-    """
-    kept = {f"{SAMPLES}{row['epoch']}" for row in rows}
-    for path in Path(folder).glob("events.out.tfevents.*"):
+def prune_tensorboard(folder: Path, epoch: int) -> None:
+    """Remove TensorBoard's files of epochs after `epoch`, which a resumed or overwritten run trains again."""
+    kept = {f"{EPOCH_SUFFIX}{kept_epoch}" for kept_epoch in range(1, epoch + 1)}
+    for path in folder.glob("events.out.tfevents.*"):
         if path.suffix not in kept:
             path.unlink()
-    if rows:
-        write_tensorboard(folder, rows)
 
 
 def plot_curves(log_paths: Sequence[str | Path], picture_path: str | Path) -> None:
-    """Plot losses and validation scores by epoch of one run or several, from their logs, training beside validation."""
+    """Plot the losses and validation scores of one or several runs by epoch, from their logs."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     figure = Figure(figsize=(12, 3.5), layout="constrained")
@@ -103,7 +76,7 @@ def plot_curves(log_paths: Sequence[str | Path], picture_path: str | Path) -> No
 
 
 def plot_runs(folders: Sequence[str]) -> Path:
-    """Plot the curves of several runs into curves.png beside the first; returns its path.
+    """Plot the curves of several runs into curves.png beside the first run folder; return its path.
 
     Raises InputError for a folder without a run.
     """

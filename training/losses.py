@@ -19,12 +19,12 @@ from utils import copy_to_device
 if TYPE_CHECKING:
     from train import Settings
 
-# Captions sampled at temperature 1 from a model trained with smoothed labels are far from those that a search finds.
+# Of sampled captions. At temperature 1, a model trained with smoothed labels samples captions that no search finds.
 TEMPERATURE = 0.5
 
-SMALLEST_WEIGHT = 1e-6  # of the attention inside objects, so that its logarithm is finite
+SMALLEST_WEIGHT = 1e-6  # of the attention inside objects, to keep its logarithm finite
 
-# Of hard attention. The entropy's weight is that of the authors' code, whose 0.1 for the reward learned slower.
+# For hard attention. The entropy's weight is the authors'; their 0.1 for the reward learned more slowly.
 REWARD_WEIGHT = 0.01
 ENTROPY_WEIGHT = 0.002
 
@@ -32,16 +32,16 @@ ENTROPY_WEIGHT = 0.002
 def captioning_loss(
     output: DecoderOutput, lengths: Tensor, settings: Settings, words: int, captions: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of teacher forcing and, of it, the cross-entropy summed over all words, without label smoothing.
+    """Return the loss of teacher forcing, and the cross-entropy summed over all words without label smoothing.
 
     The loss adds label smoothing (Szegedy et al., 2016, section 7) and the doubly stochastic term of "Show, Attend and
     Tell" (equation 14): over a caption, the attention weights of each region should sum to about one.
 
     Args:
-        output: of `Decoder.forward`.
-        lengths: (B, C) as it takes them.
-        settings: of train.py: label_smoothing and doubly_stochastic.
-        words, captions: the counts to divide by, those of the whole step where this is a micro-batch of it.
+        output: returned by `Decoder.forward`.
+        lengths: (B, C) passed to it.
+        settings: label_smoothing and doubly_stochastic are read.
+        words, captions: counts to divide by: those of the whole step, even for a micro-batch.
     """
     log_probs = output.logits.float().log_softmax(dim=-1)  # (N, V)
     word_losses = functional.nll_loss(log_probs, output.targets, reduction="none")  # (N,)
@@ -63,16 +63,16 @@ def captioning_loss(
 
 
 def grounding_loss(output: DecoderOutput, boxes: Tensor, named: Tensor) -> Tensor:
-    """The negative logarithm of the attention inside the objects that words name, summed over these words.
+    """Return the negative logarithm of the attention inside the objects that words name, summed over these words.
 
-    Source: the supervision of attention of "Attention Correctness in Neural Image Captioning" (Liu et al., 2017) with
-    boxes in place of maps. A region is inside where its center is, the whole image in none; a word whose objects
-    have no region inside does not count.
+    Source: "Attention Correctness in Neural Image Captioning" (Liu et al., 2017), with boxes in place of maps. A region
+    is inside a box if its center is; the whole image is inside none. A word without a region inside its objects does
+    not count.
 
     Args:
-        output: of `models.Captioner.forward`.
+        output: returned by `models.Captioner.forward`.
         boxes: (B, N, 4) of objects.
-        named: (B, C, T, N), whether a word names an object.
+        named: (B, C, T, N), True if a word names an object.
     """
     assert output.boxes is not None
     inside = are_inside(output.boxes, boxes)  # (B, R, N)
@@ -90,46 +90,46 @@ def hard_attention_loss(
     reward_weight: float = REWARD_WEIGHT,
     entropy_weight: float = ENTROPY_WEIGHT,
 ) -> Tensor:
-    """REINFORCE loss for hard attention, summed over words.
+    """Return the REINFORCE loss of hard attention, summed over words.
 
-    Raises the log-probability of sampled regions in proportion to the reward of the words that follow.
+    It raises the log-probability of sampled regions in proportion to the reward of the words that follow.
 
     Source: "Show, Attend and Tell", equations 11 and 12, with a moving average as baseline
-    (`HardAttention.update_baseline`), and the entropy of the attention weights, so that they do not settle too early.
-    A sample is rewarded for the words from its time step on, as it changes none before, each with the baseline of a
-    word: the loss of a whole caption depends most of all on its length.
+    (`HardAttention.update_baseline`). The entropy of the attention weights keeps them from settling too early.
+    A sampled region influences only the words from its time step on, so only these reward it. The baseline is that of
+    a word, not of a caption, because the loss of a caption depends mostly on its length.
 
     Args:
-        output: of `Decoder.forward` with hard attention.
-        lengths: (B, C) as it takes them.
+        output: returned by `Decoder.forward` with hard attention.
+        lengths: (B, C) passed to it.
         word_losses: (N,) of the words, without gradient.
-        reward_weight: lambda_r of the equation; 1 is the gradient of the expected loss.
+        reward_weight: lambda_r of the equation; at 1 the gradient is that of the expected loss.
         entropy_weight: lambda_e.
     """
     assert output.baseline is not None and output.sampled_log_probs is not None, "not the output of hard attention"
     mask = copy_to_device(caption_mask(lengths), word_losses.device)
-    baseline = output.baseline.where(output.baseline != 0, word_losses.mean())  # until there is an average
+    baseline = output.baseline.where(output.baseline != 0, word_losses.mean())  # before the first update
     excess = word_losses.new_zeros(mask.shape).masked_scatter(mask, word_losses - baseline)  # (T, B, C)
-    advantages = excess.flip(0).cumsum(dim=0).flip(0)  # of each word and all that follow
+    advantages = excess.flip(0).cumsum(dim=0).flip(0)  # of each word and those after it
     reinforce = (advantages * output.sampled_log_probs).sum()
-    entropy = -(output.alpha * output.alpha.clamp_min(1e-20).log()).sum()  # alpha is 0 after a caption's end
+    entropy = -(output.alpha * output.alpha.clamp_min(1e-20).log()).sum()  # 0 after the end of a caption
     return reward_weight * reinforce - entropy_weight * entropy
 
 
 def self_critical_loss(output: DecoderOutput, lengths: Tensor, rewards: Tensor, words: int) -> Tensor:
-    """The loss whose gradient makes captions more probable that earned more reward than the image's others.
+    """Return the self-critical loss: captions with more reward than the image's other ones become more probable.
 
-    Source: "Self-critical Sequence Training" (Rennie et al., 2017), equation 7; the baseline of a caption is the mean
-    reward of the image's other captions ("Buy 4 REINFORCE samples", Kool et al., 2019).
+    Source: "Self-critical Sequence Training" (Rennie et al., 2017), equation 7. The baseline of a caption is the mean
+    reward of the image's other captions ("Buy 4 REINFORCE Samples, Get a Baseline for Free!", Kool et al., 2019).
 
     Args:
-        output: of `Decoder.forward` for the captions sampled at TEMPERATURE.
-        lengths: (B, C) as it takes them.
-        rewards: (B, C) of the captions, C at least 2.
-        words: the count to divide by, of the whole step.
+        output: returned by `Decoder.forward` for captions sampled at TEMPERATURE.
+        lengths: (B, C) passed to it.
+        rewards: (B, C) of the captions; C is at least 2.
+        words: count to divide by, of the whole step.
     """
     logits = output.logits.float() / TEMPERATURE
-    for word_id in BANNED_IDS:  # as they were sampled
+    for word_id in BANNED_IDS:  # never sampled
         logits[:, word_id] = -math.inf
     cross_entropy = functional.cross_entropy(logits, output.targets, reduction="none")  # (N,)
     baselines = (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.shape[1] - 1)

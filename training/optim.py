@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(captioner: Captioner, settings: Settings) -> torch.optim.Optimizer:
-    """Adam over the decoder and, where it is fine-tuned, the encoder with its own learning rate.
+    """Return Adam over the decoder and, if it is fine-tuned, the encoder with its own learning rate.
 
-    `settings` are those of train.py. Sets which parameters are trained. Raises InputError where --unfreeze_from names
-    no part of the encoder.
+    Sets `requires_grad` of all parameters. Raises InputError if --unfreeze_from names no part of the encoder.
     """
     captioner.encoder.requires_grad_(False)
     if settings.fine_tune_encoder and isinstance(captioner.encoder, Encoder):
@@ -33,12 +32,12 @@ def make_optimizer(captioner: Captioner, settings: Settings) -> torch.optim.Opti
     if encoder_params:
         groups.append({"params": encoder_params, "lr": settings.encoder_learning_rate})
     for group in groups:
-        group["initial_lr"] = group["lr"]  # what the schedule starts from
+        group["initial_lr"] = group["lr"]  # the schedule multiplies it by a factor
     return torch.optim.Adam(groups, fused=True)
 
 
 def learning_rate_factor(settings: Settings, step: int, steps_per_epoch: int) -> float:
-    """The factor on the learning rates at a step, counted from 0 over all epochs: linear warmup, then the schedule."""
+    """Return the factor of the learning rates at a step, counted from 0 over all epochs: warmup, then the schedule."""
     steps = settings.epochs * steps_per_epoch
     ratio = DECODERS[settings.decoder].WARMUP_RATIO if settings.warmup_ratio < 0 else settings.warmup_ratio
     warmup = min(1, (step + 1) / max(1, ratio * steps))
@@ -48,9 +47,9 @@ def learning_rate_factor(settings: Settings, step: int, steps_per_epoch: int) ->
 
 
 class ModelEMA:
-    """A captioner whose weights are the exponential moving average of those that are trained.
+    """A captioner whose weights are the exponential moving average of the trained ones.
 
-    The average forgets faster while it is young, so that the random start does not linger in it.
+    The decay starts low and rises to `decay`, so the average soon forgets the random start.
     """
 
     def __init__(self, captioner: Captioner, decay: float) -> None:
@@ -66,17 +65,17 @@ class ModelEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 0 over all epochs."""
+        """Update the average after a step, counted from 0 over all epochs."""
         update_averages = get_ema_multi_avg_fn(min(self.decay, (step + 1) / (step + 10)))
         update_averages(list(self.averages.values()), self.params, None)
         for average, buffer in self.buffers:
             average.copy_(buffer)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averages by the names of their parameters."""
+        """Return the averages by parameter name."""
         return {name: average.detach() for name, average in self.averages.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` returned."""
+        """Copy the averages that `state_dict` returned."""
         for name, average in self.averages.items():
             average.data.copy_(state[name])

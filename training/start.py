@@ -1,10 +1,10 @@
-"""How a run starts: from scratch, resumed from its last.pt, or from the weights of another run's best.pt."""
+"""The start of a run: from scratch, resumed from its last.pt, or with the weights of another run's best.pt."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -17,9 +17,9 @@ from common.files import hold_lock, read_jsonl, require_writable, write_jsonl
 from models import Captioner, ModelSettings, captioner_from_checkpoint, load_checkpoint
 from preparation.storage import read_metadata, region_info
 from text.vocabulary import Vocabulary, read_pretrained_embeddings
-from training.logs import rewrite_tensorboard
+from training.logs import prune_tensorboard
 from training.optim import ModelEMA, make_optimizer
-from training.state import TrainState
+from training.state import TrainState, has_structure
 from utils import InputError, choose_device, has_type
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Settings that say how a program starts, not how a run trains.
 START_SETTINGS = ("run_folder", "overwrite", "resume", "init_from", "plot")
-# Settings that a resumed run may change: it stays the same run.
+# Settings that may change when a run is resumed: it stays the same run.
 RESUME_SETTINGS = (
     "data_folder",
     "epochs",
@@ -39,27 +39,28 @@ RESUME_SETTINGS = (
     "in_memory",
     "features_folder",
 )
+# Paths that differ from machine to machine: editing their defaults asks for nothing.
+MACHINE_SETTINGS = ("run_folder", "encoder_weights")
 
 
 @contextlib.contextmanager
 def lock_run_folder(settings: Settings) -> Iterator[None]:
-    """Make the run folder and keep every other train.py out of it in the block; without a run in it, it is removed.
+    """Create the run folder and keep every other train.py out of it; remove it at the end if it holds no run.
 
-    Raises InputError where the folder cannot be written or another process holds it.
+    Raises InputError if the folder cannot be written or another process holds it.
     """
     if settings.resume and settings.init_from:
-        raise InputError("--resume continues a run and --init_from starts a new one: give one of them")
+        raise InputError(f"--init_from {settings.init_from} does not go with --resume: leave one of them out")
     if settings.resume and not Path(settings.resume).is_file():
         raise InputError(f"no such file: {settings.resume}")
     folder = Path(settings.resume).parent if settings.resume else Path(settings.run_folder)
     with contextlib.ExitStack() as stack:
-        on_rank_zero(lambda: stack.enter_context(hold_run_folder(folder)))
+        on_rank_zero(lambda: stack.enter_context(_lock_folder(folder)))
         yield
 
 
 @contextlib.contextmanager
-def hold_run_folder(folder: Path) -> Iterator[None]:
-    """What `lock_run_folder` does on rank 0."""
+def _lock_folder(folder: Path) -> Iterator[None]:
     require_writable(folder)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,66 +74,10 @@ def hold_run_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def given_settings(settings: Settings, checkpoint: dict[str, Any]) -> set[str]:
-    """The names of the settings that the user gave: as a flag, or by editing a default of train.py.
-
-    A flag counts even at its default. A default counts as edited where it is not what it was when the checkpoint was
-    written; that of --encoder_weights says where a file lies on a machine and never counts.
-    """
-    defaults = checkpoint["defaults"]
-    edited = {name for name, value in asdict(settings).items() if value != defaults[name]}
-    return (edited - {"encoder_weights"}) | settings.given
-
-
-def merge_settings(
-    settings: Settings, checkpoint: dict[str, Any], path: str, names: Iterable[str], may_differ: Collection[str]
-) -> Any:
-    """Settings with the checkpoint's values of `names`, but for those that the user gave.
-
-    Raises InputError for one that was given, differs and may not.
-    """
-    given, saved = given_settings(settings, checkpoint), checkpoint["settings"]
-    for name in names:
-        value = getattr(settings, name)
-        if name not in given:
-            settings = settings.replace(**{name: saved[name]})
-        elif name not in may_differ and value != saved[name]:
-            raise mismatch(name, value, path, saved[name])
-        elif value != saved[name]:
-            print(f"{name} is {value!r}, where {path} has {saved[name]!r}: given as a flag, or at the top of train.py")
-    return settings
-
-
-def load_run(path: str, settings: Settings) -> dict[str, Any]:
-    """Read a checkpoint with the settings that its run had; those that train.py has got since, at their defaults.
-
-    Raises InputError where they are not settings of train.py, each of its type.
-    """
-    checkpoint = load_checkpoint(path)
-    hints, now = get_type_hints(type(settings)), asdict(type(settings)())
-    for key in ("settings", "defaults"):
-        saved = checkpoint.get(key)
-        if not isinstance(saved, dict) or not saved.keys() <= now.keys():
-            raise InputError(f"{path}: its {key} are not those of this train.py: train again")
-        for name, value in saved.items():
-            if not has_type(value, hints[name]):
-                raise InputError(f"{path}: its {key} have a {name} of another type: train again")
-        checkpoint[key] = now | saved
-    return checkpoint
-
-
-def mismatch(name: str, value: Any, path: str, saved: Any) -> InputError:
-    """The error for a setting that was given and does not go with a checkpoint."""
-    return InputError(
-        f"--{name} {value} does not go with {path}, which was trained with {saved}: leave it out, or give "
-        f"--{name} {saved} where the default at the top of train.py is another"
-    )
-
-
 def prepare_run(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
-    """Resolve --resume and --init_from: the settings to run with and the checkpoint to start from, or None.
+    """Return the settings to run with and, for --resume and --init_from, the checkpoint to start from.
 
-    Raises InputError where they do not go with the other settings, or the run folder holds a run.
+    Raises InputError for settings that do not go with the checkpoint, and if a new run's folder holds a run.
     """
     if settings.resume:
         return resume_settings(settings)
@@ -142,47 +87,107 @@ def prepare_run(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
             f"{settings.run_folder} holds a run: continue it with --resume {last}, start again with --overwrite, or "
             f"give another --run_folder"
         )
-    if settings.init_from:
-        if settings.pretrained_embeddings:
-            raise InputError(
-                f"--pretrained_embeddings {settings.pretrained_embeddings}: --init_from has trained words, leave it out"
-            )
-        checkpoint = load_run(settings.init_from, settings)
-        names = {field.name for field in fields(ModelSettings)}
-        # No encoder weights are read; `build_from_checkpoint` checks the other settings against the weights.
-        may_differ = names - {"encoder_weights"}
-        return merge_settings(settings, checkpoint, settings.init_from, names, may_differ), checkpoint
-    return settings, None
+    if not settings.init_from:
+        if settings.objective == "scst":
+            raise InputError("--objective scst requires a trained model: give its best.pt as --init_from")
+        return settings, None
+    if settings.pretrained_embeddings:
+        path = settings.pretrained_embeddings
+        raise InputError(f"--pretrained_embeddings {path} does not go with --init_from: leave one of them out")
+    checkpoint = load_run(settings.init_from, settings)
+    names = [field.name for field in fields(ModelSettings)]
+    # No encoder weights are read; `build_from_checkpoint` checks whether the checkpoint's fit the other settings.
+    may_differ = [name for name in names if name != "encoder_weights"]
+    return merge_settings(settings, checkpoint, settings.init_from, names, may_differ), checkpoint
 
 
 def resume_settings(settings: Settings) -> tuple[Settings, dict[str, Any]]:
-    """The settings of a resumed run and its checkpoint. Raises InputError for a setting that would make it another."""
+    """Return a resumed run's settings and checkpoint; raise InputError for a setting that would make it another run."""
     checkpoint = load_run(settings.resume, settings)
-    if "optimizer" not in checkpoint:
+    if not has_structure(checkpoint, {"optimizer": {}, "data": {"digest": "", "folders": [""]}}):
         raise InputError(f"{settings.resume} cannot be resumed: give the run's last.pt, or use --init_from")
-    data = checkpoint.get("data")
-    folders = data.get("folders") if isinstance(data, dict) else None
-    known = isinstance(folders, list) and has_type(tuple(folders), tuple[str, ...]) and any(map(os.path.isabs, folders))
-    if not known or "digest" not in checkpoint["data"]:
-        raise InputError(
-            f"{settings.resume} does not say which data it was trained on: use --init_from with its best.pt"
-        )
-    run_folder = Path(settings.resume).parent
     names = [field.name for field in fields(settings) if field.name not in START_SETTINGS]
     merged = merge_settings(settings, checkpoint, settings.resume, names, RESUME_SETTINGS)
-    if "run_folder" in settings.given and Path(settings.run_folder).resolve() != run_folder.resolve():
+    run_folder = Path(settings.resume).parent
+    if was_given("run_folder", settings, checkpoint) and Path(settings.run_folder).resolve() != run_folder.resolve():
         raise InputError(f"--run_folder {settings.run_folder}: --resume continues in {run_folder}, leave it out")
-    given = "data_folder" in given_settings(settings, checkpoint)
-    folders = [merged.data_folder] if given else checkpoint["data"]["folders"]
+    is_given = was_given("data_folder", settings, checkpoint)
+    folders = [merged.data_folder] if is_given else checkpoint["data"]["folders"]
     data_folder = find_data_folder(folders, checkpoint, settings.resume)
     origin = checkpoint["settings"]["init_from"]
     return merged.replace(run_folder=str(run_folder), data_folder=data_folder, init_from=origin), checkpoint
 
 
-def choose_run_device(settings: Settings, device: torch.device) -> torch.device:
-    """The device of settings that are merged with a checkpoint's; `device` is that of the settings before.
+def load_run(path: str, settings: Settings) -> dict[str, Any]:
+    """Load a checkpoint with its run's settings; settings that train.py has gained since are at their defaults.
 
-    Raises InputError where the device that a resumed run was trained on is not there.
+    Raises InputError if they are not settings of train.py, each of its type.
+    """
+    checkpoint = load_checkpoint(path)
+    hints, now = get_type_hints(type(settings)), asdict(type(settings)())
+    for key in ("settings", "defaults"):
+        saved = checkpoint.get(key)
+        is_known = isinstance(saved, dict) and saved.keys() <= now.keys()
+        if not is_known or not all(has_type(value, hints[name]) for name, value in saved.items()):
+            raise InputError(f"{path}: its {key} are not those of this train.py: train again")
+        checkpoint[key] = now | saved
+    return checkpoint
+
+
+def was_given(name: str, settings: Settings, checkpoint: dict[str, Any]) -> bool:
+    """Return True if the user chose a setting: with a flag, or by editing its default at the top of train.py.
+
+    A flag counts even at its default. A default counts as edited if it is not what it was when the checkpoint was
+    written, except for paths that differ from machine to machine.
+    """
+    is_edited = getattr(settings, name) != checkpoint["defaults"][name]
+    return name in settings.given or (is_edited and name not in MACHINE_SETTINGS)
+
+
+def merge_settings(
+    settings: Settings, checkpoint: dict[str, Any], path: str, names: Collection[str], may_differ: Collection[str]
+) -> Settings:
+    """Return settings in which those of `names` that the user did not give have the values of the checkpoint's run.
+
+    Raises InputError for one that was given, differs and is not in `may_differ`.
+    """
+    saved, changes = checkpoint["settings"], {}
+    for name in names:
+        value = getattr(settings, name)
+        if not was_given(name, settings, checkpoint):
+            changes[name] = saved[name]
+        elif value != saved[name]:
+            if name not in may_differ:
+                raise mismatch(name, value, path, saved[name])
+            print(f"{name} is {value!r}, where {path} has {saved[name]!r}: given as a flag, or at the top of train.py")
+    return settings.replace(**changes)
+
+
+def mismatch(name: str, value: Any, path: str, saved: Any) -> InputError:
+    """Return the error for a setting that was given and does not go with a checkpoint."""
+    return InputError(
+        f"--{name} {value} does not go with {path}, which was trained with {saved}: leave it out, or give "
+        f"--{name} {saved} if the default at the top of train.py is another"
+    )
+
+
+def find_data_folder(folders: list[str], checkpoint: dict[str, Any], path: str) -> str:
+    """Return the first of some folders that holds the data of a checkpoint's run; raise InputError if none does."""
+    data = checkpoint["data"]
+    for folder in folders:
+        if (Path(folder) / "dataset.json").is_file() and read_metadata(folder)["digest"] == data["digest"]:
+            return folder
+    trained_on = next(filter(os.path.isabs, data["folders"]), data["folders"][0])
+    raise InputError(
+        f"{folders[0]} does not hold the data that {path} was trained on in {trained_on}: give the folder in which it "
+        f"is now as --data_folder, or start a new run on other data with --init_from"
+    )
+
+
+def choose_run_device(settings: Settings, device: torch.device) -> torch.device:
+    """Return the device of merged settings; `device` is that of the settings before the merge.
+
+    Raises InputError if the device that a resumed run was trained on does not exist here.
     """
     if settings.device in ("auto", device.type):
         return device
@@ -192,29 +197,10 @@ def choose_run_device(settings: Settings, device: torch.device) -> torch.device:
         raise InputError(f"{settings.resume} was trained with {error}") from None
 
 
-def find_data_folder(folders: list[str], checkpoint: dict[str, Any], path: str) -> str:
-    """The first of the folders that holds the data that a checkpoint was trained on; InputError where none does."""
-    prepared = [folder for folder in folders if (Path(folder) / "dataset.json").is_file()]
-    for folder in prepared:
-        if read_metadata(folder)["digest"] == checkpoint["data"]["digest"]:
-            return folder
-    trained_on = next(filter(os.path.isabs, checkpoint["data"]["folders"]))
-    if not prepared:
-        raise InputError(
-            f"{folders[0]} is no data folder: give the one that {path} was trained on, {trained_on}, as "
-            f"--data_folder, wherever it is now"
-        )
-    raise InputError(
-        f"{prepared[0]} does not hold the data that {path} was trained on in {trained_on}: give that data as "
-        f"--data_folder, or start a new run on this data with --init_from"
-    )
-
-
 def build_from_checkpoint(settings: Settings, checkpoint: dict[str, Any]) -> Captioner:
-    """The captioner of a checkpoint with the model settings of a run that starts from it.
+    """Build the captioner of a checkpoint with the model settings of a run that starts from it.
 
-    Those that no weight depends on (dropout, graph_knn, ...) may differ. Raises InputError for one whose change the
-    weights do not fit.
+    Settings that no weight depends on (dropout, graph_knn, ...) may differ. Raises InputError for another one.
     """
     path, saved = settings.resume or settings.init_from, checkpoint["model_settings"]
     checkpoint = checkpoint | {"fine_tune_encoder": settings.fine_tune_encoder}
@@ -236,26 +222,31 @@ def weights_fit(checkpoint: dict[str, Any], path: str, name: str, value: Any) ->
     return True
 
 
+def build_new(settings: Settings, metadata: dict[str, Any]) -> Captioner:
+    """Build a new captioner for the data of a prepared folder; raise InputError if they do not go together."""
+    info = region_info(metadata)
+    if info and settings.regions == "features" and settings.grounding_weight and not info.has_boxes:
+        raise InputError(f"--grounding_weight: the region features of {settings.data_folder} have no boxes")
+    vocabulary = Vocabulary.load(settings.data_folder)
+    captioner = Captioner(
+        settings,
+        vocabulary,
+        metadata["image_size"],
+        metadata["resize"],
+        feature_dim=info.feature_dim if info else 0,
+        fine_tune_encoder=settings.fine_tune_encoder,
+    )
+    if settings.pretrained_embeddings:
+        vectors = read_pretrained_embeddings(settings.pretrained_embeddings, vocabulary, settings.embed_dim)
+        captioner.decoder.load_pretrained_embeddings(*vectors)
+    return captioner
+
+
 def start_run(settings: Settings, checkpoint: dict[str, Any] | None, device: torch.device) -> TrainState:
-    """Build the model, new or from a checkpoint, its optimizer and its average."""
+    """Build the captioner, new or from a checkpoint, its optimizer and its average."""
     torch.manual_seed(settings.seed)
     metadata = read_metadata(settings.data_folder)
-    if checkpoint:
-        captioner = build_from_checkpoint(settings, checkpoint)
-    else:
-        vocabulary = Vocabulary.load(settings.data_folder)
-        info = region_info(metadata)
-        captioner = Captioner(
-            settings,
-            vocabulary,
-            metadata["image_size"],
-            metadata["resize"],
-            feature_dim=info.feature_dim if info else 0,
-            fine_tune_encoder=settings.fine_tune_encoder,
-        )
-        if settings.pretrained_embeddings:
-            vectors = read_pretrained_embeddings(settings.pretrained_embeddings, vocabulary, settings.embed_dim)
-            captioner.decoder.load_pretrained_embeddings(*vectors)
+    captioner = build_from_checkpoint(settings, checkpoint) if checkpoint else build_new(settings, metadata)
     captioner.to(device)
     optimizer = make_optimizer(captioner, settings)
     ema = ModelEMA(captioner, settings.ema_decay)
@@ -273,16 +264,16 @@ def start_run(settings: Settings, checkpoint: dict[str, Any] | None, device: tor
 
 
 def start_files(state: TrainState) -> None:
-    """Bring the run folder to where the run starts: that of a resumed run has no later rows than its checkpoint."""
+    """Write last.pt and remove what a run folder has from later epochs or, before the first, of an overwritten run."""
     state.save("last.pt", with_training_state=True)
     on_rank_zero(lambda: clean_files(Path(state.settings.run_folder), state.epoch))
 
 
 def clean_files(folder: Path, epoch: int) -> None:
-    """Remove from a run folder the log of later epochs and, before the first, what --overwrite replaces."""
+    """Remove the rows of later epochs from the logs of a run folder and, before the first epoch, its results."""
     rows = [row for row in read_jsonl(folder / "log.jsonl") if row["epoch"] <= epoch]
     if not epoch:
         for name in ("best.pt", "curves.png"):
             (folder / name).unlink(missing_ok=True)
     write_jsonl(folder / "log.jsonl", rows)
-    rewrite_tensorboard(folder / "tensorboard", rows)
+    prune_tensorboard(folder / "tensorboard", epoch)

@@ -1,11 +1,14 @@
-"""The state of a training run and its checkpoints: all that a run changes, saves and restores."""
+"""The state of a training run: all that it changes, saves and restores, and how a signal stops it."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,58 +19,57 @@ from common.files import save_torch
 from models import CHECKPOINT_FORMAT, Captioner, model_settings
 from modules.encoders import NoEncoder
 from training.optim import ModelEMA
-from utils import InputError, has_type
+from utils import InputError, StopRequested, has_type
 
 if TYPE_CHECKING:
     from train import Settings
 
-# What Adam's groups have besides their parameters; the rest depends on torch's version.
-ADAM_GROUP = {"lr": 0.0, "initial_lr": 0.0, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}
-
 
 @dataclass
 class TrainState:
-    """All that a training run changes as it goes, and so all that it must save."""
+    """All that a training run changes and so must save."""
 
     settings: Settings
     captioner: Captioner
     optimizer: torch.optim.Optimizer
     ema: ModelEMA
-    network: nn.Module  # the captioner, in DistributedDataParallel where there are several processes
+    network: nn.Module  # the captioner, wrapped in DistributedDataParallel if there are several processes
     data_digest: str  # of the data folder
-    data_folders: list[str]  # where that data has been found, the latest first
+    data_folders: list[str]  # paths at which that data has been found, the latest first
     epoch: int = 0  # complete epochs
-    step: int = 0  # steps of the current epoch
-    seconds: float = 0.0  # that they took
-    loss: float = 0.0  # cross-entropy or, under SCST, reward in them, summed over the words or captions of this process
-    count: int = 0  # of these words or captions
-    best_key: tuple[float, ...] = ()  # of the best epoch so far (`training.validation.epoch_key`)
+    step: int = 0  # complete steps of the current epoch
+    seconds: float = 0.0  # time spent on these steps
+    loss: float = 0.0  # cross-entropy, or reward under SCST, summed over the words or captions of this process
+    count: int = 0  # number of these words or captions
+    best_key: tuple[float, ...] = ()  # `training.validation.epoch_key` of the best epoch so far
     epochs_since_improvement: int = 0
 
     PROGRESS: ClassVar = ("epoch", "step", "seconds", "best_key", "epochs_since_improvement")
 
     @property
     def device(self) -> torch.device:
-        """Where the captioner is trained."""
+        """The device that the captioner is trained on."""
         return next(self.captioner.parameters()).device
 
     def end_epoch(self, key: tuple[float, ...]) -> bool:
-        """Go on to the next epoch; returns whether the one that ends is the best so far.
+        """Go on to the next epoch; return True if the one that ends is the best so far.
 
-        An epoch counts against --patience only where the first value of its key has been above 0 in any epoch: until
-        then the scores do not tell whether the captioner improves.
+        An epoch counts against --patience only once the first value of a key has been above 0: until then the scores
+        do not tell whether the captioner improves.
         """
         improved = key > self.best_key
         self.best_key = max(key, self.best_key)
         stagnates = not improved and self.best_key[0] > 0
         self.epochs_since_improvement = self.epochs_since_improvement + 1 if stagnates else 0
-        self.epoch, self.step, self.seconds, self.loss, self.count = self.epoch + 1, 0, 0.0, 0.0, 0
+        self.epoch += 1
+        self.step = self.count = 0
+        self.seconds = self.loss = 0.0
         return improved
 
     def save(self, name: str, with_training_state: bool) -> None:
         """Write a checkpoint into the run folder: the averaged weights or, with the training state, the trained ones.
 
-        Every process calls it, rank 0 writes.
+        All processes must call it; rank 0 writes.
         """
         captioner = self.captioner if with_training_state else self.ema.captioner
         checkpoint = {
@@ -80,7 +82,7 @@ class TrainState:
             "fine_tune_encoder": captioner.fine_tune_encoder,
             "words": captioner.vocabulary.idx2word,
             "settings": asdict(self.settings),
-            "defaults": asdict(type(self.settings)()),  # by which an edited default is recognized later
+            "defaults": asdict(type(self.settings)()),  # to recognize an edited default later
             "epoch": self.epoch,
             "git": git_revision(),
         }
@@ -95,66 +97,64 @@ class TrainState:
         on_rank_zero(lambda: save_torch(Path(self.settings.run_folder) / name, checkpoint))
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what `save` wrote beside the model, the random number generators last.
+        """Take over the training state that `save` wrote, the random number generators last.
 
-        Raises InputError where it is not what `save` writes for this model.
+        Raises InputError if it is damaged or belongs to another model.
         """
-        self._validate(checkpoint)
+        if not self._fits(checkpoint):
+            raise InputError(
+                f"{self.settings.resume}: its training state is not what train.py writes for this model: start a new "
+                f"run from best.pt with --init_from"
+            )
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.ema.load_state_dict(checkpoint["ema"])
         self.data_folders = list(dict.fromkeys([*self.data_folders, *checkpoint["data"]["folders"]]))
         for name in self.PROGRESS:
             setattr(self, name, checkpoint["progress"][name])
-        if rank() == 0:  # sums over all processes, however many there were
+        if rank() == 0:  # the sums over all processes, however many there were
             self.loss, self.count = checkpoint["progress"]["loss"], checkpoint["progress"]["count"]
         if rank() < len(checkpoint["rng"]):
             set_rng_state(checkpoint["rng"][rank()], self.device)
 
-    def _validate(self, checkpoint: dict[str, Any]) -> None:
-        """Raise InputError where a checkpoint's training state is not one that `save` writes for this model."""
-        path = self.settings.resume
-        progress: Any = checkpoint.get("progress")
-        names = (*self.PROGRESS, "loss", "count")
-        require_like(progress, {name: getattr(self, name) for name in names}, f"{path}: progress")
-        if any(progress[name] < 0 for name in names if name not in ("loss", "best_key")):
-            raise InputError(f"{path}: progress has a number below 0")
-        require_like(checkpoint.get("ema"), self.ema.state_dict(), f"{path}: ema")
-        optimizer: Any = checkpoint.get("optimizer")
-        require_like(optimizer, {"state": {}, "param_groups": []}, f"{path}: optimizer")
-        groups = [ADAM_GROUP | {"params": group["params"]} for group in self.optimizer.state_dict()["param_groups"]]
-        require_like(optimizer["param_groups"], groups, f"{path}: optimizer.param_groups")
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        for i, state in optimizer["state"].items():
-            param = params[i] if i in range(len(params)) else None
-            example = {"step": torch.tensor(0.0), "exp_avg": param, "exp_avg_sq": param}
-            require_like(state, example, f"{path}: optimizer.state.{i}")
-        require_like(checkpoint.get("rng"), [], f"{path}: rng")
-        for state in checkpoint["rng"]:  # of each process
-            require_like(state, {"cpu": torch.get_rng_state()}, f"{path}: rng")
+    def _fits(self, checkpoint: dict[str, Any]) -> bool:
+        """Return True if a checkpoint's training state is complete and belongs to this model and optimizer."""
+        names = ("epoch", "step", "count", "seconds", "epochs_since_improvement")
+        group = {"lr": 0.0, "initial_lr": 0.0, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0, "params": [0]}
+        example = {
+            "progress": {name: getattr(self, name) for name in (*names, "loss", "best_key")},
+            "optimizer": {"state": {}, "param_groups": [group]},
+            "ema": self.ema.state_dict(),
+            "rng": [{"cpu": torch.get_rng_state()}],
+        }
+        if not has_structure(checkpoint, example) or min(checkpoint["progress"][name] for name in names) < 0:
+            return False
+        found, own = checkpoint["optimizer"], self.optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in found["param_groups"]] != [group["params"] for group in own]:
+            return False
+        moments = {}  # of each parameter
+        for i, param in enumerate(param for group in self.optimizer.param_groups for param in group["params"]):
+            moments[i] = {"step": torch.tensor(0.0), "exp_avg": param, "exp_avg_sq": param}
+        return all(i in moments and has_structure(state, moments[i]) for i, state in found["state"].items())
 
 
-def require_like(found: Any, example: Any, name: str) -> None:
-    """Raise InputError where a part of a checkpoint is not built like an example: types, keys, shapes of tensors.
+def has_structure(found: Any, example: Any) -> bool:
+    """Return True if a part of a checkpoint has the types, keys and shapes of tensors of an example.
 
-    A dictionary may have more keys, and a list of any length is like an empty one.
+    A dictionary may have more keys. A list has one item or more, all like the first of the example.
     """
     if isinstance(example, Tensor):
-        fits = isinstance(found, Tensor) and found.layout == example.layout and not found.is_nested
-        fits = fits and (found.shape, found.dtype) == (example.shape, example.dtype)
-    elif isinstance(example, dict):
-        fits = isinstance(found, dict) and found.keys() >= example.keys()
-    elif isinstance(example, list):
-        fits = isinstance(found, list) and len(found) == (len(example) or len(found))
-    else:
-        fits = has_type(found, tuple[float, ...] if isinstance(example, tuple) else type(example))
-    if not fits:
-        raise InputError(f"{name} is not what train.py writes: start a new run from best.pt with --init_from")
-    for key in example if isinstance(example, dict) else range(len(example)) if isinstance(example, list) else ():
-        require_like(found[key], example[key], f"{name}.{key}")
+        is_dense = isinstance(found, Tensor) and found.layout == torch.strided and not found.is_nested
+        return is_dense and (found.shape, found.dtype) == (example.shape, example.dtype)
+    if isinstance(example, dict):
+        has_keys = isinstance(found, dict) and found.keys() >= example.keys()
+        return has_keys and all(has_structure(found[key], example[key]) for key in example)
+    if isinstance(example, list):
+        return isinstance(found, list) and found != [] and all(has_structure(item, example[0]) for item in found)
+    return has_type(found, tuple[float, ...] if isinstance(example, tuple) else type(example))
 
 
 def get_rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of every random number generator that training on a device draws from."""
+    """Return the state of every random number generator that training on a device draws from."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -169,9 +169,40 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def git_revision() -> str:
-    """The commit of the code that runs, "" outside a checkout."""
+    """Return the commit of the running code; "" outside a checkout."""
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]
         result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         return result.stdout.strip()
     return ""
+
+
+@contextlib.contextmanager
+def graceful_shutdown() -> Iterator[list[int]]:
+    """Collect the numbers of Ctrl-C and SIGTERM in the list that it yields, so that the program can stop in order.
+
+    A second signal raises KeyboardInterrupt.
+    """
+    caught: list[int] = []
+
+    def catch(signum: int, _: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signum)
+
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for signum, handler in previous.items():
+            if handler is not signal.SIG_IGN:  # nohup and & ask to go on
+                signal.signal(signum, catch)
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def stop_request(state: TrainState, caught: list[int]) -> StopRequested:
+    """Return the exception that ends a training stopped by a signal; it says how to continue."""
+    last = Path(state.settings.run_folder) / "last.pt"
+    signum = caught[0] if caught else signal.SIGTERM  # another process caught it
+    return StopRequested(signum, f"stopped in epoch {state.epoch + 1}: continue with python train.py --resume {last}")

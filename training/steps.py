@@ -36,14 +36,14 @@ def train_step(
     counts: tuple[int, int] | None = None,
     sampling_prob: float = 0.0,
 ) -> tuple[float, int]:
-    """One step of teacher forcing on a batch; returns the cross-entropy summed over its words, and their number.
+    """Take one step of teacher forcing on a batch; return the cross-entropy summed over its words, and their number.
 
     Args:
-        network: a Captioner, or one in DistributedDataParallel.
+        network: a Captioner, or one wrapped in DistributedDataParallel.
         counts: words and captions of this step over all processes; None: those of the batch.
-        sampling_prob: probability of feeding back the model's word (`Decoder.forward`).
+        sampling_prob: probability of feeding back a word of the model (`Decoder.forward`).
 
-    Raises FloatingPointError where the loss or the gradient is not finite; the weights are not to be used then.
+    Raises FloatingPointError if the loss or the gradient is not finite; the weights are unusable then.
     """
     words, captions = counts or batch.counts()
 
@@ -73,17 +73,17 @@ def scst_step(
     reward: CiderD,
     counts: tuple[int, int] | None = None,
 ) -> tuple[float, int]:
-    """One step of self-critical training on captions that the captioner samples for a batch's images.
+    """Take one step of self-critical training on captions that the captioner samples for the images of a batch.
 
-    Returns their rewards, summed, and their number. `network`, `counts` and errors are as in `train_step`.
+    Returns the sum of their rewards and their number. Arguments and errors are those of `train_step`.
     """
     words, _ = counts or batch.counts()
     captioner = unwrap(network)
 
     def micro_batch_loss(micro_batch: Batch) -> tuple[Tensor, Tensor, int]:
         sampled, rewards = sample_captions(captioner.eval(), micro_batch, reward, settings.max_length, runtime)
-        captioner.train()  # dropout: without it, rewards are soon learned by heart
-        captioner.decoder.take_expectation()  # no reward tells of the samples of hard attention
+        captioner.train()  # without dropout, the rewards are soon memorized
+        captioner.decoder.take_expectation()  # rewards do not train the samples of hard attention
         output = forward(network, sampled, runtime)
         loss = self_critical_loss(output, sampled.lengths, rewards, words)
         return loss, copy_to_device(rewards.sum(), loss.device), rewards.numel()
@@ -92,14 +92,14 @@ def scst_step(
 
 
 def forward(network: nn.Module, batch: Batch, runtime: Runtime, sampling_prob: float = 0.0) -> DecoderOutput:
-    """Teacher forcing on a batch whose inputs are copied to the device: a `DecoderOutput`."""
+    """Run teacher forcing on a batch, whose inputs are copied to the device."""
     batch = on_device(batch, runtime)
     with runtime.autocast():
         return network(batch.inputs, batch.words, batch.lengths, sampling_prob, batch.boxes)
 
 
 def on_device(batch: Batch, runtime: Runtime) -> Batch:
-    """A batch whose inputs and objects are on the device; what is there already is not copied again."""
+    """Return a batch with its inputs and objects on the device; tensors that are there already are not copied."""
     parts = (batch.inputs, batch.boxes, batch.object_boxes, batch.named)
     inputs, boxes, object_boxes, named = map_tensors(lambda x: copy_to_device(x, runtime.device), parts)
     return replace(batch, inputs=inputs, boxes=boxes, object_boxes=object_boxes, named=named)
@@ -114,16 +114,16 @@ def optimize(
 ) -> tuple[float, int]:
     """Accumulate the gradient over the micro-batches of a batch, clip it and take the optimizer's step.
 
-    `micro_batch_loss` returns the loss of a micro-batch, a sum to report and a count; returns both summed up. A GPU
-    has all the work of the step queued before the one wait for its numbers.
+    `micro_batch_loss` returns the loss of a micro-batch, a sum to report and a count. Returns the total of both. All
+    work of the step is queued on a GPU before the single wait for its numbers.
 
-    Raises FloatingPointError where the loss or the norm of the gradient is not finite, after the optimizer's step.
+    Raises FloatingPointError, after the optimizer's step, if the loss or the norm of the gradient is not finite.
     """
     losses, totals, count = [], [], 0
     optimizer.zero_grad(set_to_none=True)
     micro_batches = batch.micro_batches(settings.gradient_accumulation_steps)
     for i, micro_batch in enumerate(micro_batches, start=1):
-        # Processes average their gradients once a step, with the last micro-batch.
+        # Processes average their gradients once per step, at the last micro-batch.
         sync_context = contextlib.nullcontext()
         if isinstance(network, nn.parallel.DistributedDataParallel) and i < len(micro_batches):
             sync_context = network.no_sync()
@@ -147,7 +147,7 @@ def optimize(
 
 
 def unwrap(network: nn.Module) -> Captioner:
-    """The captioner of a network that may be wrapped in DistributedDataParallel."""
+    """Return the captioner of a network that may be wrapped in DistributedDataParallel."""
     captioner = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
     assert isinstance(captioner, Captioner)
     return captioner
@@ -156,9 +156,9 @@ def unwrap(network: nn.Module) -> Captioner:
 def sample_captions(
     captioner: Captioner, batch: Batch, reward: CiderD, max_length: int, runtime: Runtime
 ) -> tuple[Batch, Tensor]:
-    """Captions that a captioner samples for the images of a batch, as a Batch, and their rewards (B, C).
+    """Sample captions for the images of a batch; return them as a Batch, and their rewards (B, C).
 
-    Each image gets as many as the image with the most references has, and at least two.
+    Each image gets as many captions as the largest number of references in the batch, and at least two.
     """
     count = max(2, batch.words.shape[1])
     sampling = DecodingSettings(samples=count, max_length=max_length, temperature=TEMPERATURE)

@@ -1,4 +1,4 @@
-"""Validation: the loss, which epoch is the best, and the line that is printed of each."""
+"""Validation: its loss, the choice of the best epoch, and the line printed for each epoch."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from utils import Runtime
 
 @torch.no_grad()
 def validation_loss(captioner: Captioner, validation: CaptionDataset, batch_size: int, runtime: Runtime) -> float:
-    """The cross-entropy of a word of the validation captions under teacher forcing, without label smoothing."""
+    """Return the mean cross-entropy of the words of all validation captions, without label smoothing."""
     captioner.eval()
     losses, count = [], 0
     progress = tqdm(total=len(validation), desc="validation loss", unit="image", leave=False, disable=rank() > 0)
@@ -23,20 +23,21 @@ def validation_loss(captioner: Captioner, validation: CaptionDataset, batch_size
             losses.append(nn.functional.cross_entropy(output.logits.float(), output.targets, reduction="sum"))
             count += batch.counts()[0]
             bar.update(len(batch.indices) * world_size())
-    total = sum(torch.stack(losses).tolist()) if losses else 0.0  # read once, after all is queued on a GPU
+    total = sum(torch.stack(losses).tolist()) if losses else 0.0  # one wait for a GPU
     total, count = all_reduce_sum([total, count])
     return total / count
 
 
 def is_informative(best_metric: str, num_images: int) -> bool:
-    """Whether a metric can tell epochs apart: CIDEr of one image is 0, as each of its n-grams is in all images."""
+    """Return True if a metric can tell epochs apart; CIDEr of one image is 0: all images have all of its n-grams."""
     return best_metric != "cider" or num_images > 1
 
 
 def epoch_key(row: dict, best_metric: str, num_images: int) -> tuple[float, ...]:
-    """What orders epochs, the best one last, from a row of the log: `best_metric`, the other metric, a low loss.
+    """Return the sort key of an epoch from its row of the log; the best epoch sorts last.
 
-    Scores count to the four digits that are printed. The loss alone counts where the metric is not informative.
+    It consists of `best_metric`, the other metric and the negative loss. Scores count to the four digits that are
+    printed. If the metric is not informative, the loss alone counts.
     """
     if not is_informative(best_metric, num_images):
         return (-row["val/loss"],)
@@ -45,7 +46,7 @@ def epoch_key(row: dict, best_metric: str, num_images: int) -> tuple[float, ...]
 
 
 def describe_best(key: tuple[float, ...], best_metric: str) -> str:
-    """What an epoch was chosen by, from its `epoch_key`."""
+    """Describe the score, or loss, in an `epoch_key`."""
     score = key[0]
     return f"{best_metric} {score:.4f}" if len(key) > 1 else f"validation loss {-score:.4f}"
 

@@ -1,4 +1,4 @@
-"""What TensorBoard reads of a run."""
+"""TensorBoard's files of a run."""
 
 import sys
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 import train
 from common.files import read_jsonl
 from conftest import SMALL
-from training.logs import rewrite_tensorboard, write_samples, write_tensorboard
+from training.logs import prune_tensorboard, write_tensorboard
 
 
 def read_tensorboard(folder):
@@ -26,29 +26,31 @@ def read_tensorboard(folder):
 
 
 def write_epoch(folder, epoch):
-    write_tensorboard(folder, [{"epoch": epoch, "lr": 0.1}])
-    write_samples(folder, epoch, lambda: ([np.zeros((4, 6, 3), np.uint8)], f"text {epoch}"))
+    write_tensorboard(folder, {"epoch": epoch, "lr": 0.1}, lambda: ([np.zeros((4, 6, 3), np.uint8)], f"text {epoch}"))
 
 
-def test_a_resumed_run_keeps_the_samples_of_its_epochs(tmp_path):
+def test_a_resumed_run_keeps_its_epochs(tmp_path):
     for epoch in (1, 2, 3):  # the third was not complete
         write_epoch(tmp_path, epoch)
-    rewrite_tensorboard(tmp_path, [{"epoch": 1, "lr": 0.1}, {"epoch": 2, "lr": 0.2}])
+    prune_tensorboard(tmp_path, 2)
     write_epoch(tmp_path, 3)
     epochs, texts = read_tensorboard(tmp_path)
     assert epochs == {tag: [1, 2, 3] for tag in ("lr", "attention/1", "captions/text_summary")}
     assert texts == ["text 1", "text 2", "text 3"]
 
 
-def test_nothing_is_left_of_a_run_that_is_overwritten(tmp_path):
-    write_epoch(tmp_path, 1)
-    rewrite_tensorboard(tmp_path, [])
+def test_files_of_later_epochs_are_removed(tmp_path):
+    for epoch in (1, 2, 11):
+        (tmp_path / f"events.out.tfevents.1.host.2.{epoch}.epoch-{epoch}").write_bytes(b"")
+    prune_tensorboard(tmp_path, 2)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".epoch-1", ".epoch-2"}
+    prune_tensorboard(tmp_path, 0)
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_drawn_without_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    write_samples(tmp_path / "tensorboard", 1, draw=lambda: pytest.fail("drawn"))
+    write_tensorboard(tmp_path / "tensorboard", {"epoch": 1}, draw=lambda: pytest.fail("drawn"))
     assert not list(tmp_path.iterdir())
 
 
