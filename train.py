@@ -19,12 +19,19 @@ from features.feature_cache import build_dataset
 from models import ENCODER, ModelSettings
 from text.cider import CiderD
 from text.vocabulary import FLIPPED_WORDS
-from training.logs import plot_curves, plot_runs, write_tensorboard
+from training.logs import (
+    describe_best,
+    epoch_key,
+    is_informative,
+    plot_curves,
+    plot_runs,
+    print_epoch,
+    write_tensorboard,
+)
 from training.optim import learning_rate_factor
 from training.start import choose_run_device, lock_run_folder, prepare_run, start_files, start_run
 from training.state import TrainState, graceful_shutdown, stop_request
-from training.steps import scst_step, train_step
-from training.validation import describe_best, epoch_key, is_informative, print_epoch, validation_loss
+from training.steps import scst_step, train_step, validation_loss
 from utils import PRECISIONS, InputError, Runtime, choose_runtime, first_line, require_needs, run_script, setting
 
 OBJECTIVES = ("cross_entropy", "scst")

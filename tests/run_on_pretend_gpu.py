@@ -43,7 +43,7 @@ from decoding.sampling import sample
 from text.cider import CiderD
 from text.vocabulary import END
 from training.start import start_run
-from training.validation import validation_loss
+from training.steps import validation_loss
 from utils import choose_runtime, copy_to_device
 
 ROOT = Path(__file__).parent.parent

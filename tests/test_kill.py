@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a run: it always goes on, and ends as if nothing had happened.
+"""kill -9 at any moment of a run: it can always be resumed, and ends as if nothing had happened.
 
 python -m pytest tests/test_kill.py --kills 20
 """
@@ -40,7 +40,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, 
     for kill in range(kills + 1):
         arguments = ["--resume", str(last)] if last.exists() else start
         process = subprocess.Popen([sys.executable, train.__file__, *arguments], stderr=subprocess.PIPE, text=True)
-        if kill < kills:  # within a span of the run that leaves something to the later kills
+        if kill < kills:  # early enough to leave epochs for the later kills
             goal = 30 * (kill + 1) / (kills + 2)
             while len(read_jsonl(log)) < goal and process.poll() is None:
                 time.sleep(0.01)
@@ -49,11 +49,13 @@ def test_a_run_killed_at_random_moments_ends_as_the_whole_one(shapes, tmp_path, 
         _, err = process.communicate()
         assert process.returncode == (-signal.SIGKILL if kill < kills else 0), err
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    files = {path.name for path in last.parent.iterdir() if not path.name.startswith(".")}  # a kill may leave a part
+    files = {
+        path.name for path in last.parent.iterdir() if not path.name.startswith(".")
+    }  # a kill may leave a temporary file
     assert files - {"tensorboard"} == {"last.pt", "best.pt", "log.jsonl", "curves.png"}
 
 
-# A program that ends itself by a signal at a call of a function: MODULE FUNCTION CALL SIGNAL, then train.py's flags.
+# A program that sends itself a signal at the n-th call of a function: MODULE FUNCTION N SIGNAL, then train.py's flags.
 DYING = """
 import importlib, os, sys
 import train, utils
@@ -76,7 +78,7 @@ utils.run_script(train.main, train.Settings)
 """
 
 
-# Before it: features of 4 images at once, on the disk after 8.
+# Run before it: features of 4 images at once, on disk after 8.
 SMALL_STEPS = """
 from features import feature_cache
 feature_cache.BATCH_SIZE, feature_cache.SAVE_EVERY = 4, 2
@@ -84,7 +86,7 @@ feature_cache.BATCH_SIZE, feature_cache.SAVE_EVERY = 4, 2
 
 
 def die(phase, number, arguments, program=DYING):
-    """Run train.py until a signal ends it in a phase (module, function, call); returns its status and last line."""
+    """Run train.py until a signal ends it in a phase (module, function, call); return its status and last line."""
     command = [sys.executable, "-c", program, *map(str, phase), str(number), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     return result.returncode, (result.stderr.splitlines() or [""])[-1]
@@ -110,7 +112,7 @@ def test_features_of_a_run_that_died_are_continued_bit_for_bit(shapes, tmp_path)
             features[name] = {path.name: path.read_bytes() for path in (data / "features").iterdir()}
         if number == signal.SIGKILL:
             (partial,) = (data / "features").glob("*.partial")
-            assert np.load(partial, mmap_mode="r").shape[0] == 8  # and four rows that nobody counts on
+            assert np.load(partial, mmap_mode="r").shape[0] == 8  # the four rows after them do not count
     assert features["whole"] == features["died"] and len(features["whole"]) == 2
 
 

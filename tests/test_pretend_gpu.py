@@ -52,7 +52,7 @@ WAITS = {
     "search with constraints and groups": {"decoding/contract.py drop_ended: count the nonzero elements": 1},
     "search of an ensemble": {"decoding/contract.py drop_ended: count the nonzero elements": 1},
     "truncated samples": {},
-    "validation loss": {"training/validation.py validation_loss: copy to the CPU": 1},
+    "validation loss": {"training/steps.py validation_loss: copy to the CPU": 1},
 }
 
 

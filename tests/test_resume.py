@@ -1,4 +1,4 @@
-"""Runs that are interrupted, killed or out of disk, and go on as if nothing had happened."""
+"""Interrupted and killed runs, and full disks: a resumed run equals an uninterrupted one."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def assert_same_weights(one, other):
 
 
 def assert_same_run(whole, parts):
-    """Two run folders hold the same weights and the same log, times aside."""
+    """Assert that two run folders hold the same weights and logs, except for times."""
     for name in ("last.pt", "best.pt"):
         assert_same_weights(weights(whole / name), weights(parts / name))
     for one, other in zip(read_jsonl(whole / "log.jsonl"), read_jsonl(parts / "log.jsonl"), strict=True):
@@ -49,18 +49,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shapes, tmp_path,
         epochs=3,
         fine_tune_encoder=fine_tune,
         precision=precision,
-        lr_schedule="step",  # a cosine would know at the first epoch how many are to come
+        lr_schedule="step",  # a cosine would depend on the number of epochs
     )
     train.main(replace(settings, run_folder=str(tmp_path / "whole")))
     train.main(replace(settings, run_folder=str(tmp_path / "parts"), epochs=1))
-    torch.rand(7)  # whatever happened in between
+    torch.rand(7)  # other draws in between
     train.main(train.Settings(resume=str(tmp_path / "parts" / "last.pt"), epochs=3))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow
 def test_a_resumed_run_uses_the_device_that_was_saved_unless_one_is_given(command, run_folder, tmp_path, monkeypatch):
-    """Where a device is there, "auto" takes it: here meta, a device that every machine has, stands for CUDA."""
+    """The device meta, which every machine has, stands for the CUDA device that "auto" would choose."""
     folder = shutil.copytree(run_folder, tmp_path / "run")
     original = utils.choose_device
     for module in (distributed, start):
@@ -87,7 +87,7 @@ def test_a_saved_device_that_is_not_there_is_named(command, run_folder, tmp_path
 
 
 def after_step(monkeypatch, step, act):
-    """Let training `act` after so many steps."""
+    """Call `act` after this many training steps."""
     steps = []
 
     def acting(original):
@@ -105,7 +105,7 @@ def after_step(monkeypatch, step, act):
 
 
 @pytest.mark.parametrize(
-    ("step", "workers", "number", "others"),  # in the first epoch of three steps, at its end, in the second
+    ("step", "workers", "number", "others"),  # within the first epoch of three steps, at its end, in the second
     [
         (2, 0, signal.SIGINT, {"objective": "scst", "gradient_accumulation_steps": 2}),
         (3, 0, signal.SIGTERM, {"scheduled_sampling_max_prob": 0.5, "attention": "hard", "graph_layers": 1}),
@@ -148,7 +148,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alone(shapes, tmp_path):
 
 @pytest.fixture
 def running(shapes, tmp_path):
-    """The folder of a run that another process trains, and that process."""
+    """A run folder in which another process trains, and the process."""
     arguments = [*flags(shapes, tmp_path / "run"), "--epochs", "999", "--patience", "999"]
     process = subprocess.Popen([sys.executable, train.__file__, *arguments], stderr=subprocess.DEVNULL)
     while not read_jsonl(tmp_path / "run" / "log.jsonl"):
@@ -178,7 +178,7 @@ def test_a_run_folder_takes_one_process_at_a_time(shapes, running, command):
 
 def test_a_killed_run_goes_on_from_its_last_save_within_the_epoch(shapes, tmp_path, monkeypatch):
     class Killed(BaseException):
-        """What no code catches."""
+        """An exception that no code catches."""
 
     def kill():
         raise Killed

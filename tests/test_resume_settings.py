@@ -1,4 +1,4 @@
-"""Settings and data of runs that go on from a checkpoint: what --resume and --init_from take over, and refuse."""
+"""Settings and data of runs that start from a checkpoint: what --resume and --init_from take over or refuse."""
 
 import shutil
 from dataclasses import asdict, make_dataclass, replace

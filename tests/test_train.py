@@ -1,4 +1,4 @@
-"""Training: it learns, and refuses bad input in one line."""
+"""Training: it learns, and refuses bad input with one line."""
 
 import json
 import math

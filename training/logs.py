@@ -1,4 +1,4 @@
-"""The log of a run as TensorBoard files and as a plot of its curves."""
+"""The log of a run: its best epoch, a printed line for each epoch, TensorBoard files and curves."""
 
 import errno
 import os
@@ -19,6 +19,39 @@ PANELS = {
 }
 EPOCH_SUFFIX = ".epoch-"  # followed by the epoch, the suffix of a TensorBoard file
 MIN_FREE_BYTES = 2**23  # more than TensorBoard writes in an epoch
+
+
+def is_informative(best_metric: str, num_images: int) -> bool:
+    """Return True if a metric can tell epochs apart; CIDEr of one image is 0: all images have all of its n-grams."""
+    return best_metric != "cider" or num_images > 1
+
+
+def epoch_key(row: dict, best_metric: str, num_images: int) -> tuple[float, ...]:
+    """Return the sort key of an epoch from its row of the log; the best epoch sorts last.
+
+    It consists of `best_metric`, the other metric and the negative loss. Scores count to the four digits that are
+    printed. If the metric is not informative, the loss alone counts.
+    """
+    if not is_informative(best_metric, num_images):
+        return (-row["val/loss"],)
+    other_metric = "bleu_4" if best_metric == "cider" else "cider"
+    return round(row[f"val/{best_metric}"], 4), round(row[f"val/{other_metric}"], 4), -row["val/loss"]
+
+
+def describe_best(key: tuple[float, ...], best_metric: str) -> str:
+    """Describe the score, or loss, in an `epoch_key`."""
+    score = key[0]
+    return f"{best_metric} {score:.4f}" if len(key) > 1 else f"validation loss {-score:.4f}"
+
+
+def print_epoch(row: dict, improved: bool) -> None:
+    """Print a row of the log as one line."""
+    metric = "reward" if "train/reward" in row else "loss"
+    print(
+        f"epoch {row['epoch']}: {metric} {row[f'train/{metric}']:.3f}, validation loss {row['val/loss']:.3f}, "
+        f"BLEU-4 {row['val/bleu_4']:.4f}, CIDEr {row['val/cider']:.4f}, {row['captions_per_second']:.0f} captions/s, "
+        f"{row['seconds']:.0f} s{', best' if improved else ''}"
+    )
 
 
 def write_tensorboard(folder: Path, row: dict, draw: Callable[[], tuple[list[np.ndarray], str]]) -> None:

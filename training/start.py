@@ -126,7 +126,7 @@ def load_run(path: str, settings: Settings) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     hints, now = get_type_hints(type(settings)), asdict(type(settings)())
     for key in ("settings", "defaults"):
-        saved = checkpoint.get(key)
+        saved: Any = checkpoint.get(key)
         is_known = isinstance(saved, dict) and saved.keys() <= now.keys()
         if not is_known or not all(has_type(value, hints[name]) for name, value in saved.items()):
             raise InputError(f"{path}: its {key} are not those of this train.py: train again")

@@ -41,7 +41,7 @@ class TrainState:
     seconds: float = 0.0  # time spent on these steps
     loss: float = 0.0  # cross-entropy, or reward under SCST, summed over the words or captions of this process
     count: int = 0  # number of these words or captions
-    best_key: tuple[float, ...] = ()  # `training.validation.epoch_key` of the best epoch so far
+    best_key: tuple[float, ...] = ()  # `training.logs.epoch_key` of the best epoch so far
     epochs_since_improvement: int = 0
 
     PROGRESS: ClassVar = ("epoch", "step", "seconds", "best_key", "epochs_since_improvement")

@@ -1,4 +1,4 @@
-"""One training step: teacher forcing or self-critical, in micro-batches, on one process or several."""
+"""A training step, with teacher forcing or self-critical, on one process or several; and the validation loss."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
 
-from common.distributed import all_reduce_sum, world_size
-from datasets import Batch, Example, collate
+from common.distributed import all_reduce_sum, rank, world_size
+from datasets import Batch, CaptionDataset, Example, collate, in_order, make_batches, make_loader
 from decoding.sampling import sample
 from decoding.settings import DecodingSettings
 from models import Captioner
@@ -173,3 +174,20 @@ def sample_captions(
     references = dict(zip(batch.indices, batch.captions(), strict=True))
     pairs = zip(new_batch.indices, new_batch.captions(), strict=True)
     return new_batch, torch.tensor([reward(references[index], candidates) for index, candidates in pairs])
+
+
+@torch.no_grad()
+def validation_loss(captioner: Captioner, validation: CaptionDataset, batch_size: int, runtime: Runtime) -> float:
+    """Return the mean cross-entropy of the words of all validation captions, without label smoothing."""
+    captioner.eval()
+    losses, count = [], 0
+    progress = tqdm(total=len(validation), desc="validation loss", unit="image", leave=False, disable=rank() > 0)
+    with progress as bar:
+        for batch in make_loader(validation, make_batches(in_order(len(validation)), batch_size)):
+            output = forward(captioner, batch, runtime)
+            losses.append(nn.functional.cross_entropy(output.logits.float(), output.targets, reduction="sum"))
+            count += batch.counts()[0]
+            bar.update(len(batch.indices) * world_size())
+    total = sum(torch.stack(losses).tolist()) if losses else 0.0  # one wait for a GPU
+    total, count = all_reduce_sum([total, count])
+    return total / count

@@ -1,4 +1,4 @@
-"""The feature cache, and prepared folders that must not be read."""
+"""The feature cache, and damaged data folders."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from utils import InputError
 
 @pytest.fixture
 def copied(shapes, tmp_path):
-    """A copy of the shapes that a test may spoil, without features."""
+    """A copy of the shapes, without features, for a test to change."""
     return shutil.copytree(shapes, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
 
 
@@ -96,14 +96,14 @@ def test_features_can_be_cached_anywhere(copied, tmp_path):
 
 @pytest.fixture
 def read_only(monkeypatch, tmp_path):
-    """Call it with folders that cannot be written from then on; the user's cache is a temporary folder."""
+    """Return a function that makes folders unwritable; the user's cache is a temporary folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def forbid(*folders):
         def access(path, mode, original=os.access):
             return original(path, mode) and not any(folder in (path, *path.parents) for folder in folders)
 
-        monkeypatch.setattr("common.files.os.access", access)  # root may write wherever permissions forbid it
+        monkeypatch.setattr("common.files.os.access", access)  # root ignores permissions
 
     return forbid
 
@@ -149,7 +149,7 @@ def test_features_that_do_not_fit_on_the_disk_are_not_begun(copied, monkeypatch)
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    """Features of 4 images at once, on the disk after 8; returns the list of images that are encoded from now on."""
+    """Encode 4 images at once and save after 8; return the list of images that are encoded from now on."""
     encoded = []
 
     def make_loader(dataset, batches, original=feature_cache.make_loader):
@@ -163,7 +163,7 @@ def small_steps(monkeypatch):
 
 
 def interrupt(monkeypatch, call, error):
-    """Raise an error at a call of np.isfinite, which sees the features of each batch, or never again."""
+    """Raise an error at the n-th call of np.isfinite, which is called once per batch of features."""
     calls = iter(range(1, 1000))
 
     def isfinite(array, original=np.isfinite):

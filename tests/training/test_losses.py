@@ -1,4 +1,4 @@
-"""The loss against torch's and against captions alone, the learning rate, the average of the weights."""
+"""Losses against torch's and against single captions, the learning rate, the average of the weights."""
 
 import math
 from dataclasses import replace
