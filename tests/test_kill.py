@@ -117,37 +117,32 @@ def test_features_of_a_run_that_died_are_continued_bit_for_bit(shapes, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "phase",
+    ("phase", "number"),
     [
-        ("train", "train_step", 2),
-        ("train", "validation_loss", 1),
-        ("train", "validation_loss", 2),
-        ("torch", "save", 2),  # last.pt
-        ("torch", "save", 3),  # best.pt
-        ("train", "append_jsonl", 1),
-        ("train", "write_tensorboard", 2),
-        ("train", "plot_curves", 2),
+        (("train", "train_step", 2), signal.SIGKILL),
+        (("train", "validation_loss", 1), signal.SIGKILL),
+        (("train", "validation_loss", 2), signal.SIGKILL),
+        (("torch", "save", 2), signal.SIGKILL),  # last.pt
+        (("torch", "save", 3), signal.SIGKILL),  # best.pt
+        (("train", "append_jsonl", 1), signal.SIGKILL),
+        (("train", "write_tensorboard", 2), signal.SIGKILL),
+        (("train", "plot_curves", 2), signal.SIGKILL),
+        (("train", "validation_loss", 1), signal.SIGTERM),  # finishes the validation first
     ],
 )
 @pytest.mark.slow
-def test_a_run_killed_in_any_phase_says_how_to_go_on_and_does(shapes, run_folder, tmp_path, command, phase):
+def test_a_run_ended_in_any_phase_says_how_to_go_on_and_does(shapes, run_folder, tmp_path, command, phase, number):
     last, arguments = tmp_path / "run" / "last.pt", flags(shapes, tmp_path / "run")
-    assert die(phase, signal.SIGKILL, arguments)[0] == -signal.SIGKILL
+    status, line = die(phase, number, arguments)
+    if number == signal.SIGTERM:
+        message = f"stopped in epoch 2: continue with python train.py --resume {last}"
+        assert status == 128 + number and line.endswith(message)
+    else:
+        assert status == -number
     status, _, err = command(train, *arguments)
     assert status == 2 and f"holds a run: continue it with --resume {last}" in err
     status, _, err = command(train, "--resume", last)
     assert status == 0, err
-    assert_same_run(run_folder, last.parent)
-
-
-@pytest.mark.slow
-def test_a_signal_in_validation_stops_after_it(shapes, run_folder, tmp_path, command):
-    last, arguments = tmp_path / "run" / "last.pt", flags(shapes, tmp_path / "run")
-    status, line = die(("train", "validation_loss", 1), signal.SIGTERM, arguments)
-    assert status == 128 + signal.SIGTERM and line.endswith(
-        f"stopped in epoch 2: continue with python train.py --resume {last}"
-    )
-    assert command(train, "--resume", last)[0] == 0
     assert_same_run(run_folder, last.parent)
 
 

@@ -133,30 +133,27 @@ def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.slow
-def test_a_signal_to_the_whole_group_leaves_the_workers_alone(shapes, tmp_path):
-    arguments = [*flags(shapes, tmp_path / "run"), "--workers", "2", "--epochs", "99", "--patience", "99"]
-    process = subprocess.Popen(
-        [sys.executable, train.__file__, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not read_jsonl(tmp_path / "run" / "log.jsonl"):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and err.rstrip().endswith("last.pt"), err
-
-
 @pytest.fixture
 def running(shapes, tmp_path):
     """A run folder in which another process trains, and the process."""
-    arguments = [*flags(shapes, tmp_path / "run"), "--epochs", "999", "--patience", "999"]
-    process = subprocess.Popen([sys.executable, train.__file__, *arguments], stderr=subprocess.DEVNULL)
+    arguments = [*flags(shapes, tmp_path / "run"), "--workers", "2", "--epochs", "999", "--patience", "999"]
+    command = [sys.executable, train.__file__, *arguments]
+    with open(tmp_path / "errors", "w") as errors:
+        process = subprocess.Popen(command, stderr=errors, start_new_session=True)
     while not read_jsonl(tmp_path / "run" / "log.jsonl"):
         assert process.poll() is None
         time.sleep(0.05)
     yield tmp_path / "run", process
     process.kill()
     process.wait()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_leaves_the_workers_alone(running, tmp_path):
+    _, process = running
+    os.killpg(process.pid, signal.SIGTERM)
+    status, err = process.wait(), (tmp_path / "errors").read_text()
+    assert status == 128 + signal.SIGTERM and err.rstrip().endswith("last.pt"), err
 
 
 @pytest.mark.slow
