@@ -138,9 +138,10 @@ def optimization_step(
     counts: tuple[int, int],
     reward: CiderD | None,
 ) -> None:
-    """Take a step at its learning rate and add its loss to `state`; raise InputError if it is not finite or too large.
+    """Take a step at its learning rate and add its loss to `state`.
 
-    `counts` are the words and captions of the step over all processes.
+    `counts` are the words and captions of the step over all processes. Raises InputError if the loss or gradient is not
+    finite, or memory runs out.
     """
     settings, optimizer = state.settings, state.optimizer
     step = state.epoch * steps_per_epoch + state.step
@@ -259,7 +260,7 @@ def train(settings: Settings, device: torch.device) -> None:
 
 
 def print_warnings(state: TrainState, training: CaptionDataset, validation: CaptionDataset) -> None:
-    """Print which settings have no effect on this data, and whether a resumed run has nothing to do."""
+    """Print which settings have no effect on this data, and if a resumed run has nothing to do."""
     settings = state.settings
     if not is_informative(settings.best_metric, len(validation)):
         print(

@@ -156,3 +156,22 @@ def test_a_run_that_started_from_another_is_resumed_with_its_origin(init_from, c
     status, _, err = command(train, "--resume", last, "--epochs", 2)
     origin = torch.load(last, weights_only=True)["settings"]["init_from"]
     assert status == 0 and origin == str(run_folder / "best.pt"), err
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda checkpoint: checkpoint["ema"].popitem(),
+        lambda checkpoint: checkpoint["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
+        lambda checkpoint: checkpoint["optimizer"]["param_groups"][0]["params"].reverse(),
+        lambda checkpoint: checkpoint["progress"].update(step=-1),
+        lambda checkpoint: checkpoint["rng"].clear(),
+    ],
+    ids=["ema", "moments", "parameters", "progress", "rng"],
+)
+def test_a_damaged_training_state_is_refused(command, run_folder, tmp_path, spoil):
+    checkpoint = torch.load(run_folder / "last.pt", weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    status, _, err = command(train, "--resume", tmp_path / "last.pt", "--epochs", 3)
+    assert status == 2 and "last.pt: its training state is not what train.py writes for this model: start" in err, err

@@ -22,7 +22,7 @@ MIN_FREE_BYTES = 2**23  # more than TensorBoard writes in an epoch
 
 
 def is_informative(best_metric: str, num_images: int) -> bool:
-    """Return True if a metric can tell epochs apart; CIDEr of one image is 0: all images have all of its n-grams."""
+    """Return True if a metric can tell epochs apart; CIDEr is always 0 for a single image."""
     return best_metric != "cider" or num_images > 1
 
 

@@ -39,7 +39,7 @@ RESUME_SETTINGS = (
     "in_memory",
     "features_folder",
 )
-# Paths that differ from machine to machine: editing their defaults asks for nothing.
+# Paths on this machine: an edited default is not a request for another run.
 MACHINE_SETTINGS = ("run_folder", "encoder_weights")
 
 
@@ -138,7 +138,7 @@ def was_given(name: str, settings: Settings, checkpoint: dict[str, Any]) -> bool
     """Return True if the user chose a setting: with a flag, or by editing its default at the top of train.py.
 
     A flag counts even at its default. A default counts as edited if it is not what it was when the checkpoint was
-    written, except for paths that differ from machine to machine.
+    written; those of `MACHINE_SETTINGS` never do.
     """
     is_edited = getattr(settings, name) != checkpoint["defaults"][name]
     return name in settings.given or (is_edited and name not in MACHINE_SETTINGS)
@@ -147,7 +147,7 @@ def was_given(name: str, settings: Settings, checkpoint: dict[str, Any]) -> bool
 def merge_settings(
     settings: Settings, checkpoint: dict[str, Any], path: str, names: Collection[str], may_differ: Collection[str]
 ) -> Settings:
-    """Return settings in which those of `names` that the user did not give have the values of the checkpoint's run.
+    """Return the settings, with the checkpoint's value for each of `names` that the user did not give.
 
     Raises InputError for one that was given, differs and is not in `may_differ`.
     """
@@ -185,7 +185,7 @@ def find_data_folder(folders: list[str], checkpoint: dict[str, Any], path: str) 
 
 
 def choose_run_device(settings: Settings, device: torch.device) -> torch.device:
-    """Return the device of merged settings; `device` is that of the settings before the merge.
+    """Return the device of a run: `device`, unless the run is resumed and was trained on another one.
 
     Raises InputError if the device that a resumed run was trained on does not exist here.
     """
@@ -200,7 +200,7 @@ def choose_run_device(settings: Settings, device: torch.device) -> torch.device:
 def build_from_checkpoint(settings: Settings, checkpoint: dict[str, Any]) -> Captioner:
     """Build the captioner of a checkpoint with the model settings of a run that starts from it.
 
-    Settings that no weight depends on (dropout, graph_knn, ...) may differ. Raises InputError for another one.
+    Settings that no weight depends on (dropout, graph_knn, ...) may differ. Raises InputError for any other.
     """
     path, saved = settings.resume or settings.init_from, checkpoint["model_settings"]
     checkpoint = checkpoint | {"fine_tune_encoder": settings.fine_tune_encoder}
@@ -223,7 +223,7 @@ def weights_fit(checkpoint: dict[str, Any], path: str, name: str, value: Any) ->
 
 
 def build_new(settings: Settings, metadata: dict[str, Any]) -> Captioner:
-    """Build a new captioner for the data of a prepared folder; raise InputError if they do not go together."""
+    """Build a new captioner for a prepared folder; raise InputError if the settings do not fit its data."""
     info = region_info(metadata)
     if info and settings.regions == "features" and settings.grounding_weight and not info.has_boxes:
         raise InputError(f"--grounding_weight: the region features of {settings.data_folder} have no boxes")
@@ -264,13 +264,13 @@ def start_run(settings: Settings, checkpoint: dict[str, Any] | None, device: tor
 
 
 def start_files(state: TrainState) -> None:
-    """Write last.pt and remove what a run folder has from later epochs or, before the first, of an overwritten run."""
+    """Write last.pt and remove what the run folder holds of later epochs or of an overwritten run."""
     state.save("last.pt", with_training_state=True)
     on_rank_zero(lambda: clean_files(Path(state.settings.run_folder), state.epoch))
 
 
 def clean_files(folder: Path, epoch: int) -> None:
-    """Remove the rows of later epochs from the logs of a run folder and, before the first epoch, its results."""
+    """Remove later epochs from the logs of a run folder and, at epoch 0, results of an overwritten run."""
     rows = [row for row in read_jsonl(folder / "log.jsonl") if row["epoch"] <= epoch]
     if not epoch:
         for name in ("best.pt", "curves.png"):
