@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.distributed import on_rank_zero, rank, world_size
+from common.distributed import all_gather, on_rank_zero, rank, world_size
 from common.files import hold_lock, name_in_errors, nearest_existing, require_writable
 from datasets import CaptionDataset, in_order, make_batches, make_loader
 from models import Captioner
@@ -225,21 +225,28 @@ def publish(partial: Path, path: Path, shape: tuple[int, ...]) -> None:
 def write_features(path: Path, loader: DataLoader, encoder: Encoder, runtime: Runtime, bar: tqdm) -> None:
     """Write the features of a loader's images into their rows of a .npy file and flush them to disk.
 
-    Plain writes raise OSError on a full disk; a memory map would crash.
+    Plain writes raise OSError on a full disk; a memory map would crash. An error of one process is raised in all.
     """
-    with name_in_errors(path), open(path, "rb+") as file:
-        for batch in loader:
-            with torch.inference_mode(), runtime.autocast():
-                features = encoder(copy_to_device(batch.inputs, runtime.device)).half().cpu().numpy()
-            if not np.isfinite(features).all():
-                path.unlink(missing_ok=True)
-                raise InputError(
-                    f"{encoder.name}'s features do not fit into float16, as random weights may make them: train with "
-                    f"--encoder_weights, or with --fine_tune_encoder"
-                )
-            for index, row in zip(batch.indices, features, strict=True):
-                file.seek(HEADER_BYTES + index * row.nbytes)
-                file.write(row.tobytes())
-            bar.update(len(features) * world_size())
-        file.flush()
-        os.fsync(file.fileno())
+    error = None
+    try:
+        with name_in_errors(path), open(path, "rb+") as file:
+            for batch in loader:
+                with torch.inference_mode(), runtime.autocast():
+                    features = encoder(copy_to_device(batch.inputs, runtime.device)).half().cpu().numpy()
+                if not np.isfinite(features).all():
+                    raise InputError(
+                        f"{encoder.name}'s features do not fit into float16, as random weights may make them: train "
+                        f"with --encoder_weights, or with --fine_tune_encoder"
+                    )
+                for index, row in zip(batch.indices, features, strict=True):
+                    file.seek(HEADER_BYTES + index * row.nbytes)
+                    file.write(row.tobytes())
+                bar.update(len(features) * world_size())
+            file.flush()
+            os.fsync(file.fileno())
+    except (InputError, OSError) as raised:
+        error = raised
+    for raised in filter(None, all_gather([error])):
+        if isinstance(raised, InputError):
+            on_rank_zero(path.unlink)
+        raise raised

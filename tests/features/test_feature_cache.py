@@ -191,6 +191,13 @@ def test_features_are_continued_where_a_run_stopped(copied, tmp_path, monkeypatc
     assert path.read_bytes() == whole.read_bytes()
 
 
+def test_an_error_of_another_process_ends_this_one_too(copied, monkeypatch):
+    other = OSError(28, "No space left on device", "of another process")
+    monkeypatch.setattr(feature_cache, "all_gather", lambda errors: [*errors, other])
+    with pytest.raises(OSError, match="of another process"):
+        open_dataset(copied, small_captioner())
+
+
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01", b"other", "another shape"])
 def test_features_that_cannot_be_continued_are_begun_anew(copied, content):
     (path,) = open_dataset(copied, small_captioner()).feature_paths
