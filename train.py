@@ -51,7 +51,7 @@ class Settings(ModelSettings):
     run_folder: str = "runs/shapes"  # folder to write checkpoints, log and curves to
     overwrite: bool = setting(False, needs="not resume")  # start again in a run folder that holds a run
     resume: str = ""  # last.pt of a run to continue exactly, in its folder and with its settings
-    init_from: str = setting("", needs="not resume")  # best.pt to start a new run from: weights, words, model settings
+    init_from: str = ""  # best.pt to start a new run from: weights, words, model settings
     features_folder: str = setting("", needs=FROZEN)  # cache of a frozen encoder's features; empty: in the data folder
     plot: tuple[str, ...] = ()  # run folders: plot their curves into one picture and stop
 

@@ -109,11 +109,14 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
 
 
 def require_needs(settings: BaseSettings) -> None:
-    """Raise InputError if a setting was given that has no effect, because another one that it needs is off."""
+    """Raise InputError if a setting that was given has no effect, because another one that it needs is off.
+
+    A setting that is off by default (0, empty or False) and is on in `settings` counts as given.
+    """
     own = inspect.get_annotations(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name not in settings.given or value is False or value in ("", ()):
+        if value is False or value in ("", ()) or not (field.name in settings.given or (value and not field.default)):
             continue
         needs = field.metadata.get("needs", "").split("; ")
         if field.name not in own:
