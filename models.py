@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from common.checkpoints import EmptyWeights, check_fit, check_types, check_weights, check_words, name_impossible_sizes
 from common.files import safe_load
-from decoding.captions import Encoded, ImageCaption, caption_batch
+from decoding.captions import ImageCaption, caption_batch
 from decoding.settings import DecodingSettings
 from modules.adaptive import AdaptiveDecoder
 from modules.attention import ATTENTIONS
 from modules.cells import CELLS
-from modules.decoders import DecoderOutput
+from modules.cpu import Dropout
+from modules.decoders import DecoderOutput, Encoded
 from modules.encoders import Encoder, NoEncoder
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS, RegionGraph
-from modules.layers import Dropout, init_linear
+from modules.layers import init_linear
 from modules.region_encoder import POSITIONS, RegionEncoder
 from modules.regions import BOX_FEATURES, REGIONS, RegionSource
 from modules.sgrvinod import SgrvinodDecoder

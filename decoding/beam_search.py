@@ -1,4 +1,4 @@
-"""Beam search over any `StepDecoder`, with constraints and diverse groups.
+"""Beam search with any `StepDecoder`, with constraints and diverse groups.
 
 Shapes: B images (in the loop those still searched), R regions, D their width, C captions of an image, K beams, W words
 that may extend a caption, T words of a caption, t of the captions so far, V words of the vocabulary.
@@ -24,10 +24,10 @@ def beam_search(
     mask: Nested = None,
     constraints: Constraints | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Beam search for all images at once.
+    """Search captions of all images at once.
 
-    A finished caption stays in its beam and is only extended by <end> at no cost. So no list of finished captions is
-    needed, and an image without a caption that ends within max_length still gets one.
+    A finished caption stays in its beam and is extended by <end> at no cost. So there is no list of finished captions,
+    and an image without a caption that ends within max_length still gets one.
 
     Args:
         decoder: in eval mode.
@@ -37,8 +37,8 @@ def beam_search(
 
     Returns:
         Word ids (B, K, T), best caption first, <end> repeated after its end; <pad>, <start>, <unk> and the empty
-        caption are excluded. T is that of the longest caption, on a GPU up to three more. Log-probabilities (B, K),
-        -inf where there are fewer than K captions. Different groups may find the same caption.
+        caption are excluded. T is the length of the longest caption, on a GPU up to three more. Log-probabilities
+        (B, K), -inf if there are fewer than K captions. Different groups may find the same caption.
     """
     constraints = constraints or Constraints()
     B, K, device = len(first_tensor(regions)), settings.beam_size, first_tensor(regions).device
@@ -49,7 +49,7 @@ def beam_search(
     log_probs = torch.zeros((B, settings.num_beam_groups), device=device)
     keys, state = decoder.keys(regions, mask), expand(decoder.init_state(regions, mask), settings.num_beam_groups)
     for t in range(1, settings.max_length + 1):
-        logits, _, state = decoder.step(captions[..., -1], regions, keys, state)  # (B, C, V)
+        logits, state, *_ = decoder.step(captions[..., -1], regions, keys, state)  # (B, C, V)
         beam_indices, next_words, log_probs = _extend(logits, captions, log_probs, settings, constraints)
         captions = torch.cat([reorder(captions, beam_indices), next_words.unsqueeze(-1)], dim=-1)
         state = reorder(state, beam_indices)
@@ -70,7 +70,7 @@ def beam_search(
 def _extend(
     logits: Tensor, captions: Tensor, log_probs: Tensor, settings: DecodingSettings, constraints: Constraints
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best captions that are one word longer, group by group.
+    """Extend captions by a word and keep the best, group by group.
 
     logits (B, C, V), captions (B, C, t), log_probs (B, C)
     -> indices of the beams that are extended, the words and the new log-probabilities, each (B, K).
@@ -101,7 +101,7 @@ def _extend(
 
 
 def _word_log_probs(logits: Tensor, captions: Tensor, settings: DecodingSettings, constraints: Constraints) -> Tensor:
-    """Log-probabilities (B, C, V) of the next word, -inf for words excluded: logits (B, C, V), captions (B, C, t)."""
+    """Compute log-probabilities (B, C, V) of the next word, -inf for excluded words; arguments as in `_extend`."""
     t = captions.shape[-1]
     log_probs = logits.float().log_softmax(dim=-1)
     for word_id in BANNED_IDS if t > 1 else [*BANNED_IDS, END]:
@@ -117,7 +117,7 @@ def _extend_group(
     is_constrained: bool,
     cost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_extend`, for the beams of one group: word_log_probs (B, C, V), cost (B, V) of each word."""
+    """Extend the captions of one group: word_log_probs (B, C, V), cost (B, V) of each word, others as in `_extend`."""
     count = settings.beam_size // settings.num_beam_groups
     W = min(count, word_log_probs.shape[-1])
     if cost is None:
@@ -127,10 +127,10 @@ def _extend_group(
         next_log_probs = word_log_probs.gather(-1, words)
     finished = captions[..., -1] == END  # (B, C)
     if is_constrained:
-        # Captions stay as they are where the constraints leave none of an image's a next word.
+        # If the constraints leave an image no next word, its captions stay as they are.
         extensible = (finished | (next_log_probs[..., 0] > -math.inf)) & (log_probs > -math.inf)
         finished = finished | ~extensible.any(dim=1, keepdim=True)
-    # A finished caption only goes on with <end>.
+    # A finished caption is only extended by <end>.
     next_log_probs.masked_fill_(finished.unsqueeze(-1), -math.inf)
     next_log_probs[..., 0].masked_fill_(finished, 0)
     words.masked_fill_(finished.unsqueeze(-1), END)
@@ -141,15 +141,15 @@ def _extend_group(
         objective = candidates - word_costs.masked_fill(finished.unsqueeze(-1), 0)
     lengths = (captions != END).sum(dim=-1, keepdim=True)  # with the next word, as <start> is counted, too
     scores = objective / lengths**settings.length_penalty
-    scores.masked_fill_(candidates == -math.inf, -math.inf)  # not NaN, as -inf / inf of a huge penalty is
+    scores.masked_fill_(candidates == -math.inf, -math.inf)  # a huge penalty would give -inf / inf, NaN
     top = scores.flatten(1).topk(min(count, scores[0].numel())).indices  # (B, count)
     return top // W, words.flatten(1).gather(1, top), candidates.flatten(1).gather(1, top)
 
 
 def length_normalized(captions: Tensor, log_probs: Tensor, settings: DecodingSettings) -> Tensor:
-    """What captions are ranked by: captions (B, C, T) of `beam_search`, log-probabilities (B, C) -> scores (B, C).
+    """Compute the scores that rank captions: (B, C, T) of `beam_search`, log-probabilities (B, C) -> scores (B, C).
 
-    Where max_length cut a caption off, it has no <end> that counts.
+    The length of a caption includes its <end>, which a caption cut off at max_length lacks.
     """
     lengths = ((captions != END).sum(dim=-1) + 1).clamp(max=settings.max_length)
     return (log_probs / lengths**settings.length_penalty).masked_fill(log_probs == -math.inf, -math.inf)

@@ -1,13 +1,12 @@
-"""Captions of a batch of images, with what they were decoded from.
+"""Captions of a batch of images, with their attention weights, gates and graph.
 
-Shapes: B images, C candidates of an image, T words of a caption, R regions, D features of a region as the decoder sees
-it, F features of the encoder, N neighbors of a region in the graph, L layers, n heads.
+Shapes: B images, C candidates of an image, T words of a caption, R regions, F features of the encoder, N neighbors of a
+region in the graph, L layers, n heads.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +16,9 @@ from decoding.beam_search import beam_search, length_normalized
 from decoding.constraints import Constraints
 from decoding.contract import reorder
 from decoding.ensemble import EnsembleDecoder
-from decoding.force_decode import force_decode
-from decoding.sampling import sample
+from decoding.sampling import force_decode, sample
 from decoding.settings import DecodingSettings
-from modules.decoders import Decoder, Nested, first_tensor, map_tensors
+from modules.decoders import Decoder, Encoded, Nested, first_tensor, map_tensors
 from modules.graph import RegionGraph
 from modules.regions import RegionSource, has_area
 from text.vocabulary import END, START, Vocabulary
@@ -28,22 +26,11 @@ from utils import Runtime, copy_to_device
 
 
 class Candidate(NamedTuple):
-    """A caption that a search or sampling found."""
+    """A caption found by search or sampling."""
 
     words: list[str]
     log_prob: float
     score: float  # the log-probability normalized by the length, by which captions are ranked
-
-
-class Encoded(NamedTuple):
-    """What an encoder made of B images; of an ensemble, regions, masks and features are tuples of tensors."""
-
-    regions: Nested  # (B, R, D) for the decoder
-    mask: Nested  # (B, R), False where an image has no region; None: all have R
-    boxes: Tensor  # (B, R, 4) of the regions, as `modules.regions.RegionSource` returns them
-    features: Nested  # (B, R, F) of the grid
-    neighbors: Tensor | None  # (B, R, N) of the graph, as `RegionGraph.forward` returns them
-    edge_weights: list[Tensor]  # (B, R, N) of each graph layer
 
 
 class CaptioningModel(Protocol):
@@ -54,13 +41,9 @@ class CaptioningModel(Protocol):
     graph: RegionGraph
 
     @property
-    def decoder(self) -> Decoder | EnsembleDecoder:
-        """What finds the words."""
-        ...
+    def decoder(self) -> Decoder | EnsembleDecoder: ...
 
-    def encode(self, inputs: Any, boxes: Tensor | None) -> Encoded:
-        """What the decoder sees of inputs as `caption_batch` takes them."""
-        ...
+    def encode(self, inputs: Nested, boxes: Tensor | None) -> Encoded: ...
 
 
 class Rerank(Protocol):
@@ -73,16 +56,16 @@ class Rerank(Protocol):
 
 @dataclass(frozen=True)
 class ImageCaption:
-    """The caption of one image and what it was decoded from, on the CPU."""
+    """The caption of one image with its attention weights, gates and graph, on the CPU."""
 
     n_best: list[Candidate]  # best first
     before_consensus: list[str]  # the caption that is best without consensus re-ranking
-    alpha: Tensor  # (T, R) attention weights of the best; T = 0 where they were not asked for
+    alpha: Tensor  # (T, R) attention weights of the best; T = 0 if they were not asked for
     boxes: Tensor  # (R, 4) of the regions, in fractions of the sides: left, top, right, bottom
-    gates: list[float] | None  # T gates of the best (`Decoder.gate`), from 0 to 1; None where the decoder has none
+    gates: list[float] | None  # T weights of the image (`StepOutput.gate`) of the best; None without gates
     neighbors: Tensor | None  # (R, N) of the graph; None without graph layers
     edge_weights: list[Tensor]  # (R, N) of each graph layer
-    heads: Tensor | None = None  # (L, n, T, R) attention weights of all layers and heads, where they were asked for
+    heads: Tensor | None = None  # (L, n, T, R) attention weights of all layers and heads, if they were asked for
 
     @property
     def words(self) -> list[str]:
@@ -115,11 +98,11 @@ def caption_batch(
     """Caption a batch of images with a captioner in eval mode, or with an ensemble.
 
     Args:
-        inputs: images (B, 3, h, w) uint8 or cached features (B, R, F); of an ensemble also a
-            tuple of them, as `evaluation.ensemble.Ensemble.encode` takes it.
-        boxes: of objects in the images (B, N, 4), for a captioner that `uses_objects`; of region features (B, R, 4).
+        inputs: images (B, 3, h, w) uint8 or features (B, R, F); for an ensemble also a tuple of them, see
+            `evaluation.ensemble.Ensemble.encode`.
+        boxes: (B, N, 4) of objects in the images, for a captioner that `uses_objects`; (B, R, 4) of region features.
         with_attention: decode the best captions once more, for alpha and gates; T is that of the longest.
-        with_heads: and of a transformer the attention weights of all layers and heads.
+        with_heads: also return a transformer's attention weights of all layers and heads.
         rerank: re-ranks the candidates of each image by its features.
     """
     inputs, boxes = map_tensors(lambda x: copy_to_device(x, runtime.device), (inputs, boxes))
@@ -131,12 +114,15 @@ def caption_batch(
         regions = first_tensor(encoded.regions)
         alpha, gates, heads = regions.new_zeros(len(regions), 0, regions.shape[1]), None, None
         if with_attention:
-            best = encode_words([image[0].words for image in candidates], captioner.vocabulary)
+            best = encode_words([n_best[0].words for n_best in candidates], captioner.vocabulary)
             best = copy_to_device(best, regions.device)
-            alpha, gates = caption_attention(captioner.decoder, encoded.regions, best, encoded.mask)
+            decoder, regions, mask, best = first_member(captioner.decoder, encoded, best)
+            _, alpha, gates = map_tensors(
+                lambda x: x.squeeze(1), force_decode(decoder, regions, best.unsqueeze(1), mask)
+            )
             if with_heads:
-                heads = caption_heads(captioner.decoder, encoded.regions, best, encoded.mask)
-    # All moves to the CPU are of the whole batch: each waits for the device.
+                heads = decoder.all_alpha(regions, functional.pad(best[:, :-1], (1, 0), value=START), mask)
+    # Copy whole batches to the CPU, since each copy waits for the device.
     alpha, region_boxes = alpha.float().cpu(), encoded.boxes.cpu()
     is_region = has_area(region_boxes)  # (B, R)
     gates = None if gates is None else gates.tolist()
@@ -158,12 +144,21 @@ def caption_batch(
     ]
 
 
-def find_candidates(captioner: CaptioningModel, encoded: Encoded, decoding: DecodingSettings) -> list[list[Candidate]]:
-    """The candidates of B images by beam search or sampling, each image's best first, without repetitions."""
-    constraints = Constraints.of(decoding, captioner.vocabulary)
-    captions, *numbers = decode(captioner.decoder, encoded, decoding, constraints)
+def find_candidates(captioner: CaptioningModel, encoded: Encoded, settings: DecodingSettings) -> list[list[Candidate]]:
+    """Search or sample captions of B images; returns each image's candidates, best first, without repetitions."""
+    constraints = Constraints.of(settings, captioner.vocabulary)
+    decoder, regions, mask = captioner.decoder, encoded.regions, encoded.mask
+    if settings.samples:
+        captions = sample(decoder, regions, settings, mask=mask, constraints=constraints)
+        log_probs = force_decode(decoder, regions, captions, mask)[0]
+        scores, order = length_normalized(captions, log_probs, settings).sort(dim=1, descending=True)
+        captions, log_probs = reorder(captions, order), log_probs.gather(1, order)
+    else:
+        captions, log_probs = beam_search(decoder, regions, settings, mask, constraints)
+        scores = length_normalized(captions, log_probs, settings)
+    numbers = torch.stack([log_probs, scores], dim=2).tolist()
     found = []
-    for image_captions, image_numbers in zip(captions.tolist(), torch.stack(numbers, dim=2).tolist(), strict=True):
+    for image_captions, image_numbers in zip(captions.tolist(), numbers, strict=True):
         unique: dict[str, Candidate] = {}
         for caption, (log_prob, score) in zip(image_captions, image_numbers, strict=True):
             words = captioner.vocabulary.decode(caption)
@@ -173,65 +168,18 @@ def find_candidates(captioner: CaptioningModel, encoded: Encoded, decoding: Deco
     return found
 
 
-def decode(
-    decoder: Decoder | EnsembleDecoder, encoded: Encoded, settings: DecodingSettings, constraints: Constraints
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Search or sample captions of B images.
-
-    Returns word ids (B, C, T), log-probabilities (B, C) and the scores that captions are ranked by (B, C), best first.
-    """
-    regions, mask = encoded.regions, encoded.mask
-    if not settings.samples:
-        captions, log_probs = beam_search(decoder, regions, settings, mask, constraints)
-        return captions, log_probs, length_normalized(captions, log_probs, settings)
-    captions = sample(decoder, regions, settings, mask=mask, constraints=constraints)
-    log_probs = force_decode(decoder, regions, captions, mask)[0]
-    scores, order = length_normalized(captions, log_probs, settings).sort(dim=1, descending=True)
-    return reorder(captions, order), log_probs.gather(1, order), scores
-
-
 def encode_words(captions: list[list[str]], vocabulary: Vocabulary) -> Tensor:
-    """Captions as word ids (B, T), <end> repeated after their end: T is that of the longest, with its <end>."""
+    """Convert captions to word ids (B, T), <end> repeated after their end; T includes the <end> of the longest."""
     longest = max(map(len, captions)) + 1
     word2idx = vocabulary.word2idx
     return torch.tensor([[*map(word2idx.__getitem__, words), *[END] * (longest - len(words))] for words in captions])
 
 
-def caption_attention(
-    decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor, mask: Nested = None
-) -> tuple[Tensor, Tensor | None]:
-    """Attention weights (B, T, R) and gates (B, T), from 0 to 1, of captions (B, T); None for decoders without.
-
-    Those of an ensemble are its first member's.
-    """
-    decoder, regions, captions, mask = _first_member(decoder, regions, captions, mask)
-    gates: list[Tensor] = []
-    with contextlib.ExitStack() as stack:
-        if decoder.gate is not None:
-            hook = decoder.gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid()))
-            stack.callback(hook.remove)
-        alpha = force_decode(decoder, regions, captions.unsqueeze(1), mask)[1].squeeze(1)
-    return alpha, torch.cat(gates, dim=1).squeeze(-1) if gates else None
-
-
-def caption_heads(
-    decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor, mask: Nested = None
-) -> Tensor | None:
-    """Attention weights (B, L, n, T, R) of all layers and heads for captions (B, T); None for decoders without.
-
-    Those of an ensemble are its first member's.
-    """
-    decoder, regions, captions, mask = _first_member(decoder, regions, captions, mask)
-    inputs = functional.pad(captions[:, :-1], (1, 0), value=START)
-    return decoder.all_alpha(regions, inputs, mask)
-
-
-def _first_member(
-    decoder: Decoder | EnsembleDecoder, regions: Nested, captions: Tensor, mask: Nested
-) -> tuple[Decoder, Tensor, Tensor, Tensor | None]:
-    """Of an ensemble the first member, with its regions, its word ids of captions (B, T), and its mask."""
+def first_member(
+    decoder: Decoder | EnsembleDecoder, encoded: Encoded, captions: Tensor
+) -> tuple[Decoder, Tensor, Tensor | None, Tensor]:
+    """Return the decoder whose attention is shown, its regions, its mask, and its word ids of captions (B, T)."""
     if not isinstance(decoder, EnsembleDecoder):
-        return decoder, regions, captions, mask
+        return decoder, encoded.regions, encoded.mask, captions
     word_map = decoder.word_maps[0]
-    captions = captions if word_map is None else word_map[captions]
-    return decoder.members[0], regions[0], captions, mask[0] if mask else None
+    return decoder.members[0], encoded.regions[0], encoded.mask[0], captions if word_map is None else word_map[captions]

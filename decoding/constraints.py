@@ -1,4 +1,4 @@
-"""Rules that the captions of a search must obey.
+"""Rules that decoded captions must obey.
 
 Shapes: B images, C captions of an image, t words so far, V words of the vocabulary.
 """
@@ -18,8 +18,8 @@ from utils import InputError, copy_to_device
 class Constraints:
     """Which words may not come next in a caption; by default all may."""
 
-    no_repeat_ngram: int = 0  # no sequence of this many words occurs twice in a caption; 0: any may
-    min_length: int = 0  # words at least, without <end>
+    no_repeat_ngram: int = 0  # length of the word sequences that may not repeat; 0: all may
+    min_length: int = 0  # minimum words of a caption, without <end>
     banned_endings: tuple[int, ...] = ()  # ids of words that no caption may end with
 
     @classmethod
@@ -36,8 +36,8 @@ class Constraints:
 
         Args:
             log_probs: (B, C, V) of the next word.
-            captions: (B, C, t) word ids so far, without <start>; what is done to finished captions does not matter.
-            is_last: whether no word can follow the next, so that this must be a fit ending.
+            captions: (B, C, t) word ids so far, without <start>. The result for finished captions is not used.
+            is_last: the next word is the last one and must be a fit ending.
 
         Returns:
             log_probs (B, C, V).
@@ -48,7 +48,7 @@ class Constraints:
         if t < self.min_length:
             log_probs[..., END] = -math.inf
         if self.banned_endings:
-            # One by one they would be one kernel per word; a list as an index would make the host wait.
+            # All at once: one by one is a kernel per word, and a list as an index makes the host wait for a GPU.
             word_ids = copy_to_device(torch.tensor(self.banned_endings), log_probs.device)
             if t:
                 ends_badly = (captions[..., -1:] == word_ids).any(dim=-1)  # (B, C)
@@ -63,5 +63,5 @@ class Constraints:
         ngrams = captions.unfold(-1, n, 1)  # (B, C, t - n + 1, n)
         prefix = captions[..., captions.shape[-1] - n + 1 :].unsqueeze(2)  # (B, C, 1, n - 1)
         repeats = (ngrams[..., :-1] == prefix).all(dim=-1)  # (B, C, t - n + 1)
-        # Where nothing repeats, <pad> is banned, which is never generated anyway.
+        # Without a repetition this bans <pad>, which is never generated anyway.
         log_probs.scatter_(-1, ngrams[..., -1].where(repeats, PAD), -math.inf)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from decoding.captions import Encoded
 from decoding.ensemble import EnsembleDecoder, map_words
 from decoding.settings import DecodingSettings
 from models import Captioner, load_captioner
+from modules.decoders import Encoded
 from preparation.images import flip_boxes
 from utils import PRECISIONS, InputError, setting
 

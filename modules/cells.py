@@ -22,19 +22,19 @@ class Cell(nn.Module):
         self.hidden = nn.Linear(hidden_dim, self.NUM_GATES * hidden_dim, bias=False)
 
     def reset_parameters(self) -> None:
-        """Orthogonal recurrent weights (Saxe et al., 2014): the initial recurrence keeps the norm of the state."""
+        """Make the recurrent weights orthogonal, so that they keep the norm of the state (Saxe et al., 2014)."""
         for gate in self.hidden.weight.data.chunk(self.NUM_GATES):
             nn.init.orthogonal_(gate)
 
     def input_gates(self, word_gates: Tensor, context: Tensor | None) -> Tensor:
-        """The gates' part that does not depend on the state: word_gates (..., G H), context (..., Z) -> (..., G H)."""
+        """Add the context's part to that of the word: word_gates (..., G H), context (..., Z) -> (..., G H)."""
         return word_gates if context is None else word_gates + self.context(context)
 
     def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One time step.
+        """Compute one time step.
 
         word_gates (..., G H) from `words`, context (..., Z), state tuple of (..., H) -> next state tuple of (..., H).
-        The context is None where there is none, or where word_gates hold its part already.
+        The context is None if there is none, or if word_gates already include its part.
         """
         raise NotImplementedError
 
@@ -43,7 +43,7 @@ class RNNCell(Cell):
     """torch's RNNCell with tanh (Elman, 1990), without its second bias."""
 
     def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """As `Cell.forward`, with G = 1."""
+        """Compute one time step, with G = 1."""
         return ((self.input_gates(word_gates, context) + self.hidden(state[0])).tanh(),)
 
 
@@ -53,7 +53,7 @@ class GRUCell(Cell):
     NUM_GATES = 3
 
     def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """As `Cell.forward`, with G = 3: reset gate, update gate, candidate."""
+        """Compute one time step, with G = 3: reset gate, update gate, candidate."""
         reset, update, candidate = self.input_gates(word_gates, context).chunk(3, dim=-1)
         hidden_reset, hidden_update, hidden_candidate = self.hidden(state[0]).chunk(3, dim=-1)
         candidate = (candidate + (reset + hidden_reset).sigmoid() * hidden_candidate).tanh()
@@ -66,38 +66,22 @@ class LSTMCell(Cell):
     NUM_GATES, NUM_STATES = 4, 2
 
     def reset_parameters(self) -> None:
-        """As the other cells, with a forget gate bias of 1 (Jozefowicz et al., 2015)."""
+        """Initialize the forget gate's bias with 1 (Jozefowicz et al., 2015), the rest as for other cells."""
         super().reset_parameters()
         self.words.bias.data.chunk(self.NUM_GATES)[1].fill_(1)
 
     def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """As `Cell.forward`, with G = 4: input gate, forget gate, candidate, output gate; state: hidden, cell."""
+        """Compute one time step, with G = 4: input gate, forget gate, candidate, output gate; state: hidden, cell."""
         gates = self.input_gates(word_gates, context) + self.hidden(state[0])
-        return self._update(*gates.chunk(4, dim=-1), cell=state[1])
+        return self.update(*gates.chunk(4, dim=-1), cell=state[1])
 
-    def _update(
-        self, input_gate: Tensor, forget_gate: Tensor, candidate: Tensor, output_gate: Tensor, *, cell: Tensor
+    @staticmethod
+    def update(
+        input_gate: Tensor, forget_gate: Tensor, candidate: Tensor, output_gate: Tensor, *, cell: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The next hidden and cell state from the gates before their nonlinearity and the cell state, (..., H) each."""
+        """Return the next hidden and cell state: gates before their nonlinearity and the cell state, (..., H) each."""
         cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
         return output_gate.sigmoid() * cell.tanh(), cell
-
-
-class SentinelLSTMCell(LSTMCell):
-    """LSTMCell with a fifth gate, that of a visual sentinel ("Knowing When to Look", Lu et al., 2017, section 2.3)."""
-
-    NUM_GATES = 5
-
-    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """As `Cell.forward`, with G = 5: the LSTM's gates, then the sentinel's. The sentinel follows the next state.
-
-        The gate is g = sigmoid(W_x x_t + W_h h_{t-1}) (equation 9), the sentinel g * tanh(m_t) (equation 10), m_t the
-        next cell state.
-        """
-        gates = self.input_gates(word_gates, context) + self.hidden(state[0])
-        *lstm_gates, sentinel_gate = gates.chunk(5, dim=-1)
-        hidden, cell = self._update(*lstm_gates, cell=state[1])
-        return hidden, cell, sentinel_gate.sigmoid() * cell.tanh()
 
 
 CELLS = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell}

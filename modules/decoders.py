@@ -1,7 +1,7 @@
-"""The contract of all decoders, and how teacher forcing lays out the captions of a batch.
+"""The contract of all decoders, and the order of words in teacher forcing.
 
-Shapes: B images, R regions, D their width, C captions of an image (beams in a search), T words of a caption, E width
-of a word embedding, V words of the vocabulary. A mask (B, R) is False where an image has no region; None: all have R.
+Shapes: B images, R regions, D their width, F features of the encoder, C captions of an image (beams in a search), T
+words of a caption, E width of a word embedding, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modules.layers import Dropout, sample_categorical
+from modules.cpu import Dropout, sample_categorical
 from text.vocabulary import PAD, START
 from utils import InputError, copy_to_device
 
@@ -25,8 +25,28 @@ Nested = Any  # a Tensor, None or a tuple of Nested
 INIT_RANGE = 0.1  # word embeddings are initialized uniformly in [-INIT_RANGE, INIT_RANGE]
 
 
+class Encoded(NamedTuple):
+    """Encoded images. For an ensemble, regions, masks and features are tuples of tensors."""
+
+    regions: Nested  # (B, R, D) for the decoder
+    mask: Nested  # (B, R), False where an image has no region; None: all have R
+    boxes: Tensor  # (B, R, 4) of the regions, as `modules.regions.RegionSource` returns them
+    features: Nested  # (B, R, F) of the grid
+    neighbors: Tensor | None  # (B, R, N) of the graph, as `modules.graph.RegionGraph` returns them
+    edge_weights: list[Tensor]  # (B, R, N) of each graph layer
+
+
+class StepOutput(NamedTuple):
+    """Predictions for the next word of each of an image's C captions."""
+
+    logits: Tensor  # (B, C, V)
+    state: tuple[Nested, ...]  # tensors (B, C, ...)
+    alpha: Tensor  # (B, C, R) attention weights
+    gate: Tensor | None = None  # (B, C) weight of the image for this word, from 0 to 1; None: the decoder has no gate
+
+
 class DecoderOutput(NamedTuple):
-    """Predictions of teacher forcing: N words over all captions, time step by time step."""
+    """Predictions of teacher forcing for N words over all captions, ordered by time step."""
 
     logits: Tensor  # (N, V)
     targets: Tensor  # (N,)
@@ -37,21 +57,8 @@ class DecoderOutput(NamedTuple):
     boxes: Tensor | None = None  # (B, R, 4) of the regions, from `models.Captioner.forward`
 
 
-class Layout(NamedTuple):
-    """The N words of a batch that are predicted, time step by time step."""
-
-    shape: tuple[int, ...]  # (T, B, C)
-    targets: Tensor  # (N,) word ids
-    positions: Tensor  # (N,) indices into T B C
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (T, B, C, ...), zero after a caption's end."""
-        unpacked = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.positions, x)
-        return unpacked.unflatten(0, self.shape)
-
-
 class Decoder(nn.Module):
-    """What all decoders share: the word embeddings, and three methods for teacher forcing and every search.
+    """Base class of all decoders: the word embeddings, and three methods for teacher forcing and every search.
 
     `keys` and `init_state` run once per image, `step` once per word.
 
@@ -60,7 +67,7 @@ class Decoder(nn.Module):
         vocab_size: V.
     """
 
-    WARMUP_RATIO = 0.05  # of train.py, where it is not given
+    WARMUP_RATIO = 0.05  # train.py's default for this decoder
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
@@ -68,7 +75,7 @@ class Decoder(nn.Module):
         self.dropout = Dropout(settings.dropout)
 
     def reset_embeddings(self) -> None:
-        """Small embeddings: torch's default ones are ten times larger and dominate the regions for epochs."""
+        """Initialize small embeddings: torch's are ten times larger and dominate the regions for epochs."""
         nn.init.uniform_(self.embedding.weight, -INIT_RANGE, INIT_RANGE)
         self.embedding.weight.data[PAD] = 0
 
@@ -76,57 +83,28 @@ class Decoder(nn.Module):
         """Initialize words (n,) with vectors (n, E) of root mean square 1, scaled to that of the other embeddings."""
         self.embedding.weight.data[word_ids] = vectors * INIT_RANGE / math.sqrt(3)
 
-    @property
-    def has_attention(self) -> bool:
-        """Whether the decoder attends to the regions before each word."""
-        return True
-
-    @property
-    def gate(self) -> nn.Module | None:
-        """The module of one output whose sigmoid, at each word, is the weight of the image; None without.
-
-        Near 0 the decoder hardly uses the image for the word, whatever alpha is.
-        """
-        return None
-
-    def choose_alpha(self, layer: int = 0, head: int = 0) -> None:
-        """Choose the attention weights that are returned, where a decoder has several layers and heads; 0: its default.
-
-        Raises InputError for a layer or head that does not exist.
-        """
-        for name, value in (("layer", layer), ("head", head)):
-            if value:
-                raise InputError(f"--alpha_{name} {value}: only a transformer decoder has several to choose from")
-
-    def all_alpha(self, regions: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """The attention weights of all L layers and n heads, where a decoder has several; None for all others.
-
-        regions (B, R, D), inputs (B, T) word ids from <start> on, mask (B, R) -> (B, L, n, T, R).
-        """
-        return None
-
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
-        """What does not depend on the words, once per image: (B, R, D), mask (B, R) -> tensors (B, ...)."""
+        """Compute what does not depend on the words, once per image.
+
+        regions (B, R, D), mask (B, R), False where an image has no region; None: all have R -> tensors (B, ...).
+        """
         raise NotImplementedError
 
     def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Nested, ...]:
-        """The state before the first word: (B, R, D), mask (B, R) -> tensors (B, 1, ...)."""
+        """Compute the state before the first word: (B, R, D), mask (B, R) -> tensors (B, 1, ...)."""
         raise NotImplementedError
 
-    def step(
-        self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Nested, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Nested, ...]]:
+    def step(self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Nested, ...]) -> StepOutput:
         """Predict the next word of each of an image's C captions.
 
-        words (B, C), regions (B, R, D), keys and state of tensors (B, ...) and (B, C, ...)
-        -> logits (B, C, V), alpha (B, C, R), state.
+        words (B, C), regions (B, R, D), keys of tensors (B, ...), state of tensors (B, C, ...).
         """
         raise NotImplementedError
 
     def forward(
         self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, mask: Tensor | None = None
     ) -> DecoderOutput:
-        """Teacher forcing: predict each word from the true words before it.
+        """Predict each word from the true words before it (teacher forcing).
 
         Args:
             regions: (B, R, D).
@@ -139,15 +117,36 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     @property
-    def has_baseline(self) -> bool:
-        """Whether `update_baseline` is to be called after each step."""
-        return False
+    def has_attention(self) -> bool:
+        """True if the decoder attends to the regions before each word."""
+        return True
+
+    def choose_alpha(self, layer: int = 0, head: int = 0) -> None:
+        """Choose the layer and head whose attention weights are returned, from 1; 0 is the decoder's default.
+
+        Raises InputError for a layer or head that does not exist.
+        """
+        for name, value in (("layer", layer), ("head", head)):
+            if value:
+                raise InputError(f"--alpha_{name} {value}: only a transformer decoder has several to choose from")
+
+    def all_alpha(self, regions: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Compute the attention weights of all L layers and n heads; None for a decoder without layers and heads.
+
+        regions (B, R, D), inputs (B, T) word ids from <start> on, mask (B, R) -> (B, L, n, T, R).
+        """
+        return None
+
+    @property
+    def baseline(self) -> Tensor | None:
+        """Baseline () of attention that samples regions, to be updated after each step; None for other decoders."""
+        return None
 
     def take_expectation(self) -> None:
         """Let attention that samples regions in training take its expectation, until `train` is called again."""
 
     def update_baseline(self, loss: float) -> None:
-        """Take in the mean loss per word of a step: the baseline of attention that samples regions."""
+        """Update the baseline of attention that samples regions with the mean loss per word of a step."""
         raise NotImplementedError
 
 
@@ -160,19 +159,32 @@ def sample_words(logits: Tensor) -> Tensor:
 
 
 def caption_mask(lengths: Tensor) -> Tensor:
-    """Which words exist, in whose order teacher forcing has its N words: (B, C) -> (T, B, C)."""
+    """Mark the words to predict, in the order of `DecoderOutput`: lengths (B, C) -> (T, B, C)."""
     return torch.arange(int(lengths.max())).view(-1, 1, 1) < lengths
 
 
-def lay_out(words: Tensor, lengths: Tensor, device: torch.device) -> Layout:
-    """The layout of captions (B, C, T + 1) of these lengths (B, C).
+class PredictedWords(NamedTuple):
+    """The N words that teacher forcing predicts, ordered by time step, and their places in (T, B, C)."""
 
-    It depends on the captions alone, so it is computed on the CPU: no shape is read from a GPU.
-    """
-    mask = caption_mask(lengths)  # (T, B, C)
-    targets = words[:, :, 1 : len(mask) + 1].permute(2, 0, 1)[mask]
-    positions = mask.flatten().nonzero().squeeze(1)
-    return Layout((len(mask), *lengths.shape), *(copy_to_device(each, device) for each in (targets, positions)))
+    shape: tuple[int, ...]  # (T, B, C)
+    targets: Tensor  # (N,) word ids
+    positions: Tensor  # (N,) indices into T B C
+
+    @classmethod
+    def of(cls, words: Tensor, lengths: Tensor, device: torch.device) -> PredictedWords:
+        """Select the words of captions (B, C, T + 1) of these lengths (B, C).
+
+        They depend on the captions alone and are computed on the CPU, so that no shape is read from a GPU.
+        """
+        mask = caption_mask(lengths)  # (T, B, C)
+        targets = words[:, :, 1 : len(mask) + 1].permute(2, 0, 1)[mask]
+        positions = mask.flatten().nonzero().squeeze(1)
+        return cls(tuple(mask.shape), copy_to_device(targets, device), copy_to_device(positions, device))
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Put (N, ...) in its places: (T, B, C, ...), zero after a caption's end."""
+        unpacked = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.positions, x)
+        return unpacked.unflatten(0, self.shape)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
@@ -185,5 +197,5 @@ def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
 
 
 def first_tensor(nested: Nested) -> Tensor:
-    """The first of nested tensors, which tells the number of images and the device of all."""
+    """Return the first of nested tensors, which tells the number of images and the device of all."""
     return nested if isinstance(nested, Tensor) else first_tensor(nested[0])

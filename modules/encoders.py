@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -75,14 +76,14 @@ class Encoder(nn.Module):
             raise InputError(f"--encoder_layer {self.layer}: {name} has {names} and their parts") from None
         if weights not in ("", "imagenet"):
             load_encoder_weights(self.network, weights)
-        self.network = self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        convert_conv2d_weight_memory_format(self.network, torch.channels_last)
         preset = imagenet_weights(name).transforms()
         self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1), persistent=False)
         self.num_regions, self.feature_dim = self._infer_output_shape(image_size)
 
     def _infer_output_shape(self, image_size: int) -> tuple[int, int]:
-        """R and F, from the output for a black image."""
+        """Return R and F of the output for a black image."""
         self.eval()
         try:
             with torch.inference_mode():
@@ -97,7 +98,7 @@ class Encoder(nn.Module):
         return (self.grid_size or grid.shape[2]) ** 2, grid.shape[1]
 
     def fingerprint(self) -> tuple[str, str, int, str]:
-        """What its features depend on, images aside: network, layer, grid, and a digest of weights and buffers."""
+        """Return what determines the features: network, layer, grid, and a digest of weights and buffers."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -105,9 +106,9 @@ class Encoder(nn.Module):
         return self.name, self.layer, self.grid_size, digest.hexdigest()
 
     def train(self, mode: bool = True) -> "Encoder":
-        """As `nn.Module.train`, but frozen modules stay in eval mode, and so does BatchNorm of pretrained weights.
+        """Set training mode, but keep frozen modules and pretrained BatchNorm in eval mode.
 
-        The statistics of small batches would spoil BatchNorm's.
+        The statistics of small batches would spoil those of BatchNorm.
         """
         super().train(mode)
         for module in self.network.modules():
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
     def unfreeze_from(self, block: str) -> None:
         """Train the block with this name (layer3, features.10, ...) and all later ones; "" trains everything.
 
-        Raises InputError where the network has no such block with weights.
+        Raises InputError if the network has no such block with weights.
         """
         reached = not block
         for name, parameter in self.network.named_parameters():  # in the order of the forward pass
@@ -139,7 +140,7 @@ class Encoder(nn.Module):
         return grid.flatten(2).transpose(1, 2)  # (B, R, F)
 
     def _grid(self, images: Tensor) -> Tensor:
-        """The layer's output; a vision transformer's tokens (B, 1 + R, F) become a grid without the class token."""
+        """Compute the layer's output, dropping the class token of a vision transformer's tokens (B, 1 + R, F)."""
         grid = self.network(images)["grid"]
         side = math.isqrt(grid.shape[1] - 1)
         if grid.ndim == 3 and grid.shape[1] == 1 + side**2:  # the class token is the first
@@ -148,23 +149,23 @@ class Encoder(nn.Module):
 
 
 class NoEncoder(nn.Module):
-    """In the place of an `Encoder` where a prepared folder holds region features, of F numbers each."""
+    """Stand-in for an `Encoder` if a prepared folder holds region features of F numbers each."""
 
     def __init__(self, feature_dim: int) -> None:
         super().__init__()
         self.feature_dim, self.num_regions = feature_dim, 0
 
     def fingerprint(self) -> tuple[str, str, int, str]:
-        """As `Encoder.fingerprint`; the features are the folder's."""
+        """Return a fingerprint like `Encoder.fingerprint`; the features are the folder's."""
         return "region features", "", self.feature_dim, ""
 
 
 def folded_encoder(encoder: Encoder) -> Encoder:
-    """A copy of an encoder for inference alone, in eval mode and a fifth faster.
+    """Return a copy of an encoder for inference only, in eval mode and a fifth faster.
 
     Each BatchNorm that follows a convolution is folded into its weights: w' = w gamma / sigma and
-    b' = (b - mu) gamma / sigma + beta. What is then added to the convolution's output, as a ResNet's shortcut, is added
-    in place. Features differ in their last bits.
+    b' = (b - mu) gamma / sigma + beta. Additions to the convolution's output, such as a ResNet's shortcut, are in
+    place. Features differ in their last bits.
     """
     encoder = copy.deepcopy(encoder).eval()
     if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.network.modules()):
@@ -192,7 +193,7 @@ def folded_encoder(encoder: Encoder) -> Encoder:
 
 
 def _default_layer(name: str) -> str:
-    """The layer of the family that a network belongs to; InputError where there is none."""
+    """Return the last grid layer of a network's family. Raises InputError for an unknown family."""
     for family, layer in GRID_LAYERS.items():
         if name.removeprefix("wide_").startswith(family):
             return layer
@@ -200,15 +201,15 @@ def _default_layer(name: str) -> str:
 
 
 def imagenet_weights(name: str) -> torchvision.models.WeightsEnum:
-    """torchvision's first ImageNet weights of a network, those of the published results."""
+    """Return torchvision's first ImageNet weights of a network, those of the published results."""
     known = torchvision.models.get_model_weights(name)
     return known["IMAGENET1K_V1" if "IMAGENET1K_V1" in known.__members__ else "DEFAULT"]
 
 
 def build_network(name: str, weights: str, image_size: int) -> nn.Module:
-    """A torchvision network, with its ImageNet weights for "imagenet" and random ones otherwise.
+    """Build a torchvision network, with its ImageNet weights for "imagenet" and random ones otherwise.
 
-    Raises InputError where the weights cannot be downloaded or do not fit the image size.
+    Raises InputError if the weights cannot be downloaded or do not fit the image size.
     """
     options: dict[str, Any] = {}
     if name in ("inception_v3", "googlenet"):  # transform_input: their ImageNet weights expect another normalization
@@ -226,15 +227,15 @@ def build_network(name: str, weights: str, image_size: int) -> nn.Module:
         raise InputError(f"{name} does not take images of {image_size} pixels: {error}") from None
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise InputError(
-            f"the ImageNet weights of {name} cannot be downloaded ({first_line(error)}): fetch "
-            f"{imagenet_weights(name).url} where there is a network and give the file as --encoder_weights FILE"
+            f"the ImageNet weights of {name} cannot be downloaded ({first_line(error)}): download "
+            f"{imagenet_weights(name).url} on another machine and pass the file as --encoder_weights FILE"
         ) from None
 
 
 def load_encoder_weights(network: nn.Module, path: str) -> None:
-    """Load a torchvision state dict; weights of the layers behind the cut are not needed.
+    """Load a torchvision state dict. Weights of the layers behind the cut are not needed.
 
-    Raises InputError where the file is not a state dict of this network.
+    Raises InputError if the file is not a state dict of this network.
     """
     weights = safe_load(path)
     if not isinstance(weights, dict):

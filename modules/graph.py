@@ -6,15 +6,15 @@ G heads.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modules.layers import Dropout, init_linear
-from modules.regions import has_area
-from modules.relations import NO_RELATION, RELATIONS, reverse_relations, spatial_relations
+from modules.cpu import Dropout
+from modules.layers import init_linear
+from modules.regions import NO_RELATION, RELATIONS, has_area, reverse_relations, spatial_relations
 from utils import InputError, copy_to_device
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ class Edges(NamedTuple):
     """The neighbors of each region of each image."""
 
     neighbors: Tensor  # (B, R, N) indices of regions, -1 where there is none
-    relations: Tensor | None  # (B, R, N) to them, indices into `modules.relations.RELATIONS`; None: not labeled
+    relations: Tensor | None  # (B, R, N) indices into `modules.regions.RELATIONS`; None: not labeled
 
 
 def grid_neighbors(side: int) -> Tensor:
-    """The 3 x 3 neighborhood of each region of a grid, itself included: indices (R, 9), -1 outside the grid."""
+    """Return the 3 x 3 neighborhood of each region of a grid, itself included: indices (R, 9), -1 outside the grid."""
     index = torch.arange(side * side)
     rows, columns = index // side, index % side
     offsets = torch.tensor([(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)])
@@ -41,16 +41,15 @@ def grid_neighbors(side: int) -> Tensor:
 
 
 def build_edges(kind: str, features: Tensor, boxes: Tensor, knn: int) -> Edges:
-    """The graph of each image.
-
-    Each region is a neighbor of its own. "grid": those around a cell, and `knn` others with the most similar features.
-    "similar": the latter alone. "spatial": the regions to which it has a spatial relation, with the relation. "all":
-    all regions.
+    """Build the graph of each image. Every region is a neighbor of itself.
 
     Args:
-        kind: one of GRAPH_EDGES; "grid" is for the cells of a square grid.
+        kind: one of GRAPH_EDGES. "grid": the cells around a cell of a square grid, and the `knn` others with the most
+            similar features. "similar": only these `knn`. "spatial": regions with a spatial relation, and the relation.
+            "all": all regions.
         features: (B, R, F), compared by their cosines.
-        boxes: (B, R, 4); those without area are no regions, and neighbors of none but themselves.
+        boxes: (B, R, 4); padding, without area, has no other neighbors.
+        knn: number of similar neighbors.
     """
     if kind == "grid":
         return Edges(similar_neighbors(features, has_area(boxes), knn, on_grid=True), None)
@@ -64,7 +63,7 @@ def build_edges(kind: str, features: Tensor, boxes: Tensor, knn: int) -> Edges:
 
 
 def similar_neighbors(features: Tensor, exists: Tensor, knn: int, on_grid: bool) -> Tensor:
-    """Each region itself or, `on_grid`, the cells around it; of the others the `knn` with the most similar features.
+    """Find each region's most similar `knn` others, after itself or, if `on_grid`, after the cells around it.
 
     features (B, R, F), exists (B, R) -> neighbors (B, R, N), -1 where there is none; none is listed twice.
     """
@@ -88,7 +87,7 @@ def similar_neighbors(features: Tensor, exists: Tensor, knn: int, on_grid: bool)
 
 
 def gather_neighbors(x: Tensor, neighbors: Tensor) -> Tensor:
-    """What each region's neighbors have: x (B, R, ...), neighbors (B, R, N) -> (B, R, N, ...), region 0's for -1."""
+    """Gather x (B, R, ...) of each region's neighbors (B, R, N), region 0's for -1 -> (B, R, N, ...)."""
     B, R, _ = neighbors.shape
     rows = neighbors.clamp_min(0) + R * torch.arange(B, device=neighbors.device).view(-1, 1, 1)
     # embedding() gathers rows like indexing, with a faster backward pass.
@@ -98,8 +97,8 @@ def gather_neighbors(x: Tensor, neighbors: Tensor) -> Tensor:
 class GraphLayer(nn.Module):
     """Multi-head graph attention with a residual connection and layer normalization.
 
-    Source: GATv2, "How Attentive are Graph Attention Networks?" (Brody et al., 2022), equations 3, 4 and 7. The
-    embedding of an edge's relation, where edges have some, is added to what the neighbor sends, in score and message.
+    Source: GATv2, "How Attentive are Graph Attention Networks?" (Brody et al., 2022), equations 3, 4 and 7. If edges
+    have relations, their embedding is added to what the neighbor sends, in score and message.
     """
 
     def __init__(self, *, region_dim: int, heads: int, relations: bool, dropout: float) -> None:
@@ -133,17 +132,17 @@ class GraphLayer(nn.Module):
 class GatedGraphLayer(nn.Module):
     """A gated graph convolution with a residual connection.
 
-    Source: GCN-LSTM (Yao et al., 2018), equations 3 and 4. An edge has two directions, and its matrix and gate depend
-    on them; biases depend on the relation of the sender to the receiver, too:
+    Source: GCN-LSTM (Yao et al., 2018), equations 3 and 4. An edge has two directions, which have their own matrix and
+    gate. Biases also depend on the relation r:
 
-        v_i' = v_i + ReLU(sum over j and directions d of sigmoid(u_d . v_j + c_r) (W_d v_j + b_r)),
+        v_i' = v_i + ReLU(sum over j and directions d of sigmoid(u_d . v_j + c_r) (W_d v_j + b_r)).
 
-    where r is the relation of i to j in the direction to the neighbor, and that of j to i in the other one.
+    In the direction to the neighbor, r is the relation of i to j, in the other direction that of j to i.
     """
 
     DIRECTIONS = 3  # itself, from the region to the neighbor, from the neighbor to the region
 
-    def __init__(self, *, region_dim: int, relations: bool, dropout: float) -> None:
+    def __init__(self, *, region_dim: int, heads: int, relations: bool, dropout: float) -> None:
         super().__init__()
         self.message = nn.Linear(region_dim, self.DIRECTIONS * region_dim, bias=False)
         self.gate = nn.Linear(region_dim, self.DIRECTIONS, bias=False)
@@ -183,7 +182,7 @@ GRAPH_LAYERS = {"gat": GraphLayer, "gcn": GatedGraphLayer}
 
 
 class RegionGraph(nn.Module):
-    """A stack of graph layers on the graph of each image; the identity for 0 layers.
+    """A stack of graph layers on the graph of each image; with 0 layers, the identity.
 
     Args:
         settings: graph_layers, graph_layer, graph_edges, graph_knn, graph_heads and dropout.
@@ -194,24 +193,21 @@ class RegionGraph(nn.Module):
 
     def __init__(self, settings: ModelSettings, *, region_dim: int) -> None:
         super().__init__()
-        layer, edges, heads = settings.graph_layer, settings.graph_edges, settings.graph_heads
-        if settings.graph_layers and layer == "gat" and region_dim % heads:
+        heads, relations = settings.graph_heads, settings.graph_edges == "spatial"
+        if settings.graph_layers and settings.graph_layer == "gat" and region_dim % heads:
             raise InputError(f"--graph_heads {heads}: does not divide the {region_dim} features of a region")
-        sizes: dict[str, Any] = {
-            "region_dim": region_dim,
-            "dropout": settings.dropout,
-            "relations": edges == "spatial",
-        }
-        if layer == "gat":
-            sizes["heads"] = heads
-        self.layers = nn.ModuleList(GRAPH_LAYERS[layer](**sizes) for _ in range(settings.graph_layers))
-        self.edges, self.knn = edges, settings.graph_knn
+        self.layers = nn.ModuleList(
+            GRAPH_LAYERS[settings.graph_layer](
+                region_dim=region_dim, heads=heads, relations=relations, dropout=settings.dropout
+            )
+            for _ in range(settings.graph_layers)
+        )
+        self.edges, self.knn = settings.graph_edges, settings.graph_knn
 
     def forward(self, regions: Tensor, features: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Update the regions by message passing.
+        """Update regions (B, R, D) by message passing on the graph of features (B, R, F) and boxes (B, R, 4).
 
-        regions (B, R, D), features (B, R, F) and boxes (B, R, 4), which define the graph -> regions (B, R, D),
-        neighbors (B, R, N), None without layers, and for each layer the edge weights (B, R, N).
+        Returns regions (B, R, D), neighbors (B, R, N) or None without layers, and each layer's edge weights (B, R, N).
         """
         if not self.layers:
             return regions, None, []
@@ -224,15 +220,14 @@ class RegionGraph(nn.Module):
 
 
 def edge_attribution(alpha: Tensor, neighbors: Tensor, edge_weights: list[Tensor]) -> dict[tuple[int, int], float]:
-    """Contribution of each edge to the decoder's attention for one word, largest first: {(source, target): share}.
+    """Compute each edge's contribution to the decoder's attention for a word, largest first: {(source, target): share}.
 
     The attention is propagated back from the last graph layer: a target passes its share to its neighbors in
     proportion to the edge weights, as in attention rollout (Abnar and Zuidema, 2020). Self-loops are left out.
 
     Args:
         alpha: (R,) the decoder's attention weights for the word.
-        neighbors: (R, N) of the image, from `RegionGraph.forward`.
-        edge_weights: for each layer (R, N) of the image, from there too.
+        neighbors, edge_weights: of the image, (R, N), from `RegionGraph.forward`; edge weights for each layer.
     """
     contributions: dict[tuple[int, int], float] = {}
     targets = torch.arange(len(alpha)).unsqueeze(1).expand_as(neighbors)

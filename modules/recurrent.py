@@ -1,72 +1,73 @@
-"""Decoders with a recurrent state: teacher forcing and single steps, whatever the cells and the attention are.
+"""Decoders with a recurrent state: teacher forcing and single steps for any cells and attention.
 
 Shapes: B images, R regions, D their width, C captions of an image (beams in a search), T words of a caption, E width
 of a word embedding, H of the hidden state, Z of the context, G gates of the cell that reads the words, V words of the
 vocabulary. b x c are the captions that are active at a time step.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from modules import cpu
+from modules.attention import Attended
 from modules.cells import Cell
-from modules.decoders import Decoder, DecoderOutput, Layout, Nested, caption_mask, lay_out, map_tensors, sample_words
+from modules.decoders import (
+    Decoder,
+    DecoderOutput,
+    Nested,
+    PredictedWords,
+    StepOutput,
+    caption_mask,
+    map_tensors,
+    sample_words,
+)
 from modules.layers import init_linears
 from utils import copy_to_device
 
 
-class TimeSteps(NamedTuple):
-    """Where the recurrence computes a batch's words: M of active captions, time step by time step, N of them predicted.
+class ActiveCaptions(NamedTuple):
+    """The captions that the recurrence computes at each time step: M input words in all, N of them predict a word.
 
-    Captions are sorted by decreasing length within and across images, so at each time step the unfinished ones form
-    the block `[:b, :c]`, up to a few finished ones.
+    Captions are sorted by decreasing length within and across images. So at each time step the unfinished ones are in
+    the block `[:b, :c]`, which may hold a few finished ones.
     """
 
-    layout: Layout
-    active_shapes: list[tuple[int, int]]  # T of (b, c)
-    inputs: Tensor  # (M,) word ids
-    rows: Tensor  # (N,) indices into M, leaving out finished captions
+    shapes: list[tuple[int, int]]  # T of (b, c)
+    inputs: Tensor  # (M,) word ids, ordered by time step
+    unfinished: Tensor  # (N,) indices into M
+
+    @classmethod
+    def of(cls, words: Tensor, lengths: Tensor, device: torch.device) -> ActiveCaptions:
+        """Find the active captions of words (B, C, T + 1) and lengths (B, C), on the CPU like `PredictedWords.of`."""
+        mask = caption_mask(lengths)  # (T, B, C)
+        shapes = [(int(active.any(dim=1).sum()), int(active.any(dim=0).sum())) for active in mask]
+        inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(shapes)])
+        unfinished = torch.cat([mask[t, :b, :c].flatten() for t, (b, c) in enumerate(shapes)])  # (M,)
+        indices = unfinished.nonzero().squeeze(1)
+        return cls(shapes, copy_to_device(inputs, device), copy_to_device(indices, device))
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Split (M, ...) into the time steps' T of (b c, ...)."""
-        return list(x.split([b * c for b, c in self.active_shapes]))
+        return list(x.split([b * c for b, c in self.shapes]))
 
     def select(self, outputs: list[Tensor]) -> Tensor:
-        """The time steps' T of (b c, ...) -> (N, ...), without finished captions."""
-        return torch.cat(outputs).index_select(0, self.rows)
-
-
-def split_time_steps(words: Tensor, lengths: Tensor, device: torch.device) -> TimeSteps:
-    """The time steps of captions (B, C, T + 1) of these lengths (B, C), computed on the CPU as `lay_out`."""
-    mask = caption_mask(lengths)  # (T, B, C)
-    active_shapes = [(int(active.any(dim=1).sum()), int(active.any(dim=0).sum())) for active in mask]
-    inputs = torch.cat([words[:b, :c, t].flatten() for t, (b, c) in enumerate(active_shapes)])
-    unfinished = torch.cat([mask[t, :b, :c].flatten() for t, (b, c) in enumerate(active_shapes)])  # (M,)
-    rows = unfinished.nonzero().squeeze(1)
-    layout = lay_out(words, lengths, device)
-    return TimeSteps(layout, active_shapes, *(copy_to_device(each, device) for each in (inputs, rows)))
-
-
-class _StepOutputs(NamedTuple):
-    """Outputs of the recurrence, a list entry per time step."""
-
-    embedded: list[Tensor]  # (b c, E) the input words
-    hidden: list[Tensor]  # (b c, H)
-    context: list[Tensor]  # (b c, Z)
-    alpha: list[Tensor]  # (b c, R)
+        """Join the time steps' T of (b c, ...) without finished captions: (N, ...)."""
+        return torch.cat(outputs).index_select(0, self.unfinished)
 
 
 class RecurrentDecoder(Decoder):
     """A decoder that attends to the regions and updates its hidden state at each word.
 
-    A subclass implements `keys`, `init_state` and the three steps of a word: `_word_gates`, `_recurrent_step` and
+    A subclass implements `keys`, `init_state` and the three parts of a step: `_word_gates`, `_recurrent_step` and
     `_logits`. The hidden state that predicts the word is the first tensor of its state.
     """
 
     def _reset_parameters(self) -> None:
-        """Small embeddings, Glorot-initialized linear layers, and what the cells need.
+        """Initialize small embeddings, linear layers after Glorot, and the cells.
 
         With torch's default linear layers the attention starts, and long stays, close to uniform.
         """
@@ -77,16 +78,16 @@ class RecurrentDecoder(Decoder):
                 layer.reset_parameters()
 
     def _word_gates(self, embedded: Tensor) -> Tensor:
-        """The words' part of the gates, which depends on no state: (..., E) -> (..., G H)."""
+        """Compute the words' part of the gates, which depends on no state: (..., E) -> (..., G H)."""
         raise NotImplementedError
 
     def _recurrent_step(
         self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Attention and cells at one word.
+    ) -> tuple[Attended, tuple[Tensor, ...]]:
+        """Attend to the regions and update the state, in the order of the decoder.
 
-        word_gates (B, C, G H), regions (B, R, D), keys of tensors (B, ...), state tuple of (B, C, H)
-        -> context (B, C, Z), alpha (B, C, R), state.
+        word_gates (B, C, G H), regions (B, R, D), keys as `keys` returns them, state tuple of (B, C, H)
+        -> attention's result, next state.
         """
         raise NotImplementedError
 
@@ -94,88 +95,60 @@ class RecurrentDecoder(Decoder):
         """Predict the next word: embedded (..., E), hidden (..., H), context (..., Z) -> (..., V)."""
         raise NotImplementedError
 
-    def step(
-        self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Predict the next word of each of an image's C captions.
-
-        words (B, C), regions (B, R, D), keys of tensors (B, ...), state tuple of (B, C, H)
-        -> logits (B, C, V), alpha (B, C, R), state.
-        """
-        embedded, word_gates = self._embed_words(words)  # (B, C, E), (B, C, G H)
-        context, alpha, state = self._recurrent_step(word_gates, regions, keys, state)
-        return self._logits(embedded, state[0], context), alpha, state
-
-    def _embed_words(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (..., E) and gates (..., G H) of input words (...).
-
-        The captions of a search share most of their words: on a CPU each is computed once, which saves a search a
-        tenth of its time. On a GPU the host would have to wait for their number.
-        """
-        if self.training or not words.is_cpu or torch.compiler.is_exporting():
-            embedded = self.dropout(self.embedding(words))
-            return embedded, self._word_gates(embedded)
-        distinct, indices = words.unique(return_inverse=True)
-        embedded = self.embedding(distinct)
-        return functional.embedding(indices, embedded), functional.embedding(indices, self._word_gates(embedded))
+    def step(self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]) -> StepOutput:
+        if cpu.applies_to(words) and not self.training:
+            embedded, word_gates = cpu.embed_distinct_words(words, self.embedding, self._word_gates)
+        else:
+            embedded = self.dropout(self.embedding(words))  # (B, C, E)
+            word_gates = self._word_gates(embedded)  # (B, C, G H)
+        attended, state = self._recurrent_step(word_gates, regions, keys, state)
+        logits = self._logits(embedded, state[0], attended.context)
+        return StepOutput(logits, state, attended.alpha, attended.gate)
 
     def forward(
         self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, mask: Tensor | None = None
     ) -> DecoderOutput:
-        """Teacher forcing, as `Decoder.forward`.
-
-        Only the active captions of each time step are computed, and only unfinished captions' words are predicted.
-        """
-        return self._predict(regions, mask, split_time_steps(words, lengths, regions.device), sampling_prob)
-
-    def _predict(
-        self, regions: Tensor, mask: Tensor | None, time_steps: TimeSteps, sampling_prob: float
-    ) -> DecoderOutput:
-        """`forward`, of captions that are split into time steps: regions (B, R, D), mask (B, R)."""
-        outputs = self._run_recurrence(regions, mask, time_steps, sampling_prob)
-        embedded, hidden, context, alpha = map(time_steps.select, outputs)  # (N, ...)
-        logits = self._logits(embedded, hidden, context)  # (N, V), in one matmul over all time steps
-        return DecoderOutput(logits, time_steps.layout.targets, time_steps.layout.unpack(alpha))
-
-    def _run_recurrence(
-        self, regions: Tensor, mask: Tensor | None, time_steps: TimeSteps, sampling_prob: float
-    ) -> _StepOutputs:
-        """Attention and cell at all time steps: regions (B, R, D), mask (B, R), and the captions' time steps."""
-        _, B, C = time_steps.layout.shape
+        """Predict each word from the true words before it, computing only active captions; see `Decoder.forward`."""
+        B, C = lengths.shape
+        predicted = PredictedWords.of(words, lengths, regions.device)
+        active = ActiveCaptions.of(words, lengths, regions.device)
         keys = self.keys(regions, mask)
         state = tuple(part.expand(B, C, -1) for part in self.init_state(regions, mask))
-        words, (embedded, gates) = time_steps.split(time_steps.inputs), self._embed_inputs(time_steps)
-        outputs = _StepOutputs(embedded, [], [], [])
-        for t, (b, c) in enumerate(time_steps.active_shapes):
+        embedded = self.dropout(self.embedding(active.inputs))  # (M, E)
+        # From here on lists have an entry (b c, ...) per time step; the words' gates are one matmul over all of them.
+        inputs, embedded, word_gates = map(active.split, (active.inputs, embedded, self._word_gates(embedded)))
+        hidden, contexts, alphas, log_probs = [], [], [], []
+        for t, (b, c) in enumerate(active.shapes):
             if sampling_prob and t:
-                sampled = self._sample_words(embedded[t - 1], outputs.hidden[-1], outputs.context[-1])
-                sampled = sampled.view(time_steps.active_shapes[t - 1])[:b, :c]
-                embedded[t] = self._embed_mixed(sampled, words[t].view(b, c), sampling_prob)
-                gates[t] = self._word_gates(embedded[t])
-            if b < len(regions):  # a slice of the last slice: its gradient has fewer zeros to fill in
-                regions, keys = regions[:b], map_tensors(lambda x, b=b: x[:b], keys)
+                sampled = self._sample_words(embedded[t - 1], hidden[-1], contexts[-1])
+                sampled = sampled.view(active.shapes[t - 1])[:b, :c].flatten()
+                use_sampled = torch.rand_like(sampled, dtype=torch.float) < sampling_prob
+                embedded[t] = self.dropout(self.embedding(sampled.where(use_sampled, inputs[t])))
+                word_gates[t] = self._word_gates(embedded[t])
+            regions, keys = first_images((regions, keys), b)
             if (b, c) != state[0].shape[:2]:
-                state = tuple(part[:b, :c] for part in state)  # (b, c, H)
-            context, alpha, state = self._recurrent_step(gates[t].view(b, c, -1), regions, keys, state)
-            outputs.hidden.append(state[0].flatten(0, 1))
-            outputs.context.append(context.flatten(0, 1))
-            outputs.alpha.append(alpha.flatten(0, 1))
-        return outputs
-
-    def _embed_inputs(self, time_steps: TimeSteps) -> tuple[list[Tensor], list[Tensor]]:
-        """Embed the active captions' input words and map them to gates, in one matmul over all time steps.
-
-        Returns embeddings, T of (b c, E), and gates, T of (b c, G H).
-        """
-        embedded = self.dropout(self.embedding(time_steps.inputs))  # (M, E)
-        return time_steps.split(embedded), time_steps.split(self._word_gates(embedded))
-
-    def _embed_mixed(self, sampled: Tensor, true_words: Tensor, sampling_prob: float) -> Tensor:
-        """Embed each sampled word (b, c) with probability sampling_prob, the true one (b, c) otherwise -> (b c, E)."""
-        use_sampled = torch.rand_like(sampled, dtype=torch.float) < sampling_prob
-        return self.dropout(self.embedding(sampled.where(use_sampled, true_words).flatten()))
+                state = tuple(part[:b, :c] for part in state)
+            attended, state = self._recurrent_step(word_gates[t].view(b, c, -1), regions, keys, state)
+            hidden.append(state[0].flatten(0, 1))
+            contexts.append(attended.context.flatten(0, 1))
+            alphas.append(attended.alpha.flatten(0, 1))
+            if attended.log_probs is not None:
+                log_probs.append(attended.log_probs.flatten())
+        logits = self._logits(*map(active.select, (embedded, hidden, contexts)))  # (N, V)
+        output = DecoderOutput(logits, predicted.targets, predicted.unpack(active.select(alphas)))
+        if not log_probs:
+            return output
+        return output._replace(sampled_log_probs=predicted.unpack(active.select(log_probs)), baseline=self.baseline)
 
     @torch.no_grad()
     def _sample_words(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """Sample word ids (...) from `_logits`."""
         return sample_words(self._logits(embedded, hidden, context))
+
+
+def first_images(nested: Nested, count: int) -> Nested:
+    """Keep the first images of tensors (B, ...), and the tensors themselves if these are all.
+
+    A slice of the last time step's slice has fewer zeros to fill in for its gradient.
+    """
+    return map_tensors(lambda x: x if len(x) == count else x[:count], nested)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modules.layers import Dropout, init_linears
-from modules.relations import GEOMETRY_FEATURES, pairwise_geometry
-from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
+from modules.cpu import Dropout
+from modules.layers import init_linears
+from modules.regions import GEOMETRY_FEATURES, pairwise_geometry
+from modules.transformer import feed_forward, scaled_dot_product, sine_positions, split_heads
 from utils import InputError
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ def grid_positions(side: int, width: int, device: torch.device | None = None) ->
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, each behind a layer normalization and beside a residual connection.
+    """Self-attention and a feed-forward network (Vaswani et al., 2017, section 3.1).
 
-    Source: Vaswani et al., 2017, section 3.1, with the normalization first ("On Layer Normalization in the Transformer
-    Architecture", Xiong et al., 2020): such layers train without a long warmup. Dropout is on the output of each
-    sublayer (Vaswani et al., section 5.4). With `geometry` the weights also depend on how the regions lie to each other
-    ("Image Captioning: Transforming Objects into Words", Herdade et al., 2019, equations 6 to 8).
+    Each follows a layer normalization and has a residual connection ("On Layer Normalization in the Transformer
+    Architecture", Xiong et al., 2020), so it trains without a long warmup. Dropout is on its output. With `geometry`
+    the weights also depend on the relative position and size of the regions ("Image Captioning: Transforming Objects
+    into Words", Herdade et al., 2019, equations 6 to 8).
     """
 
     def __init__(self, *, width: int, heads: int, ffn_dim: int, geometry: bool, dropout: float) -> None:
@@ -68,12 +69,12 @@ class EncoderLayer(nn.Module):
 
 
 class RegionEncoder(nn.Module):
-    """A stack of encoder layers over the regions, which first get positions; the identity for 0 layers.
+    """A stack of encoder layers over the regions, after adding positions; with 0 layers, the identity.
 
     Args:
         settings: encoder_layers, encoder_positions, heads, ffn_dim, geometry and dropout.
         region_dim: D, a multiple of heads and, for sine positions, of 4.
-        num_cells: number of regions, the first ones, that are cells of a grid and get positions.
+        num_cells: number of regions that are cells of a grid; they come first and get positions.
 
     Raises InputError for heads or positions that do not fit the regions.
     """
@@ -85,7 +86,7 @@ class RegionEncoder(nn.Module):
             raise InputError(f"--heads {heads}: does not divide the {region_dim} features of a region")
         if layers and num_cells and positions == "sine" and (region_dim % 4 or round(num_cells**0.5) ** 2 != num_cells):
             raise InputError(
-                f"--encoder_positions sine: is for a square grid and a multiple of 4 features, not for {num_cells} "
+                f"--encoder_positions sine: requires a square grid and a multiple of 4 features, not {num_cells} "
                 f"regions of {region_dim}: give learned or none"
             )
         self.layers = nn.ModuleList(
@@ -109,7 +110,7 @@ class RegionEncoder(nn.Module):
                 nn.init.normal_(self.learned_positions, std=INIT_STD)
 
     def forward(self, regions: Tensor, boxes: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """regions (B, R, D), boxes (B, R, 4) for geometry, mask (B, R), False where there is none -> (B, R, D)."""
+        """regions (B, R, D), boxes (B, R, 4) for geometry, mask (B, R), False for padding -> (B, R, D)."""
         if not self.layers:
             return regions
         if self.positions != "none":

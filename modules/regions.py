@@ -1,7 +1,7 @@
-"""The regions of an image: the cells of the encoder's grid, the objects in it, both, or those of region features.
+"""The regions of an image, from a grid, from objects or from region features, and how they lie to each other.
 
 Shapes: B images, S x S cells of the grid, F features of a cell, N boxes of an image, R regions. A box is (left, top,
-right, bottom) in fractions of the image's sides; one without area stands for none, where images have different numbers.
+right, bottom) in fractions of the image's sides; padding is a box without area.
 """
 
 from __future__ import annotations
@@ -18,14 +18,33 @@ if TYPE_CHECKING:
 
 REGIONS = ("grid", "objects", "both", "features")
 BOX_FEATURES = 5
+NO_RELATION = 0
+# Relation of a region to another one, by the numbers of Yao et al., 2018: with 1, the other one is inside it.
+# 4 to 11 are the directions of the other one's center, an eighth of a turn each, counterclockwise from the right.
+RELATIONS = (
+    "",
+    "around",
+    "inside",
+    "overlaps",
+    "left of",
+    "below",
+    "below",
+    "right of",
+    "right of",
+    "above",
+    "above",
+    "left of",
+)
+GEOMETRY_FEATURES = 64
+SMALLEST_DISTANCE = 1e-3  # of centers, in units of a region's side, so that its logarithm is finite
 
 
 class RegionSource(nn.Module):
-    """Makes the regions of an image from the grid of its encoder and the boxes of its objects.
+    """Choice of the regions: cells of the encoder's grid, objects, or regions of a detector.
 
-    "grid": the cells. "objects": the whole image, then its objects, each the mean of the grid in its box, as
-    the regions of "Bottom-Up and Top-Down Attention" (Anderson et al., 2018). "both": the cells, then those.
-    "features": there is no grid, the features are those of regions already, as a detector computed them.
+    "grid": the cells. "objects": the whole image, then its objects. The features of each are the mean of the grid in
+    its box, similar to the regions of "Bottom-Up and Top-Down Attention" (Anderson et al., 2018). "both": the cells,
+    then the whole image and the objects. "features": region features that a detector has computed; there is no grid.
 
     Args:
         settings: regions, and box_features to append `box_features` to the features of each region.
@@ -37,20 +56,24 @@ class RegionSource(nn.Module):
 
     @property
     def uses_objects(self) -> bool:
-        """Whether it needs the boxes of objects."""
+        """True if the boxes of objects are needed."""
         return self.regions in ("objects", "both")
 
     @property
     def uses_region_features(self) -> bool:
-        """Whether it needs region features, with their boxes."""
+        """True if region features with their boxes are needed."""
         return self.regions == "features"
 
     def forward(self, grid: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features, boxes and mask of the regions.
+        """Return features, boxes and mask of the regions.
 
-        grid (B, S * S, F) in row-major order, boxes of objects (B, N, 4), where they are used; or region features
-        (B, N, F) and their boxes (B, N, 4)
-        -> (B, R, F), with box features F + 5, boxes (B, R, 4), mask (B, R), which is None where all images have R.
+        Args:
+            grid: (B, S * S, F) in row-major order, or region features (B, N, F).
+            boxes: (B, N, 4) of objects or region features; None if there are none.
+
+        Returns:
+            Features (B, R, F), or F + 5 with box features, boxes (B, R, 4), and a mask (B, R), False for padding;
+            None: all images have R regions.
         """
         if self.uses_region_features:
             assert boxes is not None, "region features need their boxes"
@@ -71,28 +94,28 @@ class RegionSource(nn.Module):
         return self._with_boxes(features, region_boxes), region_boxes, mask
 
     def _with_boxes(self, features: Tensor, boxes: Tensor) -> Tensor:
-        """Features (B, R, F) of regions, with those of their boxes (B, R, 4) where they are asked for."""
+        """Append box features to features (B, R, F) of regions with boxes (B, R, 4), if the setting says so."""
         if not self.box_features:
             return features
         return torch.cat([features, box_features(boxes).to(features.dtype)], dim=-1)
 
 
 def has_area(boxes: Tensor) -> Tensor:
-    """Which boxes there are: (..., 4) -> (...)."""
+    """Return True where a box has area; padding has none: (..., 4) -> (...)."""
     return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
 def grid_boxes(side: int, device: torch.device | None = None) -> Tensor:
-    """The boxes of the cells of a grid in row-major order: (side * side, 4)."""
+    """Return the boxes of the cells of a grid in row-major order: (side * side, 4)."""
     edges = torch.arange(side, device=device) / side
     top, left = torch.meshgrid(edges, edges, indexing="ij")
     return torch.stack([left, top, left + 1 / side, top + 1 / side], dim=-1).flatten(0, 1)
 
 
 def pooling_weights(boxes: Tensor, side: int) -> Tensor:
-    """The share of each cell in the mean over each box: boxes (B, N, 4) -> (B, N, side * side), zero without a box.
+    """Compute each cell's weight in the mean over each box: (B, N, 4) -> (B, N, side * side), zero for padding.
 
-    They are those of RoIAlign ("Mask R-CNN", He et al., 2017, section 3) with one bin. As it is linear in the grid, one
+    The mean is RoIAlign with one bin ("Mask R-CNN", He et al., 2017, section 3). It is linear in the grid, so one
     product with these weights pools all features.
     """
     cells = torch.eye(side * side, device=boxes.device).view(1, side * side, side, side)
@@ -103,7 +126,7 @@ def pooling_weights(boxes: Tensor, side: int) -> Tensor:
 
 
 def are_inside(regions: Tensor, boxes: Tensor) -> Tensor:
-    """Which regions have their center in which boxes: regions (B, R, 4), boxes (B, N, 4) -> (B, R, N).
+    """Return True where a region has its center in a box: regions (B, R, 4), boxes (B, N, 4) -> (B, R, N).
 
     The whole image is in no box.
     """
@@ -114,6 +137,69 @@ def are_inside(regions: Tensor, boxes: Tensor) -> Tensor:
 
 
 def box_features(boxes: Tensor) -> Tensor:
-    """Where a box is and how large: (..., 4) -> its edges and its area as a share of the image's, (..., 5)."""
+    """Append to a box its area as a share of the image's: (..., 4) -> (..., 5)."""
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     return torch.cat([boxes, (width * height).unsqueeze(-1)], dim=-1)
+
+
+def spatial_relations(boxes: Tensor) -> Tensor:
+    """Classify the relation of each region to each other one: boxes (B, R, 4) -> indices into RELATIONS (B, R, R).
+
+    Source: the spatial graph of "Exploring Visual Relationship for Image Captioning" (GCN-LSTM, Yao et al., 2018,
+    section 3.2). Row i, column j is the first of these that holds: 1, box j is inside box i; 2, box i is inside box j;
+    3, their intersection over union is at least 0.5; 4 to 11, the direction from the center of i to that of j, if they
+    are less than half of the image's diagonal apart. A region has no relation to itself, and none to padding.
+    """
+    boxes = boxes.double()  # in single precision two equal distances may differ a little
+    first, second = boxes.unsqueeze(2), boxes.unsqueeze(1)  # (B, R, 1, 4), (B, 1, R, 4)
+    contains = (first[..., :2] <= second[..., :2]).all(-1) & (first[..., 2:] >= second[..., 2:]).all(-1)
+    same = (first == second).all(-1)
+    sides = (first[..., 2:].minimum(second[..., 2:]) - first[..., :2].maximum(second[..., :2])).clamp_min(0)
+    intersection, areas = sides.prod(-1), (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    union = areas.unsqueeze(2) + areas.unsqueeze(1) - intersection
+    centers = (boxes[..., :2] + boxes[..., 2:]) / 2
+    x, y = (centers.unsqueeze(1) - centers.unsqueeze(2)).unbind(-1)  # from i to j, y downward
+    direction = 4 + _eighth(x, -y)
+    is_near = x.square() + y.square() < 0.5
+    relations = direction.where(is_near, NO_RELATION)
+    relations = relations.masked_fill(intersection >= 0.5 * union, 3)
+    inside = contains & ~same
+    relations = relations.masked_fill(inside.transpose(1, 2), 2).masked_fill(inside, 1)
+    exists = has_area(boxes)
+    itself = torch.eye(boxes.shape[1], dtype=torch.bool, device=boxes.device)
+    return relations.masked_fill(itself | ~(exists.unsqueeze(1) & exists.unsqueeze(2)), NO_RELATION)
+
+
+def _eighth(x: Tensor, y: Tensor) -> Tensor:
+    """Return the eighth of a turn of a direction (x, y): 0 to 7, counterclockwise from the right, y upward.
+
+    A direction between two eighths is in the first of them; the right and (0, 0) are in the last. Comparisons are
+    exact, and ONNX Runtime has no arctangent in double precision.
+    """
+    in_upper_half = (y > 0) | ((y == 0) & (x < 0))
+    x, y = torch.where(in_upper_half, x, -x), torch.where(in_upper_half, y, -y)
+    eighth = (y > x).long() + (x < 0) + (x + y < 0) + 4 * ~in_upper_half
+    return eighth.masked_fill((x == 0) & (y == 0), 7)
+
+
+def reverse_relations(relations: Tensor) -> Tensor:
+    """Convert the relations of i to j into those of j to i: (...) -> (...)."""
+    reversed_directions = 4 + relations % 8  # (eighth + 4) % 8 + 4 of 4 + eighth
+    others = (3 - relations).where((relations == 1) | (relations == 2), relations)
+    return reversed_directions.where(relations >= 4, others)
+
+
+def pairwise_geometry(boxes: Tensor) -> Tensor:
+    """Encode relative position and size of each two regions: boxes (B, R, 4) -> (B, R, R, GEOMETRY_FEATURES).
+
+    Source: "Image Captioning: Transforming Objects into Words" (Herdade et al., 2019, section 3.2), each of its four
+    numbers as sines and cosines of eight wavelengths as in "Relation Networks for Object Detection" (Hu et al., 2018).
+    """
+    boxes = boxes.float()
+    centers, sides = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]).clamp_min(1e-3)
+    distances = (centers.unsqueeze(2) - centers.unsqueeze(1)).abs() / sides.unsqueeze(2)  # (B, R, R, 2)
+    ratios = sides.unsqueeze(2) / sides.unsqueeze(1)
+    displacement = torch.cat([distances.clamp_min(SMALLEST_DISTANCE), ratios], dim=-1).log()  # (B, R, R, 4)
+    wavelengths = 1000 ** (torch.arange(8, device=boxes.device) / 8)
+    angles = (100 * displacement.unsqueeze(-1) / wavelengths).flatten(-2)  # (B, R, R, 32)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

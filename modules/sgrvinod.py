@@ -10,26 +10,32 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from modules.attention import Attention
+from modules.attention import Attended, SoftAttention
 from modules.cells import LSTMCell
+from modules.cpu import Dropout
 from modules.decoders import Nested
-from modules.layers import Dropout, masked_mean
+from modules.layers import masked_mean
 from modules.recurrent import RecurrentDecoder
 
 if TYPE_CHECKING:
     from models import ModelSettings
 
 
-class SgrvinodAttention(Attention):
-    """Additive attention with ReLU in place of tanh, and a gate for each feature of the context."""
+class SgrvinodAttention(SoftAttention):
+    """Additive attention with ReLU in place of tanh, and a gate for each feature of the context.
+
+    `Attended.gate` is None, since so many gates cannot be shown beside a word.
+    """
 
     def __init__(self, *, region_dim: int, hidden_dim: int, attention_dim: int) -> None:
         super().__init__(region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim)
         self.gate = nn.Linear(hidden_dim, region_dim)
-        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a bias
+
+    def forward(self, regions: Tensor, keys: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Attended:
+        return super().forward(regions, keys, hidden, mask)._replace(gate=None)
 
     def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
-        """As `Attention.scores`: score(relu(keys + query(hidden)))."""
+        """Score each region: w . relu(W_a a_i + W_h h)."""
         return self.score((keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)).relu()).squeeze(-1)
 
 
@@ -38,12 +44,11 @@ class SgrvinodDecoder(RecurrentDecoder):
 
     Source: models.py of https://github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning. It differs from "Show,
     Attend and Tell" (Xu et al., 2015) in its attention, in an initial state without tanh, and in an output layer on the
-    hidden state in place of the deep one. The tutorial's second biases (of the query, and of the LSTM) add to the first
-    and are left out; the initialization is that of `ShowAttendTell`. A gate for each feature is no single number that
-    could be shown beside a word: `gate` is None.
+    hidden state in place of the deep one. The tutorial's second biases (of the query and of the LSTM) are left out, as
+    they only add to the first. The initialization is that of `ShowAttendTell`.
 
     Args:
-        settings: embed_dim, attention_dim and hidden_dim are E, A and H; dropout is before the output layer alone.
+        settings: embed_dim, attention_dim and hidden_dim are E, A and H; dropout is only before the output layer.
         vocab_size, region_dim: V and D.
     """
 
@@ -60,26 +65,23 @@ class SgrvinodDecoder(RecurrentDecoder):
         self._reset_parameters()
 
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
-        """What the words share: (B, R, D), mask (B, R) -> the attention's projection (B, R, A) and the mask."""
+        """regions (B, R, D), mask (B, R) -> the attention's keys (B, R, A), the mask."""
         return self.attention.keys(regions), mask
 
     def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Linear maps of the mean region: (B, R, D), mask (B, R) -> hidden and cell (B, 1, H)."""
+        """Map the mean region to the hidden and cell state (B, 1, H)."""
         mean = masked_mean(regions, mask)  # (B, 1, D)
         return self.init_hidden(mean), self.init_cell(mean)
 
     def _word_gates(self, embedded: Tensor) -> Tensor:
-        """As `RecurrentDecoder._word_gates`."""
         return self.cell.words(embedded)
 
     def _recurrent_step(
         self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """As `RecurrentDecoder._recurrent_step`."""
+    ) -> tuple[Attended, tuple[Tensor, ...]]:
         region_keys, mask = keys
-        context, alpha = self.attention(regions, region_keys, state[0], mask)
-        return context, alpha, self.cell(word_gates, context, state)
+        attended = self.attention(regions, region_keys, state[0], mask)
+        return attended, self.cell(word_gates, attended.context, state)
 
     def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """As `RecurrentDecoder._logits`, from hidden (..., H) alone."""
         return self.output(self.output_dropout(hidden))

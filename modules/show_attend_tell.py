@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from modules.attention import ATTENTIONS, HardAttention
+from modules.attention import ATTENTIONS, Attended, HardAttention
 from modules.cells import CELLS, Cell
-from modules.decoders import DecoderOutput, Nested
+from modules.decoders import Nested
 from modules.layers import masked_mean
-from modules.recurrent import RecurrentDecoder, TimeSteps
+from modules.recurrent import RecurrentDecoder
 
 if TYPE_CHECKING:
     from models import ModelSettings
@@ -64,36 +64,27 @@ class ShowAttendTell(RecurrentDecoder):
 
     @property
     def has_attention(self) -> bool:
-        """Whether the decoder attends to the regions before each word."""
         return self.attention.context_dim > 0
 
     @property
-    def gate(self) -> nn.Module | None:
-        """As `Decoder.gate`: the attention's."""
-        return self.attention.gate
-
-    @property
-    def has_baseline(self) -> bool:
-        """As `Decoder.has_baseline`: with hard attention."""
-        return isinstance(self.attention, HardAttention)
+    def baseline(self) -> Tensor | None:
+        return self.attention.baseline if isinstance(self.attention, HardAttention) else None
 
     def take_expectation(self) -> None:
-        """As `Decoder.take_expectation`: hard attention takes its expectation."""
         self.attention.eval()
 
     def update_baseline(self, loss: float) -> None:
-        """As `Decoder.update_baseline`: hard attention's."""
         assert isinstance(self.attention, HardAttention)
         self.attention.update_baseline(loss)
 
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
-        """What the words share: (B, R, D), mask (B, R) -> the attention's projection (B, R, A) and the mask."""
+        """regions (B, R, D), mask (B, R) -> the attention's keys (B, R, A), the mask."""
         return self.attention.keys(regions), mask
 
     def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The state before the first word, from the mean region: (B, R, D), mask (B, R) -> tuple of (B, 1, H).
+        """Compute the state before the first word from the mean region: tuple of (B, 1, H).
 
-        Predicted by linear layers with tanh (section 3.1.2) or, with image_first, the state of zeros after one time
+        Linear layers with tanh predict it (section 3.1.2). With image_first it is the state of zeros after one time
         step, whose input word is the image and which has no context.
         """
         mean = masked_mean(regions, mask)  # (B, 1, D)
@@ -104,38 +95,20 @@ class ShowAttendTell(RecurrentDecoder):
         return self._update_state(self._word_gates(self.image_proj(mean)), None, state)
 
     def _word_gates(self, embedded: Tensor) -> Tensor:
-        """As `RecurrentDecoder._word_gates`."""
         return self.cell.words(embedded)
 
     def _recurrent_step(
         self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Attention (equations 4 to 6 and 13), then the cell (equations 1 to 3).
-
-        word_gates (B, C, G H), regions (B, R, D), keys as `keys` returns them, state tuple of (B, C, H)
-        -> context (B, C, Z), alpha (B, C, R), state.
-        """
+    ) -> tuple[Attended, tuple[Tensor, ...]]:
+        """Attend with the top layer's hidden state (equations 4 to 6 and 13), then update the cells (1 to 3)."""
         region_keys, mask = keys
-        context, alpha = self.attention(regions, region_keys, state[0], mask)
-        return context, alpha, self._update_state(word_gates, context, state)
-
-    def _predict(
-        self, regions: Tensor, mask: Tensor | None, time_steps: TimeSteps, sampling_prob: float
-    ) -> DecoderOutput:
-        """As `RecurrentDecoder._predict`, with the samples of hard attention in training."""
-        if not isinstance(self.attention, HardAttention):
-            return super()._predict(regions, mask, time_steps, sampling_prob)
-        with self.attention.record_samples() as recorded:
-            output = super()._predict(regions, mask, time_steps, sampling_prob)
-        if not recorded:  # it took its expectation
-            return output
-        log_probs = time_steps.select([each.flatten() for each in recorded])  # (N,)
-        return output._replace(sampled_log_probs=time_steps.layout.unpack(log_probs), baseline=self.attention.baseline)
+        attended = self.attention(regions, region_keys, state[0], mask)
+        return attended, self._update_state(word_gates, attended.context, state)
 
     def _update_state(
         self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """The cells from the first layer to the top one, with dropout in between as in torch's LSTM.
+        """Update the cells from the first layer to the top one, with dropout in between as in torch's LSTM.
 
         word_gates (B, C, G H), context (B, C, Z), state tuple of (B, C, H), top layer first -> the next state.
         """
@@ -149,7 +122,7 @@ class ShowAttendTell(RecurrentDecoder):
         return next_state
 
     def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """The deep output layer (equation 7), with tanh and dropout as in the authors' code.
+        """Predict the next word by the deep output layer (equation 7), with the tanh and dropout of the authors' code.
 
         embedded (..., E), hidden (..., H), context (..., Z) -> (..., V).
         """

@@ -1,8 +1,11 @@
 """The transformer decoder: teacher forcing over all words at once, and single words with a cache.
 
+Source: "Attention Is All You Need" (Vaswani et al., 2017). The encoder layers of `modules.region_encoder` share its
+attention, feed-forward network and positions.
+
 Shapes: B images, R regions, D their width, C captions of an image (beams in a search), T words of a caption, N words
 of all captions of a batch without padding, t words before the one that is decoded, E width of a word embedding, H of
-the decoder, n heads, d = H / n their width, V words of the vocabulary.
+the decoder, n heads, d = H / n their width, Q queries, K keys, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,22 +15,89 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from modules.decoders import Decoder, DecoderOutput, Nested, lay_out, sample_words
-from modules.layers import Dropout, init_linears
-from modules.transformer_layers import feed_forward, scaled_dot_product, sine_positions, split_heads
+from modules.cpu import Dropout
+from modules.decoders import Decoder, DecoderOutput, Nested, PredictedWords, StepOutput, sample_words
+from modules.layers import init_linears
 from utils import InputError, copy_to_device
 
 if TYPE_CHECKING:
     from models import ModelSettings
 
 
-class DecoderLayer(nn.Module):
-    """Attention to the words so far, attention to the regions, and a feed-forward network.
+def feed_forward(width: int, ffn_dim: int) -> nn.Sequential:
+    """Build the feed-forward network of a layer (section 3.3), with the paper's ReLU: GELU is slower on a CPU."""
+    return nn.Sequential(nn.Linear(width, ffn_dim), nn.ReLU(inplace=True), nn.Linear(ffn_dim, width))
 
-    Each is behind a layer normalization and beside a residual connection. Source: "Attention Is All You Need" (Vaswani
-    et al., 2017), section 3.1, with the normalization first ("On Layer Normalization in the Transformer Architecture",
-    Xiong et al., 2020). Dropout is on the output of each sublayer (Vaswani et al., section 5.4).
+
+def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
+    """Split projections, such as queries, keys and values, into heads: (..., parts n d) -> (..., parts, n, d)."""
+    return x.unflatten(-1, (parts, heads, x.shape[-1] // (parts * heads)))
+
+
+def scaled_dot_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    with_alpha: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute scaled dot-product attention (equation 1), and its weights alpha if `with_alpha`.
+
+    On a CPU in bfloat16 torch's fused attention takes seven times as long, because of its gradient.
+
+    Args:
+        query: (..., n, Q, d).
+        key, value: (..., n, K, d).
+        mask: boolean (..., 1, 1, K), False for keys that no query sees, or numbers (..., n, Q, K) added to the scores.
+        is_causal: no query sees a later key; Q = K.
+
+    Returns:
+        Attended values (..., n, Q, d) and alpha (..., n, Q, K) or None.
+    """
+    if not (with_alpha or query.is_cpu):
+        return fused_attention(query, key, value, mask, is_causal=is_causal), None
+    scores = (query @ key.transpose(-1, -2)).float() / math.sqrt(query.shape[-1])
+    if is_causal:
+        scores = scores + torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(diagonal=1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    alpha = scores.softmax(dim=-1)
+    return alpha.to(value.dtype) @ value, alpha if with_alpha else None
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool = False
+) -> Tensor:
+    """Compute `scaled_dot_product` without alpha by torch's fused kernels, which take only four dimensions."""
+    leading = query.shape[:-3]
+    query, key, value = (x.flatten(0, -4) for x in (query, key, value))
+    if mask is not None:
+        mask = mask.flatten(0, -4)
+        mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    attended = functional.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
+    return attended.unflatten(0, leading)
+
+
+def sine_positions(positions: Tensor, width: int) -> Tensor:
+    """Encode positions (...) as sines and cosines (..., width) of geometrically rising wavelengths.
+
+    Source: Vaswani et al., 2017, section 3.5, with all sines before all cosines. There is no largest position.
+    """
+    half = (width + 1) // 2
+    frequencies = torch.exp(torch.arange(half, device=positions.device) * (-math.log(10_000) / half))
+    angles = positions.unsqueeze(-1) * frequencies  # (..., half)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width]
+
+
+class DecoderLayer(nn.Module):
+    """Attention to the words so far, attention to the regions, and a feed-forward network (section 3.1).
+
+    Each of these sublayers follows a layer normalization and has a residual connection ("On Layer Normalization in the
+    Transformer Architecture", Xiong et al., 2020). Dropout is on its output (section 5.4).
     """
 
     def __init__(self, *, hidden_dim: int, region_dim: int, heads: int, ffn_dim: int, dropout: float) -> None:
@@ -43,61 +113,56 @@ class DecoderLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
-        """What the words share: (B, R, D), mask (B, R)
-        -> keys and values of the regions, (B, n, R, d) each, and the mask (B, 1, 1, R).
-        """
+        """regions (B, R, D), mask (B, R) -> their keys and values (B, n, R, d), the mask (B, 1, 1, R)."""
         key, value = split_heads(self.cross_key_value(regions), 2, self.heads).permute(2, 0, 3, 1, 4)
         return key, value, None if mask is None else mask.view(len(mask), 1, 1, -1)
 
     def forward(self, x: Tensor, keys: Nested, with_alpha: bool) -> tuple[Tensor, Tensor | None]:
-        """All words of all captions at once: x (B, C, T, H), keys of `keys` -> x, alpha (B, n, C T, R)."""
-        projected = split_heads(self._self_projections(x), 3, self.heads)  # (B, C, T, 3, n, d)
-        query, key, value = projected.permute(3, 0, 1, 4, 2, 5)  # (B, C, n, T, d) each
+        """Compute all words of all captions at once: x (B, C, T, H), keys of `keys` -> x, alpha (B, n, C T, R)."""
+        query, key, value = self._self_projections(x).permute(3, 0, 1, 4, 2, 5)  # (B, C, n, T, d) each
         attended, _ = scaled_dot_product(query, key, value, is_causal=True)
         x = self._add(x, self.self_proj, attended.transpose(2, 3).flatten(-2))
-        query = split_heads(self._cross_query(x).flatten(1, 2), 1, self.heads).squeeze(2).transpose(1, 2)
-        attended, alpha = scaled_dot_product(query, *keys, with_alpha=with_alpha)  # (B, n, C T, d)
+        query = self._cross_query(x.flatten(1, 2))  # (B, n, C T, d)
+        attended, alpha = scaled_dot_product(query, *keys, with_alpha=with_alpha)
         x = self._add(x, self.cross_proj, attended.transpose(1, 2).reshape(x.shape))
         return self._add_ffn(x), alpha
 
     def step(
         self, x: Tensor, keys: Nested, cache: tuple[Tensor, Tensor], with_alpha: bool
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
-        """The next word of each caption, with the keys and values of the t words before it as a cache.
+        """Compute the next word of each caption, with the keys and values of the t words before it as a cache.
 
         x (B, C, H), keys of `keys`, cache (B, C, n, t, d) twice -> x (B, C, H), alpha (B, n, C, R), cache.
         """
-        projected = split_heads(self._self_projections(x), 3, self.heads).unsqueeze(-2)  # (B, C, 3, n, 1, d)
-        query, *new = projected.unbind(2)  # (B, C, n, 1, d) each
+        query, *new = self._self_projections(x).unsqueeze(-2).unbind(2)  # (B, C, n, 1, d) each
         key, value = (torch.cat([old.to(part.dtype), part], dim=3) for old, part in zip(cache, new, strict=True))
         attended, _ = scaled_dot_product(query, key, value)  # (B, C, n, 1, d)
         x = self._add(x, self.self_proj, attended.reshape(x.shape))
-        query = split_heads(self._cross_query(x), 1, self.heads).squeeze(2).transpose(1, 2)  # (B, n, C, d)
-        attended, alpha = scaled_dot_product(query, *keys, with_alpha=with_alpha)
+        attended, alpha = scaled_dot_product(self._cross_query(x), *keys, with_alpha=with_alpha)  # (B, n, C, d)
         x = self._add(x, self.cross_proj, attended.transpose(1, 2).flatten(-2))
         return self._add_ffn(x), alpha, (key, value)
 
     def _self_projections(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of the words: (..., H) -> (..., 3 H)."""
-        return self.self_query_key_value(self.self_norm(x))
+        """Compute queries, keys and values of the words: (..., H) -> (..., 3, n, d)."""
+        return split_heads(self.self_query_key_value(self.self_norm(x)), 3, self.heads)
 
     def _cross_query(self, x: Tensor) -> Tensor:
-        """The words' queries to the regions: (..., H) -> (..., H)."""
-        return self.cross_query(self.cross_norm(x))
+        """Compute the words' queries to the regions: (B, Q, H) -> (B, n, Q, d)."""
+        return split_heads(self.cross_query(self.cross_norm(x)), 1, self.heads).squeeze(2).transpose(1, 2)
 
     def _add(self, x: Tensor, proj: nn.Linear, attended: Tensor) -> Tensor:
-        """The residual connection of an attention: x and attended (..., H) -> (..., H)."""
+        """Add the output of an attention to its input: x and attended (..., H) -> (..., H)."""
         return x + self.dropout(proj(attended))
 
     def _add_ffn(self, x: Tensor) -> Tensor:
-        """The feed-forward network with its residual connection: (..., H) -> (..., H)."""
+        """Add the output of the feed-forward network to its input: (..., H) -> (..., H)."""
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class TransformerDecoder(Decoder):
-    """A transformer decoder (Vaswani et al., 2017): word embeddings with sine positions, layers, normalization, output.
+    """A transformer decoder: word embeddings with sine positions, layers, a normalization and an output layer.
 
-    `choose_alpha` says which attention weights it returns: of the last layer, averaged over its heads, by default.
+    It returns the attention weights of the last layer, averaged over its heads, unless `choose_alpha` changes that.
 
     Args:
         settings: embed_dim and hidden_dim are E and H, a multiple of heads; ffn_dim is that of each of the
@@ -128,10 +193,7 @@ class TransformerDecoder(Decoder):
         init_linears(self)  # as in torch.nn.Transformer
 
     def choose_alpha(self, layer: int = 0, head: int = 0) -> None:
-        """Choose the attention weights that are returned: layer and head from 1; 0: the last layer, the heads' mean.
-
-        Raises InputError for a layer or head that does not exist.
-        """
+        """Choose a layer and head from 1 as in `Decoder.choose_alpha`; 0: the last layer, the mean of the heads."""
         layers = len(self.layers)
         for name, value, count in (("layer", layer, layers), ("head", head, self.heads)):
             if not 0 <= value <= count:
@@ -139,7 +201,6 @@ class TransformerDecoder(Decoder):
         self.alpha_layer, self.alpha_head = (layer or layers) - 1, head
 
     def all_alpha(self, regions: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As `Decoder.all_alpha`: regions (B, R, D), inputs (B, T) word ids -> (B, L, n, T, R)."""
         x, alphas = self._embed(inputs.unsqueeze(1), torch.arange(inputs.shape[1], device=inputs.device)), []
         for layer, keys in zip(self.layers, self.keys(regions, mask), strict=True):
             x, alpha = layer(x, keys, True)
@@ -147,65 +208,67 @@ class TransformerDecoder(Decoder):
         return torch.stack(alphas, dim=1)
 
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
-        """What the words share: (B, R, D), mask (B, R) -> of each layer what `DecoderLayer.keys` returns."""
-        return tuple(layer.keys(regions, mask) for layer in self.layers if isinstance(layer, DecoderLayer))
+        """Compute `DecoderLayer.keys` of each layer: regions (B, R, D), mask (B, R)."""
+        return tuple(layer.keys(regions, mask) for layer in self._decoder_layers)
 
     def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Nested, ...]:
-        """The cache of no words: (B, R, D) -> per layer keys and values (B, 1, n, 0, d)."""
+        """Return an empty cache: keys and values (B, 1, n, 0, d) of each layer."""
         empty = regions.new_empty(len(regions), 1, self.heads, 0, self.hidden_dim // self.heads)
         return tuple((empty, empty) for _ in self.layers)
 
-    def step(
-        self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Nested, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Nested, ...]]:
-        """As `Decoder.step`; the state holds per layer the keys and values (B, C, n, t, d) of the words so far."""
+    def step(self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Nested, ...]) -> StepOutput:
+        """Predict the next words; the state holds each layer's keys and values (B, C, n, t, d) of the words so far."""
         positions = torch.full((1,), state[0][0].shape[3], device=words.device)
-        x, alpha, caches = self._embed(words, positions), None, []
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            x, layer_alpha, cache = layer.step(x, keys[i], state[i], i == self.alpha_layer)
-            alpha = alpha if layer_alpha is None else layer_alpha
+        x, alphas, caches = self._embed(words, positions), [], []
+        for i, layer in enumerate(self._decoder_layers):
+            x, alpha, cache = layer.step(x, keys[i], state[i], i == self.alpha_layer)
+            alphas.append(alpha)
             caches.append(cache)
-        assert alpha is not None
-        return self.output(self.norm(x)), self._select_alpha(alpha), tuple(caches)
+        return StepOutput(self.output(self.norm(x)), tuple(caches), self._select_alpha(alphas))
 
     def forward(
         self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, mask: Tensor | None = None
     ) -> DecoderOutput:
-        """Teacher forcing, as `Decoder.forward`, in one pass over all words of all captions.
+        """Predict each word from the true words before it, all words in one pass; see `Decoder.forward`.
 
         Scheduled sampling takes a pass before it, whose samples replace input words ("Scheduled Sampling for
         Transformers", Mihaylova and Martins, 2019).
         """
-        layout = lay_out(words, lengths, regions.device)
-        T, B, C = layout.shape
+        predicted = PredictedWords.of(words, lengths, regions.device)
+        T, B, C = predicted.shape
         inputs, keys = copy_to_device(words[..., :T], regions.device), self.keys(regions, mask)
         if sampling_prob:
             inputs = self._mix_sampled(inputs, keys, sampling_prob)
         hidden, alpha = self._run_layers(inputs, keys)
-        rows = layout.positions % (B * C) * T + layout.positions // (B * C)  # (N,) indices into B C T
+        rows = predicted.positions % (B * C) * T + predicted.positions // (B * C)  # (N,) indices into B C T
         logits = self.output(hidden.flatten(0, 2).index_select(0, rows))
-        return DecoderOutput(logits, layout.targets, layout.unpack(alpha.flatten(0, 2).index_select(0, rows)))
+        return DecoderOutput(logits, predicted.targets, predicted.unpack(alpha.flatten(0, 2).index_select(0, rows)))
 
     def _run_layers(self, inputs: Tensor, keys: Nested) -> tuple[Tensor, Tensor]:
         """inputs (B, C, T) word ids, keys of `keys` -> hidden (B, C, T, H), alpha (B, C, T, R).
 
         Padding comes after all words of a caption, so the causal mask hides it from them.
         """
-        x, alpha = self._embed(inputs, torch.arange(inputs.shape[2], device=inputs.device)), None
-        for i, layer in enumerate(self.layers):
-            x, layer_alpha = layer(x, keys[i], i == self.alpha_layer)
-            alpha = alpha if layer_alpha is None else layer_alpha
-        assert alpha is not None
-        return self.norm(x), self._select_alpha(alpha).unflatten(1, inputs.shape[1:])
+        x, alphas = self._embed(inputs, torch.arange(inputs.shape[2], device=inputs.device)), []
+        for i, layer in enumerate(self._decoder_layers):
+            x, alpha = layer(x, keys[i], i == self.alpha_layer)
+            alphas.append(alpha)
+        return self.norm(x), self._select_alpha(alphas).unflatten(1, inputs.shape[1:])
+
+    @property
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        """The layers, with their type."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def _embed(self, words: Tensor, positions: Tensor) -> Tensor:
         """Embed words (...), scaled as in section 3.4, and add their positions, broadcast to them -> (..., H)."""
         embedded = self.embedding_proj(self.embedding(words) * math.sqrt(self.embedding.embedding_dim))
         return self.dropout(embedded + sine_positions(positions, self.hidden_dim))
 
-    def _select_alpha(self, alpha: Tensor) -> Tensor:
-        """The attention weights of the head chosen, or the mean: (B, n, Q, R) -> (B, Q, R)."""
+    def _select_alpha(self, alphas: list[Tensor | None]) -> Tensor:
+        """Select the weights of `choose_alpha`: those of each layer (B, n, Q, R) or None -> (B, Q, R)."""
+        alpha = alphas[self.alpha_layer]
+        assert alpha is not None
         return alpha[:, self.alpha_head - 1] if self.alpha_head else alpha.mean(dim=1)
 
     @torch.no_grad()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from modules.attention import Attended, SoftAttention
 from modules.cells import LSTMCell
 from modules.decoders import Nested
-from modules.layers import additive_scores, mask_scores, masked_mean
+from modules.layers import masked_mean
 from modules.recurrent import RecurrentDecoder
 
 if TYPE_CHECKING:
@@ -35,48 +36,39 @@ class UpDownDecoder(RecurrentDecoder):
         super().__init__(settings, vocab_size)
         embed_dim, attention_dim, hidden_dim = settings.embed_dim, settings.attention_dim, settings.hidden_dim
         self.hidden_dim = hidden_dim
-        # Of the attention LSTM's input, h2 is the context of its cell, and the mean region has a map of its own.
+        # The attention LSTM reads the word, the mean region (by a map of its own) and h2 (as its cell's context).
         self.attention_lstm = LSTMCell(embed_dim=embed_dim, context_dim=hidden_dim, hidden_dim=hidden_dim)
         self.mean_region = nn.Linear(region_dim, 4 * hidden_dim, bias=False)
-        self.region_proj = nn.Linear(region_dim, attention_dim)
-        self.query = nn.Linear(hidden_dim, attention_dim, bias=False)
-        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a bias
+        self.attention = SoftAttention(
+            region_dim=region_dim, hidden_dim=hidden_dim, attention_dim=attention_dim, gated=False
+        )
         # The language LSTM reads the attended region in place of a word.
         self.language_lstm = LSTMCell(embed_dim=region_dim, context_dim=hidden_dim, hidden_dim=hidden_dim)
         self.output = nn.Linear(hidden_dim, vocab_size)
         self._reset_parameters()
 
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
-        """What the words share: (B, R, D), mask (B, R)
-        -> the attention's keys (B, R, A), the mean region's gates (B, 1, 4 H), the mask.
-        """
-        return self.region_proj(regions), self.mean_region(masked_mean(regions, mask)), mask
+        """regions (B, R, D), mask (B, R) -> attention's keys (B, R, A), mean region's gates (B, 1, 4 H), the mask."""
+        return self.attention.keys(regions), self.mean_region(masked_mean(regions, mask)), mask
 
     def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Zeros: (B, R, D) -> 4 tensors (B, 1, H)."""
+        """Return zeros: 4 tensors (B, 1, H)."""
         return (regions.new_zeros(len(regions), 1, self.hidden_dim),) * 4
 
     def _word_gates(self, embedded: Tensor) -> Tensor:
-        """The words' part of the attention LSTM's gates, the only LSTM that reads them: (..., E) -> (..., 4 H)."""
-        return self.attention_lstm.words(embedded)
+        return self.attention_lstm.words(embedded)  # the language LSTM reads no word
 
     def _recurrent_step(
         self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The attention LSTM (equation 2), attention with its h1 (equations 3 to 5), the language LSTM (equation 6).
-
-        word_gates (B, C, 4 H), regions (B, R, D), keys as `keys` returns them, state tuple of (B, C, H)
-        -> attended region (B, C, D), alpha (B, C, R), state.
-        """
+    ) -> tuple[Attended, tuple[Tensor, ...]]:
+        """Run the attention LSTM (equation 2), attend with its h1 (3 to 5), run the language LSTM (6)."""
         h2, c2, h1, c1 = state
         region_keys, mean_gates, mask = keys
         h1, c1 = self.attention_lstm(word_gates + mean_gates, h2, (h1, c1))
-        scores = additive_scores(region_keys, self.query(h1), self.score.weight[0])  # (B, C, R)
-        alpha = mask_scores(scores, mask).softmax(dim=-1)
-        attended = alpha.to(regions.dtype) @ regions  # (B, C, D)
-        h2, c2 = self.language_lstm(self.language_lstm.words(attended), h1, (h2, c2))
-        return attended, alpha, (h2, c2, h1, c1)
+        attended = self.attention(regions, region_keys, h1, mask)
+        h2, c2 = self.language_lstm(self.language_lstm.words(attended.context), h1, (h2, c2))
+        return attended, (h2, c2, h1, c1)
 
     def _logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """A linear layer on dropout of the language LSTM's h2 (equation 7): hidden (..., H) -> (..., V)."""
+        """Predict the next word from the language LSTM's h2 (equation 7): hidden (..., H) -> (..., V)."""
         return self.output(self.dropout(hidden))

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import modules.transformer_layers
 from pretend_gpu import GPUTensor, PretendGPU
 from seeded_bugs import BUGS, edit
 
@@ -28,7 +29,6 @@ import modules.layers
 import modules.recurrent
 import modules.region_encoder
 import modules.transformer
-import modules.transformer_layers
 import modules.up_down
 import train
 import training.state

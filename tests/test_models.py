@@ -10,7 +10,7 @@ import train
 from conftest import CPU, SMALL, beams, build
 from datasets import Example, collate
 from decoding.beam_search import beam_search
-from decoding.force_decode import force_decode
+from decoding.sampling import force_decode
 from models import CHECKPOINT_FORMAT, load_captioner, model_settings
 from modules.encoders import GRID_LAYERS
 from modules.regions import has_area

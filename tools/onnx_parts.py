@@ -58,8 +58,8 @@ class StepModule(nn.Module):
         Returns log-probabilities (B, C, V), alpha (B, C, R) and the tensors of the next state (B, C, ...).
         """
         nested_keys, nested_state = nest(keys, self.nested_keys), nest(state, self.nested_state)
-        logits, alpha, next_state = self.decoder.step(words, regions, nested_keys, nested_state)
-        return logits.float().log_softmax(dim=-1), alpha, *flatten(next_state)
+        output = self.decoder.step(words, regions, nested_keys, nested_state)
+        return output.logits.float().log_softmax(dim=-1), output.alpha, *flatten(output.state)
 
 
 def flatten(nested: Nested) -> list[Tensor]:
@@ -129,7 +129,7 @@ def make_example(captioner: Captioner, B: int, N: int, C: int, t: int) -> tuple[
     regions, keys, state = ImageModule(captioner).encode(*inputs)
     state, words = expand(state, C), torch.full((B, C), START)
     for _ in range(t):
-        *_, state = captioner.decoder.step(words, regions, keys, state)
+        state = captioner.decoder.step(words, regions, keys, state).state
     keys, state = ([x.contiguous() for x in flatten(nested)] for nested in (keys, state))  # ONNX has no strides
     return inputs, (words, regions.contiguous(), keys, state)
 

@@ -60,7 +60,7 @@ def train_step(
 
     cross_entropy, count = optimize(network, optimizer, batch, settings, micro_batch_loss)
     decoder = unwrap(network).decoder
-    if decoder.has_baseline and decoder.training:
+    if decoder.baseline is not None and decoder.training:
         decoder.update_baseline(all_reduce_sum([cross_entropy])[0] / words)
     return cross_entropy, count
 

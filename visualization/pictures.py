@@ -18,7 +18,7 @@ from PIL import Image
 from common.files import save_figure
 from decoding.captions import CaptioningModel, ImageCaption
 from modules.graph import edge_attribution
-from modules.relations import RELATIONS, spatial_relations
+from modules.regions import RELATIONS, spatial_relations
 from visualization.photos import FULL_BRIGHTNESS, MAX_FRAMES, SOFTWARE, Regions, name_regions
 
 MAX_WIDTH, MAX_HEIGHT = 11.5, 16.0  # inches of a picture
@@ -179,7 +179,7 @@ def plot_edges(
         alpha: (R,) attention weights at the word.
         edges: shares of (source, target) edges, largest first, as `modules.graph.edge_attribution` returns them.
         regions: regions of the graph.
-        relations: (R, R) indices into `modules.relations.RELATIONS`; names the edges of `Regions.named_edges` and
+        relations: (R, R) indices into `modules.regions.RELATIONS`; names the edges of `Regions.named_edges` and
             leaves out all others.
     """
     centers = (regions.boxes[:, :2] + regions.boxes[:, 2:]) / 2 * (photo.width, photo.height)

@@ -20,7 +20,7 @@ from torch import Tensor
 from common.files import atomic_write
 from decoding.captions import CaptioningModel, ImageCaption
 from modules.graph import edge_attribution
-from modules.relations import RELATIONS, spatial_relations
+from modules.regions import RELATIONS, spatial_relations
 from utils import InputError
 from visualization.photos import FULL_BRIGHTNESS, MAX_FRAMES, MAX_NAMED_EDGES, Regions, name_regions
 

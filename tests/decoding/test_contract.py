@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from decoding.force_decode import force_decode
 from test_beam_search import assert_equals_reference
 
 from conftest import beams, samples
 from decoding import contract
 from decoding.beam_search import beam_search
 from decoding.constraints import Constraints
-from decoding.force_decode import force_decode
 from decoding.sampling import sample
 from text.vocabulary import END
 

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from decoding.force_decode import force_decode
 
 from conftest import beams, samples
 from decoding.beam_search import beam_search
 from decoding.ensemble import EnsembleDecoder, map_words
-from decoding.force_decode import force_decode
 from decoding.sampling import sample
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, SPECIAL_TOKENS, START, Vocabulary

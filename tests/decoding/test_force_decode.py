@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from decoding.force_decode import force_decode
 
 from conftest import beams, step_by_step
 from decoding.beam_search import beam_search
-from decoding.force_decode import force_decode
 from text.vocabulary import END, START
 
 

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
+from decoding.force_decode import force_decode
 from torch.nn import functional
 
 from conftest import beams, check_teacher_forcing, make_tiny_decoder, random_batch, samples
 from decoding.beam_search import beam_search
-from decoding.force_decode import force_decode
 from decoding.sampling import sample
 from modules.adaptive import AdaptiveDecoder
 from modules.layers import Dropout

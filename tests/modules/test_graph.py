@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from modules.relations import reverse_relations
 
 from modules.graph import (
     GRAPH_LAYERS,
@@ -16,7 +17,6 @@ from modules.graph import (
     grid_neighbors,
 )
 from modules.regions import grid_boxes
-from modules.relations import reverse_relations
 
 CHAIN = [(1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)]  # features of three regions
 CHAIN_NEIGHBORS = torch.tensor([[[0, 1, -1], [0, 1, 2], [1, 2, -1]]])

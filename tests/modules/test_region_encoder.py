@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from modules.relations import pairwise_geometry
 from torch import nn
 
 from modules.region_encoder import EncoderLayer, RegionEncoder, grid_positions
-from modules.relations import pairwise_geometry
 from utils import InputError
 
 SIZES = {"region_dim": 8, "num_cells": 9, "layers": 2, "heads": 2, "ffn_dim": 12, "geometry": False, "dropout": 0.0}

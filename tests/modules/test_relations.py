@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from modules.relations import (
     RELATIONS,
     pairwise_geometry,

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from modules.transformer_layers import fused_attention, scaled_dot_product, sine_positions
 from torch import nn
 from torch.nn import functional
 
@@ -13,7 +14,6 @@ from decoding.beam_search import beam_search
 from decoding.contract import expand
 from decoding.sampling import sample
 from modules.transformer import TransformerDecoder
-from modules.transformer_layers import fused_attention, scaled_dot_product, sine_positions
 from text.vocabulary import END, START
 from utils import InputError
 

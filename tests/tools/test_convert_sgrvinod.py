@@ -84,7 +84,7 @@ def test_logits_and_alpha_are_those_of_the_tutorials_equations(converted):
         keys, state = captioner.decoder.keys(regions[None]), captioner.decoder.init_state(regions[None])
         expected_state = reference.init_state(decoder, regions)
         for word in ("<start>", "a", "red", "dog", "runs", "with", "the", "<unk>", "ball"):
-            logits, alpha, state = captioner.decoder.step(
+            logits, state, alpha, _ = captioner.decoder.step(
                 torch.tensor([[captioner.vocabulary.word2idx[word]]]), regions[None], keys, state
             )
             expected, expected_alpha, expected_state = reference.step(decoder, WORDS[word], regions, expected_state)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modules.regions import grid_boxes
-from modules.relations import spatial_relations
+from modules.regions import grid_boxes, spatial_relations
 from utils import InputError
 from visualization.photos import Regions, is_our_picture, open_for_picture, picture_paths
 from visualization.pictures import plot_attention, plot_edges, save_picture
