@@ -55,8 +55,9 @@ class EnsembleDecoder:
         """Predict the next words (B, C); the logits are the logarithm of the members' mean probability."""
         parts = zip(self.members, self.word_maps, regions, keys, state, strict=True)
         outputs, total = [], torch.zeros((), device=words.device)
-        for member, word_map, *inputs in parts:
-            output = member.step(words if word_map is None else word_map[words], *inputs)
+        for member, word_map, member_regions, member_keys, member_state in parts:
+            member_words = words if word_map is None else word_map[words]
+            output = member.step(member_words, member_regions, member_keys, member_state)
             logits = output.logits if word_map is None else output.logits.index_select(-1, word_map)
             total = total + logits.float().softmax(dim=-1)
             outputs.append(output)

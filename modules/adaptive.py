@@ -80,7 +80,7 @@ class AdaptiveDecoder(ShowAttendTell):
 
     attention: AdaptiveAttention
 
-    def choose_parts(self, settings: ModelSettings) -> tuple[type[nn.Module], type[Cell], type[Cell]]:
+    def choose_parts(self, settings: ModelSettings) -> tuple[type[AdaptiveAttention], type[Cell], type[Cell]]:
         return AdaptiveAttention, LSTMCell, SentinelLSTMCell
 
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:

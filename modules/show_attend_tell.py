@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from modules.attention import ATTENTIONS, Attended, HardAttention
+from modules.attention import ATTENTIONS, Attended, Attention, HardAttention, NoAttention
 from modules.cells import CELLS, Cell
 from modules.decoders import Nested
 from modules.layers import masked_mean
@@ -57,7 +57,9 @@ class ShowAttendTell(RecurrentDecoder):
         self.output = nn.Linear(embed_dim, vocab_size)
         self._reset_parameters()
 
-    def choose_parts(self, settings: ModelSettings) -> tuple[type[nn.Module], type[Cell], type[Cell]]:
+    def choose_parts(
+        self, settings: ModelSettings
+    ) -> tuple[type[Attention] | type[NoAttention], type[Cell], type[Cell]]:
         """Return the classes of the attention, of the cells, and of the cell of the top layer."""
         cell = CELLS[settings.cell]
         return ATTENTIONS[settings.attention], cell, cell

@@ -52,7 +52,7 @@ def step_by_step(decoder, regions, caption):
     keys, state = decoder.keys(regions), decoder.init_state(regions)
     log_prob, alphas, previous = 0.0, [], START
     for word in caption:
-        logits, alpha, state = decoder.step(torch.tensor([[previous]]), regions, keys, state)
+        logits, state, alpha, _ = decoder.step(torch.tensor([[previous]]), regions, keys, state)
         log_prob += logits[0, 0].log_softmax(0)[word].item()
         alphas.append(alpha[0, 0])
         previous = word

@@ -12,24 +12,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import modules.transformer_layers
 from pretend_gpu import GPUTensor, PretendGPU
 from seeded_bugs import BUGS, edit
 
 import caption
 import eval
 import models
-import modules.attention
-import modules.layers
-import modules.recurrent
+import modules.cpu
 import modules.region_encoder
 import modules.transformer
-import modules.up_down
 import train
 import training.state
 from common.files import read_json, read_jsonl
@@ -64,7 +59,7 @@ CASES = {
         doubly_stochastic=1.0,
     ),
     "dot attention": replace(FROZEN, cell="rnn", attention="dot"),
-    "adaptive attention": replace(FROZEN, attention="adaptive", image_first=True, layers=2),
+    "adaptive attention": replace(FROZEN, decoder="adaptive", image_first=True, layers=2),
     "up_down": replace(FROZEN, decoder="up_down"),
     "fine-tuned encoder": replace(FROZEN, attention="none", fine_tune_encoder=True, in_memory=True),
     "transformer": replace(
@@ -125,34 +120,18 @@ def without_times(rows):
 def paths_of_gpus():
     """Let the CPU take the paths of a GPU where the project has two."""
     stack = contextlib.ExitStack()
-    stack.enter_context(patch.object(modules.layers.Dropout, "forward", nn.Dropout.forward))
-    for module in (modules.attention, modules.up_down):
-        stack.enter_context(patch.object(module, "additive_scores", additive_scores))
-    stack.enter_context(patch.object(modules.recurrent.RecurrentDecoder, "_embed_words", embed_words))
+    stack.enter_context(patch.object(modules.cpu, "applies_to", lambda x: False))
     for module in (modules.transformer, modules.region_encoder):
         stack.enter_context(patch.object(module, "scaled_dot_product", scaled_dot_product))
     return stack
 
 
-def additive_scores(keys, query, weight):
-    """`modules.layers.additive_scores` as a GPU computes it."""
-    return (keys.unsqueeze(1) + query.unsqueeze(2)).tanh_() @ weight.to(keys.dtype)
-
-
-def scaled_dot_product(query, key, value, mask=None, *, is_causal=False, with_alpha=False):
-    """`modules.transformer_layers.scaled_dot_product` as a GPU computes it, with a kernel that the CPU has, too."""
-    if with_alpha:
-        return modules.transformer_layers.scaled_dot_product(
-            query, key, value, mask, is_causal=is_causal, with_alpha=True
-        )
+def scaled_dot_product(query, key, value, mask=None, *, original=modules.transformer.scaled_dot_product, **options):
+    """Attention as a GPU computes it, with a kernel that the CPU has, too."""
+    if options.pop("with_alpha", False):
+        return original(query, key, value, mask, with_alpha=True, **options)
     with sdpa_kernel(SDPBackend.MATH):
-        return modules.transformer_layers.fused_attention(query, key, value, mask, is_causal=is_causal), None
-
-
-def embed_words(decoder, words):
-    """`RecurrentDecoder._embed_words` as a GPU computes it."""
-    embedded = decoder.dropout(decoder.embedding(words))
-    return embedded, decoder._word_gates(embedded)
+        return modules.transformer.fused_attention(query, key, value, mask, **options), None
 
 
 # ------------------------------------------------------------------------------------------------------- waits
@@ -161,7 +140,7 @@ STEPS = {
     "soft attention": FROZEN,
     "no attention": replace(FROZEN, attention="none"),
     "hard attention": replace(FROZEN, attention="hard"),
-    "adaptive attention": replace(FROZEN, attention="adaptive", image_first=True, layers=2),
+    "adaptive attention": replace(FROZEN, decoder="adaptive", image_first=True, layers=2),
     "up_down": replace(FROZEN, decoder="up_down"),
     "doubly stochastic": replace(FROZEN, doubly_stochastic=1.0),
     "objects": replace(FROZEN, regions="both", box_features=True, grounding_weight=1.0),

@@ -39,11 +39,8 @@ BUGS = [
     (
         "an index stays on the CPU",
         "soft attention",
-        (modules.recurrent, "split_time_steps"),
-        (
-            "(copy_to_device(each, device) for each in (inputs, rows))",
-            "(copy_to_device(inputs, device), rows)",
-        ),
+        (modules.recurrent.ActiveCaptions, "of"),
+        ("copy_to_device(indices, device)", "indices"),
     ),
     (
         "a new tensor has no device",
@@ -54,8 +51,8 @@ BUGS = [
     (
         "a number is read at each word",
         "soft attention",
-        (modules.recurrent.RecurrentDecoder, "_run_recurrence"),
-        ("outputs.alpha.append(", "assert alpha.max().item() <= 1; outputs.alpha.append("),
+        (modules.recurrent.RecurrentDecoder, "forward"),
+        ("alphas.append(", "assert attended.alpha.max().item() <= 1; alphas.append("),
     ),
     (
         "the loss is read before backward",

@@ -8,8 +8,9 @@ import torch
 
 from conftest import CPU, SMALL, beams, build
 from decoding.beam_search import beam_search
-from decoding.captions import caption_attention, caption_batch, encode_words
+from decoding.captions import caption_batch, encode_words
 from decoding.ensemble import EnsembleDecoder
+from decoding.sampling import force_decode
 from evaluation.ensemble import VIEWS, Ensemble, EnsembleSettings, load_models
 from modules.regions import grid_boxes
 from preparation.images import flip_boxes
@@ -92,7 +93,7 @@ def test_log_probabilities_are_those_of_the_mean(images, shuffled):
                     state = captioner.decoder.init_state(regions) if states[m] is None else states[m]
                     word = torch.tensor([[captioner.vocabulary.word2idx[previous[t]]]])
                     with torch.no_grad():
-                        logits, _, states[m] = captioner.decoder.step(
+                        logits, states[m], *_ = captioner.decoder.step(
                             word, regions, captioner.decoder.keys(regions), state
                         )
                     target = [*words, "<end>"][t]
@@ -123,10 +124,10 @@ def test_views_are_encoded_one_by_one(images):
     torch.testing.assert_close(list(regions), expected)
     assert not torch.equal(regions[0], regions[2]) and not torch.equal(regions[0], regions[4])
     (image,) = caption_batch(ensemble, images[:1], DECODING, CPU)
-    words = encode_words([image.words], VOCABULARY)
-    alpha, gates = caption_attention(captioners[0].decoder, captioners[0].encode(images[:1]).regions, words)
-    torch.testing.assert_close(image.alpha, alpha[0])  # the first captioner's, of the first view
-    assert image.gates == pytest.approx(gates[0].tolist())
+    words = encode_words([image.words], VOCABULARY).unsqueeze(1)
+    _, alpha, gates = force_decode(captioners[0].decoder, captioners[0].encode(images[:1]).regions, words)
+    torch.testing.assert_close(image.alpha, alpha[0, 0])  # the first captioner's, of the first view
+    assert image.gates == pytest.approx(gates[0, 0].tolist())
 
 
 def test_a_view_moves_the_boxes_with_the_pixels(images):
