@@ -235,13 +235,13 @@ def objects_run(shapes, tmp_path_factory):
     return folder
 
 
-def make_tiny_decoder(decoder_class, **settings):
+def make_tiny_decoder(decoder_class, scale=4, **settings):
     """A random decoder of 7 words, 4 of them special tokens, for regions of width 6."""
     torch.manual_seed(5)
     sizes = {"embed_dim": 5, "hidden_dim": 8, "attention_dim": 4}
     decoder = decoder_class(ModelSettings(**sizes | settings), vocab_size=7, region_dim=6).eval()
     for parameter in decoder.parameters():
-        parameter.data *= 4  # far from uniform, so that rankings are clear
+        parameter.data *= scale  # far from uniform, so that rankings are clear
     decoder.output.bias.data[END] -= 2  # so that not every caption is empty
     return decoder
 

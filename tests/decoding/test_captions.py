@@ -1,28 +1,12 @@
-"""The attention of captions is that of the steps, and n-best lists are what beam search finds."""
+"""N-best lists of captions are what beam search finds."""
 
 import torch
 
 from conftest import beams
 from decoding.beam_search import beam_search
-from decoding.captions import caption_attention, caption_batch
+from decoding.captions import caption_batch
 from models import load_captioner
-from text.vocabulary import END, START
 from utils import choose_runtime
-
-
-def test_gates_and_attention_are_those_of_the_steps(tiny_decoder):
-    torch.manual_seed(0)
-    regions, captions = torch.randn(2, 9, 6), torch.tensor([[4, 5, 6], [6, 4, END]])
-    alpha, gates = caption_attention(tiny_decoder, regions, captions)
-    keys, state = tiny_decoder.keys(regions), tiny_decoder.init_state(regions)
-    previous = torch.full((2, 1), START)
-    for t in range(3):
-        expected = tiny_decoder.attention.gate(state[0]).sigmoid()[:, 0, 0]
-        torch.testing.assert_close(gates[:, t], expected)
-        _, expected, state = tiny_decoder.step(previous, regions, keys, state)
-        torch.testing.assert_close(alpha[:, t], expected[:, 0])
-        previous = captions[:, t : t + 1]
-    assert not tiny_decoder.attention.gate._forward_hooks
 
 
 def test_n_best_is_what_beam_search_finds(shapes, run_folder):

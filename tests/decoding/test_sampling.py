@@ -1,11 +1,11 @@
-"""Sampling against the softmax, with its truncations written out, and with seeds."""
+"""Sampling against the softmax, with its truncations written out; forced decoding against teacher forcing."""
 
 import pytest
 import torch
 
-from conftest import beams, ending_at_different_words, samples
+from conftest import beams, ending_at_different_words, samples, step_by_step
 from decoding.beam_search import beam_search
-from decoding.sampling import sample
+from decoding.sampling import force_decode, sample
 from decoding.settings import DecodingSettings
 from text.vocabulary import END, START
 from utils import InputError
@@ -18,10 +18,7 @@ def test_cold_samples_of_a_batch_are_the_greedy_captions(tiny_decoder):
     regions = ending_at_different_words(tiny_decoder)
     tiny_decoder.output.bias.data[END] -= 1
     greedy, _ = beam_search(tiny_decoder, regions, beams(1, 9))
-    for settings in (
-        samples(2, 9, temperature=1e-4),
-        samples(2, 9, top_k=1),
-    ):
+    for settings in (samples(2, 9, temperature=1e-4), samples(2, 9, top_k=1)):
         not_empty = sample(tiny_decoder, regions, settings)
         rows = not_empty[:, 0, 0] != END  # a sampled caption may be empty
         assert rows.sum() > 5 and len((greedy != END).sum(-1).unique()) > 1
@@ -68,9 +65,9 @@ def test_sampled_words_follow_the_softmax(tiny_decoder, options):
     checked = 0
     for b in range(2):
         keys, state = tiny_decoder.keys(regions[b : b + 1]), tiny_decoder.init_state(regions[b : b + 1])
-        first, _, state = tiny_decoder.step(torch.tensor([[START]]), regions[b : b + 1], keys, state)
+        first, state, *_ = tiny_decoder.step(torch.tensor([[START]]), regions[b : b + 1], keys, state)
         common = sampled[b, :, 0][sampled[b, :, 0] != END].mode().values
-        second, _, _ = tiny_decoder.step(common.view(1, 1), regions[b : b + 1], keys, state)
+        second = tiny_decoder.step(common.view(1, 1), regions[b : b + 1], keys, state).logits
         for logits, words in ((first, sampled[b, :, 0]), (second, sampled[b, sampled[b, :, 0] == common, 1])):
             expected = truncated(logits[0, 0], settings)
             frequencies = torch.stack([(words == word_id).float().mean() for word_id in ALLOWED_IDS])
@@ -111,3 +108,21 @@ def test_settings_without_a_meaning_are_refused(options):
     name, value = next(iter(options.items()))
     with pytest.raises(InputError, match=f"^--{name} {value}: "):
         DecodingSettings(**options)
+
+
+def test_captions_of_any_origin_are_scored_with_alpha_and_gates(tiny_decoder):
+    regions = torch.randn(2, 4, 6)
+    captions = torch.tensor([[[4, 5, 6], [END, END, END], [6, END, END]], [[6, 6, END], [3, 4, 5], [5, 4, END]]])
+    log_probs, alpha, gates = force_decode(tiny_decoder, regions, captions)
+    for b in range(2):
+        for c, caption in enumerate(captions[b].tolist()):
+            length = caption.index(END) + 1 if END in caption else 3
+            expected, expected_alpha = step_by_step(tiny_decoder, regions[b : b + 1], caption[:length])
+            assert log_probs[b, c].item() == pytest.approx(expected, abs=1e-4)
+            torch.testing.assert_close(alpha[b, c, :length], expected_alpha)
+            keys, state = tiny_decoder.keys(regions[b : b + 1]), tiny_decoder.init_state(regions[b : b + 1])
+            for t, word in enumerate([START, *caption[: length - 1]]):
+                expected_gate = tiny_decoder.attention.gate(state[0]).sigmoid().view(())
+                torch.testing.assert_close(gates[b, c, t], expected_gate)
+                state = tiny_decoder.step(torch.tensor([[word]]), regions[b : b + 1], keys, state).state
+            assert (gates[b, c, length:] == 0).all()

@@ -1,22 +1,17 @@
-"""Adaptive attention against the equations of "Knowing When to Look"."""
+"""The adaptive decoder against the equations of "Knowing When to Look"."""
 
 import pytest
 import torch
 
-from decoding.captions import caption_attention
-from modules.adaptive import AdaptiveDecoder
-from modules.attention import AdaptiveAttention
+from conftest import make_tiny_decoder
+from modules.adaptive import AdaptiveAttention, AdaptiveDecoder
 from text.vocabulary import START
-
-DIMS = {"region_dim": 6, "hidden_dim": 8, "attention_dim": 4}
 
 
 @pytest.fixture
 def decoder():
     """A random decoder in eval mode, its biases not zero."""
-    torch.manual_seed(0)
-    settings = {"dropout": 0.5, "cell": "lstm", "attention": "adaptive", "image_first": False, "layers": 1}
-    decoder = AdaptiveDecoder(vocab_size=7, embed_dim=5, **DIMS, **settings).eval()
+    decoder = make_tiny_decoder(AdaptiveDecoder)
     for parameter in decoder.parameters():
         parameter.data = torch.randn_like(parameter)
     return decoder
@@ -34,27 +29,24 @@ def attend_by_equations(attention, regions, hidden, sentinel):
 
 
 def test_adaptive_attention_equals_its_equations():
-    torch.manual_seed(0)
-    attention = AdaptiveAttention(**DIMS)
+    torch.manual_seed(1)
+    attention = AdaptiveAttention(region_dim=6, hidden_dim=8, attention_dim=4)
     for parameter in attention.parameters():
         parameter.data = torch.randn_like(parameter)
     regions, hidden, sentinel = torch.randn(2, 3, 6), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    context, alpha = attention(regions, attention.keys(regions), hidden, sentinel)
-    betas = []
+    context, alpha, gate, _ = attention(regions, attention.keys(regions), hidden, sentinel=sentinel)
     for b in range(2):
         for c in range(5):
-            expected_context, expected_alpha, beta = attend_by_equations(
-                attention, regions[b], hidden[b, c], sentinel[b, c]
-            )
-            torch.testing.assert_close(context[b, c], expected_context)
+            expected, expected_alpha, beta = attend_by_equations(attention, regions[b], hidden[b, c], sentinel[b, c])
+            torch.testing.assert_close(context[b, c], expected)
             torch.testing.assert_close(alpha[b, c], expected_alpha)
-            betas.append(beta.item())
-    assert max(betas) - min(betas) > 0.2
+            torch.testing.assert_close(gate[b, c], 1 - beta)
+    assert gate.max() - gate.min() > 0.2
 
 
-def test_the_decoder_equals_an_lstm_cell_with_a_sentinel_and_shows_beta(decoder):
+def test_the_decoder_equals_an_lstm_cell_with_a_sentinel_and_returns_its_gate(decoder):
     torch.manual_seed(1)
-    regions, words = torch.randn(1, 3, 6), [START, 4, 6, 5]
+    regions = torch.randn(1, 3, 6)
     cell, mean = decoder.cell, regions[0].mean(0)
     lstm = torch.nn.LSTMCell(11, 8)
     weight_ih = torch.cat([cell.words.weight, cell.context.weight], dim=1)
@@ -62,17 +54,16 @@ def test_the_decoder_equals_an_lstm_cell_with_a_sentinel_and_shows_beta(decoder)
     lstm.bias_ih.data, lstm.bias_hh.data = cell.words.bias[:32].data, torch.zeros(32)
     keys, state = decoder.keys(regions), decoder.init_state(regions)
     h, m = (part[0, 0] for part in state)
-    gates = caption_attention(decoder, regions, torch.tensor([[*words[1:], 4]]))[1]
-    for t, word in enumerate(words):
+    for word in (START, 4, 6, 5):
         x = torch.cat([decoder.embedding.weight[word], mean])
-        gate = (weight_ih[32:] @ x + cell.words.bias[32:] + cell.hidden.weight[32:] @ h).sigmoid()  # equation 9
+        sentinel_gate = (weight_ih[32:] @ x + cell.words.bias[32:] + cell.hidden.weight[32:] @ h).sigmoid()  # 9
         h, m = lstm(x, (h, m))
-        sentinel = gate * m.tanh()  # equation 10
+        sentinel = sentinel_gate * m.tanh()  # equation 10
         context, expected_alpha, beta = attend_by_equations(decoder.attention, regions[0], h, sentinel)
-        logits, alpha, state = decoder.step(torch.tensor([[word]]), regions, keys, state)
+        logits, state, alpha, gate = decoder.step(torch.tensor([[word]]), regions, keys, state)
         torch.testing.assert_close(alpha[0, 0], expected_alpha)
         torch.testing.assert_close(logits[0, 0], decoder._logits(decoder.embedding.weight[word], h, context))
-        torch.testing.assert_close(gates[0, t], 1 - beta)
+        torch.testing.assert_close(gate[0, 0], 1 - beta)
         assert [part.shape for part in state] == [(1, 1, 8), (1, 1, 8)]
 
 
@@ -80,6 +71,6 @@ def test_a_sentinel_far_above_or_below_the_regions_gives_finite_gradients(decode
     regions = torch.randn(1, 3, 6)
     for scale in (1e4, -1e4):
         decoder.attention.score.weight.data.fill_(scale)
-        logits, _, _ = decoder.step(torch.tensor([[4]]), regions, decoder.keys(regions), decoder.init_state(regions))
-        logits.sum().backward()
+        output = decoder.step(torch.tensor([[4]]), regions, decoder.keys(regions), decoder.init_state(regions))
+        output.logits.sum().backward()
         assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in decoder.parameters())

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from datasets import Example, collate
+from models import ModelSettings
 from modules.attention import ATTENTIONS, HardAttention
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, START
@@ -18,8 +19,8 @@ DIMS = {"region_dim": 6, "hidden_dim": 8, "attention_dim": 5}
 
 def hard_decoder():
     """A decoder with hard attention in training mode, without dropout."""
-    dims = {"vocab_size": 6, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
-    return ShowAttendTell(**dims, dropout=0.0, cell="lstm", attention="hard", image_first=False, layers=1).train()
+    sizes = {"embed_dim": 5, "attention_dim": 4, "hidden_dim": 8, "dropout": 0.0}
+    return ShowAttendTell(ModelSettings(attention="hard", **sizes), vocab_size=6, region_dim=6).train()
 
 
 def scores_by_formula(name, attention, regions, hidden):
@@ -34,10 +35,11 @@ def test_attention_is_a_gated_mean_of_the_regions(name):
     torch.manual_seed(0)
     attention = ATTENTIONS[name](**DIMS).eval()
     regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)
-    context, alpha = attention(regions, attention.keys(regions), hidden)
+    context, alpha, gate, log_probs = attention(regions, attention.keys(regions), hidden)
     torch.testing.assert_close(alpha, scores_by_formula(name, attention, regions, hidden).softmax(-1))
-    gate = attention.gate(hidden).sigmoid()
-    torch.testing.assert_close(context, gate * torch.einsum("bcr,brd->bcd", alpha, regions))
+    torch.testing.assert_close(gate, attention.gate(hidden).sigmoid().squeeze(-1))
+    torch.testing.assert_close(context, gate.unsqueeze(-1) * torch.einsum("bcr,brd->bcd", alpha, regions))
+    assert log_probs is None
 
 
 def test_soft_attention_in_bfloat16_is_that_in_float32():
@@ -45,9 +47,9 @@ def test_soft_attention_in_bfloat16_is_that_in_float32():
     attention = ATTENTIONS["soft"](**DIMS).eval()
     attention.score.weight.data *= 4  # far from uniform
     regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)
-    _, expected = attention(regions, attention.keys(regions), hidden)
+    expected = attention(regions, attention.keys(regions), hidden).alpha
     with torch.autocast("cpu", torch.bfloat16):
-        _, alpha = attention(regions, attention.keys(regions), hidden)
+        alpha = attention(regions, attention.keys(regions), hidden).alpha
     assert alpha.dtype == torch.float32
     torch.testing.assert_close(alpha, expected, atol=0.02, rtol=0)
 
@@ -55,8 +57,8 @@ def test_soft_attention_in_bfloat16_is_that_in_float32():
 def test_no_attention_has_an_empty_context_and_uniform_alpha():
     attention = ATTENTIONS["none"](**DIMS)
     regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)
-    context, alpha = attention(regions, attention.keys(regions), hidden)
-    assert context.shape == (2, 3, 0) and torch.equal(alpha, torch.full((2, 3, 4), 0.25))
+    context, alpha, gate, _ = attention(regions, attention.keys(regions), hidden)
+    assert context.shape == (2, 3, 0) and torch.equal(alpha, torch.full((2, 3, 4), 0.25)) and gate is None
     assert not list(attention.parameters())
 
 
@@ -66,15 +68,14 @@ def test_hard_attention_samples_one_region_in_half_of_the_steps():
     attention.gate.weight.data.zero_()
     attention.gate.bias.data.fill_(100)  # an open gate
     regions, hidden = torch.randn(1, 4, 6), torch.randn(1, 1, 8).expand(1, 8000, 8)
-    with attention.record_samples() as sampled_log_probs:
-        context, alpha = attention(regions, attention.keys(regions), hidden)
+    context, alpha, _, sampled_log_probs = attention(regions, attention.keys(regions), hidden)
     is_region = torch.isclose(context.unsqueeze(2), regions.unsqueeze(1), atol=1e-4).all(-1)  # (1, 8000, 4)
     sampled = is_region.any(-1)
     assert sampled.float().mean().item() == pytest.approx(0.5, abs=0.03)
     torch.testing.assert_close(is_region[sampled].float().mean(0), alpha[0, 0], atol=0.03, rtol=0)
     torch.testing.assert_close(context[~sampled], (alpha @ regions)[~sampled], atol=1e-4, rtol=0)
     log_probs = (alpha * is_region).sum(-1).clamp_min(1e-9).log()
-    torch.testing.assert_close(sampled_log_probs[0], log_probs.where(sampled, 0))
+    torch.testing.assert_close(sampled_log_probs, log_probs.where(sampled, 0))
 
 
 def exact_gradients(decoder, monkeypatch, regions, caption):
@@ -87,7 +88,7 @@ def exact_gradients(decoder, monkeypatch, regions, caption):
         def mix(alpha, samples=samples, probabilities=probabilities):
             one_hot = functional.one_hot(torch.tensor(next(samples)), 3).float().view(1, 1, 3)
             probabilities.append((alpha * one_hot).sum())
-            return one_hot
+            return one_hot, None
 
         with monkeypatch.context() as patch:
             patch.setattr(decoder.attention, "mix", mix)
@@ -116,24 +117,8 @@ def test_the_gradient_of_hard_attention_is_that_of_the_expected_loss(monkeypatch
     ((losses.sum() + reinforce) / count).backward()
     for name, parameter in decoder.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=0.006, rtol=0, msg=name)
-    of_scores = [
-        name for name in gradients if name.startswith(("attention.keys", "attention.query", "attention.score"))
-    ]
-    assert all(gradients[name].abs().max() > 0.05 for name in of_scores)
-
-
-def test_samples_are_recorded_in_the_context_alone():
-    attention = HardAttention(**DIMS)
-    regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)
-    inputs = regions, attention.keys(regions), hidden
-    with pytest.raises(KeyError), attention.record_samples() as interrupted:
-        attention(*inputs)
-        raise KeyError
-    attention(*inputs)
-    with attention.record_samples() as recorded:
-        attention(*inputs)
-        attention.eval()(*inputs)
-    assert len(interrupted) == len(recorded) == 1 and recorded[0].shape == (2, 3)
+        if name.startswith(("attention.keys", "attention.query", "attention.score")):
+            assert gradients[name].abs().max() > 0.05
 
 
 @pytest.fixture
@@ -153,31 +138,22 @@ def test_the_entropy_term_is_the_entropy_of_alpha(two_captions):
     torch.testing.assert_close(loss, (alpha * alpha.log()).sum())
 
 
-def reinforce_by_hand(outputs, baseline):
-    """Each sample's log-probability times the losses from its word on, minus the baseline for each of these words."""
-    log_probs = outputs.sampled_log_probs[:, 0]
-    first = (
-        (9 - 3 * baseline) * log_probs[0, 0] + (8 - 2 * baseline) * log_probs[1, 0] + (5 - baseline) * log_probs[2, 0]
-    )
-    return first + (2 - baseline) * log_probs[0, 1]
-
-
-def test_the_first_step_takes_the_mean_loss_as_baseline(two_captions):
-    _, outputs, lengths, losses = two_captions
-    loss = hard_attention_loss(outputs, lengths, losses, reward_weight=1.0, entropy_weight=0.0)
-    torch.testing.assert_close(loss, reinforce_by_hand(outputs, 11 / 4))
-
-
-def test_later_steps_take_the_moving_average_as_baseline(two_captions):
+@pytest.mark.parametrize("average", [None, 4.8])
+def test_the_baseline_is_the_mean_loss_at_the_first_step_and_its_moving_average_later(two_captions, average):
     decoder, outputs, lengths, losses = two_captions
-    decoder.attention.update_baseline(4.8)
+    if average:
+        decoder.update_baseline(average)
+    baseline = average or 11 / 4
     loss = hard_attention_loss(outputs, lengths, losses, reward_weight=1.0, entropy_weight=0.0)
-    torch.testing.assert_close(loss, reinforce_by_hand(outputs, 4.8))
+    # Each sample's log-probability times the losses from its word on, minus the baseline for each of these words.
+    first, second = outputs.sampled_log_probs[:, 0].unbind(dim=1)
+    expected = (9 - 3 * baseline) * first[0] + (8 - 2 * baseline) * first[1] + (5 - baseline) * first[2]
+    torch.testing.assert_close(loss, expected + (2 - baseline) * second[0])
 
 
 def test_the_baseline_is_a_moving_average_that_starts_at_the_first_loss(two_captions):
     decoder, outputs, *_ = two_captions
     for loss, average in ((5.0, 5.0), (3.0, 4.8), (4.8, 4.8)):
-        decoder.attention.update_baseline(loss)
+        decoder.update_baseline(loss)
         assert decoder.attention.baseline.item() == pytest.approx(average)
     assert outputs.baseline is decoder.attention.baseline

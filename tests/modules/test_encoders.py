@@ -9,10 +9,17 @@ from modules.encoders import Encoder, folded_encoder
 from utils import InputError
 
 
-def test_encoder_equals_torchvision(tmp_path):
+@pytest.fixture
+def resnet18(tmp_path):
+    """torchvision's network with random weights, and a file of them."""
     network = torchvision.models.resnet18(weights=None).eval()
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    encoder = Encoder("resnet18", weights=str(tmp_path / "weights.pth")).eval()
+    return network, str(tmp_path / "weights.pth")
+
+
+def test_encoder_equals_torchvision(resnet18):
+    network, weights = resnet18
+    encoder = Encoder("resnet18", weights=weights).eval()
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     x = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -27,19 +34,12 @@ def test_grid_size_pools_the_grid():
     assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 9, 64)
 
 
-def batch_norm_moves(encoder):
-    before = encoder.network.bn1.running_mean.clone()
-    encoder.train()(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
-    return not torch.equal(before, encoder.network.bn1.running_mean)
-
-
-def test_batch_norm_of_pretrained_weights_never_moves(tmp_path):
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "weights.pth")
-    assert not batch_norm_moves(Encoder("resnet18", layer="layer1", weights=str(tmp_path / "weights.pth")))
-
-
-def test_batch_norm_of_random_weights_moves():
-    assert batch_norm_moves(Encoder("resnet18", layer="layer1"))
+def test_batch_norm_moves_with_random_weights_alone(resnet18):
+    for weights in ("", resnet18[1]):
+        encoder = Encoder("resnet18", layer="layer1", weights=weights)
+        before = encoder.network.bn1.running_mean.clone()
+        encoder.train()(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
+        assert torch.equal(before, encoder.network.bn1.running_mean) == bool(weights)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,9 @@ def test_encoders_that_cannot_be_built_are_named(name, options, message):
         Encoder(name, **options)
 
 
-def test_weights_of_another_network_are_refused(tmp_path):
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "weights.pth")
+def test_weights_of_another_network_are_refused(resnet18):
     with pytest.raises(InputError, match="not the weights of this network"):
-        Encoder("resnet34", weights=str(tmp_path / "weights.pth"))
+        Encoder("resnet34", weights=resnet18[1])
 
 
 def test_an_error_of_a_download_says_how_to_pass_a_file(monkeypatch):
@@ -100,20 +99,15 @@ def test_the_default_layer_has_the_grid_of_the_papers(name, size, side, features
 
 
 @pytest.mark.parametrize(("block", "frozen"), [("", ()), ("layer2", ("conv1", "bn1", "layer1"))])
-def test_unfreeze_from_a_block_leaves_earlier_blocks_frozen(block, frozen):
+def test_unfreeze_from_a_block_leaves_earlier_blocks_and_their_batch_norm_as_they_are(block, frozen):
     encoder = Encoder("resnet18", layer="layer3")
     encoder.unfreeze_from(block)
     for name, parameter in encoder.network.named_parameters():
         assert parameter.requires_grad != name.startswith(frozen), name
-
-
-def test_batch_norm_of_frozen_blocks_does_not_move():
-    encoder = Encoder("resnet18", layer="layer3")
-    encoder.unfreeze_from("layer2")
     before = {name: buffer.clone() for name, buffer in encoder.network.named_buffers()}
     encoder.train()(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
     for name, buffer in encoder.network.named_buffers():
-        assert torch.equal(buffer, before[name]) == name.startswith(("bn1", "layer1")), name
+        assert torch.equal(buffer, before[name]) == name.startswith(frozen), name
 
 
 @pytest.mark.parametrize("block", ["layer9", "relu", "layer4"])

@@ -4,18 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import make_tiny_decoder
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import START
 
-DIMS = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
 NETWORKS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 def make_decoder(**settings):
     """A random decoder in eval mode, its biases not zero."""
-    torch.manual_seed(0)
-    settings = {"cell": "lstm", "attention": "none", "image_first": False, "layers": 1} | settings
-    decoder = ShowAttendTell(**DIMS, dropout=0.5, **settings).eval()
+    decoder = make_tiny_decoder(ShowAttendTell, **{"attention": "none"} | settings)
     for parameter in decoder.parameters():
         parameter.data = torch.randn_like(parameter) / 2
     return decoder
@@ -38,8 +36,9 @@ def run_steps(decoder, regions, words):
     keys, state = decoder.keys(regions), decoder.init_state(regions)
     logits = []
     for word in words.split(1, dim=1):
-        step_logits, _, state = decoder.step(word, regions, keys, state)
-        logits.append(step_logits[:, 0])
+        output = decoder.step(word, regions, keys, state)
+        state = output.state
+        logits.append(output.logits[:, 0])
     return torch.stack(logits, dim=1)
 
 
@@ -76,9 +75,9 @@ def test_the_attention_of_layers_is_that_of_the_top_one():
     decoder = make_decoder(attention="soft", layers=2)
     regions = torch.randn(1, 3, 6)
     keys, state = decoder.keys(regions), decoder.init_state(regions)
-    _, alpha, next_state = decoder.step(torch.tensor([[4]]), regions, keys, state)
-    context, expected = decoder.attention(regions, keys[0], state[0])
-    torch.testing.assert_close(alpha, expected)
+    _, next_state, alpha, gate = decoder.step(torch.tensor([[4]]), regions, keys, state)
+    context, expected, expected_gate, _ = decoder.attention(regions, keys[0], state[0])
+    torch.testing.assert_close((alpha, gate), (expected, expected_gate))
     first, second = decoder.cell, decoder.upper_cells[0]
     below = first(first.words(decoder.embedding.weight[4]).view(1, 1, -1), context, state[2:])
     torch.testing.assert_close(next_state, (*second(second.words(below[0]), None, state[:2]), *below))

@@ -5,30 +5,22 @@ import math
 
 import pytest
 import torch
-from modules.transformer_layers import fused_attention, scaled_dot_product, sine_positions
+from test_decoders import CAPTIONS
 from torch import nn
 from torch.nn import functional
 
-from conftest import beams, check_teacher_forcing, random_batch, samples, step_by_step
-from decoding.beam_search import beam_search
+from conftest import random_batch, step_by_step
 from decoding.contract import expand
-from decoding.sampling import sample
-from modules.transformer import TransformerDecoder
-from text.vocabulary import END, START
+from models import ModelSettings
+from modules.transformer import TransformerDecoder, fused_attention, scaled_dot_product, sine_positions
 from utils import InputError
 
-SIZES = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "hidden_dim": 8, "heads": 2, "ffn_dim": 12}
-CAPTIONS = [
-    [[START, 4, 5, 6, 4, END], [START, 6, END]],
-    [[START, 5, END], [START, 4, 4, END], [START, 5, 5, 5, END]],
-    [[START, END]],
-]
 
-
-def make_decoder(**changes):
+def make_decoder(region_dim=6, **changes):
     """A random decoder with dropout 0, whose predictions are far from uniform."""
     torch.manual_seed(3)
-    decoder = TransformerDecoder(**SIZES | {"decoder_layers": 2, "dropout": 0.0} | changes).eval()
+    sizes = {"embed_dim": 5, "hidden_dim": 8, "heads": 2, "ffn_dim": 12, "decoder_layers": 2, "dropout": 0.0}
+    decoder = TransformerDecoder(ModelSettings(**sizes | changes), vocab_size=7, region_dim=region_dim).eval()
     for parameter in decoder.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return decoder
@@ -73,23 +65,17 @@ def test_the_decoder_equals_torch_layers_with_its_weights(batch):
     for layer in decoder.layers:
         layers.append(nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True))
         copy_to_torch(layer, layers[-1])
-    row_of = {}
-    mask = torch.arange(5).view(-1, 1, 1) < batch.lengths
-    for row, (t, b, c) in enumerate(mask.nonzero().tolist()):
-        row_of[t, b, c] = row
+    exists = torch.arange(5).view(-1, 1, 1) < batch.lengths  # (T, B, C)
+    rows = exists.flatten().cumsum(0).view(exists.shape) - 1  # of the logits
     for b, c in itertools.product(range(3), range(3)):
         if length := int(batch.lengths[b, c]):
-            words = batch.words[b, c, :length]
-            x = decoder.embedding_proj(decoder.embedding(words) * math.sqrt(5)) + sine_positions(
-                torch.arange(length), 8
-            )
-            x = x.unsqueeze(0)
+            embedded = decoder.embedding(batch.words[b, c, :length]) * math.sqrt(5)
+            x = (decoder.embedding_proj(embedded) + sine_positions(torch.arange(length), 8)).unsqueeze(0)
             causal = nn.Transformer.generate_square_subsequent_mask(length)
             for layer in layers:
                 x = layer(x, regions[b : b + 1], tgt_mask=causal, tgt_is_causal=True)
             expected = decoder.output(decoder.norm(x))[0]
-            found = logits[[row_of[t, b, c] for t in range(length)]]
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(logits[rows[:length, b, c]], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_alpha_is_that_of_torch_attention():
@@ -106,43 +92,6 @@ def test_alpha_is_that_of_torch_attention():
     torch.testing.assert_close(alpha, expected)
 
 
-def test_teacher_forcing_equals_stepping_word_by_word(decoder, batch):
-    check_teacher_forcing(decoder, batch)
-
-
-def test_every_parameter_gets_the_gradient_of_stepping_word_by_word(decoder, batch):
-    logits, targets, *_ = decoder(batch.inputs, batch.words, batch.lengths)
-    functional.cross_entropy(logits, targets, reduction="sum").backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
-    decoder.zero_grad()
-    for b, c in itertools.product(range(3), range(3)):
-        regions, length = batch.inputs[b : b + 1], int(batch.lengths[b, c])
-        keys, state = decoder.keys(regions), decoder.init_state(regions)
-        for previous, target in itertools.pairwise(batch.words[b, c, : length + 1]):
-            logits, _, state = decoder.step(previous.view(1, 1), regions, keys, state)
-            functional.cross_entropy(logits[0], target.view(1)).backward(retain_graph=True)
-    for name, parameter in decoder.named_parameters():
-        assert parameter.grad.abs().sum() > 0, name
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
-
-
-def test_padding_never_leaks_into_the_outputs(decoder, batch):
-    mask = torch.arange(batch.words.shape[2]) <= batch.lengths.unsqueeze(2)
-    garbage = torch.where(mask, batch.words, torch.full_like(batch.words, 6))
-    outputs = decoder(batch.inputs, batch.words, batch.lengths)
-    for before, after in zip(outputs[:3], decoder(batch.inputs, garbage, batch.lengths)[:3], strict=True):
-        assert torch.equal(before, after)
-
-
-def test_scheduled_sampling_feeds_back_the_sampled_words(decoder, batch):
-    decoder._sample_words = lambda *_, original=decoder._sample_words: original(*_).fill_(6)
-    logits, targets, *_ = decoder(batch.inputs, batch.words, batch.lengths, sampling_prob=1.0)
-    fed_back = batch.words.clone()
-    fed_back[:, :, 1:] = 6
-    assert torch.equal(targets, decoder(batch.inputs, batch.words, batch.lengths).targets)
-    torch.testing.assert_close(logits, decoder(batch.inputs, fed_back, batch.lengths).logits)
-
-
 def test_a_sample_stands_where_the_word_that_it_predicts_stood(decoder, batch):
     sampled = []
 
@@ -156,28 +105,6 @@ def test_a_sample_stands_where_the_word_that_it_predicts_stood(decoder, batch):
     fed_back = batch.words.clone()
     fed_back[:, :, 1:-1] = sampled[0]
     torch.testing.assert_close(logits, decoder(batch.inputs, fed_back, batch.lengths).logits)
-
-
-def test_scheduled_sampling_in_bfloat16_loses_no_gradient(decoder, batch):
-    # Words are sampled without gradient: the weights that autocast casts then must not be those of the loss.
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, targets, *_ = decoder(batch.inputs, batch.words, batch.lengths, sampling_prob=0.5)
-    functional.cross_entropy(logits.float(), targets).backward()
-    for name, param in decoder.named_parameters():
-        assert param.grad is not None and param.grad.any(), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_searches_reorder_the_cache(decoder, batch, dtype):
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        captions, log_probs = beam_search(decoder, batch.inputs, beams(3, 8))
-        sampled = sample(decoder, batch.inputs, samples(4, 8))
-    assert sampled.shape[:2] == (3, 4)
-    for b, k in itertools.product(range(3), range(3)):
-        words = captions[b, k].tolist()
-        words = words[: words.index(END) + 1] if END in words else words
-        expected, _ = step_by_step(decoder, batch.inputs[b : b + 1], words)
-        assert log_probs[b, k].item() == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_layer_and_head_of_alpha_are_chosen(decoder, batch):
@@ -247,10 +174,6 @@ def test_the_fused_attention_has_four_dimensions_as_its_kernels_on_a_gpu_need(mo
 @pytest.mark.parametrize("width", [8, 5])
 def test_positions_are_sines_and_cosines(width):
     half = (width + 1) // 2
-    codes = [
-        [math.sin(p / 10_000 ** (i / half)) for i in range(half)]
-        + [math.cos(p / 10_000 ** (i / half)) for i in range(half)]
-        for p in (0, 1, 50)
-    ]
-    found = sine_positions(torch.tensor([0, 1, 50]), width)
-    torch.testing.assert_close(found, torch.tensor(codes)[:, :width], atol=1e-5, rtol=1e-5)
+    for position in (0, 1, 50):
+        expected = [f(position / 10_000 ** (i / half)) for f in (math.sin, math.cos) for i in range(half)][:width]
+        assert sine_positions(torch.tensor(position), width).tolist() == pytest.approx(expected, abs=1e-5)

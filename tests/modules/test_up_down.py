@@ -4,17 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import make_tiny_decoder
 from modules.decoders import map_tensors
 from modules.up_down import UpDownDecoder
-
-DIMS = {"vocab_size": 7, "region_dim": 6, "embed_dim": 5, "attention_dim": 4, "hidden_dim": 8}
 
 
 @pytest.fixture
 def decoder():
     """A random decoder in eval mode, its biases not zero and its gates far from one half."""
-    torch.manual_seed(0)
-    decoder = UpDownDecoder(**DIMS, dropout=0.5).eval()
+    decoder = make_tiny_decoder(UpDownDecoder)
     for parameter in decoder.parameters():
         parameter.data = torch.randn_like(parameter)
     return decoder
@@ -31,7 +29,7 @@ def torch_cell(weights, cell):
 def test_up_down_equals_two_lstm_cells(decoder):
     torch.manual_seed(1)
     regions, words = torch.randn(2, 3, 6), torch.tensor([[1, 4, 6, 5], [1, 6, 2, 4]])
-    cell_1, cell_2 = decoder.attention_lstm, decoder.language_lstm
+    cell_1, cell_2, attention = decoder.attention_lstm, decoder.language_lstm, decoder.attention
     lstm_1 = torch_cell([cell_1.context.weight, decoder.mean_region.weight, cell_1.words.weight], cell_1)
     lstm_2 = torch_cell([cell_2.words.weight, cell_2.context.weight], cell_2)
     keys, state = decoder.keys(regions), decoder.init_state(regions)
@@ -41,29 +39,23 @@ def test_up_down_equals_two_lstm_cells(decoder):
         for word in words[b]:
             x1 = torch.cat([h2, regions[b].mean(0), decoder.embedding.weight[word]])  # equation 2
             h1, c1 = lstm_1(x1, (h1, c1))
-            scores = [  # equation 3
-                decoder.score.weight[0] @ (decoder.region_proj(v) + decoder.query.weight @ h1).tanh()
-                for v in regions[b]
-            ]
+            query = attention.query.weight @ h1
+            scores = [attention.score.weight[0] @ (attention.keys(v) + query).tanh() for v in regions[b]]  # equation 3
             alpha = torch.stack(scores).softmax(0)  # equation 4
             attended = sum(weight * v for weight, v in zip(alpha, regions[b], strict=True))  # equation 5
             h2, c2 = lstm_2(torch.cat([attended, h1]), (h2, c2))  # equation 6
             expected = decoder.output.weight @ h2 + decoder.output.bias  # equation 7
-            logits, found_alpha, image_state = decoder.step(
-                word.view(1, 1), regions[b : b + 1], image_keys, image_state
-            )
-            torch.testing.assert_close(logits[0, 0], expected)
-            torch.testing.assert_close(found_alpha[0, 0], alpha)
+            step = decoder.step(word.view(1, 1), regions[b : b + 1], image_keys, image_state)
+            image_state = step.state
+            torch.testing.assert_close(step.logits[0, 0], expected)
+            torch.testing.assert_close(step.alpha[0, 0], alpha)
+            assert step.gate is None
     assert alpha.max() < 0.999  # or the scores would not matter
 
 
 def test_the_mean_region_is_mapped_once_per_image(decoder):
-    regions = torch.randn(2, 3, 6)
     calls = []
     decoder.mean_region.register_forward_hook(lambda *_: calls.append(None))
-    words, lengths = (
-        torch.tensor([[[1, 4, 5, 2], [1, 4, 2, 0]], [[1, 6, 2, 0], [1, 2, 0, 0]]]),
-        torch.tensor([[3, 2], [2, 1]]),
-    )
-    decoder(regions, words, lengths)
+    words = torch.tensor([[[1, 4, 5, 2], [1, 4, 2, 0]], [[1, 6, 2, 0], [1, 2, 0, 0]]])
+    decoder(torch.randn(2, 3, 6), words, torch.tensor([[3, 2], [2, 1]]))
     assert len(calls) == 1
