@@ -24,7 +24,7 @@ from decoding.beam_search import beam_search
 from decoding.sampling import sample
 from decoding.settings import DecodingSettings
 from features.feature_cache import build_dataset
-from models import load_captioner
+from models import ModelSettings, load_captioner
 from modules.decoders import Decoder
 from modules.show_attend_tell import ShowAttendTell
 from utils import BaseSettings, InputError, Runtime, choose_runtime, run_script, setting
@@ -54,18 +54,9 @@ class Settings(BaseSettings):
 def random_decoder(settings: Settings, device: torch.device) -> tuple[Decoder, Tensor]:
     """Build a decoder with random weights, and random regions (B, R, D)."""
     torch.manual_seed(settings.seed)
-    decoder = ShowAttendTell(
-        vocab_size=settings.vocab_size,
-        region_dim=settings.region_dim,
-        embed_dim=settings.hidden_dim,
-        attention_dim=settings.hidden_dim,
-        hidden_dim=settings.hidden_dim,
-        dropout=0.0,
-        cell="lstm",
-        attention="soft",
-        image_first=False,
-        layers=1,
-    )
+    width = settings.hidden_dim
+    model_settings = ModelSettings(embed_dim=width, attention_dim=width, hidden_dim=width, dropout=0.0)
+    decoder = ShowAttendTell(model_settings, vocab_size=settings.vocab_size, region_dim=settings.region_dim)
     regions = torch.rand(settings.images, settings.regions, settings.region_dim)
     return decoder.to(device).eval(), regions.to(device)
 
@@ -120,11 +111,8 @@ def measure(decoder: Decoder, regions: Tensor, settings: Settings, runtime: Runt
                     search = DecodingSettings(beam_size=beam_size, max_length=settings.max_length)
                     log_probs.append(beam_search(decoder, batch, search)[1][:, 0])
                 else:
-                    sample(
-                        decoder,
-                        batch,
-                        DecodingSettings(samples=settings.sampled_captions, max_length=settings.max_length),
-                    )
+                    sampling = DecodingSettings(samples=settings.sampled_captions, max_length=settings.max_length)
+                    sample(decoder, batch, sampling)
         return torch.cat(log_probs) if beam_size else regions[:0]
 
     rows = []

@@ -72,7 +72,7 @@ def straightforward_loss(captioner: Captioner, rows: CaptionRows, settings: trai
     decoder = captioner.decoder
     assert isinstance(decoder, ShowAttendTell)
     attention, cell_layer = decoder.attention, decoder.cell
-    assert isinstance(attention, SoftAttention)
+    assert isinstance(attention, SoftAttention) and attention.gate is not None
     with torch.no_grad():
         features = captioner.encoder(rows.images)
     regions = captioner.region_layer(features)  # (N, R, D)

@@ -100,14 +100,13 @@ def decode(run, device, settings, common):
     """The scores and captions of eval.py for a run, after caption.py with its pictures."""
     decoding = {"device": device, "precision": settings.precision, "max_length": 4}
     best, photo = str(run / "best.pt"), str(min(Path(common["data_folder"], "photos").glob("*.png")))
-    eval.main(eval.Settings((best,), beam_sizes=(3,), **decoding, **common))
-    graph_word = "a" if settings.graph_layers else ""
-    objects = str(Path(common["data_folder"], "dataset_shapes.json")) if settings.regions != "grid" else ""
-    caption.main(
-        caption.Settings(
-            (photo,), (best,), objects, output_folder=str(run / "pictures"), graph_word=graph_word, **decoding
-        )
-    )
+    eval.main(eval.Settings(checkpoint=(best,), beam_sizes=(3,), **decoding, **common))
+    if settings.graph_layers:
+        decoding["graph_word"] = "a"
+    if settings.regions != "grid":
+        decoding["objects"] = str(Path(common["data_folder"], "dataset_shapes.json"))
+    output_folder = str(run / "pictures")
+    caption.main(caption.Settings(photos=(photo,), checkpoint=(best,), output_folder=output_folder, **decoding))
     scores = read_json(next(run.glob("scores_best_*.json")))["scores"]
     return {"scores": without_times(scores), "captions": read_json(next(run.glob("results_*.json")))}
 
