@@ -11,6 +11,7 @@ the decoder, n heads, d = H / n their width, Q queries, K keys, V words of the v
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,46 +118,24 @@ class DecoderLayer(nn.Module):
         key, value = split_heads(self.cross_key_value(regions), 2, self.heads).permute(2, 0, 3, 1, 4)
         return key, value, None if mask is None else mask.view(len(mask), 1, 1, -1)
 
-    def forward(self, x: Tensor, keys: Nested, with_alpha: bool) -> tuple[Tensor, Tensor | None]:
-        """Compute all words of all captions at once: x (B, C, T, H), keys of `keys` -> x, alpha (B, n, C T, R)."""
-        query, key, value = self._self_projections(x).permute(3, 0, 1, 4, 2, 5)  # (B, C, n, T, d) each
-        attended, _ = scaled_dot_product(query, key, value, is_causal=True)
-        x = self._add(x, self.self_proj, attended.transpose(2, 3).flatten(-2))
-        query = self._cross_query(x.flatten(1, 2))  # (B, n, C T, d)
-        attended, alpha = scaled_dot_product(query, *keys, with_alpha=with_alpha)
-        x = self._add(x, self.cross_proj, attended.transpose(1, 2).reshape(x.shape))
-        return self._add_ffn(x), alpha
+    def forward(
+        self, x: Tensor, keys: Nested, cache: tuple[Tensor, Tensor] | None, with_alpha: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Compute all T words of each caption at once or, with a cache of the t words before it, the next one.
 
-    def step(
-        self, x: Tensor, keys: Nested, cache: tuple[Tensor, Tensor], with_alpha: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
-        """Compute the next word of each caption, with the keys and values of the t words before it as a cache.
-
-        x (B, C, H), keys of `keys`, cache (B, C, n, t, d) twice -> x (B, C, H), alpha (B, n, C, R), cache.
+        x (B, C, T, H), keys of `keys`, cache: keys and values (B, C, n, t, d) -> x, cache of t + T words,
+        alpha (B, n, C T, R) or None.
         """
-        query, *new = self._self_projections(x).unsqueeze(-2).unbind(2)  # (B, C, n, 1, d) each
-        key, value = (torch.cat([old.to(part.dtype), part], dim=3) for old, part in zip(cache, new, strict=True))
-        attended, _ = scaled_dot_product(query, key, value)  # (B, C, n, 1, d)
-        x = self._add(x, self.self_proj, attended.reshape(x.shape))
-        attended, alpha = scaled_dot_product(self._cross_query(x), *keys, with_alpha=with_alpha)  # (B, n, C, d)
-        x = self._add(x, self.cross_proj, attended.transpose(1, 2).flatten(-2))
-        return self._add_ffn(x), alpha, (key, value)
-
-    def _self_projections(self, x: Tensor) -> Tensor:
-        """Compute queries, keys and values of the words: (..., H) -> (..., 3, n, d)."""
-        return split_heads(self.self_query_key_value(self.self_norm(x)), 3, self.heads)
-
-    def _cross_query(self, x: Tensor) -> Tensor:
-        """Compute the words' queries to the regions: (B, Q, H) -> (B, n, Q, d)."""
-        return split_heads(self.cross_query(self.cross_norm(x)), 1, self.heads).squeeze(2).transpose(1, 2)
-
-    def _add(self, x: Tensor, proj: nn.Linear, attended: Tensor) -> Tensor:
-        """Add the output of an attention to its input: x and attended (..., H) -> (..., H)."""
-        return x + self.dropout(proj(attended))
-
-    def _add_ffn(self, x: Tensor) -> Tensor:
-        """Add the output of the feed-forward network to its input: (..., H) -> (..., H)."""
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        projected = split_heads(self.self_query_key_value(self.self_norm(x)), 3, self.heads)  # (B, C, T, 3, n, d)
+        query, key, value = projected.permute(3, 0, 1, 4, 2, 5)  # (B, C, n, T, d) each
+        if cache is not None:
+            key, value = (torch.cat([old.to(new.dtype), new], 3) for old, new in zip(cache, (key, value), strict=True))
+        attended, _ = scaled_dot_product(query, key, value, is_causal=cache is None)
+        x = x + self.dropout(self.self_proj(attended.transpose(2, 3).flatten(-2)))
+        query = split_heads(self.cross_query(self.cross_norm(x)).flatten(1, 2), 1, self.heads).squeeze(2)
+        attended, alpha = scaled_dot_product(query.transpose(1, 2), *keys, with_alpha=with_alpha)  # (B, n, C T, d)
+        x = x + self.dropout(self.cross_proj(attended.transpose(1, 2).reshape(x.shape)))
+        return x + self.dropout(self.ffn(self.ffn_norm(x))), (key, value), alpha
 
 
 class TransformerDecoder(Decoder):
@@ -201,15 +180,13 @@ class TransformerDecoder(Decoder):
         self.alpha_layer, self.alpha_head = (layer or layers) - 1, head
 
     def all_alpha(self, regions: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        x, alphas = self._embed(inputs.unsqueeze(1), torch.arange(inputs.shape[1], device=inputs.device)), []
-        for layer, keys in zip(self.layers, self.keys(regions, mask), strict=True):
-            x, alpha = layer(x, keys, True)
-            alphas.append(alpha)
+        keys = self.keys(regions, mask)
+        *_, alphas = self._run_layers(inputs.unsqueeze(1), keys, range(len(self.layers)))
         return torch.stack(alphas, dim=1)
 
     def keys(self, regions: Tensor, mask: Tensor | None = None) -> Nested:
         """Compute `DecoderLayer.keys` of each layer: regions (B, R, D), mask (B, R)."""
-        return tuple(layer.keys(regions, mask) for layer in self._decoder_layers)
+        return tuple(layer.keys(regions, mask) for layer in self.layers if isinstance(layer, DecoderLayer))
 
     def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Nested, ...]:
         """Return an empty cache: keys and values (B, 1, n, 0, d) of each layer."""
@@ -218,13 +195,8 @@ class TransformerDecoder(Decoder):
 
     def step(self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Nested, ...]) -> StepOutput:
         """Predict the next words; the state holds each layer's keys and values (B, C, n, t, d) of the words so far."""
-        positions = torch.full((1,), state[0][0].shape[3], device=words.device)
-        x, alphas, caches = self._embed(words, positions), [], []
-        for i, layer in enumerate(self._decoder_layers):
-            x, alpha, cache = layer.step(x, keys[i], state[i], i == self.alpha_layer)
-            alphas.append(alpha)
-            caches.append(cache)
-        return StepOutput(self.output(self.norm(x)), tuple(caches), self._select_alpha(alphas))
+        hidden, caches, alphas = self._run_layers(words.unsqueeze(2), keys, [self.alpha_layer], state)
+        return StepOutput(self.output(hidden.squeeze(2)), caches, self._select_alpha(alphas))
 
     def forward(
         self, regions: Tensor, words: Tensor, lengths: Tensor, sampling_prob: float = 0.0, mask: Tensor | None = None
@@ -239,42 +211,40 @@ class TransformerDecoder(Decoder):
         inputs, keys = copy_to_device(words[..., :T], regions.device), self.keys(regions, mask)
         if sampling_prob:
             inputs = self._mix_sampled(inputs, keys, sampling_prob)
-        hidden, alpha = self._run_layers(inputs, keys)
+        hidden, _, alphas = self._run_layers(inputs, keys, [self.alpha_layer])
+        alpha = self._select_alpha(alphas).flatten(0, 1)  # (B C T, R)
         rows = predicted.positions % (B * C) * T + predicted.positions // (B * C)  # (N,) indices into B C T
         logits = self.output(hidden.flatten(0, 2).index_select(0, rows))
-        return DecoderOutput(logits, predicted.targets, predicted.unpack(alpha.flatten(0, 2).index_select(0, rows)))
+        return DecoderOutput(logits, predicted.targets, predicted.unpack(alpha.index_select(0, rows)))
 
-    def _run_layers(self, inputs: Tensor, keys: Nested) -> tuple[Tensor, Tensor]:
-        """inputs (B, C, T) word ids, keys of `keys` -> hidden (B, C, T, H), alpha (B, C, T, R).
+    def _run_layers(
+        self, words: Tensor, keys: Nested, alpha_layers: Container[int], state: tuple[Nested, ...] | None = None
+    ) -> tuple[Tensor, tuple[Nested, ...], list[Tensor]]:
+        """Run the layers on words (B, C, T) or, with a state, on one word more per caption (B, C, 1).
 
-        Padding comes after all words of a caption, so the causal mask hides it from them.
+        Returns hidden (B, C, T, H), the next state, and alpha (B, n, C T, R) of the layers `alpha_layers`. Padding
+        comes after all words of a caption, so the causal mask hides it from them.
         """
-        x, alphas = self._embed(inputs, torch.arange(inputs.shape[2], device=inputs.device)), []
-        for i, layer in enumerate(self._decoder_layers):
-            x, alpha = layer(x, keys[i], i == self.alpha_layer)
-            alphas.append(alpha)
-        return self.norm(x), self._select_alpha(alphas).unflatten(1, inputs.shape[1:])
+        caches = state or [None] * len(self.layers)
+        t = 0 if state is None else state[0][0].shape[3]  # words before these
+        x = self.embedding_proj(self.embedding(words) * math.sqrt(self.embedding.embedding_dim))  # section 3.4
+        x = self.dropout(x + sine_positions(t + torch.arange(words.shape[2], device=words.device), self.hidden_dim))
+        next_state, alphas = [], []
+        for i, layer in enumerate(self.layers):
+            x, cache, alpha = layer(x, keys[i], caches[i], i in alpha_layers)
+            next_state.append(cache)
+            if alpha is not None:
+                alphas.append(alpha)
+        return self.norm(x), tuple(next_state), alphas
 
-    @property
-    def _decoder_layers(self) -> list[DecoderLayer]:
-        """The layers, with their type."""
-        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-
-    def _embed(self, words: Tensor, positions: Tensor) -> Tensor:
-        """Embed words (...), scaled as in section 3.4, and add their positions, broadcast to them -> (..., H)."""
-        embedded = self.embedding_proj(self.embedding(words) * math.sqrt(self.embedding.embedding_dim))
-        return self.dropout(embedded + sine_positions(positions, self.hidden_dim))
-
-    def _select_alpha(self, alphas: list[Tensor | None]) -> Tensor:
-        """Select the weights of `choose_alpha`: those of each layer (B, n, Q, R) or None -> (B, Q, R)."""
-        alpha = alphas[self.alpha_layer]
-        assert alpha is not None
-        return alpha[:, self.alpha_head - 1] if self.alpha_head else alpha.mean(dim=1)
+    def _select_alpha(self, alphas: list[Tensor]) -> Tensor:
+        """Select the head of `choose_alpha`, or average them: (B, n, Q, R) of one layer -> (B, Q, R)."""
+        return alphas[0][:, self.alpha_head - 1] if self.alpha_head else alphas[0].mean(dim=1)
 
     @torch.no_grad()
     def _mix_sampled(self, inputs: Tensor, keys: Nested, sampling_prob: float) -> Tensor:
         """Replace input words (B, C, T) but the first, with probability sampling_prob, by samples from the model."""
-        sampled = self._sample_words(self._run_layers(inputs, keys)[0][:, :, :-1])  # (B, C, T - 1)
+        sampled = self._sample_words(self._run_layers(inputs, keys, [])[0][:, :, :-1])  # (B, C, T - 1)
         use_sampled = torch.rand(sampled.shape, device=sampled.device) < sampling_prob
         return torch.cat([inputs[..., :1], sampled.where(use_sampled, inputs[..., 1:])], dim=2)
 

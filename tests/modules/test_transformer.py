@@ -85,7 +85,7 @@ def test_alpha_is_that_of_torch_attention():
     x, regions = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
     keys = layer.keys(regions)
     cache = torch.empty(2, 3, 2, 0, 4)
-    _, alpha, _ = layer.step(x, keys, (cache, cache), True)
+    _, _, alpha = layer(x.unsqueeze(2), keys, (cache, cache), True)
     attended = layer.self_proj(layer.self_query_key_value(layer.self_norm(x))[..., 16:])  # of one word: its value
     query = layer.cross_norm(x + attended)
     _, expected = reference.multihead_attn(query, regions, regions, average_attn_weights=False)
@@ -165,7 +165,7 @@ def test_the_fused_attention_has_four_dimensions_as_its_kernels_on_a_gpu_need(mo
     decoder = make_decoder().to("meta")  # whose attention is fused as on a GPU
     regions, words = torch.empty(3, 4, 6, device="meta"), torch.empty(3, 2, 5, dtype=torch.long, device="meta")
     keys = decoder.keys(regions)
-    assert decoder._run_layers(words, keys)[0].shape == (3, 2, 5, 8)
+    assert decoder._run_layers(words, keys, [1])[0].shape == (3, 2, 5, 8)
     decoder.step(words[..., 0], regions, keys, expand(decoder.init_state(regions), 2))
     assert len(calls) == 3 + 2 * (2 + 1)  # in a pass and a step: both self-attentions, and a cross-attention
     assert all(len(shape) == 4 for shapes in calls for shape in shapes)
