@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.attention import Attended, SoftAttention
-from modules.cells import Cell, LSTMCell
+from modules.cells import Cell, LSTMCell, State
 from modules.decoders import Nested
 from modules.layers import mask_scores, masked_mean
 from modules.show_attend_tell import ShowAttendTell
@@ -28,7 +28,7 @@ class SentinelLSTMCell(LSTMCell):
 
     NUM_GATES = 5
 
-    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: State) -> State:
         """Compute one time step, with G = 5: the LSTM's gates, then the sentinel's.
 
         Returns the next hidden state, cell state m_t and sentinel, (..., H) each. The gate is
@@ -87,21 +87,17 @@ class AdaptiveDecoder(ShowAttendTell):
         """regions (B, R, D), mask (B, R) -> attention's keys (B, R, A), mean region's gates (B, 1, G H), the mask."""
         return self.attention.keys(regions), self.cell.context(masked_mean(regions, mask)), mask
 
-    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> State:
         """Compute the initial state of `ShowAttendTell`, without the sentinel that image_first appends."""
         return super().init_state(regions, mask)[: self.state_shape[0]]
 
-    def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Attended, tuple[Tensor, ...]]:
+    def _time_step(self, word_gates: Tensor, regions: Tensor, keys: Nested, state: State) -> tuple[Attended, State]:
         """Update the LSTM and its sentinel (equations 9 and 10), then attend (equations 6 to 8, 11 and 12)."""
         region_keys, mean_gates, mask = keys
         *next_state, sentinel = self._update_state(word_gates + mean_gates, None, state)
         return self.attention(regions, region_keys, next_state[0], mask, sentinel=sentinel), tuple(next_state)
 
-    def _update_state(
-        self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def _update_state(self, word_gates: Tensor, context: Tensor | None, state: State) -> State:
         """Update the state as `ShowAttendTell` does, and append the top cell's sentinel (B, C, H)."""
         hidden, cell, sentinel, *below = super()._update_state(word_gates, context, state)
         return hidden, cell, *below, sentinel

@@ -5,12 +5,14 @@ Shapes: E width of a word embedding, Z of the context, H of the hidden state; G 
 
 from torch import Tensor, lerp, nn
 
+State = tuple[Tensor, ...]  # (..., H) each, the hidden state first
+
 
 class Cell(nn.Module):
     """The linear maps of a recurrent cell: from the word, the context and the hidden state to its gates.
 
     The word's part, `words`, does not depend on the state, so teacher forcing computes it for all steps in one
-    matmul. A state is a tuple of NUM_STATES tensors (..., H), the hidden state first.
+    matmul. A state has NUM_STATES tensors.
     """
 
     NUM_GATES = NUM_STATES = 1
@@ -30,10 +32,10 @@ class Cell(nn.Module):
         """Add the context's part to that of the word: word_gates (..., G H), context (..., Z) -> (..., G H)."""
         return word_gates if context is None else word_gates + self.context(context)
 
-    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: State) -> State:
         """Compute one time step.
 
-        word_gates (..., G H) from `words`, context (..., Z), state tuple of (..., H) -> next state tuple of (..., H).
+        word_gates (..., G H) from `words`, context (..., Z), state -> next state.
         The context is None if there is none, or if word_gates already include its part.
         """
         raise NotImplementedError
@@ -42,7 +44,7 @@ class Cell(nn.Module):
 class RNNCell(Cell):
     """torch's RNNCell with tanh (Elman, 1990), without its second bias."""
 
-    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: State) -> State:
         """Compute one time step, with G = 1."""
         return ((self.input_gates(word_gates, context) + self.hidden(state[0])).tanh(),)
 
@@ -52,7 +54,7 @@ class GRUCell(Cell):
 
     NUM_GATES = 3
 
-    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: State) -> State:
         """Compute one time step, with G = 3: reset gate, update gate, candidate."""
         reset, update, candidate = self.input_gates(word_gates, context).chunk(3, dim=-1)
         hidden_reset, hidden_update, hidden_candidate = self.hidden(state[0]).chunk(3, dim=-1)
@@ -70,7 +72,7 @@ class LSTMCell(Cell):
         super().reset_parameters()
         self.words.bias.data.chunk(self.NUM_GATES)[1].fill_(1)
 
-    def forward(self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, word_gates: Tensor, context: Tensor | None, state: State) -> State:
         """Compute one time step, with G = 4: input gate, forget gate, candidate, output gate; state: hidden, cell."""
         gates = self.input_gates(word_gates, context) + self.hidden(state[0])
         return self.update(*gates.chunk(4, dim=-1), cell=state[1])

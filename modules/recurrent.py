@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modules import cpu
 from modules.attention import Attended
-from modules.cells import Cell
+from modules.cells import Cell, State
 from modules.decoders import (
     Decoder,
     DecoderOutput,
@@ -62,7 +62,7 @@ class ActiveCaptions(NamedTuple):
 class RecurrentDecoder(Decoder):
     """A decoder that attends to the regions and updates its hidden state at each word.
 
-    A subclass implements `keys`, `init_state` and the three parts of a step: `_word_gates`, `_recurrent_step` and
+    A subclass implements `keys`, `init_state` and the three parts of a step: `_word_gates`, `_time_step` and
     `_logits`. The hidden state that predicts the word is the first tensor of its state.
     """
 
@@ -81,12 +81,10 @@ class RecurrentDecoder(Decoder):
         """Compute the words' part of the gates, which depends on no state: (..., E) -> (..., G H)."""
         raise NotImplementedError
 
-    def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Attended, tuple[Tensor, ...]]:
+    def _time_step(self, word_gates: Tensor, regions: Tensor, keys: Nested, state: State) -> tuple[Attended, State]:
         """Attend to the regions and update the state, in the order of the decoder.
 
-        word_gates (B, C, G H), regions (B, R, D), keys as `keys` returns them, state tuple of (B, C, H)
+        word_gates (B, C, G H), regions (B, R, D), keys as `keys` returns them, state of (B, C, H)
         -> attention's result, next state.
         """
         raise NotImplementedError
@@ -95,13 +93,13 @@ class RecurrentDecoder(Decoder):
         """Predict the next word: embedded (..., E), hidden (..., H), context (..., Z) -> (..., V)."""
         raise NotImplementedError
 
-    def step(self, words: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]) -> StepOutput:
+    def step(self, words: Tensor, regions: Tensor, keys: Nested, state: State) -> StepOutput:
         if cpu.applies_to(words) and not self.training:
             embedded, word_gates = cpu.embed_distinct_words(words, self.embedding, self._word_gates)
         else:
             embedded = self.dropout(self.embedding(words))  # (B, C, E)
             word_gates = self._word_gates(embedded)  # (B, C, G H)
-        attended, state = self._recurrent_step(word_gates, regions, keys, state)
+        attended, state = self._time_step(word_gates, regions, keys, state)
         logits = self._logits(embedded, state[0], attended.context)
         return StepOutput(logits, state, attended.alpha, attended.gate)
 
@@ -128,7 +126,7 @@ class RecurrentDecoder(Decoder):
             regions, keys = first_images((regions, keys), b)
             if (b, c) != state[0].shape[:2]:
                 state = tuple(part[:b, :c] for part in state)
-            attended, state = self._recurrent_step(word_gates[t].view(b, c, -1), regions, keys, state)
+            attended, state = self._time_step(word_gates[t].view(b, c, -1), regions, keys, state)
             hidden.append(state[0].flatten(0, 1))
             contexts.append(attended.context.flatten(0, 1))
             alphas.append(attended.alpha.flatten(0, 1))
@@ -147,8 +145,5 @@ class RecurrentDecoder(Decoder):
 
 
 def first_images(nested: Nested, count: int) -> Nested:
-    """Keep the first images of tensors (B, ...), and the tensors themselves if these are all.
-
-    A slice of the last time step's slice has fewer zeros to fill in for its gradient.
-    """
+    """Keep the first images of tensors (B, ...); a slice of all images would cost time in the backward pass."""
     return map_tensors(lambda x: x if len(x) == count else x[:count], nested)

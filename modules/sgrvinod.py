@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from modules.attention import Attended, SoftAttention
-from modules.cells import LSTMCell
+from modules.cells import LSTMCell, State
 from modules.cpu import Dropout
 from modules.decoders import Nested
 from modules.layers import masked_mean
@@ -68,7 +68,7 @@ class SgrvinodDecoder(RecurrentDecoder):
         """regions (B, R, D), mask (B, R) -> the attention's keys (B, R, A), the mask."""
         return self.attention.keys(regions), mask
 
-    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> State:
         """Map the mean region to the hidden and cell state (B, 1, H)."""
         mean = masked_mean(regions, mask)  # (B, 1, D)
         return self.init_hidden(mean), self.init_cell(mean)
@@ -76,9 +76,7 @@ class SgrvinodDecoder(RecurrentDecoder):
     def _word_gates(self, embedded: Tensor) -> Tensor:
         return self.cell.words(embedded)
 
-    def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Attended, tuple[Tensor, ...]]:
+    def _time_step(self, word_gates: Tensor, regions: Tensor, keys: Nested, state: State) -> tuple[Attended, State]:
         region_keys, mask = keys
         attended = self.attention(regions, region_keys, state[0], mask)
         return attended, self.cell(word_gates, attended.context, state)

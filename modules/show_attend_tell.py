@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from modules.attention import ATTENTIONS, Attended, Attention, HardAttention, NoAttention
-from modules.cells import CELLS, Cell
+from modules.cells import CELLS, Cell, State
 from modules.decoders import Nested
 from modules.layers import masked_mean
 from modules.recurrent import RecurrentDecoder
@@ -83,7 +83,7 @@ class ShowAttendTell(RecurrentDecoder):
         """regions (B, R, D), mask (B, R) -> the attention's keys (B, R, A), the mask."""
         return self.attention.keys(regions), mask
 
-    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> State:
         """Compute the state before the first word from the mean region: tuple of (B, 1, H).
 
         Linear layers with tanh predict it (section 3.1.2). With image_first it is the state of zeros after one time
@@ -99,20 +99,16 @@ class ShowAttendTell(RecurrentDecoder):
     def _word_gates(self, embedded: Tensor) -> Tensor:
         return self.cell.words(embedded)
 
-    def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Attended, tuple[Tensor, ...]]:
+    def _time_step(self, word_gates: Tensor, regions: Tensor, keys: Nested, state: State) -> tuple[Attended, State]:
         """Attend with the top layer's hidden state (equations 4 to 6 and 13), then update the cells (1 to 3)."""
         region_keys, mask = keys
         attended = self.attention(regions, region_keys, state[0], mask)
         return attended, self._update_state(word_gates, attended.context, state)
 
-    def _update_state(
-        self, word_gates: Tensor, context: Tensor | None, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def _update_state(self, word_gates: Tensor, context: Tensor | None, state: State) -> State:
         """Update the cells from the first layer to the top one, with dropout in between as in torch's LSTM.
 
-        word_gates (B, C, G H), context (B, C, Z), state tuple of (B, C, H), top layer first -> the next state.
+        word_gates (B, C, G H), context (B, C, Z), state of (B, C, H), top layer first -> the next state.
         """
         n = self.cell.NUM_STATES
         next_state = layer_state = self.cell(word_gates, context, state[-n:])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from modules.attention import Attended, SoftAttention
-from modules.cells import LSTMCell
+from modules.cells import LSTMCell, State
 from modules.decoders import Nested
 from modules.layers import masked_mean
 from modules.recurrent import RecurrentDecoder
@@ -51,16 +51,14 @@ class UpDownDecoder(RecurrentDecoder):
         """regions (B, R, D), mask (B, R) -> attention's keys (B, R, A), mean region's gates (B, 1, 4 H), the mask."""
         return self.attention.keys(regions), self.mean_region(masked_mean(regions, mask)), mask
 
-    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    def init_state(self, regions: Tensor, mask: Tensor | None = None) -> State:
         """Return zeros: 4 tensors (B, 1, H)."""
         return (regions.new_zeros(len(regions), 1, self.hidden_dim),) * 4
 
     def _word_gates(self, embedded: Tensor) -> Tensor:
         return self.attention_lstm.words(embedded)  # the language LSTM reads no word
 
-    def _recurrent_step(
-        self, word_gates: Tensor, regions: Tensor, keys: Nested, state: tuple[Tensor, ...]
-    ) -> tuple[Attended, tuple[Tensor, ...]]:
+    def _time_step(self, word_gates: Tensor, regions: Tensor, keys: Nested, state: State) -> tuple[Attended, State]:
         """Run the attention LSTM (equation 2), attend with its h1 (3 to 5), run the language LSTM (6)."""
         h2, c2, h1, c1 = state
         region_keys, mean_gates, mask = keys
