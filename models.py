@@ -25,11 +25,10 @@ from modules.decoders import DecoderOutput, Encoded
 from modules.encoders import Encoder, NoEncoder
 from modules.graph import GRAPH_EDGES, GRAPH_LAYERS, RegionGraph
 from modules.layers import init_linear
-from modules.region_encoder import POSITIONS, RegionEncoder
 from modules.regions import BOX_FEATURES, REGIONS, RegionSource
 from modules.sgrvinod import SgrvinodDecoder
 from modules.show_attend_tell import ShowAttendTell
-from modules.transformer import TransformerDecoder
+from modules.transformer import POSITIONS, RegionEncoder, TransformerDecoder
 from modules.up_down import UpDownDecoder
 from preparation.images import RESIZE_MODES, load_image, pad_boxes, photo_size, place_objects
 from text.vocabulary import Vocabulary

@@ -22,19 +22,9 @@ NO_RELATION = 0
 # Relation of a region to another one, by the numbers of Yao et al., 2018: with 1, the other one is inside it.
 # 4 to 11 are the directions of the other one's center, an eighth of a turn each, counterclockwise from the right.
 RELATIONS = (
-    "",
-    "around",
-    "inside",
-    "overlaps",
-    "left of",
-    "below",
-    "below",
-    "right of",
-    "right of",
-    "above",
-    "above",
-    "left of",
-)
+    "", "around", "inside", "overlaps",
+    "left of", "below", "below", "right of", "right of", "above", "above", "left of",
+)  # fmt: skip
 GEOMETRY_FEATURES = 64
 SMALLEST_DISTANCE = 1e-3  # of centers, in units of a region's side, so that its logarithm is finite
 
@@ -79,19 +69,17 @@ class RegionSource(nn.Module):
             assert boxes is not None, "region features need their boxes"
             return self._with_boxes(grid, boxes), boxes, has_area(boxes)
         side = round(grid.shape[1] ** 0.5)
-        features, region_boxes, mask = grid, grid_boxes(side, grid.device).expand(len(grid), -1, -1), None
-        if self.uses_objects:
-            assert boxes is not None, "a model of objects needs their boxes"
-            whole = torch.cat([boxes.new_zeros(len(boxes), 1, 2), boxes.new_ones(len(boxes), 1, 2)], dim=2)
-            boxes = torch.cat([whole, boxes], dim=1)
-            mask = has_area(boxes)
-            with torch.autocast(grid.device.type, enabled=False):  # as precise as the grid itself
-                pooled = pooling_weights(boxes, side) @ grid.float()
-            if self.regions == "both":
-                pooled, boxes = torch.cat([grid, pooled], dim=1), torch.cat([region_boxes, boxes], dim=1)
-                mask = torch.cat([mask.new_ones(grid.shape[:2]), mask], dim=1)
-            features, region_boxes = pooled, boxes
-        return self._with_boxes(features, region_boxes), region_boxes, mask
+        cells = grid_boxes(side, grid.device).expand(len(grid), -1, -1)
+        if not self.uses_objects:
+            return self._with_boxes(grid, cells), cells, None
+        assert boxes is not None, "a model of objects needs their boxes"
+        whole = torch.cat([boxes.new_zeros(len(boxes), 1, 2), boxes.new_ones(len(boxes), 1, 2)], dim=2)
+        boxes = torch.cat([whole, boxes], dim=1)
+        with torch.autocast(grid.device.type, enabled=False):  # as precise as the grid itself
+            features = pooling_weights(boxes, side) @ grid.float()
+        if self.regions == "both":
+            features, boxes = torch.cat([grid, features], dim=1), torch.cat([cells, boxes], dim=1)
+        return self._with_boxes(features, boxes), boxes, has_area(boxes)
 
     def _with_boxes(self, features: Tensor, boxes: Tensor) -> Tensor:
         """Append box features to features (B, R, F) of regions with boxes (B, R, 4), if the setting says so."""

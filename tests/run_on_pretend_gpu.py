@@ -23,7 +23,6 @@ import caption
 import eval
 import models
 import modules.cpu
-import modules.region_encoder
 import modules.transformer
 import train
 import training.state
@@ -120,8 +119,7 @@ def paths_of_gpus():
     """Let the CPU take the paths of a GPU where the project has two."""
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(modules.cpu, "applies_to", lambda x: False))
-    for module in (modules.transformer, modules.region_encoder):
-        stack.enter_context(patch.object(module, "scaled_dot_product", scaled_dot_product))
+    stack.enter_context(patch.object(modules.transformer, "scaled_dot_product", scaled_dot_product))
     return stack
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from models import ModelSettings
-from modules.region_encoder import EncoderLayer, RegionEncoder, grid_positions
 from modules.regions import pairwise_geometry
+from modules.transformer import EncoderLayer, RegionEncoder, grid_positions
 from utils import InputError
 
 
