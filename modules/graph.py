@@ -101,14 +101,14 @@ class GraphLayer(nn.Module):
     have relations, their embedding is added to what the neighbor sends, in score and message.
     """
 
-    def __init__(self, *, region_dim: int, heads: int, relations: bool, dropout: float) -> None:
+    def __init__(self, settings: ModelSettings, region_dim: int) -> None:
         super().__init__()
         self.target_proj = nn.Linear(region_dim, region_dim)
         self.source_proj = nn.Linear(region_dim, region_dim)
-        self.score = nn.Parameter(torch.empty(heads, region_dim // heads))
-        self.relation = nn.Embedding(len(RELATIONS), region_dim) if relations else None
+        self.score = nn.Parameter(torch.empty(settings.graph_heads, region_dim // settings.graph_heads))
+        self.relation = nn.Embedding(len(RELATIONS), region_dim) if settings.graph_edges == "spatial" else None
         self.norm = nn.LayerNorm(region_dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(settings.dropout)
         init_linear(self.target_proj)
         init_linear(self.source_proj)
         nn.init.xavier_uniform_(self.score)
@@ -142,14 +142,14 @@ class GatedGraphLayer(nn.Module):
 
     DIRECTIONS = 3  # itself, from the region to the neighbor, from the neighbor to the region
 
-    def __init__(self, *, region_dim: int, heads: int, relations: bool, dropout: float) -> None:
+    def __init__(self, settings: ModelSettings, region_dim: int) -> None:
         super().__init__()
         self.message = nn.Linear(region_dim, self.DIRECTIONS * region_dim, bias=False)
         self.gate = nn.Linear(region_dim, self.DIRECTIONS, bias=False)
-        labels = len(RELATIONS) if relations else 1  # NO_RELATION is that of a region to itself, or of all edges
+        labels = len(RELATIONS) if settings.graph_edges == "spatial" else 1  # of edges without relations: NO_RELATION
         self.message_bias = nn.Embedding(labels, region_dim)
         self.gate_bias = nn.Embedding(labels, 1)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(settings.dropout)
         init_linear(self.message)
         init_linear(self.gate)
         nn.init.zeros_(self.message_bias.weight)
@@ -193,15 +193,10 @@ class RegionGraph(nn.Module):
 
     def __init__(self, settings: ModelSettings, *, region_dim: int) -> None:
         super().__init__()
-        heads, relations = settings.graph_heads, settings.graph_edges == "spatial"
-        if settings.graph_layers and settings.graph_layer == "gat" and region_dim % heads:
+        heads, layer = settings.graph_heads, GRAPH_LAYERS[settings.graph_layer]
+        if settings.graph_layers and layer is GraphLayer and region_dim % heads:
             raise InputError(f"--graph_heads {heads}: does not divide the {region_dim} features of a region")
-        self.layers = nn.ModuleList(
-            GRAPH_LAYERS[settings.graph_layer](
-                region_dim=region_dim, heads=heads, relations=relations, dropout=settings.dropout
-            )
-            for _ in range(settings.graph_layers)
-        )
+        self.layers = nn.ModuleList(layer(settings, region_dim) for _ in range(settings.graph_layers))
         self.edges, self.knn = settings.graph_edges, settings.graph_knn
 
     def forward(self, regions: Tensor, features: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:

@@ -24,7 +24,7 @@ CHAIN_NEIGHBORS = torch.tensor([[[0, 1, -1], [0, 1, 2], [1, 2, -1]]])
 
 def chain_layer():
     """A graph layer with one head and round weights for regions of width 2."""
-    layer = GraphLayer(region_dim=2, heads=1, relations=False, dropout=0.0)
+    layer = GraphLayer(ModelSettings(graph_heads=1, dropout=0.0), region_dim=2)
     layer.source_proj.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     layer.target_proj.weight.data = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     layer.score.data = torch.tensor([[1.0, -1.0]])
