@@ -246,6 +246,15 @@ def make_tiny_decoder(decoder_class, scale=4, **settings):
     return decoder
 
 
+def torch_cell(cell, kind, *input_weights):
+    """torch's cell of a kind, with the weights of one of ours and these input weights side by side."""
+    weight = torch.cat(input_weights, dim=1)
+    reference = kind(weight.shape[1], cell.hidden.in_features)
+    weights = {"weight_ih": weight, "weight_hh": cell.hidden.weight, "bias_ih": cell.words.bias}
+    reference.load_state_dict(weights | {"bias_hh": torch.zeros(len(weight))})
+    return reference
+
+
 @pytest.fixture(params=["every word", "every 4 words"])
 def checks(request, monkeypatch):
     """How often a loop asks which images have ended: as on a CPU, and as on a GPU."""

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from conftest import beams, samples
+from conftest import beams
 from decoding.beam_search import beam_search
 from decoding.ensemble import EnsembleDecoder, map_words
-from decoding.sampling import force_decode, sample
+from decoding.sampling import force_decode
 from models import ModelSettings
 from modules.show_attend_tell import ShowAttendTell
 from text.vocabulary import END, SPECIAL_TOKENS, START, Vocabulary
@@ -47,18 +47,6 @@ def averaged_by_hand(decoders, regions, caption, word_ids):
             probabilities.append((exponentials[word_ids[m][word]] / exponentials.sum()).item())
         total += math.log(sum(probabilities) / len(probabilities))
     return total
-
-
-def test_two_equal_models_are_one(tiny_decoder, regions):
-    ensemble, twice = EnsembleDecoder([tiny_decoder, tiny_decoder], [None, None]), (regions[0], regions[0])
-    captions, log_probs = beam_search(tiny_decoder, regions[0], beams(3, 8))
-    together, together_log_probs = beam_search(ensemble, twice, beams(3, 8))
-    assert torch.equal(together, captions)
-    torch.testing.assert_close(together_log_probs, log_probs)
-    inputs = (tiny_decoder, regions[0]), (ensemble, twice)
-    torch.testing.assert_close(*(force_decode(decoder, r, captions) for decoder, r in inputs))
-    settings = samples(6, 8, top_p=0.95)
-    assert torch.equal(*(sample(decoder, r, settings, torch.Generator().manual_seed(0)) for decoder, r in inputs))
 
 
 def test_different_models_are_averaged(tiny_decoder, other_decoder, regions):

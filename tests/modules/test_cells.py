@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from conftest import torch_cell
 from modules.cells import CELLS
 
 DIMS = {"embed_dim": 5, "context_dim": 6, "hidden_dim": 8}
@@ -12,15 +13,8 @@ DIMS = {"embed_dim": 5, "context_dim": 6, "hidden_dim": 8}
 def test_a_cell_equals_torchs(name):
     torch.manual_seed(0)
     cell = CELLS[name](**DIMS)
-    reference = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell, "rnn": torch.nn.RNNCell}[name](11, 8)
-    reference.load_state_dict(
-        {
-            "weight_ih": torch.cat([cell.words.weight, cell.context.weight], dim=1),
-            "weight_hh": cell.hidden.weight,
-            "bias_ih": cell.words.bias,
-            "bias_hh": torch.zeros(8 * cell.NUM_GATES),
-        }
-    )
+    kinds = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell, "rnn": torch.nn.RNNCell}
+    reference = torch_cell(cell, kinds[name], cell.words.weight, cell.context.weight)
     words, context = torch.randn(3, 5), torch.randn(3, 6)
     state = tuple(torch.randn(3, 8) for _ in range(cell.NUM_STATES))
     expected = reference(torch.cat([words, context], dim=1), state if cell.NUM_STATES > 1 else state[0])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from conftest import make_tiny_decoder, random_batch
+from conftest import make_tiny_decoder, random_batch, torch_cell
 from modules.sgrvinod import SgrvinodDecoder
 from text.vocabulary import END, START
 
@@ -20,18 +20,8 @@ def decoder():
 
 def logits_by_formula(decoder, regions, words):
     """Logits (T, V) after each word of a caption, for regions (R, D), with torch's own LSTM."""
-    D, E, H = regions.shape[1], decoder.embedding.embedding_dim, decoder.output.in_features
-    lstm = torch.nn.LSTMCell(E + D, H)
-    cell, attention = decoder.cell, decoder.attention
-    lstm.load_state_dict(
-        {
-            "weight_ih": torch.cat([cell.words.weight, cell.context.weight], dim=1),
-            "weight_hh": cell.hidden.weight,
-            "bias_ih": cell.words.bias,
-            "bias_hh": torch.zeros(4 * H),
-        }
-    )
-    mean = regions.mean(0)
+    cell, attention, mean = decoder.cell, decoder.attention, regions.mean(0)
+    lstm = torch_cell(cell, torch.nn.LSTMCell, cell.words.weight, cell.context.weight)
     hidden, memory = (functional.linear(mean, x.weight, x.bias) for x in (decoder.init_hidden, decoder.init_cell))
     logits = []
     for word in words:

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
-from conftest import make_tiny_decoder
+from conftest import make_tiny_decoder, torch_cell
 from modules.decoders import map_tensors
 from modules.up_down import UpDownDecoder
 
@@ -18,20 +17,13 @@ def decoder():
     return decoder
 
 
-def torch_cell(weights, cell):
-    """torch's LSTMCell of these input weights, with the other weights of a cell of ours."""
-    reference = nn.LSTMCell(sum(weight.shape[1] for weight in weights), 8)
-    reference.weight_ih.data, reference.bias_ih.data = torch.cat(weights, dim=1), cell.words.bias.data
-    reference.weight_hh.data, reference.bias_hh.data = cell.hidden.weight.data, torch.zeros(32)
-    return reference
-
-
 def test_up_down_equals_two_lstm_cells(decoder):
     torch.manual_seed(1)
     regions, words = torch.randn(2, 3, 6), torch.tensor([[1, 4, 6, 5], [1, 6, 2, 4]])
     cell_1, cell_2, attention = decoder.attention_lstm, decoder.language_lstm, decoder.attention
-    lstm_1 = torch_cell([cell_1.context.weight, decoder.mean_region.weight, cell_1.words.weight], cell_1)
-    lstm_2 = torch_cell([cell_2.words.weight, cell_2.context.weight], cell_2)
+    inputs_1 = cell_1.context.weight, decoder.mean_region.weight, cell_1.words.weight
+    lstm_1 = torch_cell(cell_1, torch.nn.LSTMCell, *inputs_1)
+    lstm_2 = torch_cell(cell_2, torch.nn.LSTMCell, cell_2.words.weight, cell_2.context.weight)
     keys, state = decoder.keys(regions), decoder.init_state(regions)
     for b in range(2):
         h1, c1, h2, c2 = (torch.zeros(8) for _ in range(4))
