@@ -108,8 +108,6 @@ def edit(function, old, new):
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{function.__qualname__} has no single {old!r}: bring the seeded bug up to date"
     namespace = dict(inspect.unwrap(function).__globals__)
-    source = "from __future__ import annotations\n" + source.replace(
-        old, new
-    )  # as for types of hints alone
+    source = "from __future__ import annotations\n" + source.replace(old, new)  # as for types of hints alone
     exec(compile(source, inspect.getfile(function), "exec"), namespace)
     return namespace[function.__name__]
