@@ -171,17 +171,19 @@ def folded_encoder(encoder: Encoder) -> Encoder:
     if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.network.modules()):
         return encoder
     network = fx.symbolic_trace(encoder.network)  # the graph of eval mode, down to torch's own layers
-    modules: dict[str, Any] = dict(network.named_modules())
 
-    def is_layer(node: Any, kind: type) -> bool:
-        return isinstance(node, fx.Node) and node.op == "call_module" and isinstance(modules[str(node.target)], kind)
+    def layer(node: fx.Node) -> nn.Module | None:
+        return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     for node in list(network.graph.nodes):
-        conv: Any = node.args[0] if node.args else None
-        if not is_layer(conv, nn.Conv2d) or len(conv.users) > 1:
+        conv = node.args[0] if node.args else None
+        if not isinstance(conv, fx.Node) or len(conv.users) > 1:
             continue
-        if is_layer(node, nn.BatchNorm2d):
-            network.set_submodule(conv.target, fuse_conv_bn_eval(modules[conv.target], modules[node.target]))
+        conv_layer, next_layer = layer(conv), layer(node)
+        if not isinstance(conv_layer, nn.Conv2d):
+            continue
+        if isinstance(next_layer, nn.BatchNorm2d):
+            network.set_submodule(str(conv.target), fuse_conv_bn_eval(conv_layer, next_layer))
             node.replace_all_uses_with(conv)
             network.graph.erase_node(node)
         elif node.target is operator.add:

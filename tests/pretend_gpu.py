@@ -67,7 +67,7 @@ class GPUTensor(torch.Tensor):
         self.host = host
 
     def tolist(self):
-        """As `Tensor.tolist`, which torch refuses for a subclass."""
+        """Return the numbers as a list; torch's own method refuses a subclass."""
         return self.cpu().tolist()
 
     def __repr__(self):
