@@ -83,7 +83,9 @@ def program(folder):
 def run_scripts(name, device, settings, data, folder):
     """Train, resume and decode on a device; everything that must be the same on another."""
     run = folder / f"{name} {device}"
-    common = {"data_folder": str(data), "features_folder": str(folder / f"features {device}")}
+    common = {"data_folder": str(data)}
+    if not settings.fine_tune_encoder:
+        common["features_folder"] = str(folder / f"features {device}")
     if settings.objective == "scst":
         settings = replace(settings, init_from=str(folder / f"hard attention {device}" / "best.pt"))
     with paths_of_gpus(), patch.object(eval, "has_java", lambda: False):  # METEOR takes seconds
