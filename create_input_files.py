@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from common.files import did_you_mean, path_text, require_writable
-from preparation.caption_formats import FORMATS, random_split, read_records
-from preparation.folder_formats import tutorial_words
+from preparation.caption_formats import FORMATS, random_split, read_karpathy, read_records
 from preparation.installation import installed_folder, lock_folder, owned_files
-from preparation.json_formats import read_karpathy
 from preparation.objects import add_objects, require_objects_file
 from preparation.preview import plot_preview
 from preparation.records import ImageRecord
 from preparation.region_features import RegionFeatures
 from preparation.shapes import MAX_SHAPES, draw_shapes
 from preparation.storage import read_metadata
+from preparation.tutorial_format import tutorial_words
 from preparation.writing import FolderSettings, write_folder
 from utils import InputError, choose_device, require_needs, run_script, setting
 
@@ -51,35 +50,32 @@ NOT_IN_SOURCE = ("output_folder", "overwrite", "preview", "device", "format", "o
 
 
 def validate_settings(settings: Settings) -> None:
-    """Raise InputError for settings that contradict each other."""
+    """Raise InputError for settings that contradict each other and for paths that do not exist."""
     require_needs(settings)
     if settings.dataset in ("", ".", "..") or set(settings.dataset) & set("/\\"):
         raise InputError(f"--dataset {settings.dataset!r} is not a name: --output_folder takes a path")
-    if settings.dataset != "shapes":
-        validate_paths(settings)
-    elif settings.captions or settings.images or settings.objects or settings.region_features or settings.detect:
-        raise InputError(
-            "--dataset shapes reads no files: give another --dataset name for your --captions, --images, --objects, "
-            "--detect or --region_features"
-        )
-
-
-def validate_paths(settings: Settings) -> None:
-    """Raise InputError if --captions or --images are missing, do not exist or do not go together."""
-    for path in filter(None, settings.captions):
+    captions, images = settings.captions, settings.images
+    if settings.dataset == "shapes":
+        if captions or images or settings.objects or settings.region_features or settings.detect:
+            raise InputError(
+                "--dataset shapes reads no files: give another --dataset name for your --captions, --images, "
+                "--objects, --detect or --region_features"
+            )
+        return
+    for path in filter(None, captions):
         if not Path(path).exists():
             raise InputError(f"--captions {path}: no such file or folder{did_you_mean(path)}")
-    has_folder = bool(settings.captions) and Path(settings.captions[0]).is_dir()
-    if not settings.captions or not all(settings.captions) or not (settings.images or has_folder):
+    has_folder = bool(captions) and Path(captions[0]).is_dir()
+    if not captions or not all(captions) or not (images or has_folder):
         raise InputError(
             f"--dataset {settings.dataset} requires --captions FILE and --images FOLDER, or --captions FOLDER with both"
         )
-    if settings.images and has_folder:
-        raise InputError(f"--images {settings.images}: leave it out, --captions {settings.captions[0]} is a folder")
+    if images and has_folder:
+        raise InputError(f"--images {images}: leave it out, --captions {captions[0]} is a folder")
+    if images and not Path(images).is_dir():
+        raise InputError(f"--images {images}: no such folder{did_you_mean(images)}")
     if settings.objects and not settings.detect:
         require_objects_file(settings.objects)
-    if settings.images and not Path(settings.images).is_dir():
-        raise InputError(f"--images {settings.images}: no such folder{did_you_mean(settings.images)}")
 
 
 def choose_min_word_freq(settings: Settings, records: list[ImageRecord]) -> Settings:
@@ -98,12 +94,11 @@ def choose_min_word_freq(settings: Settings, records: list[ImageRecord]) -> Sett
 def read_dataset(settings: Settings) -> tuple[list[ImageRecord], list[str] | None]:
     """Read the records of --captions, each in a split, and the words of their word map, None without one."""
     records, kind = read_records(settings.captions, settings.images, settings.format)
-    words = tutorial_words(Path(settings.captions[0])) if kind == "tutorial" else None
     if not all(record.split for record in records):
         records = random_split(records, settings.seed)
         sizes = Counter(record.split for record in records)
         print(f"no splits given: {sizes['val']} images for val and {sizes['test']} for test, seed {settings.seed}")
-    return records, words
+    return records, tutorial_words(Path(settings.captions[0])) if kind == "tutorial" else None
 
 
 def write_objects(settings: Settings, records: list[ImageRecord]) -> None:
@@ -118,17 +113,6 @@ def write_objects(settings: Settings, records: list[ImageRecord]) -> None:
     if not detect_objects(records, path, detector):
         path.unlink()
         raise InputError(f"--detect {settings.detect}: found nothing in {len(records)} photos")
-
-
-def find_region_features(records: list[ImageRecord], settings: Settings) -> tuple[list[ImageRecord], RegionFeatures]:
-    """Open --region_features; returns the records that have some. Raises InputError if records have none."""
-    features = RegionFeatures(settings.region_features, records)
-    if settings.skip_broken:
-        for record in features.missing:
-            print(f"{record.name}: has no region features", file=sys.stderr)
-        return [record for record in records if features.has(record)], features
-    features.require_all()
-    return records, features
 
 
 def fingerprint(settings: Settings, records: list[ImageRecord]) -> dict[str, Any]:
@@ -190,7 +174,12 @@ def main(settings: Settings) -> None:
             )
     region_features = None
     if settings.region_features:
-        records, region_features = find_region_features(records, settings)
+        region_features = RegionFeatures(settings.region_features, records)
+        if not settings.skip_broken:
+            region_features.require_all()
+        for record in region_features.missing:
+            print(f"{record.name}: has no region features", file=sys.stderr)
+        records = region_features.found
     if words is None:
         settings = choose_min_word_freq(settings, records)
     source = fingerprint(settings, records)

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import rank, world_size
-from preparation.images import flip_boxes
-from preparation.storage import StoredRegions, read_captions, read_metadata
+from preparation.images import boxes_of, flip_boxes
+from preparation.storage import MIN_SCORE, StoredRegions, read_captions, read_metadata
 from text.nouns import nouns_of
 from text.vocabulary import PAD, Vocabulary
 from utils import InputError
@@ -53,11 +53,8 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Copy the inputs to page-locked memory, from which a GPU copies asynchronously; called by the loader."""
-        pinned = {}
-        for name in ("inputs", "boxes", "object_boxes"):
-            tensor = getattr(self, name)
-            pinned[name] = None if tensor is None else tensor.pin_memory()
-        return replace(self, **pinned)
+        tensors = {name: getattr(self, name) for name in ("inputs", "boxes", "object_boxes")}
+        return replace(self, **{name: x.pin_memory() for name, x in tensors.items() if x is not None})
 
     def counts(self) -> tuple[int, int]:
         """Return the number of words to predict and of captions."""
@@ -74,9 +71,7 @@ class Batch:
         return [self._select(slice(i, None, count)) for i in range(count)]
 
     def _select(self, images: slice) -> "Batch":
-        optional = (self.boxes, self.object_boxes, self.named)
-        parts = (self.inputs[images], self.words[images], self.lengths[images], self.indices[images])
-        return Batch(*parts, *(None if x is None else x[images] for x in optional))
+        return Batch(**{name: None if x is None else x[images] for name, x in vars(self).items()})
 
 
 class CaptionDataset(Dataset):
@@ -100,7 +95,7 @@ class CaptionDataset(Dataset):
         self.feature_paths: list[Path] = []  # of the images and, optionally, of the flipped images
         self.uses_region_features = False
         self.uses_objects = False
-        self.word_ids: list[list[int]] | None = None  # for each of `objects.words`, the ids of the words that name it
+        self.word2idx: dict[str, int] | None = None  # of the words that may name objects
         self.memory: Tensor | None = None
         self._opened: tuple[int | None, Any] = (None, None)  # process id, arrays
 
@@ -113,11 +108,11 @@ class CaptionDataset(Dataset):
         if flipped:
             captions = [[self.flipped_ids.get(word, word) for word in caption] for caption in captions]
         boxes = object_boxes = names = None
-        if self.word_ids is not None:
-            object_boxes = torch.from_numpy(self.objects.boxes(index))
-            names = self.objects.names(index, self.word_ids)
         if self.uses_objects:
-            boxes = torch.from_numpy(self.objects.boxes(index))
+            boxes = boxes_of(self.objects[index])
+        if self.word2idx is not None:
+            object_boxes = boxes_of(self.objects[index])
+            names = [self._name_ids(item, self.word2idx) for item in self.objects[index]]
         if self.uses_region_features:
             assert not flipped, "region features are those of the unflipped photos"
             array, region_boxes = self._arrays()[index]
@@ -156,10 +151,14 @@ class CaptionDataset(Dataset):
     def use_names(self, vocabulary: Vocabulary) -> None:
         """Yield the words that name objects, and their boxes, from now on. Raises InputError if the split has none."""
         self._require_objects("which --grounding_weight needs")
-        self.word_ids = [
-            [vocabulary.word2idx[noun] for noun in nouns_of(words) if noun in vocabulary.word2idx]
-            for words in self.objects.words
-        ]
+        self.word2idx = vocabulary.word2idx
+
+    @staticmethod
+    def _name_ids(item: dict[str, Any], word2idx: dict[str, int]) -> list[int]:
+        """Return the ids of the words that name an object; none if its score is low."""
+        if item.get("score", 1.0) < MIN_SCORE:
+            return []
+        return [word2idx[noun] for noun in nouns_of(item["words"]) if noun in word2idx]
 
     def _require_objects(self, purpose: str) -> None:
         if not self.has_boxes:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from preparation.images import PhotoBytes, load_image
+from preparation.images import PHOTO_SUFFIXES, PhotoBytes, load_image
 from utils import InputError
 from visualization.photos import is_our_picture, open_for_picture
 
@@ -42,8 +42,6 @@ def photos_of_folder(folder: str) -> list[str]:
 
     Raises InputError if there are none.
     """
-    from preparation.folder_formats import PHOTO_SUFFIXES  # with the readers of data sets, which only folders need
-
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
     visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     photos = [str(path) for path in visible if not is_our_picture(path)]

@@ -17,6 +17,10 @@ from utils import InputError, first_line
 
 # Pillow knows more formats, and hands some of them to other programs (EPS to Ghostscript).
 PHOTO_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+PHOTO_SUFFIXES = (  # of the files that are photos in a folder
+    *(".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".jp2", ".avif", ".heic", ".heif"),
+)
 MAX_PIXELS = 64_000_000  # of a decoded photo, which takes up to 1 GB of memory
 MIN_DECODED = 1.4  # JPEGs are decoded at no less than this multiple of an image's size, so the filter blurs little
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
@@ -155,10 +159,14 @@ def place_objects(objects: list[dict[str, Any]], size: tuple[int, int], side: in
     return placed
 
 
+def boxes_of(objects: list[dict[str, Any]]) -> Tensor:
+    """Return the boxes of an image's objects, (N, 4) float32."""
+    return torch.tensor([item["box"] for item in objects], dtype=torch.float32).view(-1, 4)
+
+
 def pad_boxes(objects: Sequence[list[dict[str, Any]]]) -> Tensor:
     """Stack the boxes of B images' objects, padded with boxes without area: (B, N, 4)."""
-    boxes = [torch.tensor([item["box"] for item in each], dtype=torch.float32).view(-1, 4) for each in objects]
-    return pad_sequence(boxes, batch_first=True)
+    return pad_sequence(list(map(boxes_of, objects)), batch_first=True)
 
 
 def flip_boxes(boxes: Tensor) -> Tensor:

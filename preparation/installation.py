@@ -1,7 +1,6 @@
 """Install a prepared folder whole or not at all, by one process at a time, and never over the user's own files."""
 
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -18,9 +17,8 @@ def lock_folder(output: Path) -> Iterator[None]:
     """Prevent other processes from preparing `output` during the block. Raises InputError if one already does."""
     lock = output.resolve().with_name(f".{output.resolve().name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(
-        lock, f"{output} is being prepared by another process: wait for it, or give another --output_folder"
-    ):
+    message = f"{output} is being prepared by another process: wait for it, or give another --output_folder"
+    with hold_lock(lock, message):
         yield
 
 
@@ -28,15 +26,18 @@ def lock_folder(output: Path) -> Iterator[None]:
 def installed_folder(output: Path) -> Iterator[Path]:
     """Yield a new folder, which is moved to `output` when the block ends and removed when it fails.
 
-    Raises InputError if the disk is full.
+    Raises InputError if the disk is full: h5py's own error takes several lines.
     """
     partial = output.resolve().with_name(f".{output.resolve().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with one_line_disk_errors(output):
-            yield partial
-            install_folder(partial, output)
+        yield partial
+        install_folder(partial, output)
+    except (OSError, RuntimeError) as error:
+        if reason := re.search(r"error message = '([^']*)'", str(error)):
+            raise InputError(f"{output} cannot be written: {reason[1]}") from None
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -65,26 +66,3 @@ def install_folder(complete: Path, output: Path) -> None:
             (output / name).unlink(missing_ok=True)
     for path in sorted(complete.iterdir(), key=lambda path: path.name == "dataset.json"):
         os.replace(path, output / path.name)
-
-
-def require_space(folder: Path, num_images: int, size: int, image_bytes: int) -> None:
-    """Raise InputError if images with sides of `size` pixels, `image_bytes` each, do not fit on a folder's disk."""
-    needed, free = num_images * image_bytes, shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"{num_images} images of {size} pixels take {needed / 1e9:.3g} GB, {folder.parent} has {free / 1e9:.3g} GB "
-            f"left: give another --output_folder or a smaller --image_size"
-        )
-
-
-@contextlib.contextmanager
-def one_line_disk_errors(output: Path) -> Iterator[None]:
-    """Convert the errors of a full disk, which span several lines in h5py, to an InputError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = re.search(r"error message = '([^']*)'", str(error))
-        if reason or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            detail = reason[1] if reason else getattr(error, "strerror", None)
-            raise InputError(f"{output} cannot be written: {detail}") from None
-        raise

@@ -62,47 +62,35 @@ def _plot_boxes(tile: Axes, objects: list[dict[str, Any]], size: int) -> None:
     """Draw the boxes of objects, each with its words, over an image of this size."""
     for i, item in enumerate(objects):
         left, top, right, bottom = (edge * size - 0.5 for edge in item["box"])
-        color = f"C{i}"
-        tile.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.2))
-        label = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
-        tile.text(
-            left, top, " ".join(item["words"]), color="white", fontsize=5, va="top", bbox=label, parse_math=False
-        ).set_clip_on(True)
+        tile.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=f"C{i}", linewidth=1.2))
+        label = {"facecolor": f"C{i}", "edgecolor": "none", "pad": 0.8}
+        options: Any = {"color": "white", "fontsize": 5, "va": "top", "bbox": label, "clip_on": True}
+        tile.text(left, top, " ".join(item["words"]), parse_math=False, **options)
 
 
 def plot_words(captions: dict[str, PackedCaptions]) -> Figure:
     """Plot caption lengths by split, and for the first split the most frequent words and frequencies by rank."""
     figure = Figure(figsize=(15, 5), layout="constrained")
     lengths, frequent, ranks = figure.subplots(1, 3)
-    _plot_lengths(lengths, captions)
+    for split, packed in captions.items():
+        values, counts = np.unique(packed.lengths(), return_counts=True)
+        lengths.plot(values, counts / packed.num_captions(), marker="o", markersize=3, label=split)
+    lengths.set(title="caption lengths", xlabel="words", ylabel="share of captions")
+    lengths.legend()
     split, packed = next(iter(captions.items()))
     counts = packed.counts()
     shown = counts.most_common(30)[::-1]
     frequent.barh(range(len(shown)), [count for _, count in shown])
     frequent.set_yticks(range(len(shown)), [word for word, _ in shown], fontsize=8, parse_math=False)
     frequent.set(title=f"most frequent of {len(counts)} words ({split})", xlabel="count")
-    _plot_ranks(ranks, sorted(counts.values(), reverse=True))
+    ranks.loglog(range(1, len(counts) + 1), sorted(counts.values(), reverse=True))
+    for min_word_freq in (2, 5, 10):  # how many words --min_word_freq would keep
+        kept = sum(count >= min_word_freq for count in counts.values())
+        if kept:
+            text, point = f"{kept} words at least {min_word_freq} times", (kept, min_word_freq)
+            ranks.annotate(text, point, textcoords="offset points", xytext=(-6, -4), ha="right", va="top")
+            ranks.plot(*point, "o", color="black", markersize=4)
     ranks.set(title=f"word frequency by rank ({split})", xlabel="rank", ylabel="count")
     for axes in (lengths, frequent, ranks):
         axes.grid(alpha=0.3)
     return figure
-
-
-def _plot_lengths(axes: Axes, captions: dict[str, PackedCaptions]) -> None:
-    """Plot the distribution of caption lengths, a line per split."""
-    for split, packed in captions.items():
-        lengths, counts = np.unique(packed.lengths(), return_counts=True)
-        axes.plot(lengths, counts / packed.num_captions(), marker="o", markersize=3, label=split)
-    axes.set(title="caption lengths", xlabel="words", ylabel="share of captions")
-    axes.legend()
-
-
-def _plot_ranks(axes: Axes, counts: list[int]) -> None:
-    """Plot decreasing word counts by rank, and mark how many words --min_word_freq 2, 5 and 10 would keep."""
-    axes.loglog(range(1, len(counts) + 1), counts)
-    for min_word_freq in (2, 5, 10):
-        kept = sum(count >= min_word_freq for count in counts)
-        if kept:
-            text, offset = f"{kept} words at least {min_word_freq} times", (-6, -4)
-            axes.annotate(text, (kept, min_word_freq), textcoords="offset points", xytext=offset, ha="right", va="top")
-            axes.plot(kept, min_word_freq, "o", color="black", markersize=4)

@@ -1,6 +1,7 @@
 """Image records, the common form of all caption formats."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,11 +78,11 @@ def records_of(
     ]
 
 
-def parse_split(name: Any, path: Path, image: str) -> str:
-    """Return the split that a file calls `name`. Raises InputError, with the path and the image, if it is unknown."""
+def parse_split(name: Any, where: str) -> str:
+    """Return the split that a file calls `name`. Raises InputError, with `where`, if it is unknown."""
     split = SPLIT_NAMES.get(name, name) if isinstance(name, str) else name
     if split not in SPLITS:
-        raise InputError(f"{path}: {image} has the split {name!r}, not one of {' '.join((*SPLITS, *SPLIT_NAMES))}")
+        raise InputError(f"{where}: unknown split {name!r}, not one of {' '.join((*SPLITS, *SPLIT_NAMES))}")
     return split
 
 
@@ -89,4 +90,24 @@ def require_type(value: Any, kind: type | tuple[type, ...]) -> Any:
     """Return a value unchanged. Raises TypeError if it is of another type."""
     if not isinstance(value, kind):
         raise TypeError
+    return value
+
+
+def require_words(value: Any) -> list[str]:
+    """Return a list of words without the empty ones. Raises TypeError for anything else."""
+    return [word for word in require_type(value, list) if require_type(word, str)]
+
+
+def validate_objects(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return a list of objects with "words", a "box" and optionally a "score" unchanged.
+
+    Raises InputError, with `where`, for boxes in pixels, TypeError or KeyError for anything else. Boxes may exceed the
+    photo a little, as a detector's do.
+    """
+    for item in require_type(value, list):
+        box = item["box"]
+        if not require_words(item["words"]) or len(box) != 4 or not math.isfinite(item.get("score", 1.0)):
+            raise TypeError
+        if not all(-1 <= require_type(edge, (int, float)) <= 2 for edge in box):
+            raise InputError(f"{where}: a box is left, top, right, bottom in fractions of the photo's sides, not {box}")
     return value

@@ -10,6 +10,7 @@ Shapes: N regions of a photo, F features of a region. A box is left, top, right,
 """
 
 import base64
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +31,6 @@ from utils import InputError, first_line
 MAX_REGIONS = 1000  # of a photo
 TOLERANCE = 0.02  # fraction of the photo's side by which rounded boxes may exceed it
 TSV_FIELDS = 6  # image_id, image_w, image_h, num_boxes, boxes, features
-HDF5_START = b"\x89HDF\r\n\x1a\n"
 
 
 class Regions(NamedTuple):
@@ -46,6 +46,9 @@ class Regions(NamedTuple):
 Layout = dict[str, Callable[[], Regions]]
 
 
+# ------------------------------------------------------------------------------------------------ layouts
+
+
 def folder_layout(path: Path) -> Layout:
     """Open a folder with a file per photo: ID.npz or ID.npy, of (N, F), a grid (rows, columns, F) or a vector (F,)."""
     path = Path(os.path.abspath(path))  # "." has no name; a link keeps its own
@@ -55,14 +58,11 @@ def folder_layout(path: Path) -> Layout:
     path = inner[0] if inner else path
     boxes = path.with_name(f"{path.name.removesuffix('_att')}_box")
     has_boxes = boxes.is_dir() and boxes != path
-    layout = {
+    return {
         file.stem: functools.partial(_read_arrays, file, boxes / f"{file.stem}.npy" if has_boxes else None)
         for file in path.iterdir()
         if file.suffix in (".npz", ".npy")
     }
-    if not layout:
-        raise InputError(f"--region_features {path}: no .npz or .npy files in this folder")
-    return layout
 
 
 def _read_arrays(path: Path, boxes_path: Path | None) -> Regions:
@@ -70,24 +70,19 @@ def _read_arrays(path: Path, boxes_path: Path | None) -> Regions:
     features = loaded if isinstance(loaded, np.ndarray) else loaded["feat"]
     if features.ndim == 3:
         rows, columns = features.shape[:2]
-        return Regions(features.reshape(rows * columns, -1), _grid_boxes(rows, columns), (1, 1))
+        top, left = np.mgrid[:rows, :columns].reshape(2, -1)
+        boxes = np.stack([left / columns, top / rows, (left + 1) / columns, (top + 1) / rows], axis=1)
+        return Regions(features.reshape(rows * columns, -1), boxes, (1, 1))
     if features.ndim == 1:
         return Regions(features[None], None)
     return Regions(features, None if boxes_path is None else np.load(boxes_path, allow_pickle=False))
 
 
-def _grid_boxes(rows: int, columns: int) -> np.ndarray:
-    """Return the boxes of a grid's cells, (rows * columns, 4) in fractions of the sides."""
-    top, left = np.mgrid[:rows, :columns].reshape(2, -1)
-    return np.stack([left / columns, top / rows, (left + 1) / columns, (top + 1) / rows], axis=1)
-
-
 def tsv_layout(path: Path) -> Layout:
     """Open tab-separated values without a header, with boxes and features as base64 of float32."""
     layout, position = {}, 0
-    size = path.stat().st_size
-    with open(path, "rb") as file, tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
-        for line_number, line in enumerate(file, start=1):
+    with open(path, "rb") as file:
+        for line_number, line in enumerate(tqdm(file, desc=path.name, unit="photo", leave=False), start=1):
             if line.count(b"\t") != TSV_FIELDS - 1:
                 raise InputError(
                     f"--region_features {path}, line {line_number}: not {TSV_FIELDS} fields between tabs, "
@@ -96,7 +91,6 @@ def tsv_layout(path: Path) -> Layout:
             key = line[: line.index(b"\t")].decode(errors="replace")
             layout.setdefault(key, functools.partial(_read_tsv_line, path, position))
             position += len(line)
-            bar.update(len(line))
     return layout
 
 
@@ -104,11 +98,8 @@ def _read_tsv_line(path: Path, position: int) -> Regions:
     with open(path, "rb") as file:
         file.seek(position)
         _, width, height, count, boxes, features = file.readline().split(b"\t")
-    size = (int(width), int(height))
-    if min(size) < 1:
-        raise ValueError(f"a photo of {size[0]} x {size[1]} pixels")
     boxes, features = (np.frombuffer(base64.decodebytes(field), np.float32) for field in (boxes, features))
-    return Regions(features.reshape(int(count), -1), boxes.reshape(int(count), 4), size)
+    return Regions(features.reshape(int(count), -1), boxes.reshape(int(count), 4), (int(width), int(height)))
 
 
 def keyed_layout(file: h5py.File) -> Layout:
@@ -159,24 +150,26 @@ def stacked_layout(path: Path, file: h5py.File) -> Layout:
 
 def open_layout(path: Path) -> Layout:
     """Recognize a file or folder of region features. Raises InputError for a missing path and an unknown layout."""
-    if path.is_dir():
-        return folder_layout(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"--region_features {path}: no such file or folder{did_you_mean(str(path))}")
-    with open(path, "rb") as file:
-        is_hdf5 = file.read(len(HDF5_START)) == HDF5_START
-    if not is_hdf5:
-        return tsv_layout(path)
     try:
-        file = h5py.File(path)
-        layout = stacked_layout(path, file) if "image_features" in file else keyed_layout(file)
-    except (OSError, KeyError) as error:
-        raise InputError(f"--region_features {path}: a damaged HDF5 file: {error}") from None
+        if path.is_dir():
+            layout = folder_layout(path)
+        elif not h5py.is_hdf5(path):
+            layout = tsv_layout(path)
+        else:
+            file = h5py.File(path)
+            layout = stacked_layout(path, file) if "image_features" in file else keyed_layout(file)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise InputError(f"--region_features {path}: damaged: {error}") from None
     if not layout:
         raise InputError(
-            f"--region_features {path}: has neither image_features nor ID_features, so nothing names its photos"
+            f"--region_features {path}: has no features of a photo (ID.npz, ID.npy, image_features or ID_features)"
         )
     return layout
+
+
+# ------------------------------------------------------------------------------------------------ features of photos
 
 
 class Entry(NamedTuple):
@@ -200,19 +193,17 @@ class Entry(NamedTuple):
             raise self.damaged(f"a damaged entry: {first_line(error)}") from None
         features, boxes = regions.features, regions.boxes
         is_valid = features.ndim == 2 and features.size and len(features) <= MAX_REGIONS and features.dtype.kind == "f"
-        if not is_valid:
-            raise self.damaged(
-                f"features {features.dtype} {features.shape}, not 1 to {MAX_REGIONS} rows of floating-point numbers"
-            )
-        if boxes is not None and (boxes.shape != (len(features), 4) or boxes.dtype.kind not in "fiu"):
-            raise self.damaged(f"{len(features)} features, but boxes {boxes.dtype} {boxes.shape}")
+        if not is_valid or (boxes is not None and (boxes.shape != (len(features), 4) or boxes.dtype.kind not in "fiu")):
+            shapes = f"features {features.dtype} {features.shape}"
+            shapes += "" if boxes is None else f" and boxes {boxes.dtype} {boxes.shape}"
+            raise self.damaged(f"{shapes}, not 1 to {MAX_REGIONS} rows of numbers, with four for each box")
         return regions
 
 
 class RegionFeatures:
     """The region features of photos, from one file or several.
 
-    Attributes: feature_dim F, has_boxes, and `missing`, the records that no file has.
+    Attributes: feature_dim F, has_boxes, and `found` and `missing`, the records that a file has and that none has.
 
     Raises InputError if a file is missing or of an unknown layout, or if none of the photos is in the files.
     """
@@ -228,25 +219,19 @@ class RegionFeatures:
                 entries.setdefault(i, Entry(path, key, layout[key]))
         if not entries:
             raise InputError(f"--region_features {paths[0]}: has none of the photos, such as {records[0].name}")
-        self.entries = {(records[i].path, records[i].row): entry for i, entry in entries.items()}
+        self.entries = {(records[i].path, records[i].row): entries[i] for i in sorted(entries)}
+        self.found = [record for i, record in enumerate(records) if i in entries]
         self.missing = [record for i, record in enumerate(records) if i not in entries]
-        first = self._first_readable([entries[i] for i in sorted(entries)])
+        first = self._first_readable()
         self.feature_dim, self.has_boxes = first.features.shape[1], first.boxes is not None
         self.bytes_of_first = len(first.features) * (2 * self.feature_dim + 16)  # in the prepared folder
 
-    def _first_readable(self, entries: Sequence[Entry]) -> Regions:
+    def _first_readable(self) -> Regions:
         """Read the first entry that is not damaged. Raises the InputError of the first if all are."""
-        errors = []
-        for entry in entries:
-            try:
+        for entry in self.entries.values():
+            with contextlib.suppress(InputError):
                 return entry.read()
-            except InputError as error:
-                errors.append(error)
-        raise errors[0]
-
-    def has(self, record: ImageRecord) -> bool:
-        """Return True if a file has the record's photo."""
-        return (record.path, record.row) in self.entries
+        return next(iter(self.entries.values())).read()
 
     def require_all(self) -> None:
         """Raise InputError, which lists the first ten, if photos are missing."""
@@ -280,7 +265,8 @@ class RegionFeatures:
         if not photo_size:
             raise entry.damaged(f"boxes, and {record.path} is not readable")
         size = regions.size or photo_size
-        boxes = regions.boxes.astype(np.float64) / [*size, *size]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            boxes = regions.boxes.astype(np.float64) / [*size, *size]
         if not (boxes.min() >= -TOLERANCE and boxes.max() <= 1 + TOLERANCE):  # also true of nan
             problem = f"boxes beyond its {size[0]} x {size[1]} pixels: give the photos that they were found in"
             raise entry.damaged(problem)

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import shlex
 from array import array
 from collections import Counter
@@ -38,15 +37,19 @@ def read_metadata(data_folder: str | Path) -> dict[str, Any]:
         raise InputError(
             f"no data folder {folder}: run create_input_files.py --output_folder {shlex.quote(str(folder))} first"
         )
-    path = folder / "dataset.json"
-    if not path.is_file():
+    if not (folder / "dataset.json").is_file():
         raise InputError(
             f"{folder} is not a complete data folder, it has no dataset.json: run create_input_files.py, or give the "
             f"folder that it wrote"
         )
-    metadata = read_json(path)
-    if not isinstance(metadata, dict) or not metadata.keys() >= METADATA_KEYS:
-        raise InputError(f"{path} was not written by this create_input_files.py: run it again with --overwrite")
+    metadata = read_json(folder / "dataset.json")
+    try:
+        region_info(metadata)
+        is_own = metadata.keys() >= METADATA_KEYS and metadata["splits"].keys() == set(SPLITS)
+    except (TypeError, AttributeError):
+        is_own = False
+    if not is_own:
+        raise InputError(f"{folder}: dataset.json is not one of create_input_files.py: run it again with --overwrite")
     return metadata
 
 
@@ -118,60 +121,34 @@ class PackedCaptions:
 
 
 class PackedObjects:
-    """The objects of a split in arrays: item i is the list of those of image i, as in the captions file.
+    """The objects of a split, stored as JSON: item i is the list of those of image i, decoded at each access.
 
     An object is a dictionary with "words", a "box" and, if it was detected, a "score". Lists of dictionaries take ten
     times the memory.
     """
 
     def __init__(self) -> None:
-        self.words: list[list[str]] = []  # names of objects, each once
-        self.known = True  # True if the objects of all images are known
-        self._word_indices: dict[str, int] = {}
-        self._names, self._boxes, self._scores = array("i"), array("d"), array("d")  # score nan: none
-        self._offsets = array("q", [0])  # image i has the objects offsets[i] to offsets[i + 1]
+        self._images: list[bytes] = []
+        self._all_known, self._any = True, False
 
     def append(self, objects: list[dict[str, Any]] | None) -> None:
         """Add the objects of the next image; None if they are unknown."""
-        self.known &= objects is not None
-        for item in objects or []:
-            name = " ".join(item["words"])
-            if name not in self._word_indices:
-                self._word_indices[name] = len(self.words)
-                self.words.append(item["words"])
-            self._names.append(self._word_indices[name])
-            self._boxes.extend(item["box"])
-            self._scores.append(item.get("score", math.nan))
-        self._offsets.append(len(self._names))
+        self._all_known &= objects is not None
+        self._any |= bool(objects)
+        self._images.append(json.dumps(objects or []).encode())
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._images)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        found = []
-        for i in range(self._offsets[index], self._offsets[index + 1]):
-            item = {"words": self.words[self._names[i]], "box": self._boxes[4 * i : 4 * i + 4].tolist()}
-            if not math.isnan(self._scores[i]):
-                item["score"] = self._scores[i]
-            found.append(item)
-        return found
+        return json.loads(self._images[index])
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return map(self.__getitem__, range(len(self)))
+        return map(json.loads, self._images)
 
     def any(self) -> bool:
         """Return True if there is an object and the objects of all images are known."""
-        return self.known and len(self._names) > 0
-
-    def boxes(self, index: int) -> np.ndarray:
-        """Return the boxes of an image's objects, (N, 4) float32."""
-        first, last = self._offsets[index], self._offsets[index + 1]
-        return np.array(self._boxes[4 * first : 4 * last], np.float32).reshape(-1, 4)
-
-    def names(self, index: int, of_words: list[Any]) -> list[Any]:
-        """Select an item of `of_words`, parallel to `words`, for each object of an image; [] below MIN_SCORE."""
-        objects = range(self._offsets[index], self._offsets[index + 1])
-        return [[] if self._scores[i] < MIN_SCORE else of_words[self._names[i]] for i in objects]
+        return self._all_known and self._any
 
 
 class SplitContent(NamedTuple):
@@ -262,7 +239,7 @@ def own_array(file: h5py.File, name: str) -> h5py.Dataset:
 def _name_damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, KeyError, AttributeError):
+    except (OSError, RuntimeError, KeyError, AttributeError):
         raise InputError(f"{path} is missing or damaged: {AGAIN}") from None
 
 

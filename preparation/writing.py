@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import statistics
 import sys
 from collections import Counter, deque
@@ -22,14 +23,11 @@ from tqdm import tqdm
 
 from common.files import write_json
 from preparation.images import MIN_DECODED, RESIZE_MODES, open_photo, place_objects, to_square
-from preparation.installation import require_space
 from preparation.records import ImageRecord
 from preparation.region_features import RegionFeatures
 from preparation.storage import SPLITS, RegionInfo, RegionWriter, open_images, write_captions
 from text.vocabulary import SPECIAL_TOKENS, Vocabulary
 from utils import BaseSettings, InputError, setting
-
-LONG_CAPTIONS = {"truncate": "truncated", "drop": "dropped"}  # choices of a setting, and what was done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,9 @@ class FolderSettings(BaseSettings):
     max_train_images: int = setting(0, minimum=0)  # training images to keep at most, chosen with the seed; 0: all
     captions_per_image: int = setting(0, minimum=0)  # captions per training image to keep at most; 0: all
     max_caption_length: int = setting(0, minimum=0)  # words of a training caption at most; 0: any number
-    long_captions: str = setting("truncate", choices=LONG_CAPTIONS, needs="max_caption_length")  # longer captions
+    long_captions: str = setting(
+        "truncate", choices=("truncate", "drop"), needs="max_caption_length"
+    )  # longer captions
 
     # group: run
     seed: int = 0  # of the shapes, random splits, --max_train_images and --captions_per_image
@@ -62,26 +62,29 @@ def subsample_train(records: list[ImageRecord], settings: FolderSettings) -> lis
     if 0 < settings.max_train_images < len(records):
         print(f"{settings.max_train_images} of {len(records)} training images, chosen with seed {settings.seed}")
         records = [records[i] for i in sorted(generator.sample(range(len(records)), settings.max_train_images))]
-    if max_length := settings.max_caption_length:
-        long = sum(len(caption["words"]) > max_length for record in records for caption in record.captions)
-        done = LONG_CAPTIONS[settings.long_captions]
-        print(f"{long} training captions of more than {max_length} words are {done}")
-        shortened = [record.with_captions(shorten(record.captions, settings)) for record in records]
-        kept = [new for new, old in zip(shortened, records, strict=True) if new.captions or not old.captions]
-        if len(kept) < len(records):
-            print(f"{len(records) - len(kept)} training images have no other captions, they are left out")
-        records = kept
+    if settings.max_caption_length:
+        records = limit_caption_length(records, settings.max_caption_length, settings.long_captions == "drop")
     if max_captions := settings.captions_per_image:
         samples = (generator.sample(record.captions, min(max_captions, len(record.captions))) for record in records)
         records = [record.with_captions(sample) for record, sample in zip(records, samples, strict=True)]
     return records
 
 
-def shorten(captions: list[dict[str, Any]], settings: FolderSettings) -> list[dict[str, Any]]:
-    """Truncate or drop captions of more than max_caption_length words."""
-    if settings.long_captions == "drop":
-        return [caption for caption in captions if len(caption["words"]) <= settings.max_caption_length]
-    return [{**caption, "words": caption["words"][: settings.max_caption_length]} for caption in captions]
+def limit_caption_length(records: list[ImageRecord], max_length: int, drop: bool) -> list[ImageRecord]:
+    """Truncate or drop captions of more than `max_length` words, with the images that have no other; print counts."""
+    kept, long = [], 0
+    for record in records:
+        captions = record.captions
+        short = [caption for caption in captions if len(caption["words"]) <= max_length]
+        long += len(captions) - len(short)
+        if not drop:
+            short = [{**caption, "words": caption["words"][:max_length]} for caption in captions]
+        if short or not captions:
+            kept.append(record.with_captions(short))
+    print(f"{long} training captions of more than {max_length} words are {'dropped' if drop else 'truncated'}")
+    if len(kept) < len(records):
+        print(f"{len(records) - len(kept)} training images have no other captions, they are left out")
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -141,8 +144,8 @@ def write_split(
     """
     if not records:
         return {"images": 0, "captions": 0, "digest": ""}, [], []
-    kept, errors, digest, size = [], [], hashlib.sha256(), settings.image_size
     metadata: dict[str, Any] = {}
+    kept, errors, digest, size = [], [], hashlib.sha256(), settings.image_size
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(h5py.File(folder / f"{split}_images.hdf5", "w"))
         regions = None
@@ -167,15 +170,18 @@ def write_split(
         file.attrs["digest"] = digest.hexdigest()
         if regions:
             metadata["regions_digest"] = regions.finish()
-    entries = (
-        {"image": record.name, "image_id": record.image_id, "captions": record.captions}
-        | ({} if record.objects is None else {"objects": record.objects})
-        for record in kept
-    )
-    write_captions(folder / f"{split}_captions.json", entries)
+    write_captions(folder / f"{split}_captions.json", map(captions_entry, kept))
     num_captions = sum(len(record.captions) for record in kept)
     metadata |= {"images": len(kept), "captions": num_captions, "digest": digest.hexdigest()}
     return metadata, kept, errors
+
+
+def captions_entry(record: ImageRecord) -> dict[str, Any]:
+    """Return what the captions file says about an image."""
+    entry = {"image": record.name, "image_id": record.image_id, "captions": record.captions}
+    if record.objects is not None:
+        entry["objects"] = record.objects
+    return entry
 
 
 def write_folder(
@@ -199,7 +205,12 @@ def write_folder(
     by_split["train"] = subsample_train(by_split["train"], settings)
     total = sum(map(len, by_split.values()))
     image_bytes = 3 * settings.image_size**2 + (region_features.bytes_of_first if region_features else 0)
-    require_space(folder, total, settings.image_size, image_bytes)
+    needed, free = total * image_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{total} images of {settings.image_size} pixels take {needed / 1e9:.3g} GB, {folder.parent} has "
+            f"{free / 1e9:.3g} GB left: give another --output_folder or a smaller --image_size"
+        )
     splits, kept, errors = {}, {}, []
     for split in SPLITS:
         splits[split], kept[split], found = write_split(folder, split, by_split[split], settings, region_features)
@@ -229,9 +240,6 @@ def write_folder(
     print(f"{len(vocabulary)} words: four special tokens and {origin}")
     for split in SPLITS:
         print(describe_split(split, kept[split], vocabulary))
-    lengths = [len(caption["words"]) for split in SPLITS for record in kept[split] for caption in record.captions]
-    if statistics.median(lengths) <= 1:
-        print("most captions have one word: if they are sentences, separate their words by spaces first")
 
 
 def content_digest(folder: Path, splits: dict[str, Any]) -> str:
@@ -266,12 +274,17 @@ def choose_vocabulary(
 
 def describe_split(split: str, records: list[ImageRecord], vocabulary: Vocabulary) -> str:
     """Describe a split in one line: its images, the lengths of its captions, and the share of <unk>."""
-    lengths = sorted(len(caption["words"]) for record in records for caption in record.captions)
+    lengths, unknown = [], 0
+    for record in records:
+        for caption in record.captions:
+            lengths.append(len(caption["words"]))
+            unknown += sum(word not in vocabulary.word2idx or word in SPECIAL_TOKENS for word in caption["words"])
     if not lengths:
         return f"{split}: no images"
-    words = (word for record in records for caption in record.captions for word in caption["words"])
-    unknown = sum(word not in vocabulary.word2idx or word in SPECIAL_TOKENS for word in words)
+    hint = ""
+    if statistics.median(lengths) <= 1:
+        hint = "; most captions have one word: if they are sentences, separate their words by spaces"
     return (
-        f"{split}: {len(records)} images, {len(lengths)} captions of {lengths[0]} to {lengths[-1]} words "
-        f"(median {statistics.median_low(lengths)}), {unknown / sum(lengths):.2%} <unk>"
+        f"{split}: {len(records)} images, {len(lengths)} captions of {min(lengths)} to {max(lengths)} words "
+        f"(median {statistics.median_low(lengths)}), {unknown / sum(lengths):.2%} <unk>{hint}"
     )

@@ -1,5 +1,7 @@
 """Batches, their order and the workers that load them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,9 @@ def test_boxes_come_with_their_images(shapes):
 def test_words_name_the_objects_of_their_images(shapes):
     vocabulary = Vocabulary.load(shapes)
     dataset = CaptionDataset(shapes, "train", vocabulary)
-    dataset.objects._scores[0] = 0.1
+    objects = dataset.objects[0]
+    objects[0]["score"] = 0.1
+    dataset.objects._images[0] = json.dumps(objects).encode()
     dataset.use_names(vocabulary)
     (batch,) = make_loader(dataset, [[(i, False) for i in range(len(dataset))]])
     for b, index in enumerate(batch.indices):

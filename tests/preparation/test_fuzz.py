@@ -1,7 +1,6 @@
 """Captions and photos with random errors: each run ends in a complete folder, or in one line and leaves nothing."""
 
 import copy
-import csv
 import functools
 import hashlib
 import inspect
@@ -9,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections import Counter
 from contextlib import suppress
@@ -19,13 +19,13 @@ import pytest
 from PIL import Image, features
 
 import create_input_files
+from caption_files import CAPTIONS, WRITERS
 from preparation import writing
 from preparation.caption_formats import FORMATS
 from preparation.storage import SPLITS, read_captions, read_metadata
 from text.vocabulary import Vocabulary
 
 CASES = 250  # of each kind with --fuzz 1
-NAMES = ("a.jpg", "b c.png", "é.gif", "d.webp")
 RAW = {'"DEEP"': "[" * 200_000 + "]" * 200_000, '"HUGE"': "9" * 5000}  # JSON that json.dumps cannot write
 TEXTS = (
     *("", " ", ".", "..", "/", "../a.jpg", "./a.jpg", "/none/a.jpg", "a.jpg", "d.webp", "train", "DEV", "<pad>", "%s"),
@@ -97,8 +97,9 @@ def spoil_values(content, generator):
     return whole[0] if whole else None
 
 
-def spoil_rows(rows, generator):
-    """Drop, repeat, shorten, lengthen or change one to three rows of a table of strings, in place."""
+def spoil_text(text, generator):
+    """Drop, repeat, shorten, lengthen or change one to three lines, or fields of lines."""
+    rows = [re.split(r"([,;|#\t])", line) for line in text.split("\n")]
     for _ in range(generator.choice((1, 1, 3))):
         row = generator.choice(rows)
         column, error = generator.randrange(len(row) + 1), generator.randrange(6)
@@ -112,10 +113,10 @@ def spoil_rows(rows, generator):
             row.insert(column, generator.choice(TEXTS))
         else:
             row[column : column + 1] = [generator.choice(TEXTS)]
-    return rows
+    return "\n".join(map("".join, rows))
 
 
-def write_text(path, text, generator, share=0.4):
+def write_text(path, text, generator, share):
     """Write text, a share of it with errors: blank lines, no quotes, other line ends, encodings and bytes."""
     error, encoding = (generator.randrange(3) if generator.random() < share else None), "utf-8"
     if error == 0:
@@ -126,140 +127,45 @@ def write_text(path, text, generator, share=0.4):
     path.write_bytes(spoil_bytes(content, generator) if error == 2 else content)
 
 
-def write_json(path, content, generator, share=1.0):
-    """Write JSON, a share of it with errors, some of which json.dumps would not write."""
-    if generator.random() < share:
-        content = spoil_values(content, generator)
-    text = json.dumps(content, ensure_ascii=generator.random() < 0.9)
-    for marker, raw in RAW.items():
-        text = text.replace(marker, raw)
-    write_text(path, text, generator, share / 4)
+def spoil_hdf5(path, generator):
+    """Give the tutorial's images another name, shape, type or place, or no number of captions."""
+    name, shape, dtype, per_image = "images", (1, 3, 16, 16), "uint8", 2
+    error = generator.randrange(7)
+    if error == 0:
+        name = generator.choice(("pictures", "images/images"))
+    elif error == 1:
+        shape = generator.choice(((1, 3, 9, 7), (1, 3, 9), (1, 3, 0, 0), (0, 3, 9, 9), (4, 3, 1, 1), (), None))
+    elif error == 2:
+        dtype = generator.choice(("float32", "int64", "S3"))
+    elif error == 3:
+        per_image = generator.choice((0, -1, 1, 2.5, np.nan, np.inf, 2**62, "2", "two", "", [2, 2], np.bool_(1)))
+    with h5py.File(path, "w") as file:
+        if error == 4:
+            file[name] = generator.choice((h5py.ExternalLink("other.hdf5", "images"), h5py.SoftLink("/images")))
+        else:
+            external = [("other", 0, h5py.h5f.UNLIMITED)] if error == 5 else None
+            file.create_dataset(name, shape, dtype, external=external)
+        if error != 6:
+            file.attrs["captions_per_image"] = per_image
 
 
-def write_table(path, rows, generator, delimiter):
-    """Write a CSV with errors."""
-    file = io.StringIO(newline="")
-    options = {"lineterminator": "\n", "escapechar": "\x02"}  # without one, Python 3.10 cannot write a NUL
-    csv.writer(file, delimiter=delimiter, **options).writerows(spoil_rows(rows, generator))
-    write_text(path, file.getvalue(), generator)
+def spoil_file(path, generator):
+    """Spoil a file of captions or images by the kind of its content."""
+    content = path.read_bytes()
+    if path.suffix == ".hdf5" and generator.random() < 0.8:
+        spoil_hdf5(path, generator)
+    elif path.suffix in (".hdf5", ".jpg"):
+        path.write_bytes(spoil_bytes(content, generator))
+    elif content[:1] in (b"{", b"["):
+        text = json.dumps(spoil_values(json.loads(content), generator), ensure_ascii=generator.random() < 0.9)
+        for marker, raw in RAW.items():
+            text = text.replace(marker, raw)
+        write_text(path, text, generator, 0.2)
+    else:
+        write_text(path, spoil_text(content.decode(), generator), generator, 0.4)
 
 
-# ------------------------------------------------------------------------- kinds: each writes a case into a folder
-
-
-def karpathy(folder, generator):
-    """Karpathy's JSON."""
-    images = []
-    for index, name in enumerate(NAMES):
-        image = {"filename": name, "split": generator.choice((*SPLITS, "restval")), "imgid": index, "cocoid": "x"}
-        image["sentences"] = [{"tokens": ["a", "dog", name], "raw": "A dog."}, {"tokens": ["x"], "raw": "X"}]
-        image["objects"] = [{"words": ["a", "dog"], "box": [0, 0, generator.choice((1, 0.1, 1e-9)), 0.5]}]
-        images.append(image | generator.choice(({}, {"filepath": "."})))
-    write_json(folder / "captions.json", {"images": images, "dataset": "own"}, generator, 0.9)
-    return [folder / "captions.json"]
-
-
-def coco(folder, generator):
-    """COCO's own JSON, one file or two."""
-    paths = [folder / "captions_train2014.json", folder / "captions_val2014.json"][: generator.randint(1, 2)]
-    for index, path in enumerate(paths):
-        names = NAMES[index :: len(paths)]
-        ids = [generator.choice((0, 0, "x", "\ud800", None, 2.5, 10**40)), 1, 2, 3]
-        content = {
-            "images": [{"id": ids[i], "file_name": name} for i, name in enumerate(names)],
-            "annotations": [{"image_id": ids[i % len(names)], "id": i, "caption": f"Dog {i}."} for i in range(5)],
-        }
-        write_json(path, content, generator, 0.6)
-    return paths
-
-
-def kaggle(folder, generator):
-    """Kaggle's captions.txt."""
-    rows = [["image", "caption"], *([name, f"A {word}, here ."] for name in NAMES for word in ("dog", '"cat"'))]
-    write_table(folder / "captions.txt", rows, generator, ",")
-    return [folder / "captions.txt"]
-
-
-def own_csv(folder, generator):
-    """A CSV that users write themselves, with splits, its columns in any order."""
-    order = generator.sample(range(3), 3)
-    rows = [("file", "caption", "split"), *((name, f"A {name}.", generator.choice(SPLITS)) for name in NAMES)]
-    rows = [[row[column] for column in order] for row in rows]
-    write_table(folder / "own.csv", rows, generator, generator.choice(",;\t"))
-    return [folder / "own.csv"]
-
-
-def flickr30k(folder, generator):
-    """Flickr30k's results.csv."""
-    rows = [["image_name", " comment_number", " comment"]]
-    rows += [[name, f" {i}", f" Two dogs, {i} ."] for name in NAMES for i in range(2)]
-    text = "\n".join("|".join(row) for row in spoil_rows(rows, generator))
-    write_text(folder / "results.csv", text, generator)
-    return [folder / "results.csv"]
-
-
-def token(folder, generator):
-    """Flickr8k.token.txt, some with split lists beside it."""
-    rows = spoil_rows([[name, "#", str(i), "\t", "A dog ."] for name in NAMES for i in range(2)], generator)
-    write_text(folder / "Flickr8k.token.txt", "\n".join(map("".join, rows)), generator)
-    lists = ("trainImages", "devImages", "testImages")
-    for index, kind in enumerate(lists[: generator.choice((0, 3, 3, 3, 2))]):
-        names = [[name] for name in NAMES[index::3]]
-        if generator.random() < 0.3:
-            names = spoil_rows(names, generator)
-        write_text(folder / f"Flickr_8k.{kind}.txt", "\n".join(map("".join, names)), generator, 0.1)
-    return [folder / "Flickr8k.token.txt"]
-
-
-def text_beside(folder, generator):
-    """A folder of photos with .txt beside, names and texts with errors."""
-    (folder / "both" / "inner.txt").mkdir(parents=True)
-    names = [*NAMES, "inner.txt/g.png", generator.choice(TEXTS) + ".jpg"]
-    if generator.random() < 0.2:
-        names.append(os.fsdecode(generator.randbytes(2)) + generator.choice((".png", ".txt")))
-    for name in names:
-        captions = [generator.choice(TEXTS) if generator.random() < 0.3 else "A dog." for _ in range(3)]
-        path = folder / "both" / name
-        with suppress(OSError, ValueError):  # a name that the file system does not take
-            if generator.random() < 0.9:
-                path.write_bytes(generator.choice(seed_photos()))
-            if generator.random() < 0.9:
-                write_text(path.with_suffix(".txt"), "\n".join(captions), generator, 0.1)
-    return [folder / "both"]
-
-
-def tutorial(folder, generator):
-    """The tutorial's folder: a word map, and HDF5 with captions and their lengths in JSON for each split."""
-    folder = folder / "tutorial"
-    folder.mkdir()
-    words = {"<pad>": 0, "a": 1, "dog": 2, "<unk>": 3, "<start>": 4, "<end>": 5, "cat": 6, "cow": 7, "hen": 8, "": 9}
-    write_json(folder / "WORDMAP_own.json", words, generator, 0.5)
-    for split in generator.choice((("TRAIN", "VAL"), ("TEST",))):
-        captions = [[4, 1, 2, 5, 0, 0], [4, 3, 5, 0, 0, 0]] * 2
-        write_json(folder / f"{split}_CAPTIONS_own.json", captions, generator, 0.1)
-        write_json(folder / f"{split}_CAPLENS_own.json", [4, 3] * 2, generator, 0.1)
-        name, shape, dtype, per_image = "images", (2, 3, 9, 9), "uint8", 2
-        error = generator.randrange(15)
-        if error == 0:
-            name = generator.choice(("pictures", "images/images"))
-        elif error == 1:
-            shape = generator.choice(((2, 3, 9, 7), (2, 3, 9), (2, 3, 0, 0), (0, 3, 9, 9), (4, 3, 1, 1), (), None))
-        elif error == 2:
-            dtype = generator.choice(("float32", "int64", "S3"))
-        elif error == 3:
-            per_image = generator.choice((0, -1, 1, 2.5, np.nan, np.inf, 2**62, "2", "two", "", [2, 2], np.bool_(1)))
-        with h5py.File(folder / f"{split}_IMAGES_own.hdf5", "w") as file:
-            if error == 6:
-                file[name] = generator.choice((h5py.ExternalLink("other.hdf5", "images"), h5py.SoftLink("/images")))
-            else:
-                external = [("other", 0, h5py.h5f.UNLIMITED)] if error == 7 else None
-                file.create_dataset(name, shape, dtype, external=external)
-            if error != 4:
-                file.attrs["captions_per_image"] = per_image
-        if error == 5:
-            path = folder / f"{split}_IMAGES_own.hdf5"
-            path.write_bytes(spoil_bytes(path.read_bytes(), generator))
-    return [folder]
+# ------------------------------------------------------------------------- photos
 
 
 @functools.cache
@@ -293,19 +199,44 @@ def seed_photos():
     return [*contents, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b""]
 
 
-def damaged(folder, generator):
-    """A folder of photos of which bytes are wrong."""
-    (folder / "both").mkdir()
-    (folder / "both" / "whole.jpg").write_bytes(seed_photos()[0])
-    (folder / "both" / "whole.txt").write_text("A dog.")
-    for i in range(4):
-        content = spoil_bytes(generator.choice(seed_photos()), generator)
-        (folder / "both" / f"{i}.jpg").write_bytes(content)
-        (folder / "both" / f"{i}.txt").write_text("A cat.")
-    return [folder / "both"]
+def odd_names(folder, generator):
+    """A folder of photos with texts beside, names and texts with errors."""
+    (folder / "inner.txt").mkdir(parents=True)
+    names = ["a.jpg", "inner.txt/g.png", generator.choice(TEXTS) + ".jpg"]
+    if generator.random() < 0.2:
+        names.append(os.fsdecode(generator.randbytes(2)) + generator.choice((".png", ".txt")))
+    for name in names:
+        captions = [generator.choice(TEXTS) if generator.random() < 0.3 else "A dog." for _ in range(3)]
+        path = folder / name
+        with suppress(OSError, ValueError):  # a name that the file system does not take
+            if generator.random() < 0.9:
+                path.write_bytes(generator.choice(seed_photos()))
+            if generator.random() < 0.9:
+                write_text(path.with_suffix(".txt"), "\n".join(captions), generator, 0.1)
 
 
-KINDS = (karpathy, coco, kaggle, own_csv, flickr30k, token, text_beside, tutorial, damaged)
+def write_case(kind, folder, generator):
+    """Write photos and the captions of a kind into a folder, with errors; returns the paths of the captions."""
+    photos = folder / "photos"
+    if kind == "odd names":
+        odd_names(photos, generator)
+        return [photos]
+    photos.mkdir()
+    for name in CAPTIONS:
+        (photos / name).write_bytes(seed_photos()[0] if kind != "photos" else generator.choice(seed_photos()))
+    paths = WRITERS["folder" if kind == "photos" else kind](folder / "given", photos)
+    files = sorted(photos.glob("*.jpg" if kind == "photos" else "*.txt")) or []
+    if paths[0] != photos:
+        files = sorted((folder / "given").iterdir())
+    for path in generator.sample(files, generator.choice((0, 1, 1, 1, len(files)))):
+        spoil_file(path, generator)
+    if kind == "token" and generator.random() < 0.3:  # without split lists, or with some
+        for path in generator.choice((files[:1], files[:3])):
+            path.unlink()
+    return paths
+
+
+KINDS = (*WRITERS, "odd names", "photos")
 
 
 # ----------------------------------------------------------------------------------------------------- the test
@@ -313,7 +244,7 @@ KINDS = (karpathy, coco, kaggle, own_csv, flickr30k, token, text_beside, tutoria
 
 def more_flags(kind, generator):
     """Flags that any data set may be prepared with, most often --skip_broken."""
-    more = ["--skip_broken"] if generator.random() < (0.9 if kind == damaged else 0.5) else []
+    more = ["--skip_broken"] if generator.random() < (0.9 if kind == "photos" else 0.5) else []
     for flag, values in {
         "--resize": ("squash", "crop", "pad"),
         "--max_train_images": (1, 2),
@@ -353,15 +284,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
 
 
-def run_case(command, photos, folder, case):
+def run_case(command, folder, kind, generator):
     """Run a case in a new folder; returns the exit status."""
     folder.mkdir()
-    kind, generator, output = KINDS[case % len(KINDS)], random.Random(case), folder / "out"
-    captions = kind(folder, generator)
+    captions, output = write_case(kind, folder, generator), folder / "out"
     given = set(folder.iterdir())
     arguments = ["--dataset", "own", "--captions", *captions, "--output_folder", output, "--image_size", 8]
     if captions[0].is_file():
-        arguments += ["--images", photos]
+        arguments += ["--images", folder / "photos"]
     status, _, err = command(create_input_files, *arguments, *more_flags(kind, generator))
     if status == 0:
         assert_complete(output)
@@ -375,17 +305,14 @@ def run_case(command, photos, folder, case):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged photos
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS)
 def test_errors_end_in_a_complete_folder_or_in_one_line(command, request, tmp_path, quick, kind):
     cases = round(CASES * request.config.getoption("--fuzz", default=1 / 3))
-    (tmp_path / "photos").mkdir()
-    for name, content in zip(NAMES, seed_photos(), strict=False):
-        (tmp_path / "photos" / name).write_bytes(content)
     statuses = Counter()
-    for case in range(KINDS.index(kind), len(KINDS) * cases, len(KINDS)):
+    for case in range(cases):
         try:
             # A line break in the folder's name must not break a message into two lines.
-            statuses[run_case(command, tmp_path / "photos", tmp_path / f"case\n{case}", case)] += 1
+            statuses[run_case(command, tmp_path / f"case\n{case}", kind, random.Random(f"{kind} {case}"))] += 1
         except Exception as error:
-            raise AssertionError(f"case {case}, {kind.__name__}: {error!r}") from error
-    assert min(statuses[0], statuses[2]) > cases / 20, f"the cases of {kind.__name__} all end alike: {statuses}"
+            raise AssertionError(f"case {case}, {kind}: {error!r}") from error
+    assert min(statuses[0], statuses[2]) > cases / 20, f"the cases of {kind} all end alike: {statuses}"

@@ -33,18 +33,16 @@ def near(found, expected, tolerance=6):
     return np.abs(np.array(found) - np.array(expected)).max() <= tolerance
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "progressive.jpg", "a.png", "a.bmp", "a.webp", "a.tif", "a.ppm", "a.jp2"])
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "progressive.jpg", "a.png", "a.bmp", "a.webp", "a.tif", "a.ppm", "a.jp2", "a.avif"]
+)
 def test_formats(tmp_path, name):
+    if name == "a.avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
     options = {"progressive": True} if name == "progressive.jpg" else {}
-    quality = {"quality": 95} if name.endswith(("jpg", "webp")) else {}
+    quality = {"quality": 95} if name.endswith(("jpg", "webp", "avif")) else {}
     two_colors().save(tmp_path / name, **options, **quality)
     assert near(colors(tmp_path / name), (RED, GREEN))
-
-
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-def test_avif(tmp_path):
-    two_colors().save(tmp_path / "a.avif", quality=95)
-    assert near(colors(tmp_path / "a.avif"), (RED, GREEN))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA", "P", "CMYK", "RGBA"])
@@ -73,22 +71,16 @@ def test_transparent_pixels_become_white(tmp_path):
         assert name == "gray.png" or near(left, RED), name
 
 
-def test_16_bits_keep_their_brightness(tmp_path):
+def test_pixels_of_more_bits_keep_their_brightness_or_are_refused(tmp_path):
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     for name, pixels in {"a.png": ramp.astype(np.uint16), "b.tif": ramp.astype(np.int32)}.items():
         Image.fromarray(pixels).save(tmp_path / name)
         assert load_image(tmp_path / name, 8).mean() == pytest.approx(127, abs=2)
-
-
-def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "a.tif")  # 32 bits that use 8
+    assert (load_image(tmp_path / "a.tif", 8) == 200).all()
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif: not a readable photo: its pixels are floating-point"):
         load_image(tmp_path / "a.tif", 8)
-
-
-def test_32_bits_that_use_8_keep_their_brightness(tmp_path):
-    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "a.tif")
-    assert (load_image(tmp_path / "a.tif", 8) == 200).all()
 
 
 @pytest.mark.parametrize(("orientation", "angle"), [(3, 180), (6, 90), (8, 270)])
@@ -116,29 +108,16 @@ def test_one_pixel_and_a_line_of_pixels_are_photos(tmp_path):
     assert colors(tmp_path / "small.png") == (list(RED), list(RED))
 
 
-@pytest.fixture
-def wide_photo(tmp_path):
-    """A photo of 60x20 pixels: blue, and in its center a square that is red on the left and green on the right."""
+def test_crop_keeps_the_center_pad_and_squash_keep_all(tmp_path):
     photo = Image.new("RGB", (60, 20), BLUE)
-    photo.paste(two_colors(20, 20), (20, 0))
+    photo.paste(two_colors(20, 20), (20, 0))  # in the center, red on the left and green on the right
     photo.save(tmp_path / "a.png")
-    return tmp_path / "a.png"
-
-
-def test_crop_keeps_the_center(wide_photo):
-    assert near(colors(wide_photo, resize="crop"), (RED, GREEN))
-
-
-def test_pad_keeps_all_on_gray(wide_photo):
-    pixels = load_image(wide_photo, 24, "pad")
-    assert (pixels[:, [0, 7, 16, 23]] == np.array(PAD_COLOR).reshape(3, 1, 1)).all()
-    assert near(pixels[:, 12, [2, 10, 14, 21]].T, [BLUE, RED, GREEN, BLUE])
-
-
-def test_squash_keeps_all(wide_photo):
-    pixels = load_image(wide_photo, 24)
-    assert near(pixels[:, 12, [2, 10, 14, 21]].T, [BLUE, RED, GREEN, BLUE])
-    assert near(pixels[:, 1, 10], RED)
+    assert near(colors(tmp_path / "a.png", resize="crop"), (RED, GREEN))
+    padded, squashed = (load_image(tmp_path / "a.png", 24, resize) for resize in ("pad", "squash"))
+    for pixels in (padded, squashed):
+        assert near(pixels[:, 12, [2, 10, 14, 21]].T, [BLUE, RED, GREEN, BLUE])
+    assert (padded[:, [0, 7, 16, 23]] == np.array(PAD_COLOR).reshape(3, 1, 1)).all()
+    assert near(squashed[:, 1, 10], RED)
 
 
 def test_the_pixels_are_those_of_pillow_within_rounding(tmp_path):

@@ -10,20 +10,8 @@ from preparation.caption_formats import read_records
 from preparation.json_stream import iter_json_list
 from utils import InputError
 
-ELEMENTS = [
-    12,
-    -1.5e-3,
-    1e300,
-    True,
-    None,
-    "",
-    'a "quoted" \\ word\n',
-    "犬 😀 é",
-    [],
-    {},
-    [[1, 2], {"a": []}],
-    {"images": [3]},
-]
+ELEMENTS = [12, -1.5e-3, 1e300, True, None, "", 'a "quoted" \\ word\n', "犬 😀 é", [], {}]
+ELEMENTS += [[[1, 2], {"a": []}], {"images": [3]}]
 OBJECTS = (
     {"images": ELEMENTS},
     {"info": {"images": [1]}, "images": ELEMENTS, "dataset": "own", "licenses": [1, [2]]},

@@ -25,7 +25,7 @@ def test_every_layout_has_the_same_regions(tmp_path, photos, layout):
     path = write_features(tmp_path / "f", layout, [10 + i for i in order], features[order], boxes[order])
     found = RegionFeatures([str(path)], photos)
     found.require_all()
-    assert found.feature_dim == 5 and found.has_boxes
+    assert found.found == photos and found.feature_dim == 5 and found.has_boxes
     for i, record in enumerate(photos):
         read_features, read_boxes = found.read(record, 32, "squash")
         assert np.array_equal(read_features, features[i].astype(np.float16)) and read_features.dtype == np.float16
@@ -39,7 +39,7 @@ def test_photos_are_found_by_name_and_in_several_files(tmp_path, photos):
     first = write_features(tmp_path / "a", "tsv", ["photo0", "photo1.png", "x"], features[:3], boxes[:3])
     second = write_features(tmp_path / "b", "keyed", [f"photo{i}" for i in (2, 3, 4)], features[2:5], boxes[2:5])
     found = RegionFeatures([str(first), str(second)], photos)
-    assert [record.name for record in found.missing] == ["photo5.png"] and not found.has(photos[5])
+    assert found.missing == photos[5:] and found.found == photos[:5]
     for i in range(5):
         assert np.array_equal(found.read(photos[i], 32, "squash")[0], features[i].astype(np.float16))
 
@@ -88,18 +88,6 @@ def test_the_first_ten_missing_photos_are_listed(tmp_path, photos):
         RegionFeatures([str(path)], records[6:])
 
 
-def damage(layout, tmp_path, photos, change):
-    """The error of reading all photos where `change` was made to the features and boxes of photo 12."""
-    features, boxes = map(list, random_regions(6))
-    features[2], boxes[2] = change(features[2], boxes[2])
-    path = write_features(tmp_path / "f", layout, range(10, 16), features, boxes)
-    found = RegionFeatures([str(path)], photos)
-    with pytest.raises(InputError) as error:
-        for record in photos:
-            found.read(record, 32, "squash")
-    return str(error.value)
-
-
 @pytest.mark.parametrize("layout", ["folder", "tsv", "keyed"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -115,7 +103,13 @@ def damage(layout, tmp_path, photos, change):
     ],
 )
 def test_damaged_features_are_named(tmp_path, photos, layout, change, message):
-    assert message in damage(layout, tmp_path, photos, change)
+    features, boxes = map(list, random_regions(6))
+    features[2], boxes[2] = change(features[2], boxes[2])
+    path = write_features(tmp_path / "f", layout, range(10, 16), features, boxes)
+    found = RegionFeatures([str(path)], photos)
+    with pytest.raises(InputError, match=message):
+        for record in photos:
+            found.read(record, 32, "squash")
 
 
 def test_whatever_a_damaged_file_raises_is_one_line(tmp_path, photos):
@@ -127,30 +121,25 @@ def test_whatever_a_damaged_file_raises_is_one_line(tmp_path, photos):
     (path / "13.npz").write_bytes(b"PK\x03\x04")
     np.savez(path / "14.npz", other=features[0])
     (tmp_path / "f" / "cocobu_box" / "15.npy").unlink()
+    with open(path / "11.npy", "wb") as file:  # an absurd size
+        header = {"descr": "<f4", "fortran_order": False, "shape": (92_222_222, 2048)}
+        np.lib.format.write_array_header_1_0(file, header)
+    (path / "11.npz").unlink()
     found = RegionFeatures([str(path)], photos)
-    for i, message in ((2, "a damaged entry: "), (3, "a damaged entry: "), (4, "feat"), (5, "15.npy")):
-        with pytest.raises(InputError, match=f"photo {10 + i} has a damaged entry: .*") as error:
+    for i, message in ((1, ""), (2, ""), (3, ""), (4, ".*feat"), (5, ".*15.npy")):
+        with pytest.raises(InputError, match=f"photo {10 + i} has a damaged entry: {message}") as error:
             found.read(photos[i], 32, "squash")
-        assert message in str(error.value) and "\n" not in str(error.value)
+        assert "\n" not in str(error.value)
 
 
-def test_layouts_that_are_not_read_are_named(tmp_path, photos):
-    with h5py.File(tmp_path / "adaptive.hdf5", "w") as file:
-        file["image_features"], file["pos_boxes"] = np.zeros((9, 5)), np.zeros((3, 2))
-    with pytest.raises(InputError, match=r"image_features has 2 axes, .* \(pos_boxes\) are not read"):
-        RegionFeatures([str(tmp_path / "adaptive.hdf5")], photos)
-    for name in ("a_att", "b_att"):
-        (tmp_path / "two" / name).mkdir(parents=True)
-    with pytest.raises(InputError, match="has a_att and b_att, give one"):
-        RegionFeatures([str(tmp_path / "two")], photos)
-
-
-def test_linked_folders_keep_their_boxes(tmp_path, photos):
+def test_linked_folders_keep_their_boxes_and_the_current_folder_may_be_given(tmp_path, photos, monkeypatch):
     path = write_features(tmp_path / "f", "folder", range(10, 16), *random_regions(6))
     for name in ("att", "box"):
         path.with_name(f"cocobu_{name}").rename(tmp_path / f"store_{name}s")
         (tmp_path / "f" / f"cocobu_{name}").symlink_to(tmp_path / f"store_{name}s")
     assert RegionFeatures([str(path)], photos).has_boxes
+    monkeypatch.chdir(tmp_path / "f")
+    assert RegionFeatures(["."], photos).has_boxes
 
 
 def test_two_keys_of_the_same_photo_are_no_contradiction(tmp_path, photos):
@@ -158,21 +147,6 @@ def test_two_keys_of_the_same_photo_are_no_contradiction(tmp_path, photos):
     features, boxes = random_regions(2)
     path = write_features(tmp_path / "f", "keyed", ["COCO_val2014_000000000010", "10"], features, boxes)
     assert [record.name for record in RegionFeatures([str(path)], records).missing] == ["photo1.png"]
-
-
-def test_an_absurd_header_is_damage(tmp_path, photos):
-    path = write_features(tmp_path / "f", "npy folder", range(10, 16), *random_regions(6))
-    header = {"descr": "<f4", "fortran_order": False, "shape": (92_222_222, 2048)}
-    with open(path / "12.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-    with pytest.raises(InputError, match="photo 12 has a damaged entry"):
-        RegionFeatures([str(path)], photos).read(photos[2], 32, "squash")
-
-
-def test_the_current_folder_may_be_given(tmp_path, photos, monkeypatch):
-    features, boxes = random_regions(6)
-    monkeypatch.chdir(write_features(tmp_path / "f", "folder", range(10, 16), features, boxes))
-    assert RegionFeatures(["."], photos).has_boxes
 
 
 def test_regions_without_area_are_left_out(tmp_path, photos):
@@ -207,23 +181,23 @@ def test_content_in_other_files_is_refused(tmp_path, photos):
             found.read(record, 32, "squash")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"a\tb\n", "line 1: not 6 fields between tabs"), (b"\x89HDF\r\n\x1a\nrest", "a damaged HDF5 file")],
-)
-def test_other_files_are_refused(tmp_path, photos, content, message):
-    (tmp_path / "file").write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        RegionFeatures([str(tmp_path / "file")], photos)
-
-
-def test_an_empty_folder_and_a_missing_file_are_errors(tmp_path, photos):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no .npz or .npy files in this folder"):
-        RegionFeatures([str(tmp_path / "empty")], photos)
-    with pytest.raises(InputError, match=r"no such file or folder, did you mean .*empty"):
-        RegionFeatures([str(tmp_path / "emtpy")], photos)
+def test_what_is_no_layout_is_named(tmp_path, photos):
+    (tmp_path / "lines.tsv").write_bytes(b"a\tb\n")
+    (tmp_path / "damaged.h5").write_bytes(b"\x89HDF\r\n\x1a\nrest")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["images"] = np.zeros(3)
-    with pytest.raises(InputError, match="has neither image_features nor ID_features"):
-        RegionFeatures([str(tmp_path / "other.h5")], photos)
+    with h5py.File(tmp_path / "adaptive.h5", "w") as file:
+        file["image_features"], file["pos_boxes"] = np.zeros((9, 5)), np.zeros((3, 2))
+    for folder in ("empty", "two/a_att", "two/b_att"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, message in {
+        "lines.tsv": "line 1: not 6 fields between tabs",
+        "damaged.h5": "damaged: ",
+        "other.h5": r"has no features of a photo \(ID.npz",
+        "adaptive.h5": r"image_features has 2 axes, .* \(pos_boxes\) are not read",
+        "empty": r"has no features of a photo \(ID.npz",
+        "two": "has a_att and b_att, give one",
+        "emtpy": "no such file or folder, did you mean .*empty",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            RegionFeatures([str(tmp_path / name)], photos)
