@@ -1,4 +1,4 @@
-"""A user's own ten photos: the recipe of docs/data.md as it stands there, paths, and photos that cannot be read."""
+"""A user's own ten photos: the recipe of docs/data.md as it stands there, and paths."""
 
 import importlib
 import re
@@ -65,14 +65,3 @@ def test_a_quoted_home_folder_is_found(command, photos, monkeypatch):
     assert command(create_input_files, *arguments)[0] == 0
     assert (photos.parent / "new" / "dataset.json").is_file()
     assert command(create_input_files, "--preview", "~/new")[0] == 0
-
-
-def test_photos_that_cannot_be_read_say_how_to_convert_them(command, photos):
-    (photos / "new.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-    (photos / "zero.jpg").touch()
-    for name in ("new", "zero"):
-        (photos / f"{name}.txt").write_text("A dog.")
-    arguments = ("--dataset", "mine", "--captions", photos, "--image_size", 8)
-    status, _, err = command(create_input_files, *arguments)
-    assert status == 2 and "new.HEIC: HEIC" in err and "convert it to JPEG" in err and "zero.jpg: an empty file" in err
-    assert command(create_input_files, *arguments, "--skip_broken")[0] == 0

@@ -19,13 +19,20 @@ NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def photos(tmp_path):
+@pytest.fixture(scope="module")
+def detector(detector_weights):
+    """A detector that calls whatever it sees a dog."""
+    return Detector(NAME, detector_weights, CPU)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
     """Records of three photos and one that is none."""
-    (tmp_path / "photos").mkdir()
+    folder = tmp_path_factory.mktemp("detected") / "photos"
+    folder.mkdir()
     records = []
     for i in range(4):
-        path = tmp_path / "photos" / f"{i}.png"
+        path = folder / f"{i}.png"
         pixels = np.random.default_rng(i).integers(0, 256, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
         records.append(ImageRecord(path, path.name, i, "train", pack_sentences(["a dog"])))
@@ -33,8 +40,16 @@ def photos(tmp_path):
     return records
 
 
-def stopped_at_the_second_photo(detector):
-    """A detector that is interrupted at its second photo, and the list of its calls."""
+@pytest.fixture(scope="module")
+def results(photos, detector):
+    """The file of the objects in these photos."""
+    path = photos[0].path.parent.with_name("objects.json")
+    detect_objects(photos, path, detector)
+    return path
+
+
+def stop_at_the_second_photo(detector, photos, path):
+    """Interrupt a detection; returns a detector that goes on, and the list of its calls."""
     calls = []
 
     def stopped(photo):
@@ -44,77 +59,66 @@ def stopped_at_the_second_photo(detector):
         return detector(photo)
 
     stopped.fingerprint, stopped.name = detector.fingerprint, NAME
+    with pytest.raises(KeyboardInterrupt):
+        detect_objects(photos, path, stopped)
+    assert not path.exists()
     return stopped, calls
 
 
-def test_objects_are_coco_results(tmp_path, photos, detector_weights):
-    path = tmp_path / "objects.json"
-    detect_objects(photos, path, Detector(NAME, detector_weights, CPU))
-    rows = json.loads(path.read_text())
+def test_objects_are_coco_results(photos, results):
+    rows = json.loads(results.read_text())
     assert {row["image"] for row in rows} == {"0.png", "1.png", "3.png"}
-    assert {row["category"] for row in rows} == {"dog"} and not path.with_name("objects.json.partial").exists()
+    assert {row["category"] for row in rows} == {"dog"} and not results.with_name("objects.json.partial").exists()
     for name in ("0.png", "1.png"):
         scores = [row["score"] for row in rows if row["image"] == name]
         assert scores == sorted(scores, reverse=True) and all(score >= KEPT_SCORE for score in scores[MIN_KEPT:])
     left, top, width, height = np.array([row["bbox"] for row in rows]).T
     assert left.min() >= 0 and top.min() >= 0 and (left + width).max() <= 60.01 and (top + height).max() <= 40.01
-    found = add_objects([photos[0]], path)[0].objects
+    found = add_objects([photos[0]], results)[0].objects
     assert found and found[0]["words"] == ["dog"]
 
 
-def test_a_stopped_run_continues(tmp_path, photos, detector_weights):
-    detector, path = Detector(NAME, detector_weights, CPU), tmp_path / "objects.json"
-    detect_objects(photos, path, detector)
-    expected = path.read_text()
-    path.unlink()
-    stopped, calls = stopped_at_the_second_photo(detector)
-    with pytest.raises(KeyboardInterrupt):
-        detect_objects(photos, path, stopped)
-    assert not path.exists()
+def test_a_stopped_run_continues(tmp_path, photos, results, detector):
+    path = tmp_path / "objects.json"
+    stopped, calls = stop_at_the_second_photo(detector, photos, path)
     partial = path.with_name("objects.json.partial")
     partial.write_bytes(partial.read_bytes() + b'{"image": "1.png", "obj')  # killed within a line
     with pytest.raises(InputError, match="is not from this detector with these weights: remove it"):
         detect_objects(photos, path, Detector(NAME, "", CPU))
-    calls.append(None)
     detect_objects(photos, path, stopped)
-    assert path.read_text() == expected and len(calls) == 5  # photos 1 and 3 were left, one cannot be read
+    assert path.read_text() == results.read_text() and len(calls) == 4  # photos 1 and 3 were left, one cannot be read
 
 
-def test_a_photo_of_the_same_name_is_another(tmp_path, photos, detector_weights):
-    detector, path = Detector(NAME, detector_weights, CPU), tmp_path / "objects.json"
+def test_a_photo_of_the_same_name_is_another(tmp_path, photos, detector):
     (tmp_path / "other").mkdir()
     Image.new("RGB", (30, 30)).save(tmp_path / "other" / "0.png")
-    stopped, _ = stopped_at_the_second_photo(detector)
-    with pytest.raises(KeyboardInterrupt):
-        detect_objects(photos, path, stopped)
-    detect_objects([replace(photos[0], path=tmp_path / "other" / "0.png")], path, detector)
-    resumed = path.read_text()
-    detect_objects([replace(photos[0], path=tmp_path / "other" / "0.png")], tmp_path / "at once.json", detector)
-    assert resumed == (tmp_path / "at once.json").read_text() != "[]\n"
+    other = [replace(photos[0], path=tmp_path / "other" / "0.png")]
+    stop_at_the_second_photo(detector, photos, tmp_path / "resumed.json")
+    for name in ("resumed.json", "at once.json"):
+        detect_objects(other, tmp_path / name, detector)
+    assert (tmp_path / "resumed.json").read_text() == (tmp_path / "at once.json").read_text() != "[]\n"
 
 
-def test_photos_that_are_missing_are_no_photos_without_objects(tmp_path, photos, detector_weights):
-    for record in photos:
-        record.path.unlink()
-    with pytest.raises(InputError, match=r"0\.png: no such file"):
-        detect_objects(photos, tmp_path / "objects.json", Detector(NAME, detector_weights, CPU))
+def test_photos_that_are_missing_are_no_photos_without_objects(tmp_path, photos, detector):
+    with pytest.raises(InputError, match=r"none\.png: no such file"):
+        detect_objects([replace(photos[0], path=tmp_path / "none.png")], tmp_path / "objects.json", detector)
     assert not (tmp_path / "objects.json").exists()
 
 
-def test_strips_have_no_objects(tmp_path, photos, detector_weights):
-    Image.new("RGB", (1, 5000)).save(photos[0].path)
-    assert detect_objects(photos[:1], tmp_path / "objects.json", Detector(NAME, detector_weights, CPU)) == 0
+def test_strips_have_no_objects(tmp_path, photos, detector):
+    Image.new("RGB", (1, 5000)).save(tmp_path / "strip.png")
+    strip = replace(photos[0], path=tmp_path / "strip.png")
+    assert detect_objects([strip], tmp_path / "objects.json", detector) == 0
     assert (tmp_path / "objects.json").read_text() == "[]\n"
 
 
-def test_weights_as_torchvision_stores_them_are_loaded(tmp_path, detector_weights):
+def test_weights_as_torchvision_stores_them_are_loaded(tmp_path, detector, detector_weights):
     state = torch.load(detector_weights, weights_only=True)
     own = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     old = {name.replace("rpn.head.conv.0.0.", "rpn.head.conv."): value for name, value in own.items()}
     for i, content in enumerate((own, old)):
         torch.save(content, tmp_path / f"{i}.pth")
-        loaded, expected = (Detector(NAME, str(path), CPU) for path in (tmp_path / f"{i}.pth", detector_weights))
-        assert loaded.fingerprint() == expected.fingerprint()
+        assert Detector(NAME, str(tmp_path / f"{i}.pth"), CPU).fingerprint() == detector.fingerprint()
     name = "roi_heads.box_head.fc6.bias"
     less = {key: value for key, value in own.items() if key != name}
     for content, message in ((own | {name: own[name][:5]}, f"mismatch for {name}"), (less, name), ({0: own[name]}, "")):
@@ -123,10 +127,10 @@ def test_weights_as_torchvision_stores_them_are_loaded(tmp_path, detector_weight
             Detector(NAME, str(tmp_path / "other.pth"), CPU)
 
 
-def test_other_files_are_not_continued(tmp_path, photos, detector_weights):
+def test_other_files_are_not_continued(tmp_path, photos, detector):
     (tmp_path / "objects.json.partial").write_text('["mine"]\nnotes\n')
     with pytest.raises(InputError, match="is not from this detector with these weights: remove it"):
-        detect_objects(photos, tmp_path / "objects.json", Detector(NAME, detector_weights, CPU))
+        detect_objects(photos, tmp_path / "objects.json", detector)
     assert (tmp_path / "objects.json.partial").read_text() == '["mine"]\nnotes\n'
 
 
@@ -140,7 +144,7 @@ def test_unknown_detectors_and_weights_are_refused(tmp_path, detector_weights):
 def test_photos_are_prepared_with_what_was_found(tmp_path, photos, detector_weights, command):
     lines = "".join(f"{record.name},a dog\n" for record in photos if record.image_id != 2)
     (tmp_path / "captions.csv").write_text(f"image,caption\n{lines}")
-    arguments = ["--dataset", "mine", "--captions", tmp_path / "captions.csv", "--images", tmp_path / "photos"]
+    arguments = ["--dataset", "mine", "--captions", tmp_path / "captions.csv", "--images", photos[0].path.parent]
     arguments += ["--image_size", 32, "--output_folder", tmp_path / "data", "--detect", NAME]
     status, _, err = command(create_input_files, *arguments, "--detector_weights", detector_weights)
     assert status == 2 and f"--detect {NAME} requires --objects" in err

@@ -18,12 +18,6 @@ def test_preview_plots_photos_and_words(command, shapes):
         (shapes / name).unlink()
 
 
-def test_a_missing_folder_is_named(command):
-    status, _, err = command(create_input_files, "--preview", "nowhere")
-    assert status == 2
-    assert err.endswith("no data folder nowhere: run create_input_files.py --output_folder nowhere first\n")
-
-
 def test_boxes_lie_where_the_objects_are(shapes, monkeypatch):
     figures = []
     monkeypatch.setattr(preview, "save_figure", lambda figure, path: figures.append(figure))
