@@ -71,7 +71,7 @@ class Batch:
         return [self._select(slice(i, None, count)) for i in range(count)]
 
     def _select(self, images: slice) -> "Batch":
-        return Batch(**{name: None if x is None else x[images] for name, x in vars(self).items()})
+        return replace(self, **{name: x[images] for name, x in vars(self).items() if x is not None})
 
 
 class CaptionDataset(Dataset):

@@ -36,8 +36,8 @@ class ObjectFile:
     - Karpathy's JSON, if its images have "objects" with "words" and a "box", as in the JSON of the shapes.
 
     Attributes:
-        by_photo: objects of each photo, six numbers for each: its category, score, left, top, width and height.
-            Millions of Python objects would take gigabytes.
+        by_photo: objects of each photo, six numbers for each: its category (an index of `words`), score, left, top,
+            width and height. Millions of Python objects would take gigabytes.
         words: those of each category.
         sizes: width and height of photos, if the file has them.
         names: file names of photos, if the file has them.
@@ -50,47 +50,40 @@ class ObjectFile:
         self.by_photo: dict[str, array] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
         self.names: dict[str, str] = {}
-        self._categories: dict[int | str, int] = {}  # from a name, or an id of the file, to the number
-        names_of_ids: dict[int, str] = {}
+        self._categories: dict[int | str, int] = {}  # numbers of categories, by a name or an id of the file
+        category_names: dict[int, str] = {}  # by the ids of the file
+        is_karpathy = False
         with open(path, "rb") as file:
             is_results = file.read(2**10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-        is_karpathy = False
+        items = iter_json_lists(path, () if is_results else LISTS)
         try:
-            bar = tqdm(
-                iter_json_lists(path, () if is_results else LISTS), desc=f"objects of {path.name}", unit="object"
-            )
-            for key, item in bar:
+            for key, item in tqdm(items, desc=f"objects of {path.name}", unit="object"):
                 if key == "images" and "filename" in item:
                     is_karpathy = True
                     self._read_karpathy_image(item)
                 elif key == "images":
                     self._read_photo(item)
                 elif key == "categories":
-                    names_of_ids[item["id"]] = require_type(item["name"], str)
+                    category_names[item["id"]] = require_type(item["name"], str)
                 elif not item.get("iscrowd"):
-                    photo = next((item[key] for key in ("image", "file_name") if item.get(key) is not None), None)
-                    category = item["category"] if item.get("category") is not None else item["category_id"]
-                    left, top, width, height = item["bbox"]
-                    score = item["score"] if is_results else 1.0
-                    photo = _photo_key(item["image_id"] if photo is None else photo)
-                    self._append(photo, require_type(category, (int, str)), score, left, top, width, height)
+                    photo = item.get("image") or item.get("file_name") or item["image_id"]
+                    category = require_type(item.get("category") or item["category_id"], (int, str))
+                    self._append(_photo_key(photo), category, item["score"] if is_results else 1.0, *item["bbox"])
         except KeyError as error:
             if not is_karpathy or error.args[0] not in LISTS:
                 raise InputError(
                     f"--objects {path}: no key {error} after {self.count} objects, are these COCO's?"
                 ) from None
-        except InputError:
-            raise
-        except (TypeError, AttributeError, OverflowError, ValueError):
+        except (TypeError, AttributeError, OverflowError):
             raise InputError(f"--objects {path}: another form after {self.count} objects, are these COCO's?") from None
         if is_results:
-            names_of_ids = {i: name for i, name in enumerate(COCO_CATEGORIES.split(", "), start=1) if name}
-        self.words = [self._words_of(category, names_of_ids) for category in self._categories]
+            category_names = {i: name for i, name in enumerate(COCO_CATEGORIES.split(", "), start=1) if name}
+        self.words = [self._words_of(category, category_names) for category in self._categories]
 
     def _append(self, photo: str, category: int | str, score: float, *box: float) -> None:
-        """Add an object. Raises TypeError, ValueError or OverflowError if score or box are no finite numbers."""
-        if not all(map(math.isfinite, (score, *box))):
-            raise ValueError
+        """Add an object. Raises TypeError or OverflowError if score and box are not five finite numbers."""
+        if len(box) != 4 or not all(map(math.isfinite, (score, *box))):
+            raise TypeError
         number = self._categories.setdefault(category, len(self._categories))
         self.by_photo.setdefault(photo, array("d")).extend([number, score, *box])
         self.count += 1
@@ -101,7 +94,7 @@ class ObjectFile:
         if "width" in item and "height" in item:
             self.sizes[key] = (require_type(item["width"], int), require_type(item["height"], int))
             if min(self.sizes[key]) < 1:
-                raise ValueError
+                raise TypeError
         if "file_name" in item:
             self.names[key] = require_type(item["file_name"], str)
 
