@@ -125,7 +125,8 @@ def test_a_model_that_needs_boxes_gets_no_features_without(tmp_path, prepared, p
 
 
 @pytest.mark.slow
-def test_workers_and_resumed_runs_see_the_same_features(tmp_path, prepared, command):
+def test_workers_and_resumed_runs_see_the_same_features(tmp_path, prepared, command, monkeypatch):
+    monkeypatch.setattr(train, "plot_curves", lambda *_: None)  # half a second an epoch
     assert prepared[0]()[0] == 0
     settings = replace(SMALL, fine_tune_encoder=False, regions="features", epochs=2, batch_size=2)
     for name, changes in (("one", {}), ("workers", {"workers": 2}), ("resumed", {"epochs": 1})):
