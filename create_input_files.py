@@ -10,13 +10,12 @@ from typing import Any
 
 from common.files import did_you_mean, path_text, require_writable
 from preparation.caption_formats import FORMATS, random_split, read_karpathy, read_records
-from preparation.installation import installed_folder, lock_folder, owned_files
+from preparation.installation import installed_folder, is_prepared, lock_folder
 from preparation.objects import add_objects, require_objects_file
 from preparation.preview import plot_preview
 from preparation.records import ImageRecord
 from preparation.region_features import RegionFeatures
 from preparation.shapes import MAX_SHAPES, draw_shapes
-from preparation.storage import read_metadata
 from preparation.tutorial_format import tutorial_words
 from preparation.writing import FolderSettings, write_folder
 from utils import InputError, choose_device, require_needs, run_script, setting
@@ -132,27 +131,6 @@ def fingerprint(settings: Settings, records: list[ImageRecord]) -> dict[str, Any
             digest.update(repr(content).encode())
         source["captions"] = digest.hexdigest()
     return source
-
-
-def is_prepared(output: Path, source: dict[str, Any], overwrite: bool) -> bool:
-    """Return True if a folder has been prepared from `source`. Raises InputError if it holds something else."""
-    if not output.exists() or not any(output.iterdir()):
-        return False
-    if not (output / "dataset.json").is_file():
-        if {path.name for path in output.iterdir()} <= set(owned_files(output)):
-            return False  # a run was killed while it installed its files
-        raise InputError(f"{output} holds other files: give another --output_folder")
-    if overwrite:
-        return False
-    metadata = read_metadata(output)
-    if metadata["source"] != source:
-        raise InputError(
-            f"{output} was made with other settings: --overwrite replaces it, or give another --output_folder"
-        )
-    for name, size in metadata["files"].items():
-        if not (output / name).is_file() or (output / name).stat().st_size != size:
-            raise InputError(f"{output / name} is missing or was changed: --overwrite prepares the folder again")
-    return True
 
 
 def main(settings: Settings) -> None:

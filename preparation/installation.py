@@ -6,9 +6,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.files import hold_lock
-from preparation.storage import SPLITS
+from preparation.storage import SPLITS, read_metadata
 from utils import InputError
 
 
@@ -20,6 +21,27 @@ def lock_folder(output: Path) -> Iterator[None]:
     message = f"{output} is being prepared by another process: wait for it, or give another --output_folder"
     with hold_lock(lock, message):
         yield
+
+
+def is_prepared(output: Path, source: dict[str, Any], overwrite: bool) -> bool:
+    """Return True if a folder has been prepared from `source`. Raises InputError if it holds something else."""
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    if not (output / "dataset.json").is_file():
+        if {path.name for path in output.iterdir()} <= set(owned_files(output)):
+            return False  # a run was killed while it installed its files
+        raise InputError(f"{output} holds other files: give another --output_folder")
+    if overwrite:
+        return False
+    metadata = read_metadata(output)
+    if metadata["source"] != source:
+        raise InputError(
+            f"{output} was made with other settings: --overwrite replaces it, or give another --output_folder"
+        )
+    for name, size in metadata["files"].items():
+        if not (output / name).is_file() or (output / name).stat().st_size != size:
+            raise InputError(f"{output / name} is missing or was changed: --overwrite prepares the folder again")
+    return True
 
 
 @contextlib.contextmanager
