@@ -180,7 +180,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-NUM_PHOTOS = 500
+NUM_PHOTOS = 1000
 
 
 def peak_memory(folder, output, *more):
@@ -194,7 +194,7 @@ def peak_memory(folder, output, *more):
 
 @pytest.fixture(scope="module")
 def many_photos(tmp_path_factory):
-    """A folder of 500 photos with captions, random regions for them (147 MB), and the memory without regions."""
+    """A folder of 1,000 photos with captions, random regions for them (295 MB), and the memory without regions."""
     folder = tmp_path_factory.mktemp("many")
     (folder / "photos").mkdir()
     for i in range(NUM_PHOTOS):
