@@ -53,7 +53,7 @@ TRANSFORMER = "decoder=transformer or encoder_layers"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(BaseSettings):
-    """What shapes a model: settings of train.py that a checkpoint keeps."""
+    """Settings that shape a model; a checkpoint keeps exactly these."""
 
     # group: encoder
     encoder: str = setting("resnet101", needs=ENCODER)  # any torchvision classification network

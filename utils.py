@@ -85,7 +85,7 @@ class BaseSettings:
         return _mark_given(dataclasses.replace(self, **changes), self.given)
 
 
-def _mark_given(settings: Any, names: Iterable[str]) -> Any:
+def _mark_given(settings: S, names: Iterable[str]) -> S:
     """Set `given` of a settings object and return the object."""
     object.__setattr__(settings, "given", frozenset(names))  # bypasses frozen=True
     return settings
@@ -116,7 +116,8 @@ def require_needs(settings: BaseSettings) -> None:
     own = inspect.get_annotations(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if value is False or value in ("", ()) or not (field.name in settings.given or (value and not field.default)):
+        is_given = field.name in settings.given or (value and not field.default)
+        if not is_given or value is False or value in ("", ()):
             continue
         needs = field.metadata.get("needs", "").split("; ")
         if field.name not in own:

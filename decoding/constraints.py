@@ -16,7 +16,7 @@ from utils import InputError, copy_to_device
 
 @dataclass(frozen=True)
 class Constraints:
-    """Which words may not come next in a caption; by default all may."""
+    """Rules on the next word of a caption; by default there are none."""
 
     no_repeat_ngram: int = 0  # length of the word sequences that may not repeat; 0: all may
     min_length: int = 0  # minimum words of a caption, without <end>

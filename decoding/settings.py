@@ -7,7 +7,7 @@ from utils import BaseSettings, InputError, setting
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings(BaseSettings):
-    """How captions are decoded: by beam search, or sampled."""
+    """Options of beam search and sampling."""
 
     # group: beam search
     beam_size: int = setting(5, minimum=1, needs="not samples")  # beams per image; 1 is greedy decoding

@@ -1,4 +1,4 @@
-"""What pictures and the report share: the photo as they show it, its named regions, and the files of the pictures.
+"""Shared by pictures and the report: the photo as they show it, its named regions, and the files of the pictures.
 
 Shapes: R regions. This module does not import matplotlib, which takes half a second.
 """
