@@ -41,7 +41,7 @@ class Settings(EnsembleSettings):
 
     # group: paths
     results: str = setting("", needs="not runs")  # captions to score, in COCO's results format; needs no checkpoint
-    runs: tuple[str, ...] = ()  # run folders with scores of their best.pt: print the mean and deviation of these
+    runs: tuple[str, ...] = ()  # run folders with scores of their best.pt: print their mean and standard deviation
     data_folder: str = "data/shapes"  # folder that create_input_files.py wrote
     split: str = setting("test", choices=("train", "val", "test"))  # images to caption
     output_folder: str = setting("", needs="not runs")  # folder of scores and captions; empty: the checkpoint's
@@ -91,7 +91,7 @@ def output_path(settings: Settings, kind: str) -> Path:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Return what the scores are of and how they were computed; `describe_decoding` adds how captions were decoded."""
+    """Return the provenance of the scores: checkpoint, data, tokenizer and versions."""
     metadata = read_metadata(settings.data_folder)
     checkpoints = () if settings.results else settings.checkpoint
     return {
@@ -151,7 +151,9 @@ def validate_settings(settings: Settings) -> None:
     if settings.results and is_checkpoint(settings.compare):
         raise InputError(f"--compare {settings.compare}: --results loads no model: give that model's results file")
     if settings.consensus_index and settings.split == "train":
-        raise InputError("--consensus_index does not go with --split train: the index holds these photos' own captions")
+        raise InputError(
+            "--consensus_index cannot be combined with --split train: the index holds these photos' own captions"
+        )
     decoding_of_rows(settings)
 
 

@@ -43,7 +43,7 @@ DECODERS = {
 }
 CHECKPOINT_FORMAT = 8
 DATA_KEYS = {"image_size": int, "resize": str, "feature_dim": int, "fine_tune_encoder": bool}  # of a checkpoint
-# Limits against checkpoints, or slips of the hand, that ask for any amount of memory.
+# Upper bounds, so that a bad checkpoint or a typo cannot exhaust memory.
 MAX_IMAGE_SIZE, MAX_LAYERS, MAX_FEATURES = 4096, 100, 65_536
 # Conditions of settings, as in `utils.setting`.
 ENCODER = "not regions=features"
@@ -64,7 +64,7 @@ class ModelSettings(BaseSettings):
     # group: regions
     regions: str = setting("grid", choices=REGIONS)  # what the decoder attends to
     box_features: bool = False  # append the box of a region to its features
-    region_dim: int = setting(512, minimum=0)  # units of a dense layer on the features of a region; 0: no such layer
+    region_dim: int = setting(512, minimum=0)  # output size of the linear layer on each region; 0: no layer
     graph_layers: int = setting(0, minimum=0, maximum=MAX_LAYERS)  # graph layers over the regions
     graph_layer: str = setting("gat", choices=GRAPH_LAYERS, needs="graph_layers")  # graph attention or gated conv.
     graph_edges: str = setting("grid", choices=GRAPH_EDGES, needs="graph_layers")  # regions that are connected
@@ -138,7 +138,7 @@ class Captioner(nn.Module):
             if not 1 <= image_size <= MAX_IMAGE_SIZE:
                 raise InputError(f"images of {image_size} pixels: must have 1 to {MAX_IMAGE_SIZE}")
             if settings.grid_size > image_size:
-                raise InputError(f"--grid_size {settings.grid_size}: finer than the images of {image_size} pixels")
+                raise InputError(f"--grid_size {settings.grid_size}: exceeds the image size of {image_size} pixels")
             self.encoder = Encoder(
                 settings.encoder,
                 layer=settings.encoder_layer,
@@ -231,9 +231,9 @@ class Captioner(nn.Module):
         if self.uses_region_features:
             raise InputError("this model looks at region features, not at photos: use caption.py --region_features")
         if self.uses_objects and (objects is None or len(objects) != len(photos)):
-            raise InputError("this model looks at objects: pass those of each photo as objects=")
+            raise InputError("this model requires objects: pass a list per photo as objects=")
         if objects is not None and not self.uses_objects:
-            raise InputError("this model does not look at objects: leave objects= out")
+            raise InputError("this model does not use objects: remove objects=")
         settings = make_settings(DecodingSettings, options)
         runtime = choose_runtime(next(self.parameters()).device, precision)
         captions = []
@@ -308,7 +308,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     settings, hints = checkpoint["model_settings"], get_type_hints(ModelSettings)
     names = {field.name for field in fields(ModelSettings)}
     if not isinstance(settings, dict) or settings.keys() != names:
-        raise InputError(f"{path}: its model_settings are not those of this code: train again")
+        raise InputError(f"{path}: its model_settings do not match this version: train again")
     check_types({name: checkpoint[name] for name in DATA_KEYS} | settings, hints | DATA_KEYS, path)
     if checkpoint["resize"] not in RESIZE_MODES:
         raise InputError(f"{path}: resize is not one of {' '.join(RESIZE_MODES)}")

@@ -71,7 +71,7 @@ class Settings(ModelSettings):
     grad_clip: float = setting(5.0, minimum=0)  # maximum norm of the gradient; 0: not clipped
     label_smoothing: float = setting(0.1, minimum=0, below=1)  # share of a target's probability spread over all words
     doubly_stochastic: float = setting(0.0, minimum=0, needs=TEACHER)  # weight of doubly stochastic attention (alpha_c)
-    grounding_weight: float = setting(0.0, minimum=0, needs=GROUNDED)  # weight of attention outside the named objects
+    grounding_weight: float = setting(0.0, minimum=0, needs=GROUNDED)  # weight of the loss on attention outside objects
     scheduled_sampling_max_prob: float = setting(0.0, minimum=0, below=1, needs=TEACHER)  # final share of sampled words
     ema_decay: float = setting(0.999, minimum=0, below=1)  # decay of the averaged weights in best.pt; 0: no average
     pretrained_embeddings: str = setting("", needs="not init_from")  # text file of word vectors (GloVe, word2vec)
@@ -273,9 +273,9 @@ def print_warnings(state: TrainState, training: CaptionDataset, validation: Capt
             f"leave it out if they name sides in other words"
         )
     if state.epochs_since_improvement >= settings.patience:
-        print(f"nothing to do: no improvement in {state.epochs_since_improvement} epochs, raise --patience to go on")
+        print(f"nothing to do: no improvement in {state.epochs_since_improvement} epochs, increase --patience")
     elif state.epoch >= settings.epochs:
-        print(f"nothing to do after {state.epoch} epochs: --epochs N trains longer, the schedule is stretched to it")
+        print(f"nothing to do after {state.epoch} epochs: pass a larger --epochs, and the schedule is stretched to it")
 
 
 def main(settings: Settings) -> None:

@@ -136,7 +136,7 @@ def unmet_condition(settings: BaseSettings, condition: str) -> str:
     """
     if condition.startswith("not "):
         flag, holds = _read_condition(settings, condition.removeprefix("not "))
-        return f"does not go with {flag}: leave one of them out" if holds else ""
+        return f"cannot be combined with {flag}: remove one of them" if holds else ""
     alternatives = [_read_condition(settings, each) for each in condition.split(" or ")]
     if any(holds for _, holds in alternatives):
         return ""
@@ -279,7 +279,7 @@ def run_script(main: Callable[[Any], None], settings_class: type) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        fail(f"out of memory ({first_line(error)}): give smaller sizes, or use a machine with more")
+        fail(f"out of memory ({first_line(error)}): reduce the sizes or use a machine with more memory")
     except StopRequested as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -382,7 +382,7 @@ def choose_device(name: str | torch.device) -> torch.device:
 
 
 def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device without waiting: that takes contiguous, page-locked memory."""
+    """Copy a tensor to a device asynchronously, which requires contiguous, page-locked memory."""
     if x.device.type == "cpu" and device.type != "cpu":
-        x = x.contiguous().pin_memory()  # no-ops if a loader has done it
+        x = x.contiguous().pin_memory()  # no-ops if the loader already did this
     return x.to(device, non_blocking=True)

@@ -135,7 +135,7 @@ def require_writable(folder: str | Path) -> None:
     """Raise InputError if files cannot be written into a folder, which need not exist yet and is not created."""
     nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"{folder} cannot be written: {nearest} is not a folder that you may write into")
+        raise InputError(f"{folder} cannot be written: {nearest} is not a writable folder")
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = None) -> None:

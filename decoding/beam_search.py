@@ -54,7 +54,7 @@ def beam_search(
         captions = torch.cat([reorder(captions, beam_indices), next_words.unsqueeze(-1)], dim=-1)
         state = reorder(state, beam_indices)
         if t == settings.max_length or checks_after(t, device):
-            C = captions.shape[1]  # fewer than K where there are not so many captions
+            C = captions.shape[1]  # fewer than K if there are fewer captions
             all_captions[images, :C, :t], all_log_probs[images, :C] = captions[..., 1:], log_probs
             ended = (next_words == END) | (log_probs == -math.inf)
             images, regions, keys, captions, log_probs, state = drop_ended(

@@ -60,7 +60,7 @@ class ImageCaption:
 
     n_best: list[Candidate]  # best first
     before_consensus: list[str]  # the caption that is best without consensus re-ranking
-    alpha: Tensor  # (T, R) attention weights of the best; T = 0 if they were not asked for
+    alpha: Tensor  # (T, R) attention weights of the best; T = 0 if not requested
     boxes: Tensor  # (R, 4) of the regions, in fractions of the sides: left, top, right, bottom
     gates: list[float] | None  # T weights of the image (`StepOutput.gate`) of the best; None without gates
     neighbors: Tensor | None  # (R, N) of the graph; None without graph layers

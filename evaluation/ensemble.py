@@ -186,7 +186,7 @@ def require_same_inputs(models: Mapping[str, Captioner], views: Sequence[str], n
     if not any(use_features):
         return
     if list(views) != ["original"]:
-        raise InputError(f"--views {' '.join(views)}: a model of region features knows the original only")
+        raise InputError(f"--views {' '.join(views)}: models of region features support only the original view")
     if not all(use_features):
         raise InputError(f"an ensemble needs models that all look at region features, or none: {' '.join(models)}")
     if num_encoders > 1:

@@ -1,6 +1,6 @@
 """The decoder of "Knowing When to Look", which weighs the image against a visual sentinel at each word.
 
-The sentinel is what the LSTM's memory offers for the word: where it outweighs the regions, the decoder does not look.
+The sentinel is what the LSTM's memory offers for the word: if it outweighs the regions, the decoder ignores the image.
 
 Shapes: B images, R regions, D their width, C captions of an image (beams in a search), A width of the attention, H of
 the hidden state, G gates of the cell that reads the words.

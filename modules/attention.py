@@ -18,7 +18,7 @@ class Attended(NamedTuple):
     """Result of attending to the regions at one word of each caption."""
 
     context: Tensor  # (B, C, Z)
-    alpha: Tensor  # (B, C, R) attention weights, exactly 0 where a mask says that there is no region
+    alpha: Tensor  # (B, C, R) attention weights, exactly 0 for masked regions
     gate: Tensor | None = None  # (B, C) weight of the image from 0 to 1; None: there is no such number
     log_probs: Tensor | None = None  # (B, C) of regions sampled in training, 0 where none was; None: no sampling
 

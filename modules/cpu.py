@@ -40,7 +40,7 @@ class _BlockedAdditiveScores(torch.autograd.Function):
     """`additive_scores` of float32 tensors, a few images at a time.
 
     The sum (B, C, R, A) is the largest tensor of a training step. A block of it stays in the cache of a core, and the
-    backward pass computes it again, which takes less time than to write it to memory and read it back. In float32
+    backward pass computes it again, which is faster than writing it to memory and reading it back. In float32
     tanh takes a sixth of the time that it takes in bfloat16.
     """
 

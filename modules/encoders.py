@@ -108,7 +108,7 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> "Encoder":
         """Set training mode, but keep frozen modules and pretrained BatchNorm in eval mode.
 
-        The statistics of small batches would spoil those of BatchNorm.
+        Small batches would corrupt BatchNorm's running statistics.
         """
         super().train(mode)
         for module in self.network.modules():

@@ -71,7 +71,7 @@ def similar_neighbors(features: Tensor, exists: Tensor, knn: int, on_grid: bool)
     first = grid_neighbors(round(R**0.5)) if on_grid else torch.arange(R).unsqueeze(1)  # (R, 9) or (R, 1)
     excluded = first.where(first >= 0, R)  # an additional column R takes the index -1
     first, excluded = (copy_to_device(x, features.device) for x in (first, excluded))
-    k = torch.sym_min(knn, R - 1)  # min would fix R where it is exported
+    k = torch.sym_min(knn, R - 1)  # min() would make R a constant in an export
     if not k:
         return first.expand(B, -1, -1)
     with torch.autocast(features.device.type, enabled=False):  # bfloat16 is too coarse to rank the similarities

@@ -69,7 +69,7 @@ class RecurrentDecoder(Decoder):
     def _reset_parameters(self) -> None:
         """Initialize small embeddings, linear layers after Glorot, and the cells.
 
-        With torch's default linear layers the attention starts, and long stays, close to uniform.
+        With torch's default linear layers the attention starts near uniform and stays there for many steps.
         """
         self.reset_embeddings()
         init_linears(self)

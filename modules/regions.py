@@ -1,4 +1,4 @@
-"""The regions of an image, from a grid, from objects or from region features, and how they lie to each other.
+"""The regions of an image, from a grid, from objects or from region features, and their spatial relations.
 
 Shapes: B images, S x S cells of the grid, F features of a cell, N boxes of an image, R regions. A box is (left, top,
 right, bottom) in fractions of the image's sides; padding is a box without area.
@@ -82,7 +82,7 @@ class RegionSource(nn.Module):
         return self._with_boxes(features, boxes), boxes, has_area(boxes)
 
     def _with_boxes(self, features: Tensor, boxes: Tensor) -> Tensor:
-        """Append box features to features (B, R, F) of regions with boxes (B, R, 4), if the setting says so."""
+        """Append box features to features (B, R, F) of regions with boxes (B, R, 4), if box_features is set."""
         if not self.box_features:
             return features
         return torch.cat([features, box_features(boxes).to(features.dtype)], dim=-1)

@@ -1,4 +1,4 @@
-"""The decoder of sgrvinod's PyTorch tutorial on "Show, Attend and Tell", whose checkpoints people have.
+"""The decoder of sgrvinod's PyTorch tutorial on "Show, Attend and Tell", for loading its checkpoints.
 
 Shapes: B images, R regions, D their width, C captions of an image (beams in a search), E width of a word embedding, A
 of the attention, H of the hidden state, V words of the vocabulary.

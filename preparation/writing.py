@@ -220,7 +220,7 @@ def write_folder(
         if not settings.skip_broken:
             raise InputError(f"{len(errors)} of {total} photos are unusable, listed above: --skip_broken skips them")
     if not any(kept.values()):
-        raise InputError("no photo is left to write")
+        raise InputError("no usable photos")
     vocabulary, origin = choose_vocabulary(kept["train"], settings, words)
     write_json(folder / "word_map.json", vocabulary.word2idx)
     metadata = {

@@ -197,6 +197,6 @@ def format_table(rows: list[dict[str, Any]], spreads: Sequence[dict[str, float]]
 
 
 def has_java() -> bool:
-    """Return True if Java runs; on some systems the command `java` only says where to get one."""
+    """Return True if Java runs; some systems ship a stub that only prints how to install it."""
     java = shutil.which("java")
     return java is not None and subprocess.run([java, "-version"], capture_output=True).returncode == 0

@@ -130,7 +130,7 @@ def test_objects_and_model_must_fit(command, photo, run_folder, objects_run, tmp
     assert status == 0 and out.count("log-prob") == 2 and "0 objects in 0 photos, 1 photos have none" in err
     for run, arguments, message in (
         (objects_run, (), "looks at objects: give those that a detector found in the photos as --objects FILE, or"),
-        (objects_run, ("--objects", objects, "--detect", "x"), "does not go with --detect: leave one of them out"),
+        (objects_run, ("--objects", objects, "--detect", "x"), "cannot be combined with --detect: remove one of them"),
         (run_folder, ("--detect", "x"), "--detect x: the model does not look at objects, leave it out"),
         (objects_run, ("--detector_weights", "x"), "--detector_weights x requires --detect"),
         (objects_run, ("--detect", "x"), "--detect x: not one of fasterrcnn_mobilenet_v3_large_320_fpn"),
@@ -245,9 +245,9 @@ def test_without_attention_the_picture_is_the_photo(command, shapes, photo, tmp_
         (("{photo}", "--checkpoint", "{folder}"), "is a folder, not a checkpoint: give"),
         (("{photo}", "--graph_word", "red"), "best.pt has no graph to plot, train with"),
         (("{photo}", "--alpha_layer", "1"), "--alpha_layer 1: only a transformer decoder has several"),
-        (("{photo}", "--num_beam_groups", "2"), "--num_beam_groups 2: cannot share 5 beams evenly, give a multiple"),
+        (("{photo}", "--num_beam_groups", "2"), "--num_beam_groups 2: does not divide the beam size 5"),
         (("{photo}", "--top_k", "2"), "--top_k 2 requires --samples"),
-        (("{photo}", "--samples", "5", "--beam_size", "5"), "--beam_size 5 does not go with --samples: leave one of"),
+        (("{photo}", "--samples", "5", "--beam_size", "5"), "--beam_size 5 cannot be combined with --samples"),
         (("{photo}", "--diversity_penalty", "1"), "--diversity_penalty 1.0 requires --num_beam_groups above 1"),
         (("{photo}", "--min_length", "30"), "--min_length 30: must be below --max_length 30"),
         (("{photo}", "--banned_endings", "xyzzy"), "--banned_endings xyzzy: the model does not know this word"),

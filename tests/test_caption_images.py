@@ -90,12 +90,12 @@ def test_wrong_input_is_named(tmp_path, shapes, run_folder):
         captioner.caption_images([tmp_path / "nowhere.png"])
     with pytest.raises(InputError, match=r"caption_images takes a list of photos, not the single .*png"):
         captioner.caption_images(str(photo))
-    with pytest.raises(InputError, match="does not look at objects: leave objects= out"):
+    with pytest.raises(InputError, match="does not use objects: remove objects="):
         captioner.caption_images([photo], objects=[[]])
     for options, message in (
         ({"beam_size": 0}, "--beam_size 0: must be at least 1"),
         ({"temperature": 0.5}, "--temperature 0.5 requires --samples"),
-        ({"samples": 2, "beam_size": 3}, "--beam_size 3 does not go with --samples"),
+        ({"samples": 2, "beam_size": 3}, "--beam_size 3 cannot be combined with --samples"),
         ({"num_beams": 3}, "num_beams is not a setting: did you mean"),
     ):
         with pytest.raises(InputError, match=message):

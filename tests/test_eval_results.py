@@ -147,7 +147,7 @@ def test_a_list_of_photos_is_checked(score, run_folder, results, tmp_path):
     photos.write_text("nowhere.png\n")
     assert "nowhere.png is not in the train split" in refused("--results", near, "--photos", photos)
     assert "requires --results" in refused("--checkpoint", run_folder / "best.pt", "--photos", photos)
-    assert "does not go with --report" in refused("--results", near, "--photos", photos, "--report")
+    assert "cannot be combined with --report" in refused("--results", near, "--photos", photos, "--report")
     assert not list(tmp_path.glob("scores*"))
 
 
@@ -286,10 +286,10 @@ def test_runs_that_do_not_match_are_named(score, digest, tmp_path, changes, mess
     [
         (
             ("--results", "{far}", "--checkpoint", "best.pt"),
-            "--checkpoint best.pt does not go with --results: leave one",
+            "--checkpoint best.pt cannot be combined with --results: remove one",
         ),
-        (("--results", "{far}", "--beam_sizes", 1), "--beam_sizes 1 does not go with --results: leave one"),
-        (("--results", "{far}", "--device", "cpu"), "--device cpu does not go with --results: leave one"),
+        (("--results", "{far}", "--beam_sizes", 1), "--beam_sizes 1 cannot be combined with --results: remove one"),
+        (("--results", "{far}", "--device", "cpu"), "--device cpu cannot be combined with --results: remove one"),
         (("--results", "missing.json"), "no such file: missing.json"),
         (("--results", __file__), "is not valid JSON"),
         (("--results", "{far}", "--split", "val"), "has images that the val split of {shapes} does not have: "),
@@ -297,8 +297,8 @@ def test_runs_that_do_not_match_are_named(score, digest, tmp_path, changes, mess
         (("--results", "{far}", "--tokenizer", "ptb"), "--tokenizer ptb needs Java"),
         (("--results", "{far}", "--spice"), "--spice needs Java"),
         (("--results", "{far}", "--compare", "best.pt"), "--compare best.pt: --results loads no model: give that"),
-        (("--runs", "a", "b", "--results", "{far}"), "--results {far} does not go with --runs: leave one"),
-        (("--runs", "a", "b", "--spice"), "--spice does not go with --runs"),
+        (("--runs", "a", "b", "--results", "{far}"), "--results {far} cannot be combined with --runs: remove one"),
+        (("--runs", "a", "b", "--spice"), "--spice cannot be combined with --runs"),
         (("--runs", "a"), "--runs a: give two run folders or more"),
         (("--runs", "a", "./a"), "--runs a ./a: give two run folders or more, each once"),
         (("--report_photos", 5), "--report_photos 5 requires --report"),

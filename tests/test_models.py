@@ -238,9 +238,9 @@ MALFORMED = {
     "not a checkpoint": (lambda checkpoint: checkpoint.pop("words"), "is not a checkpoint of train.py"),
     "no settings": (
         lambda checkpoint: checkpoint.update(model_settings={}),
-        "model_settings are not those of this code",
+        "model_settings do not match this version",
     ),
-    "one setting more": (change("beams", 3), "model_settings are not those of this code"),
+    "one setting more": (change("beams", 3), "model_settings do not match this version"),
     "integers as words": (lambda checkpoint: checkpoint.update(words=[1, 2]), "words is not a list of words"),
     "a word twice": (lambda checkpoint: checkpoint["words"].append("a"), "words has a word twice"),
     "fewer words": (lambda checkpoint: checkpoint["words"].pop(), r"do not fit its settings and \d+ words: decoder"),
@@ -255,7 +255,7 @@ MALFORMED = {
     "many layers": (change("graph_layers", 10**8), "--graph_layers 100000000: must be at most 100"),
     "many recurrent layers": (change("layers", 10**8), "--layers 100000000: must be at most 100"),
     "another decoder": (change("decoder", "up_down"), "its weights do not fit its settings: 'decoder"),
-    "a fine grid": (change("grid_size", 10**6), "finer than the images"),
+    "a fine grid": (change("grid_size", 10**6), "exceeds the image size"),
     "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be at least 0"),
     "a missing weight": (lambda checkpoint: checkpoint["model"].popitem(), "is missing"),
     "doubles": (
@@ -301,7 +301,7 @@ def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_fol
     [
         ("dropout", 1.0, "--dropout 1.0"),
         ("hidden_dim", 0, "--hidden_dim 0"),
-        ("grid_size", 33, "--grid_size 33: finer"),
+        ("grid_size", 33, "--grid_size 33: exceeds"),
         ("graph_knn", -1, "--graph_knn -1"),
         ("graph_layers", 10**15, "--graph_layers 1000000000000000: must be at most"),
         ("encoder_layers", 10**15, "--encoder_layers 1000000000000000: must be at most"),

@@ -160,9 +160,9 @@ def test_a_model_of_region_features_goes_through_the_scripts(tmp_path, prepared,
     for bad in (("--hflip",), ("--fine_tune_encoder",), ("--encoder", "resnet18")):
         extra = [each for each in flags(data, tmp_path / "other", settings) if each != f"--no-{bad[0][2:]}"]
         status, _, err = command(train, *extra, *bad)
-        assert status == 2 and f"{' '.join(bad)} does not go with --regions features" in err, err
+        assert status == 2 and f"{' '.join(bad)} cannot be combined with --regions features" in err, err
     status, _, err = command(caption_script, *arguments, "--region_features", path, "--views", "original", "hflip")
-    assert status == 2 and "a model of region features knows the original only" in err
+    assert status == 2 and "models of region features support only the original view" in err
 
 
 def test_features_are_needed_where_a_model_looks_at_them(tmp_path, prepared, shapes, command):

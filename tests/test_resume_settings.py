@@ -50,9 +50,9 @@ def test_an_edited_default_that_makes_another_run_is_refused(run_folder, edit):
 
 def test_an_edited_default_of_another_start_is_refused(run_folder):
     last = str(run_folder / "last.pt")
-    with pytest.raises(InputError, match=r"--init_from b\.pt does not go with --resume: leave one of them out"):
+    with pytest.raises(InputError, match=r"--init_from b\.pt cannot be combined with --resume: remove one of them"):
         train.main(edited(init_from="b.pt")(resume=last))
-    with pytest.raises(InputError, match=r"--pretrained_embeddings b\.txt does not go with --init_from: leave one"):
+    with pytest.raises(InputError, match=r"--pretrained_embeddings b\.txt cannot be combined with --init_from"):
         train.main(edited(pretrained_embeddings="b.txt", run_folder=str(run_folder / "new"))(init_from=last))
 
 

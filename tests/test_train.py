@@ -301,7 +301,7 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
         (("--init_from", "missing.pt"), "no such file: missing.pt"),
         (
             ("--resume", "a.pt", "--init_from", "b.pt"),
-            "--init_from b.pt does not go with --resume: leave one of them out",
+            "--init_from b.pt cannot be combined with --resume: remove one of them",
         ),
         (("--resume", "{run}/best.pt"), "cannot be resumed: give the run's last.pt"),
         (("--resume", "{run}/last.pt", "--hidden_dim", "99"), "--hidden_dim 99 does not go with"),
@@ -316,7 +316,7 @@ def test_a_gradient_that_is_not_finite_stops_and_reaches_no_checkpoint(
         (("--geometry",), "--geometry requires --encoder_layers"),
         (
             ("--grounding_weight", "1", "--attention", "none"),
-            "--grounding_weight 1.0 does not go with --attention none: leave one of them out",
+            "--grounding_weight 1.0 cannot be combined with --attention none: remove one of them",
         ),
         (("--unfreeze_from", "layer3"), "--unfreeze_from layer3 requires --fine_tune_encoder"),
         (("--fine_tune_encoder", "--unfreeze_from", "layer9"), "--unfreeze_from layer9: resnet18 has conv1"),

@@ -110,11 +110,11 @@ def test_values_out_of_range_are_refused_however_they_come(values, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "2", "--plain", "--groups", "2"], "--sizes 2 does not go with --plain: leave one of them out"),
+        (["--sizes", "2", "--plain", "--groups", "2"], "--sizes 2 cannot be combined with --plain: remove one of them"),
         (["--plain"], "--plain requires --groups above 1"),
         (["--plain", "--cell", "rnn", "--no-fast"], "--plain requires --cell lstm or gru or --fast"),
         (["--groups", "2", "--no-fast"], "--groups 2 requires --fast"),
-        (["--rate", "0.5", "--plain", "--groups", "2"], "--rate 0.5 does not go with --plain"),
+        (["--rate", "0.5", "--plain", "--groups", "2"], "--rate 0.5 cannot be combined with --plain"),
         (["--warmup", "0"], "--warmup 0 requires --cell gru"),
     ],
 )

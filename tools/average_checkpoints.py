@@ -26,7 +26,7 @@ class Settings(BaseSettings):
 
     checkpoints: tuple[str, ...]  # what train.py wrote, two or more runs that began with the same --init_from
     output: str = "runs/soup/best.pt"  # the new checkpoint
-    overwrite: bool = False  # replace it where it exists
+    overwrite: bool = False  # replace an existing output
 
 
 def average_weights(models: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -59,9 +59,7 @@ def main(settings: Settings) -> None:
     require_writable(Path(settings.output).parent)
     captioner = load_captioner(settings.checkpoint, runtime.device)
     if isinstance(captioner.encoder, NoEncoder):
-        raise InputError(
-            f"{settings.checkpoint} has no encoder, whose features find similar photos: give another model"
-        )
+        raise InputError(f"{settings.checkpoint} has no encoder to compute features for the index: use another model")
     dataset = build_dataset(
         settings.data_folder, "train", captioner, runtime, features_folder=settings.features_folder, with_objects=False
     )

@@ -40,7 +40,7 @@ def load_modules(path: str | Path, classes: Iterable[str]) -> Any:
             return torch.load(readable, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             if named := re.search(r"GLOBAL (\S{1,80})", str(error)):
-                raise InputError(f"{path} is refused: it names {named[1]}, which has no place in it") from None
+                raise InputError(f"{path} is refused: it names {named[1]}, which is not allowed") from None
             raise
 
 

@@ -50,7 +50,7 @@ def lock_run_folder(settings: Settings) -> Iterator[None]:
     Raises InputError if the folder cannot be written or another process holds it.
     """
     if settings.resume and settings.init_from:
-        raise InputError(f"--init_from {settings.init_from} does not go with --resume: leave one of them out")
+        raise InputError(f"--init_from {settings.init_from} cannot be combined with --resume: remove one of them")
     if settings.resume and not Path(settings.resume).is_file():
         raise InputError(f"no such file: {settings.resume}")
     folder = Path(settings.resume).parent if settings.resume else Path(settings.run_folder)
@@ -93,7 +93,7 @@ def prepare_run(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
         return settings, None
     if settings.pretrained_embeddings:
         path = settings.pretrained_embeddings
-        raise InputError(f"--pretrained_embeddings {path} does not go with --init_from: leave one of them out")
+        raise InputError(f"--pretrained_embeddings {path} cannot be combined with --init_from: remove one of them")
     checkpoint = load_run(settings.init_from, settings)
     names = [field.name for field in fields(ModelSettings)]
     # No encoder weights are read; `build_from_checkpoint` checks whether the checkpoint's fit the other settings.
@@ -135,7 +135,7 @@ def load_run(path: str, settings: Settings) -> dict[str, Any]:
 
 
 def was_given(name: str, settings: Settings, checkpoint: dict[str, Any]) -> bool:
-    """Return True if the user chose a setting: with a flag, or by editing its default at the top of train.py.
+    """Return True if the user chose a setting: with a flag, or by editing its default in train.py or models.py.
 
     A flag counts even at its default. A default counts as edited if it is not what it was when the checkpoint was
     written; those of `MACHINE_SETTINGS` never do.
@@ -159,7 +159,7 @@ def merge_settings(
         elif value != saved[name]:
             if name not in may_differ:
                 raise mismatch(name, value, path, saved[name])
-            print(f"{name} is {value!r}, where {path} has {saved[name]!r}: given as a flag, or at the top of train.py")
+            print(f"{name} is {value!r}, where {path} has {saved[name]!r}: given as a flag, or edited in its file")
     return settings.replace(**changes)
 
 
@@ -167,7 +167,7 @@ def mismatch(name: str, value: Any, path: str, saved: Any) -> InputError:
     """Return the error for a setting that was given and does not go with a checkpoint."""
     return InputError(
         f"--{name} {value} does not go with {path}, which was trained with {saved}: leave it out, or give "
-        f"--{name} {saved} if the default at the top of train.py is another"
+        f"--{name} {saved} if its default was edited"
     )
 
 

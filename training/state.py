@@ -97,7 +97,7 @@ class TrainState:
         on_rank_zero(lambda: save_torch(Path(self.settings.run_folder) / name, checkpoint))
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the training state that `save` wrote, the random number generators last.
+        """Restore the training state that `save` wrote, the random number generators last.
 
         Raises InputError if it is damaged or belongs to another model.
         """
@@ -162,7 +162,7 @@ def get_rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `get_rng_state` returned, on the same device or another."""
+    """Restore the state that `get_rng_state` returned, on the same device or another."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -71,7 +71,7 @@ def describe_decoding(decoding: dict[str, Any]) -> str:
     of_index = ("consensus_weight", "similar_photos")  # shown at their defaults, too, if there is an index
     parts = {first: decoding[first], "length_penalty": decoding["length_penalty"]}
     for name, value in decoding.items():
-        is_changed = name not in of_index and value != defaults[name]
+        is_changed = name not in of_index and value != defaults.get(name, value)
         if name != other and (is_changed or (name in of_index and decoding["consensus_index"])):
             parts[name] = " ".join(value) if isinstance(value, tuple) else value
     return ", ".join(f"{name} {value}" for name, value in parts.items())

@@ -111,4 +111,4 @@ def test_pretrained_embeddings_contradict_init_from(command, shapes, run_folder,
         train, "--data_folder", shapes, "--run_folder", tmp_path, "--init_from", run_folder / "best.pt",
         "--pretrained_embeddings", "vectors.txt",
     )  # fmt: skip
-    assert status == 2 and "--pretrained_embeddings vectors.txt does not go with --init_from" in error
+    assert status == 2 and "--pretrained_embeddings vectors.txt cannot be combined with --init_from" in error

@@ -146,7 +146,7 @@ REFUSED = {
     "no encoder": ("model", None, "is not a checkpoint of the tutorial: it lacks encoder"),
     "state dicts": ("decoder", OrderedDict(), "decoder is of type OrderedDict, not a module"),
     "another model": ("decoder", nn.Linear(1, 1), "decoder has no attention.decoder_att.bias, which is part of the"),
-    "another activation": ("decoder.attention.relu", nn.Tanh(), r"is refused: it names torch.nn.*Tanh, which has no"),
+    "another activation": ("decoder.attention.relu", nn.Tanh(), r"is refused: it names torch.nn.*Tanh, which is not allowed"),
     "a layer more": ("decoder.deep", nn.Linear(16, 16), "decoder has 'deep.bias', which is not part of the tutorial's"),
     "a wider layer": ("decoder.init_c", nn.Linear(512, 17), r"decoder.init_c.weight is \(17, 512\), not \(16, 512\)"),
     "no bias": ("decoder.init_h", nn.Linear(512, 16, bias=False), "decoder has no init_h.bias, which is part of the"),
@@ -163,7 +163,7 @@ REFUSED = {
     "no modules": ("encoder._modules", [], "is refused: it is damaged, or holds more than tensors and plain"),
     "a module inside itself": ("decoder.deep", "decoder", "decoder has more than 1000 modules"),
     "no grid": ("encoder.enc_image_size", None, "encoder has no enc_image_size of type int"),
-    "a fine grid": ("encoder.enc_image_size", 10**6, "--grid_size 1000000: finer than the images"),
+    "a fine grid": ("encoder.enc_image_size", 10**6, "--grid_size 1000000: exceeds the image size"),
 }
 
 
