@@ -65,7 +65,7 @@ def validate_model(settings: Settings, captioner: Captioner | Ensemble) -> None:
     checkpoint = " ".join(settings.checkpoint)
     if captioner.uses_objects and not (settings.objects or settings.detect):
         raise InputError(
-            f"{checkpoint} looks at objects: give those that a detector found in the photos as --objects FILE, or find "
+            f"{checkpoint} requires objects: pass those that a detector found in the photos as --objects FILE, or find "
             f"them with --detect NAME"
         )
     for name in ("objects", "detect"):
@@ -112,7 +112,7 @@ def format_caption(photo: str, caption: ImageCaption, settings: Settings) -> str
 
 
 class Gallery:
-    """Saves the pictures of photos as these are captioned, and at the end the report, as the settings ask.
+    """Save the pictures of each captioned photo and, at the end, the report.
 
     Args:
         photos: all photos in order; those that are added may be fewer.
@@ -171,7 +171,7 @@ class Gallery:
         """Write the report, and name characters that the pictures could not show."""
         if self.settings.report and self.report.cards:
             self.report.write(self.report_path)
-            print(f"{self.report_path} shows all: open it in a browser", file=self.notes)
+            print(f"{self.report_path} shows all captions: open it in a browser", file=self.notes)
         if self.missing_glyphs:
             print(
                 f"pictures show boxes for {len(self.missing_glyphs)} characters that matplotlib's font lacks, such as "
@@ -211,7 +211,7 @@ def main(settings: Settings) -> None:
             tqdm.write(format_caption(photos[i], found, settings))
             if is_drawn:
                 gallery.add(i, pictures.pop(i), found, objects[i])
-            progress.update(i + 1 - progress.n)  # with those skipped
+            progress.update(i + 1 - progress.n)  # including skipped photos
     progress.close()
     if broken and len(photos) == 1:
         raise InputError(broken[0])

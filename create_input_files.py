@@ -40,11 +40,11 @@ class Settings(FolderSettings):
     # group: run
     overwrite: bool = False  # replace a folder that was prepared with other settings
     num_scenes: int = setting(4000, minimum=1)  # shapes: scenes for training; val and test have a tenth as many each
-    num_shapes: tuple[int, ...] = setting((1, 2, 2), minimum=1, maximum=MAX_SHAPES)  # shapes: how many a scene may have
+    num_shapes: tuple[int, ...] = setting((1, 2, 2), minimum=1, maximum=MAX_SHAPES)  # shapes: numbers per scene
     device: str = setting("auto", needs="detect")  # of the detector: auto, cpu or cuda
 
 
-# Settings that do not shape a prepared folder, and those whose effect is in the records.
+# Settings that do not shape a prepared folder, or that affect it only through the records.
 NOT_IN_SOURCE = ("output_folder", "overwrite", "preview", "device", "format", "objects", "detect", "detector_weights")
 
 
@@ -104,7 +104,7 @@ def write_objects(settings: Settings, records: list[ImageRecord]) -> None:
     """Write the file of --objects with the detector of --detect, unless it exists."""
     path = Path(settings.objects)
     if path.exists():
-        print(f"{path} exists already and is read: --detect writes it only if it is missing")
+        print(f"{path} exists and is used: delete it to run --detect again")
         return
     from preparation.detection import Detector, detect_objects  # importing torchvision takes a second
 
@@ -148,7 +148,8 @@ def main(settings: Settings) -> None:
         records = add_objects(records, Path(settings.objects))
         if not any(record.objects for record in records):
             raise InputError(
-                f"--objects {settings.objects}: has no object of the {len(records)} photos, such as {records[0].name}"
+                f"--objects {settings.objects}: has no objects for any of the {len(records)} photos, such as "
+                f"{records[0].name}"
             )
     region_features = None
     if settings.region_features:

@@ -129,11 +129,11 @@ class CaptionDataset(Dataset):
         return {**self.__dict__, "_opened": (None, None)}
 
     def use_features(self, paths: list[Path]) -> None:
-        """Yield cached features from now on, from files of the images and, optionally, of the flipped images."""
+        """Switch the input to cached features, from files of the images and, optionally, of the flipped images."""
         self.feature_paths, self._opened = paths, (None, None)
 
     def use_region_features(self) -> None:
-        """Yield the region features of the prepared folder and their boxes from now on.
+        """Switch the input to the region features of the prepared folder and their boxes.
 
         Raises InputError if their file is missing or is not the one that dataset.json describes.
         """
@@ -144,12 +144,12 @@ class CaptionDataset(Dataset):
         return StoredRegions(self.images_path.parent, self.split, self.metadata)
 
     def use_objects(self) -> None:
-        """Yield the boxes of objects from now on. Raises InputError if the split has none."""
+        """Include the boxes of objects. Raises InputError if the split has none."""
         self._require_objects("which this model looks at")
         self.uses_objects = True
 
     def use_names(self, vocabulary: Vocabulary) -> None:
-        """Yield the words that name objects, and their boxes, from now on. Raises InputError if the split has none."""
+        """Include the words that name objects, and their boxes. Raises InputError if the split has none."""
         self._require_objects("which --grounding_weight needs")
         self.word2idx = vocabulary.word2idx
 
@@ -223,7 +223,7 @@ def ignore_sigint(_: int) -> None:
 def make_loader(
     dataset: CaptionDataset, batches: list[list[Item]], workers: int = 0, start_method: str | None = None
 ) -> DataLoader:
-    """Make a loader of `Batch`es, given as lists of items; in distributed training, of the share of this process.
+    """Return a loader of the given batches; in distributed training each process loads its share.
 
     Args:
         workers: number of processes that load batches; 0: the calling process loads them.
@@ -237,7 +237,7 @@ def make_loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_sigint,
-        generator=torch.Generator(),  # of its own: the default one is for dropout
+        generator=torch.Generator(),  # a separate one: dropout uses the default generator
         multiprocessing_context=start_method if workers else None,
     )
 

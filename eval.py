@@ -189,7 +189,7 @@ def load_captioners(settings: Settings, runtime: Runtime) -> dict[str, Captioner
 
 
 def load_split(settings: Settings, captioner: Captioner | Ensemble, runtime: Runtime) -> list[CaptionDataset]:
-    """Return the split as each of a captioner's sources takes it."""
+    """Open the split once per encoder, with the inputs that this encoder expects."""
     is_cached = settings.views == ("original",)
     folders = settings.data_folder, settings.split
     datasets = [

@@ -1,4 +1,4 @@
-"""Check checkpoints from others: settings, words, tensors as large as they claim, and models built without memory."""
+"""Validate untrusted checkpoints: words, settings and tensors; build models without memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -93,5 +93,5 @@ def check_dense(tensor: Any, name: str, path: str | Path) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value from a file for an error message, which it must not fill: at most 40 characters."""
+    """Shorten a value from a file to 40 characters for an error message."""
     return repr(value)[:40] if isinstance(value, (str, int, float)) else type(value).__name__

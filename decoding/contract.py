@@ -46,7 +46,7 @@ def reorder(nested: Nested, beam_indices: Tensor) -> Nested:
 
 
 def checks_after(t: int, device: torch.device) -> bool:
-    """Return True if a search asks after word t which images have ended: rarely on a GPU, where the host waits."""
+    """Return True if a search checks for finished images after word t; rare on a GPU, where a check synchronizes."""
     return device.type == "cpu" or t % CHECK_EVERY == 0
 
 

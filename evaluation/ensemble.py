@@ -31,7 +31,7 @@ def hflip(images: Tensor) -> Tensor:
 
 
 def center_crop(images: Tensor) -> Tensor:
-    """Crop the middle of images (B, 3, S, S) uint8, an eighth of the side smaller, and resize it to S."""
+    """Center-crop images (B, 3, S, S) uint8 to 7/8 of the side and resize them to S."""
     size = images.shape[-1]
     margin = size // 16
     middle = images[..., margin : size - margin, margin : size - margin].float()
@@ -50,7 +50,7 @@ BOX_VIEWS = {"original": unchanged, "hflip": flip_boxes, "crop": crop_boxes}
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleSettings(DecodingSettings):
-    """Checkpoints that caption together, and how: settings of eval.py, caption.py and tools/serve.py."""
+    """Checkpoints of an ensemble and how they caption: shared by eval.py, caption.py and tools/serve.py."""
 
     # group: paths
     checkpoint: tuple[str, ...] = ("runs/shapes/best.pt",)  # checkpoints of train.py; several form an ensemble

@@ -49,7 +49,7 @@ def detect_objects_in(
 
 
 def photo_records(photos: Sequence[str]) -> list[ImageRecord]:
-    """Return records of photos without captions; a photo that is named twice has the same record twice."""
+    """Return records of photos without captions; duplicates share one record."""
     files = [Path(os.path.abspath(photo)) for photo in photos]  # not resolved: a link may have the name in the file
     names = {file: display_name(file) for file in files}
     records = {file: ImageRecord(file, name, i, "", b"[]") for i, (file, name) in enumerate(names.items())}

@@ -1,4 +1,4 @@
-"""Datasets as a captioner takes them, and the cache of a frozen encoder's features, which are computed only once."""
+"""Open datasets with the inputs that a captioner needs; compute a frozen encoder's features once and cache them."""
 
 import contextlib
 import functools

@@ -98,7 +98,7 @@ class GraphLayer(nn.Module):
     """Multi-head graph attention with a residual connection and layer normalization.
 
     Source: GATv2, "How Attentive are Graph Attention Networks?" (Brody et al., 2022), equations 3, 4 and 7. If edges
-    have relations, their embedding is added to what the neighbor sends, in score and message.
+    have relations, their embedding is added to the neighbor's projection in score and message.
     """
 
     def __init__(self, settings: ModelSettings, region_dim: int) -> None:

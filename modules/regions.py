@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 REGIONS = ("grid", "objects", "both", "features")
 BOX_FEATURES = 5
 NO_RELATION = 0
-# Relation of a region to another one, by the numbers of Yao et al., 2018: with 1, the other one is inside it.
+# Relation of a region to another one, numbered as by Yao et al., 2018; 1 means that the other one is inside it.
 # 4 to 11 are the directions of the other one's center, an eighth of a turn each, counterclockwise from the right.
 RELATIONS = (
     "", "around", "inside", "overlaps",

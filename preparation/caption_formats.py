@@ -190,10 +190,11 @@ def _read_coco_file(path: Path, images: Path, split: str) -> list[ImageRecord]:
     except KeyError as error:
         raise InputError(f"{path}: no key {error} after {len(records)} images, is this COCO's JSON?") from None
     except (TypeError, AttributeError):
-        raise InputError(f"{path}: another form after {len(records)} images, is this COCO's JSON?") from None
+        raise InputError(f"{path}: unexpected format after {len(records)} images, is this COCO's JSON?") from None
     if captions:
         raise InputError(
-            f"{path}: {len(captions)} images have captions only, such as image_id {next(iter(captions))!r}"
+            f"{path}: {len(captions)} images have captions but are not listed under images, such as image_id "
+            f"{next(iter(captions))!r}"
         )
     return records
 

@@ -60,7 +60,7 @@ class Detector:
     def __call__(self, photo: Image.Image) -> list[dict[str, Any]]:
         """Detect objects: [{"bbox": [left, top, width, height] in pixels, "category", "score"}], best first.
 
-        A strip has none: torchvision would shrink it to nothing.
+        Very elongated photos yield none: torchvision would shrink them to nothing.
         """
         if max(photo.size) > MAX_ASPECT * min(photo.size):
             return []

@@ -75,7 +75,9 @@ class ObjectFile:
                     f"--objects {path}: no key {error} after {self.count} objects, are these COCO's?"
                 ) from None
         except (TypeError, AttributeError, OverflowError):
-            raise InputError(f"--objects {path}: another form after {self.count} objects, are these COCO's?") from None
+            raise InputError(
+                f"--objects {path}: unexpected format after {self.count} objects, are these COCO's?"
+            ) from None
         if is_results:
             category_names = {i: name for i, name in enumerate(COCO_CATEGORIES.split(", "), start=1) if name}
         self.words = [self._words_of(category, category_names) for category in self._categories]

@@ -1,4 +1,4 @@
-"""The photos of a data set, found by what other files call them: a file name, the end of a path, or an id."""
+"""Look up the photos of a data set by file name, the end of a path, or id."""
 
 import math
 import re

@@ -123,7 +123,7 @@ def stacked_layout(path: Path, file: h5py.File) -> Layout:
     if features.ndim != 3:
         raise InputError(
             f"--region_features {path}: image_features has {features.ndim} axes, not photos, regions and features; "
-            f"files with different numbers of regions (pos_boxes) are not read"
+            f"files with different numbers of regions (pos_boxes) are not supported"
         )
     name = next((name for name in ("spatial_features", "image_bb") if name in file), None)
     boxes, size = own_array(file, name) if name else None, (1, 1) if name == "spatial_features" else None

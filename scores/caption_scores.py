@@ -115,7 +115,7 @@ class CaptionScorer:
 
 
 def compare_captions(scored: ScoredCaptions, other: ScoredCaptions, path: str) -> dict[str, Any]:
-    """Run the paired test of scored captions against those of a file; returns what the file of scores says of it."""
+    """Run the paired test of scored captions against those of a file; return the `comparison` of the scores file."""
     return {"file": path_text(path), "tests": paired_test(scored.statistics, other.statistics)}
 
 

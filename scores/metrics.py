@@ -105,7 +105,7 @@ def bleu_statistics(references: list[list[list[str]]], predictions: list[list[st
     rows = []
     for captions, words in zip(references, predictions, strict=True):
         counts = Counter(_ngrams(words))
-        most = Counter()  # occurrences of each n-gram in the reference that has most of them
+        most = Counter()  # largest count of each n-gram over the references
         for reference in captions:
             most |= Counter(ngram for ngram in _ngrams(reference) if ngram in counts)
         matches = [0] * MAX_N

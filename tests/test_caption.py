@@ -129,7 +129,7 @@ def test_objects_and_model_must_fit(command, photo, run_folder, objects_run, tmp
     status, out, err = command(caption, photo, photo, *arguments)
     assert status == 0 and out.count("log-prob") == 2 and "0 objects in 0 photos, 1 photos have none" in err
     for run, arguments, message in (
-        (objects_run, (), "looks at objects: give those that a detector found in the photos as --objects FILE, or"),
+        (objects_run, (), "requires objects: pass those that a detector found in the photos as --objects FILE, or"),
         (objects_run, ("--objects", objects, "--detect", "x"), "cannot be combined with --detect: remove one of them"),
         (run_folder, ("--detect", "x"), "--detect x: the model does not look at objects, leave it out"),
         (objects_run, ("--detector_weights", "x"), "--detector_weights x requires --detect"),

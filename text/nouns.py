@@ -10,7 +10,7 @@ COCO_CATEGORIES = (
     "bed, , dining table, , , toilet, , tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, "
     "toaster, sink, refrigerator, , book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 )
-# For categories that are named by other nouns than their last word, or by none: in captions "orange" is a color.
+# Categories whose nouns differ from their last word, or that have none: in captions "orange" is a color.
 NOUNS = {
     "person": (
         "person man woman boy girl child kid baby toddler guy lady gentleman player rider skier skateboarder "
@@ -63,7 +63,7 @@ IRREGULAR_PLURALS = {
 
 
 def nouns_of(words: list[str]) -> set[str]:
-    """Return the nouns, singular and plural, that name an object with these words: its category's, or its last word."""
+    """Return the nouns that name an object with these words: those in NOUNS, otherwise its last word; and plurals."""
     singular = NOUNS.get(" ".join(words), words[-1]).split()
     return {*singular, *map(plural, singular)}
 

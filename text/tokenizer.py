@@ -1,4 +1,4 @@
-"""The tokenizer: splits a caption as people write it into words."""
+"""Split raw captions into words."""
 
 import re
 import unicodedata

@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
     if len(settings.checkpoints) < 2:
         raise InputError("give two checkpoints or more")
     if Path(settings.output).exists():
-        load_checkpoint(settings.output)  # never replaces a file that is no checkpoint
+        load_checkpoint(settings.output)  # refuse to overwrite any other file
         if not settings.overwrite:
             raise InputError(f"{settings.output} exists: give --overwrite or another --output")
     checkpoints = []

@@ -31,8 +31,8 @@ from visualization.report import Report, describe_caption, describe_photo
 
 HOST = "127.0.0.1"  # other machines cannot reach it
 MAX_UPLOAD = 32 * 2**20  # bytes of a photo's file
-MAX_IGNORED = 2**30  # bytes to read from a refused request, so that its sender reads the answer
-TIMEOUT = 30  # seconds that a client may be silent
+MAX_IGNORED = 2**30  # bytes to read from a refused request, so that the client can read the response
+TIMEOUT = 30  # seconds without data after which a connection is closed
 ROUTES = {"/": ("GET", "HEAD"), "/caption": ("POST",)}  # methods of each path
 
 
@@ -252,7 +252,7 @@ def make_server(settings: Settings) -> CaptionServer:
 def main(settings: Settings) -> None:
     """Serve the page until Ctrl-C."""
     server = make_server(settings)
-    print(f"{server.address} captions photos until Ctrl-C", flush=True)
+    print(f"serving at {server.address}, press Ctrl-C to stop", flush=True)
     server.run()
 
 

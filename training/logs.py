@@ -29,7 +29,7 @@ def is_informative(best_metric: str, num_images: int) -> bool:
 def epoch_key(row: dict, best_metric: str, num_images: int) -> tuple[float, ...]:
     """Return the sort key of an epoch from its row of the log; the best epoch sorts last.
 
-    It consists of `best_metric`, the other metric and the negative loss. Scores count to the four digits that are
+    It consists of `best_metric`, the other metric and the negative loss. Scores are rounded to the four digits that are
     printed. If the metric is not informative, the loss alone counts.
     """
     if not is_informative(best_metric, num_images):

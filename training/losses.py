@@ -19,7 +19,7 @@ from utils import copy_to_device
 if TYPE_CHECKING:
     from train import Settings
 
-# Of sampled captions. At temperature 1, a model trained with smoothed labels samples captions that no search finds.
+# Sampling temperature of SCST. At 1, a model trained with label smoothing samples very unlikely captions.
 TEMPERATURE = 0.5
 
 SMALLEST_WEIGHT = 1e-6  # of the attention inside objects, to keep its logarithm finite
@@ -40,7 +40,7 @@ def captioning_loss(
     Args:
         output: returned by `Decoder.forward`.
         lengths: (B, C) passed to it.
-        settings: label_smoothing and doubly_stochastic are read.
+        settings: uses label_smoothing and doubly_stochastic.
         words, captions: counts to divide by: those of the whole step, even for a micro-batch.
     """
     log_probs = output.logits.float().log_softmax(dim=-1)  # (N, V)

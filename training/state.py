@@ -193,7 +193,7 @@ def graceful_shutdown() -> Iterator[list[int]]:
     previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         for signum, handler in previous.items():
-            if handler is not signal.SIG_IGN:  # nohup and & ask to go on
+            if handler is not signal.SIG_IGN:  # keep signals ignored under nohup or &
                 signal.signal(signum, catch)
         yield caught
     finally:

@@ -127,7 +127,7 @@ def describe_photo(
 
 
 def describe_text(words: Sequence[str], scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return the entry in a card of a caption that has only words and scores."""
+    """Return the card entry of a caption without attention."""
     return {"words": list(words), "scores": {name: round(float(score), 4) for name, score in scores.items()}}
 
 

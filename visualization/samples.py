@@ -35,7 +35,7 @@ def draw_samples(captioner: CaptioningModel, dataset: CaptionDataset, captions: 
             photo = Image.fromarray(images[i].transpose(1, 2, 0))
             canvas = FigureCanvasAgg(plot_pictures(photo, caption, captioner, "", dataset.objects[i])["attention"])
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph")  # that the font lacks: the table has the words
+                warnings.filterwarnings("ignore", "Glyph")  # missing glyphs; the table still shows the words
                 canvas.draw()
             pictures.append(np.asarray(canvas.buffer_rgba())[..., :3])
     rows = ["| photo | caption | references |", "| --- | --- | --- |"]

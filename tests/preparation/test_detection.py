@@ -157,4 +157,4 @@ def test_photos_are_prepared_with_what_was_found(tmp_path, photos, detector_weig
     assert status == 2 and f"--detect {NAME}: found nothing in 3 photos" in err
     assert not (tmp_path / "nothing.json").exists()
     status, out, _ = command(create_input_files, *arguments)
-    assert status == 0 and "objects.json exists already and is read" in out and "data exists already" in out
+    assert status == 0 and "objects.json exists and is used" in out and "data exists already" in out

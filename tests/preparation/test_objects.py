@@ -177,19 +177,25 @@ def test_images_of_an_hdf5_file_have_objects(tmp_path, records, write):
             [{"category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}],
             "no key 'image_id' after 0 objects, are these COCO's?",
         ),
-        ([DOG | {"bbox": [1, 2, 3]}], "another form after 0 objects, are these COCO's?"),
-        ([DOG | {"bbox": [1, 2, 3, float("nan")]}], "another form after 0 objects"),
-        ([DOG | {"bbox": [1, 2, 3, 10**400]}], "another form after 0 objects"),
-        ([DOG | {"score": "high"}], "another form after 0 objects"),
+        ([DOG | {"bbox": [1, 2, 3]}], "unexpected format after 0 objects, are these COCO's?"),
+        ([DOG | {"bbox": [1, 2, 3, float("nan")]}], "unexpected format after 0 objects"),
+        ([DOG | {"bbox": [1, 2, 3, 10**400]}], "unexpected format after 0 objects"),
+        ([DOG | {"score": "high"}], "unexpected format after 0 objects"),
         ([DOG | {"category": None, "category_id": 12}], "unknown category_id 12: give the names of categories"),
         ([DOG | {"category": None, "category_id": 0}], "unknown category_id 0"),
         ({"annotations": []}, "no key 'images'"),
-        (COCO | {"categories": 1}, "another form after 0 objects"),
-        (COCO | {"images": [{"id": 3, "width": 0, "height": 5}]}, "another form after 0 objects"),
-        (["dog"], "another form after 0 objects"),
-        ("dog", "another form after 0 objects"),
-        ({"images": [{"filename": "b.jpg", "objects": [{"words": ["dog"], "box": [0, 1]}]}]}, "another form after 0"),
-        ({"images": [{"filename": "b.jpg", "objects": [{"words": [], "box": [0, 0, 1, 1]}]}]}, "another form after 0"),
+        (COCO | {"categories": 1}, "unexpected format after 0 objects"),
+        (COCO | {"images": [{"id": 3, "width": 0, "height": 5}]}, "unexpected format after 0 objects"),
+        (["dog"], "unexpected format after 0 objects"),
+        ("dog", "unexpected format after 0 objects"),
+        (
+            {"images": [{"filename": "b.jpg", "objects": [{"words": ["dog"], "box": [0, 1]}]}]},
+            "unexpected format after 0",
+        ),
+        (
+            {"images": [{"filename": "b.jpg", "objects": [{"words": [], "box": [0, 0, 1, 1]}]}]},
+            "unexpected format after 0",
+        ),
         ({"images": [{"objects": [{"words": ["dog"], "box": [0, 0, 1, 1]}]}]}, "no key 'id'"),
         (b"", "objects.json"),
         ('["\u00e9"]'.encode("utf-16"), "objects.json"),
@@ -261,4 +267,8 @@ def test_a_file_without_any_of_the_photos_is_refused(tmp_path, write, command):
     for content in ([], [DOG | {"image": "other.jpg"}]):
         arguments = ("--captions", tmp_path / "captions.csv", "--images", tmp_path, "--output_folder", tmp_path / "out")
         status, _, err = command(create_input_files, "--dataset", "own", *arguments, "--objects", write(content))
-        assert status == 2 and "has no object of the 1 photos, such as a.jpg" in err and not (tmp_path / "out").exists()
+        assert (
+            status == 2
+            and "has no objects for any of the 1 photos, such as a.jpg" in err
+            and not (tmp_path / "out").exists()
+        )

@@ -194,7 +194,7 @@ def test_what_is_no_layout_is_named(tmp_path, photos):
         "lines.tsv": "line 1: not 6 fields between tabs",
         "damaged.h5": "damaged: ",
         "other.h5": r"has no features of a photo \(ID.npz",
-        "adaptive.h5": r"image_features has 2 axes, .* \(pos_boxes\) are not read",
+        "adaptive.h5": r"image_features has 2 axes, .* \(pos_boxes\) are not supported",
         "empty": r"has no features of a photo \(ID.npz",
         "two": "has a_att and b_att, give one",
         "emtpy": "no such file or folder, did you mean .*empty",

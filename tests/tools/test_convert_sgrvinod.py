@@ -146,7 +146,11 @@ REFUSED = {
     "no encoder": ("model", None, "is not a checkpoint of the tutorial: it lacks encoder"),
     "state dicts": ("decoder", OrderedDict(), "decoder is of type OrderedDict, not a module"),
     "another model": ("decoder", nn.Linear(1, 1), "decoder has no attention.decoder_att.bias, which is part of the"),
-    "another activation": ("decoder.attention.relu", nn.Tanh(), r"is refused: it names torch.nn.*Tanh, which is not allowed"),
+    "another activation": (
+        "decoder.attention.relu",
+        nn.Tanh(),
+        r"is refused: it names torch.nn.*Tanh, which is not allowed",
+    ),
     "a layer more": ("decoder.deep", nn.Linear(16, 16), "decoder has 'deep.bias', which is not part of the tutorial's"),
     "a wider layer": ("decoder.init_c", nn.Linear(512, 17), r"decoder.init_c.weight is \(17, 512\), not \(16, 512\)"),
     "no bias": ("decoder.init_h", nn.Linear(512, 16, bias=False), "decoder has no init_h.bias, which is part of the"),

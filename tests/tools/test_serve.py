@@ -257,7 +257,7 @@ def test_the_address_is_printed_and_ctrl_c_ends_it(command, run_folder, monkeypa
 
     monkeypatch.setattr(CaptionServer, "serve_forever", serve_forever)
     status, out, err = command(serve, "--port", 0, "--checkpoint", run_folder / "best.pt")
-    assert out == f"http://127.0.0.1:{ports[0]}/ captions photos until Ctrl-C\n"
+    assert out == f"serving at http://127.0.0.1:{ports[0]}/, press Ctrl-C to stop\n"
     assert status == 130 and err == "\ninterrupted\n"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", ports[0]), timeout=2)
