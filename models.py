@@ -208,6 +208,7 @@ class Captioner(nn.Module):
     def caption_images(
         self,
         photos: Iterable[str | Path | Image.Image],
+        beam_size: int | None = None,
         *,
         objects: Sequence[list[dict[str, Any]]] | None = None,
         precision: str = "auto",
@@ -219,8 +220,9 @@ class Captioner(nn.Module):
             objects: objects of each photo, for a captioner that `uses_objects`; each has a "box": left, top, right and
                 bottom in fractions of the photo's sides.
             precision: auto (bf16 mixed precision where it is faster), bf16 or fp32.
-            options: fields of `decoding.settings.DecodingSettings`, such as beam_size=3 or length_penalty=1. Samples
-                depend on `seed`: torch's generators are seeded with it.
+            beam_size: beams per image; None: the default.
+            options: other fields of `decoding.settings.DecodingSettings`, such as length_penalty=1. Samples depend on
+                `seed`: torch's generators are seeded with it.
 
         Raises InputError for an option that does not exist or has no effect, a photo that cannot be read, and a
         captioner of region features.
@@ -234,6 +236,8 @@ class Captioner(nn.Module):
             raise InputError("this model requires objects: pass a list per photo as objects=")
         if objects is not None and not self.uses_objects:
             raise InputError("this model does not use objects: remove objects=")
+        if beam_size is not None:
+            options["beam_size"] = beam_size
         settings = make_settings(DecodingSettings, options)
         runtime = choose_runtime(next(self.parameters()).device, precision)
         captions = []

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common.distributed import all_reduce_sum, broadcast, init_distributed, on_rank_zero, rank, world_size
 from common.files import append_jsonl
 from datasets import Batch, CaptionDataset, make_batches, make_loader, shuffled_indices
-from decoding.settings import DecodingSettings
+from decoding.settings import training_decoding
 from evaluation.scoring import evaluate
 from features.feature_cache import build_dataset
 from models import ENCODER, ModelSettings
@@ -182,7 +182,7 @@ def validate_and_save(
     state.save("last.pt", with_training_state=True)  # validation takes time, too
     broadcast(average for average, _ in state.ema.buffers)  # BatchNorm's statistics differ between processes
     captioner = state.ema.captioner
-    decoding = DecodingSettings(beam_size=1, max_length=settings.max_length)
+    decoding = training_decoding(max_length=settings.max_length)
     scores, captions = evaluate(captioner, validation, decoding, runtime)
     loss, count = all_reduce_sum([state.loss, state.count])
     row = {

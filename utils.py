@@ -117,7 +117,8 @@ def require_needs(settings: BaseSettings) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         is_given = field.name in settings.given or (value and not field.default)
-        if not is_given or value is False or value in ("", ()):
+        is_off = not value and (not field.default or value in (False, "", ()))
+        if is_off or not is_given:
             continue
         needs = field.metadata.get("needs", "").split("; ")
         if field.name not in own:
@@ -160,10 +161,10 @@ def parse_settings(settings_class: type[S], arguments: Sequence[str] | None = No
     """Return settings filled from command-line flags, one for each field of the class.
 
     bool becomes --x/--no-x and a tuple takes several values. A field without a default is positional; if it is a tuple,
-    there may be none. @FILE reads flags from a file: one a line, with its values, # starts a comment. A leading ~ is
+    there may be none. @FILE.txt reads flags from a file, one a line with its values; # starts a comment. A leading ~ is
     expanded to the home folder, because shells do not expand it within quotes or after =.
     """
-    parser = _Parser(description=settings_class.__doc__, allow_abbrev=False, fromfile_prefix_chars="@")
+    parser = _Parser(description=settings_class.__doc__, allow_abbrev=False)
     hints = get_type_hints(settings_class)
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
     groups: dict[str, Any] = {"": parser}
@@ -188,7 +189,7 @@ def parse_settings(settings_class: type[S], arguments: Sequence[str] | None = No
             shown = " ".join(map(str, _as_tuple(field.default)))
             options["help"] += f" (default: {shown or repr(shown)})"
             groups[group].add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(expand_files(sys.argv[1:] if arguments is None else arguments)))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return _mark_given(settings_class(**{name: expand_home(value) for name, value in given.items()}), given)
 
@@ -214,14 +215,20 @@ def make_settings(settings_class: type[S], values: Mapping[str, Any]) -> S:
     """
     hints = get_type_hints(settings_class)
     names = [field.name for field in dataclasses.fields(settings_class)]
+    converted = {}
     for name, value in values.items():
         if name not in names:
             similar = get_close_matches(name.removeprefix("num_"), names, 1)
             hint = f"did you mean {similar[0]}? " if similar else ""
             raise InputError(f"{name} is not a setting: {hint}choose from {' '.join(names)}")
+        if isinstance(value, list):
+            value = tuple(value)
+        elif hasattr(value, "item"):  # a number of NumPy or torch
+            value = value.item()
         if not has_type(value, hints[name]):
             raise InputError(f"{name}={value!r}: must be of type {getattr(hints[name], '__name__', hints[name])}")
-    settings = _mark_given(settings_class(**values), values)
+        converted[name] = value
+    settings = _mark_given(settings_class(**converted), converted)
     require_needs(settings)
     return settings
 
@@ -244,9 +251,22 @@ class _Parser(argparse.ArgumentParser):
         """End the script with exit status 2 and one line."""
         fail(f"{message} (--help lists all settings)")
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of an @FILE into a flag and its values; # starts a comment."""
-        return shlex.split(arg_line, comments=True)
+
+def expand_files(arguments: Sequence[str]) -> list[str]:
+    """Replace each argument @FILE.txt by the flags in that file. Raises InputError if the file cannot be read."""
+    expanded: list[str] = []
+    for argument in arguments:
+        if not (argument.startswith("@") and argument.endswith(".txt")):
+            expanded.append(argument)
+            continue
+        try:
+            for line in Path(expand_home(argument[1:])).read_text(encoding="utf-8-sig").splitlines():
+                words = shlex.shlex(line, posix=True, punctuation_chars=False)
+                words.whitespace_split, words.escape = True, ""  # a backslash separates folders on Windows
+                expanded += words
+        except (OSError, ValueError) as error:
+            raise InputError(f"{argument}: {first_line(error)}") from None
+    return expanded
 
 
 def expand_home(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Settings of beam search and sampling, shared by every script and the Python interface."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from utils import BaseSettings, InputError, setting
 
@@ -36,3 +37,10 @@ class DecodingSettings(BaseSettings):
                 f"--num_beam_groups {self.num_beam_groups}: does not divide the beam size {self.beam_size}: use a "
                 f"multiple of {self.num_beam_groups}"
             )
+
+
+def training_decoding(**changes: Any) -> DecodingSettings:
+    """Return settings for training, which edited defaults do not reach: greedy, unconstrained, nothing truncated."""
+    plain = {"beam_size": 1, "num_beam_groups": 1, "samples": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    unconstrained = {"min_length": 0, "no_repeat_ngram": 0, "banned_endings": ()}
+    return DecodingSettings(**plain | unconstrained | changes)

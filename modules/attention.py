@@ -75,7 +75,7 @@ class SoftAttention(Attention):
         if cpu.applies_to(keys):
             return cpu.additive_scores(keys, self.query(hidden), self.score.weight[0])
         # (B, 1, R, A) + (B, C, 1, A) -> (B, C, R, A) -> (B, C, R)
-        return self.score(torch.tanh(keys.unsqueeze(1) + self.query(hidden).unsqueeze(2))).squeeze(-1)
+        return self.score((keys.unsqueeze(1) + self.query(hidden).unsqueeze(2)).tanh_()).squeeze(-1)
 
 
 class DotAttention(Attention):

@@ -100,7 +100,7 @@ def test_wrong_input_is_named(tmp_path, shapes, run_folder):
     ):
         with pytest.raises(InputError, match=message):
             captioner.caption_images([photo], **options)
-    with pytest.raises(InputError, match="looks at objects: pass those of each photo as objects="):
+    with pytest.raises(InputError, match="requires objects: pass a list per photo as objects="):
         build(replace(SMALL, regions="objects"), 9).caption_images([photo])
     features = build(replace(SMALL, regions="features", fine_tune_encoder=False), 9, feature_dim=8)
     with pytest.raises(InputError, match="looks at region features, not at photos"):

@@ -81,7 +81,18 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     assert settings.photos == ("/home/ada/a.jpg", "/home/ada", "~b.jpg", "c/~/d.jpg", "")
 
 
-@pytest.mark.parametrize("arguments", [["a", "--rat", "1"], ["a", "--rate", "x"], ["@missing.txt"], ["--hidden", "4"]])
+def test_what_is_no_file_of_flags(tmp_path):
+    assert parse_settings(Example, ["@a.jpg", "--rate", "1"]).photos == ("@a.jpg",)
+    path = tmp_path / "flags.txt"
+    path.write_text(r"--photo C:\data\x  # a backslash is none of a shell's")
+    assert utils.expand_files([f"@{path}"]) == ["--photo", r"C:\data\x"]
+    for content in ("--cell don't", None):
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(InputError, match=r"flags\.txt: "):
+            utils.expand_files([f"@{path}"])
+
+
+@pytest.mark.parametrize("arguments", [["a", "--rat", "1"], ["a", "--rate", "x"], ["--hidden", "4"]])
 def test_wrong_flags_are_one_line_and_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_settings(Example, arguments)
@@ -115,7 +126,7 @@ def test_values_out_of_range_are_refused_however_they_come(values, message):
         (["--plain", "--cell", "rnn", "--no-fast"], "--plain requires --cell lstm or gru or --fast"),
         (["--groups", "2", "--no-fast"], "--groups 2 requires --fast"),
         (["--rate", "0.5", "--plain", "--groups", "2"], "--rate 0.5 cannot be combined with --plain"),
-        (["--warmup", "0"], "--warmup 0 requires --cell gru"),
+        (["--warmup", "1"], "--warmup 1 requires --cell gru"),
     ],
 )
 def test_a_flag_without_effect_is_refused(arguments, message):
@@ -129,6 +140,7 @@ def test_a_flag_without_effect_is_refused(arguments, message):
     [
         [],
         ["--no-plain"],
+        ["--warmup", "0"],  # off
         ["--plain", "--groups", "2"],
         ["--plain", "--groups", "2", "--cell", "rnn"],  # one of two alternatives holds
         ["--cell", "gru", "--warmup", "2", "--plain", "--groups", "2"],
@@ -145,7 +157,7 @@ def test_flags_with_effect_pass(arguments):
         ({"num_size": 2}, "did you mean sizes?"),
         ({"xyz": 2}, "xyz is not a setting: choose from rate"),
         ({"rate": "0.5"}, "rate='0.5': must be of type float"),
-        ({"sizes": [1, 2]}, r"sizes=[1, 2]: must be of type tuple"),
+        ({"sizes": ["1", 2]}, "must be of type tuple"),
         ({"warmup": 2}, "--warmup 2 requires --cell gru"),
     ],
 )
@@ -154,6 +166,7 @@ def test_keyword_arguments_are_checked_as_flags_are(values, message):
         make_settings(Example, {"photos": (), **values})
     assert message in str(caught.value)
     assert make_settings(Example, {"photos": (), "rate": 1}).given == {"photos", "rate"}
+    assert make_settings(Example, {"photos": [], "sizes": [2], "groups": np.int64(2)}).groups == 2
 
 
 def test_random_state_comes_back():

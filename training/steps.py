@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.distributed import all_reduce_sum, rank, world_size
 from datasets import Batch, CaptionDataset, Example, collate, in_order, make_batches, make_loader
 from decoding.sampling import sample
-from decoding.settings import DecodingSettings
+from decoding.settings import training_decoding
 from models import Captioner
 from modules.decoders import DecoderOutput, map_tensors
 from text.cider import CiderD
@@ -162,7 +162,7 @@ def sample_captions(
     Each image gets as many captions as the largest number of references in the batch, and at least two.
     """
     count = max(2, batch.words.shape[1])
-    sampling = DecodingSettings(samples=count, max_length=max_length, temperature=TEMPERATURE)
+    sampling = training_decoding(samples=count, max_length=max_length, temperature=TEMPERATURE)
     with torch.no_grad(), runtime.autocast():
         copied = on_device(batch, runtime)
         encoded = captioner.encode(copied.inputs, copied.boxes)

@@ -7,6 +7,8 @@ import resource
 import subprocess
 import sys
 import time
+import tracemalloc
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -152,3 +154,17 @@ def test_names_may_be_as_long_as_the_file_system_allows(tmp_path):
     path = tmp_path / f"{'n' * 250}.json"
     files.write_json(path, {})
     assert files.read_json(path) == {}
+
+
+@pytest.mark.parametrize("name", ["builtins bytearray", "torch Tensor"])
+def test_a_file_that_asks_for_memory_is_refused(tmp_path, name):
+    content = f"\x80\x02c{name.replace(' ', chr(10))}\n".encode("latin-1") + b"J\x00\x00\x00\x10\x85R."
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/version", "3\n")
+        archive.writestr("a/byteorder", "little")
+    tracemalloc.start()
+    with pytest.raises(utils.InputError, match="is refused"):
+        files.safe_load(tmp_path / "a.pt")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
