@@ -127,3 +127,16 @@ def test_the_self_critical_gradient_is_that_of_the_expected_reward(tiny_decoder)
     self_critical_loss(outputs, batch.lengths, rewards, len(drawn)).backward()
     assert exact.abs().max() > 1
     torch.testing.assert_close(tiny_decoder.output.bias.grad, exact, atol=0.1, rtol=0)
+
+
+def test_the_baseline_of_a_caption_is_the_mean_reward_of_the_others(tiny_decoder):
+    captions = [[START, 4, END], [START, 5, END], [START, 6, END]]
+    batch = collate([Example(0, torch.rand(4, 6), captions)])
+    rewards = torch.tensor([[1.0, 2.0, 6.0]])
+    output = tiny_decoder(batch.inputs, batch.words, batch.lengths)
+    loss = self_critical_loss(output, batch.lengths, rewards, words=6)
+    logits = output.logits / TEMPERATURE
+    logits[:, [0, 1, 3]] = -torch.inf
+    losses = torch.nn.functional.cross_entropy(logits, output.targets, reduction="none").view(2, 3).sum(0)
+    advantages = torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5])
+    torch.testing.assert_close(loss, (advantages * losses).sum() / 6)
