@@ -198,7 +198,8 @@ def main(settings: Settings) -> None:
         from evaluation.photo_regions import PhotoRegions
 
         regions = PhotoRegions(photos, settings.region_features, captioner)
-    gallery, is_drawn = Gallery(settings, captioner, photos), settings.pictures or settings.report
+    gallery = Gallery(settings, captioner, photos)
+    is_drawn = settings.pictures or settings.report
     broken: list[str] = []
     progress = tqdm(total=len(photos), unit="photo", disable=len(photos) == 1)
     size = captioner.image_size, captioner.resize

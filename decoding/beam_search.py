@@ -104,8 +104,10 @@ def _word_log_probs(logits: Tensor, captions: Tensor, settings: DecodingSettings
     """Compute log-probabilities (B, C, V) of the next word, -inf for excluded words; arguments as in `_extend`."""
     t = captions.shape[-1]
     log_probs = logits.float().log_softmax(dim=-1)
-    for word_id in BANNED_IDS if t > 1 else [*BANNED_IDS, END]:
+    for word_id in BANNED_IDS:
         log_probs[..., word_id] = -math.inf
+    if t == 1:  # no empty captions
+        log_probs[..., END] = -math.inf
     return constraints.mask(log_probs, captions[..., 1:], is_last=t == settings.max_length)
 
 

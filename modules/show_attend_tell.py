@@ -48,10 +48,10 @@ class ShowAttendTell(RecurrentDecoder):
         self.hidden_proj = nn.Linear(hidden_dim, embed_dim)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the empty weights for a zero-width context
-            first, *upper = [cell] * (layers - 1) + [top_cell]
-            self.cell = first(embed_dim=embed_dim, context_dim=context_dim, hidden_dim=hidden_dim)
+            cells = [cell] * (layers - 1) + [top_cell]
+            self.cell = cells[0](embed_dim=embed_dim, context_dim=context_dim, hidden_dim=hidden_dim)
             self.upper_cells = nn.ModuleList(
-                each(embed_dim=hidden_dim, context_dim=0, hidden_dim=hidden_dim) for each in upper
+                each(embed_dim=hidden_dim, context_dim=0, hidden_dim=hidden_dim) for each in cells[1:]
             )
             self.context_proj = nn.Linear(context_dim, embed_dim, bias=False)
         self.output = nn.Linear(embed_dim, vocab_size)

@@ -167,13 +167,18 @@ def sample_captions(
         copied = on_device(batch, runtime)
         encoded = captioner.encode(copied.inputs, copied.boxes)
         sampled = sample(captioner.decoder, encoded.regions, sampling, mask=encoded.mask).tolist()
-    captions = [[[START, *words[: words.index(END) + 1 if END in words else None]] for words in c] for c in sampled]
+    captions = [[[START, *cut_at_end(words)] for words in image] for image in sampled]
     boxes = [None] * len(captions) if batch.boxes is None else batch.boxes
     examples = map(Example, batch.indices, batch.inputs, captions, boxes)
     new_batch = collate(list(examples))
     references = dict(zip(batch.indices, batch.captions(), strict=True))
     pairs = zip(new_batch.indices, new_batch.captions(), strict=True)
     return new_batch, torch.tensor([reward(references[index], candidates) for index, candidates in pairs])
+
+
+def cut_at_end(words: list[int]) -> list[int]:
+    """Return word ids up to the first <end>, which is kept; all of them if there is none."""
+    return words[: words.index(END) + 1] if END in words else words
 
 
 @torch.no_grad()
