@@ -143,7 +143,7 @@ def test_beam_groups_share_the_beams_of_each_row(evaluate, tmp_path):
     arguments = ("--output_folder", tmp_path, "--num_beam_groups", 3, "--beam_sizes")
     assert evaluate(*arguments, 3)[0] == 0
     status, err = evaluate(*arguments, 3, 4)
-    assert status == 2 and "--num_beam_groups 3: cannot share 4 beams evenly" in err
+    assert status == 2 and "--num_beam_groups 3: does not divide the beam size 4" in err
 
 
 def test_an_empty_split_is_named(command, shapes, run_folder, tmp_path):
