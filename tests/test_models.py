@@ -39,24 +39,16 @@ ENCODERS = {
     "swin_t": 64,
     "vit_b_32": 224,
 }
-VARIANTS = {name: {"encoder": name, "image_size": size} for name, size in ENCODERS.items()}
-VARIANTS |= {
-    f"{attention}-{cell}": {"attention": attention, "cell": cell}
-    for attention in ("soft", "dot", "hard", "none")
-    for cell in ("lstm", "gru", "rnn")
-}
-VARIANTS |= {
+VARIANTS = {
+    "soft-lstm": {},
+    "dot-gru": {"attention": "dot", "cell": "gru"},
+    "hard-rnn": {"attention": "hard", "cell": "rnn"},
+    "none-lstm": {"attention": "none"},
     "graph1": {"graph_layers": 1, "graph_heads": 4},
     "graph2": {"graph_layers": 2, "graph_heads": 1, "graph_knn": 0},
     "grid14": {"grid_size": 14},
-    "region_dim0": {"region_dim": 0},
-    "transformer-0+2": {"decoder": "transformer"},
-    "transformer-2+2-sine": {"decoder": "transformer", "encoder_layers": 2},
     "transformer-2+2-learned": {"decoder": "transformer", "encoder_layers": 2, "encoder_positions": "learned"},
     "transformer-embed8": {"decoder": "transformer", "embed_dim": 8, "decoder_layers": 1, "heads": 2},
-    "encoder1-soft-lstm": {"encoder_layers": 1},
-    "up_down": {"decoder": "up_down"},
-    "adaptive": {"decoder": "adaptive"},
     "adaptive-image_first-layers2": {"decoder": "adaptive", "image_first": True, "layers": 2},
     "image_first": {"attention": "none", "image_first": True},
     "image_first-soft-gru": {"cell": "gru", "image_first": True},
@@ -106,22 +98,32 @@ def save_checkpoint(path, captioner, settings, feature_dim=0):
     torch.save(checkpoint, path)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.slow
-def test_every_model(variant, tmp_path):
-    changes = {"encoder": "squeezenet1_1", "encoder_layer": "", "grid_size": 0, **VARIANTS[variant]}
-    size = changes.pop("image_size", 64)
+def start(image_size=64, **changes):
+    """Return a captioner with these changes of its settings, its settings, and a batch of four images."""
+    changes = {"encoder": "squeezenet1_1", "encoder_layer": "", "grid_size": 0, **changes}
     settings = replace(SMALL, dropout=0.0, label_smoothing=0.0, **changes)
     torch.manual_seed(0)
-    captioner = build(settings, WORDS, size).train()
+    captioner = build(settings, WORDS, image_size).train()
+    scale = image_size // 4
+    images = torch.randint(0, 256, (4, 3, 4, 4), dtype=torch.uint8)
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    boxes = torch.cat([BOXES, torch.zeros(1, 2, 4)]) if captioner.uses_objects else [None] * 4
+    batch = collate([Example(i, images[i], one, boxes[i]) for i, one in enumerate(CAPTIONS)])
+    return captioner, settings, batch
+
+
+KINDS = [pytest.param({"encoder": name, "image_size": size}, id=name) for name, size in ENCODERS.items()]
+KINDS += [pytest.param(changes, id=name) for name, changes in VARIANTS.items()]
+
+
+@pytest.mark.parametrize("changes", KINDS)
+@pytest.mark.slow
+def test_every_model_has_gradients_and_a_checkpoint_that_gives_the_same_captions(changes, tmp_path):
+    captioner, settings, batch = start(**changes)
+    images, boxes = batch.inputs, batch.boxes
     for module in captioner.modules():
         if isinstance(module, StochasticDepth):
             module.p = 0.0  # or a block may get no gradient by chance
-    images = torch.randint(0, 256, (4, 3, 4, 4), dtype=torch.uint8).repeat_interleave(size // 4, 2)
-    images = images.repeat_interleave(size // 4, 3)
-    boxes = torch.cat([BOXES, torch.zeros(1, 2, 4)]) if captioner.uses_objects else [None] * 4
-    batch = collate([Example(i, images[i], one, boxes[i]) for i, one in enumerate(CAPTIONS)])
-    images, boxes = batch.inputs, batch.boxes
 
     # Shapes, weights that sum to one, and a gradient for each parameter that is trained.
     optimizer = make_optimizer(captioner, settings)
@@ -129,7 +131,7 @@ def test_every_model(variant, tmp_path):
     T, R = int(batch.lengths.max()), captioner.encoder.num_regions
     R = {"grid": R, "objects": 3, "both": R + 3}[settings.regions]
     assert outputs.logits.shape == (int(batch.lengths.sum()), len(WORDS))
-    assert outputs.alpha.shape == (T, 4, 2, R) and captioner.encode(images, boxes=boxes).regions.shape[:2] == (4, R)
+    assert outputs.alpha.shape == (T, 4, 2, R)
     real = torch.arange(T).view(-1, 1, 1) < batch.lengths
     torch.testing.assert_close(outputs.alpha.sum(-1), real.float())
     loss, _ = captioning_loss(outputs, batch.lengths, settings, *batch.counts())
@@ -139,15 +141,35 @@ def test_every_model(variant, tmp_path):
     for name, parameter in captioner.named_parameters():
         if parameter.numel():  # a context of width 0 has empty weights
             assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
-    captioner.zero_grad()
 
-    # Four images are learned by heart, from features as they are cached.
+    # A checkpoint gives the same captions of the photos.
+    captioner.eval()
+    save_checkpoint(tmp_path / "best.pt", captioner, settings)
+    loaded = load_captioner(tmp_path / "best.pt", "cpu")
+    assert loaded.vocabulary.idx2word == WORDS
     with torch.no_grad():
-        features = captioner.encoder(images)
+        encoded, encoded_by_loaded = captioner.encode(images, boxes=boxes), loaded.encode(images, boxes=boxes)
+    assert encoded.regions.shape[:2] == (4, R)
+    torch.testing.assert_close(encoded_by_loaded.regions, encoded.regions)
+    captions = search(captioner, encoded)
+    assert torch.equal(search(loaded, encoded_by_loaded), captions)
+    forced = captions.unsqueeze(1)
+    log_probs = [force_decode(c.decoder, encoded.regions, forced, encoded.mask)[0] for c in (loaded, captioner)]
+    torch.testing.assert_close(*log_probs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
+def test_every_decoder_memorizes_four_images(variant):
+    """From features as they are cached."""
+    captioner, settings, batch = start(**VARIANTS[variant])
+    settings = replace(settings, fine_tune_encoder=False, learning_rate=2e-2)
+    with torch.no_grad():
+        features = captioner.encoder(batch.inputs)
         features = (features - features.mean(0)) / features.std()  # random weights make all images much alike
-    batch.inputs = features
-    optimizer = make_optimizer(captioner, replace(settings, fine_tune_encoder=False))
-    losses = [train.train_step(captioner, optimizer, batch, settings, CPU)[0] / len(outputs.targets) for _ in range(80)]
+    batch.inputs, boxes = features, batch.boxes
+    optimizer, counts = make_optimizer(captioner, settings), batch.counts()
+    losses = [train.train_step(captioner, optimizer, batch, settings, CPU)[0] / counts[0] for _ in range(40)]
     assert losses[0] > 1.5 and losses[-1] < 0.35
 
     # Padding does not matter, and a batch is searched as its images are one by one.
@@ -164,21 +186,8 @@ def test_every_model(variant, tmp_path):
         alone = search(captioner, captioner.encode(features[b : b + 1], own))
         assert together[b].tolist()[: alone.shape[1]] == alone[0].tolist()
 
-    # A checkpoint gives the same captions of the photos.
-    save_checkpoint(tmp_path / "best.pt", captioner, settings)
-    loaded = load_captioner(tmp_path / "best.pt", "cpu")
-    assert loaded.vocabulary.idx2word == WORDS
-    with torch.no_grad():
-        encoded, encoded_by_loaded = captioner.encode(images, boxes=boxes), loaded.encode(images, boxes=boxes)
-    torch.testing.assert_close(encoded_by_loaded.regions, encoded.regions)
-    captions = search(captioner, encoded)
-    assert torch.equal(search(loaded, encoded_by_loaded), captions)
-    forced = captions.unsqueeze(1)
-    log_probs = [force_decode(c.decoder, encoded.regions, forced, encoded.mask)[0] for c in (loaded, captioner)]
-    torch.testing.assert_close(*log_probs)
-
     # Scheduled sampling and self-critical training take their steps.
-    reward, counts = CiderD([[caption[1:] for caption in captions] for captions in CAPTIONS]), batch.counts()
+    reward = CiderD([[caption[1:] for caption in captions] for captions in CAPTIONS])
     for objective in ("scheduled sampling", "scst"):
         before = [weight.clone() for weight in captioner.decoder.parameters()]
         if objective == "scst":
@@ -204,7 +213,7 @@ OF_REGION_FEATURES = {
 def test_models_of_region_features(variant, tmp_path):
     """Photos with different numbers of regions: learned, searched as each alone, and kept by a checkpoint."""
     changes = {"regions": "features", "fine_tune_encoder": False, "dropout": 0.0, **OF_REGION_FEATURES[variant]}
-    settings = replace(SMALL, label_smoothing=0.0, **changes)
+    settings = replace(SMALL, label_smoothing=0.0, learning_rate=2e-2, **changes)
     torch.manual_seed(0)
     captioner = build(settings, WORDS, feature_dim=8).train()
     sizes, generator = (3, 1, 4, 2), torch.Generator().manual_seed(1)
@@ -213,7 +222,7 @@ def test_models_of_region_features(variant, tmp_path):
     batch = collate(list(map(Example, range(4), features, CAPTIONS, corners)))
     assert batch.inputs.shape == (4, 4, 8) and batch.boxes.shape == (4, 4, 4)
     optimizer = make_optimizer(captioner, settings)
-    losses = [train.train_step(captioner, optimizer, batch, settings, CPU)[0] / batch.counts()[0] for _ in range(80)]
+    losses = [train.train_step(captioner, optimizer, batch, settings, CPU)[0] / batch.counts()[0] for _ in range(40)]
     assert losses[-1] < 0.5 < losses[0]
     assert all(param.grad.isfinite().all() for param in captioner.parameters() if param.grad is not None)
     captioner.eval()
@@ -240,7 +249,6 @@ MALFORMED = {
         lambda checkpoint: checkpoint.update(model_settings={}),
         "model_settings do not match this version",
     ),
-    "one setting more": (change("beams", 3), "model_settings do not match this version"),
     "integers as words": (lambda checkpoint: checkpoint.update(words=[1, 2]), "words is not a list of words"),
     "a word twice": (lambda checkpoint: checkpoint["words"].append("a"), "words has a word twice"),
     "fewer words": (lambda checkpoint: checkpoint["words"].pop(), r"do not fit its settings and \d+ words: decoder"),
@@ -253,7 +261,6 @@ MALFORMED = {
     "a wide cell": (change("hidden_dim", 10**7), "decoder.* is .* not torch.float32 .*10000000"),
     "a wide cell whose sizes overflow": (change("hidden_dim", 10**12), "other.pt: "),
     "many layers": (change("graph_layers", 10**8), "--graph_layers 100000000: must be at most 100"),
-    "many recurrent layers": (change("layers", 10**8), "--layers 100000000: must be at most 100"),
     "another decoder": (change("decoder", "up_down"), "its weights do not fit its settings: 'decoder"),
     "a fine grid": (change("grid_size", 10**6), "exceeds the image size"),
     "dropout of everything": (change("dropout", float("nan")), "--dropout nan: must be at least 0"),
@@ -288,47 +295,30 @@ def test_a_malformed_checkpoint_is_one_line_that_names_it(name, run_folder, tmp_
     assert str(tmp_path / "other.pt") in str(caught.value)
 
 
-def test_loading_draws_no_random_numbers_and_leaves_everything_trainable(run_folder):
+def test_a_loaded_model_is_the_same_and_trainable_and_loading_draws_no_random_numbers(run_folder):
     before = torch.get_rng_state()
     captioner = load_captioner(run_folder / "best.pt", "cpu")
     assert torch.equal(torch.get_rng_state(), before)
+    saved = torch.load(run_folder / "best.pt", weights_only=True)
+    assert captioner.vocabulary.idx2word == saved["words"] and not captioner.training
+    for name, tensor in captioner.state_dict().items():
+        assert torch.equal(tensor, saved["model"][name]), name
     assert all(parameter.requires_grad for parameter in captioner.parameters())
-    assert not any(tensor.is_meta for tensor in (*captioner.parameters(), *captioner.buffers()))
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("dropout", 1.0, "--dropout 1.0"),
-        ("hidden_dim", 0, "--hidden_dim 0"),
         ("grid_size", 33, "--grid_size 33: exceeds"),
         ("graph_knn", -1, "--graph_knn -1"),
-        ("graph_layers", 10**15, "--graph_layers 1000000000000000: must be at most"),
         ("encoder_layers", 10**15, "--encoder_layers 1000000000000000: must be at most"),
-        ("decoder_layers", 0, "--decoder_layers 0: must be at least 1"),
-        ("heads", 0, "--heads 0"),
-        ("ffn_dim", 0, "--ffn_dim 0"),
-        ("layers", 10**15, "--layers 1000000000000000: must be at most"),
         ("layers", 0, "--layers 0: must be at least 1"),
     ],
 )
 def test_sizes_out_of_range_are_an_error(name, value, message):
     with pytest.raises(InputError, match=message):
         build(replace(SMALL, **{name: value}), 7)
-
-
-def test_a_checkpoint_gives_back_the_same_model(run_folder):
-    captioner = load_captioner(run_folder / "best.pt", "cpu")
-    saved = torch.load(run_folder / "best.pt", weights_only=True)
-    assert captioner.vocabulary.idx2word == saved["words"] and not captioner.training
-    for name, tensor in captioner.state_dict().items():
-        assert torch.equal(tensor, saved["model"][name]), name
-
-
-def test_features_that_heads_cannot_share_are_an_error():
-    settings = replace(SMALL, graph_layers=1, graph_heads=3)
-    with pytest.raises(InputError, match="--graph_heads 3: does not divide the 16 features"):
-        build(settings, 7, 32)
 
 
 def test_regions_are_a_dense_layer_with_relu_on_the_features():
