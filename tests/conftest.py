@@ -188,7 +188,7 @@ def detector_weights(tmp_path_factory):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--commands", type=int, default=30, help="how many of each script tests/test_fuzz_commands.py runs"
+        "--commands", type=int, default=10, help="how many of each script tests/test_fuzz_commands.py runs"
     )
     parser.addoption("--fuzz", type=float, default=1 / 3, help="share of the runs of fuzz tests: 1 runs them all")
     parser.addoption("--kills", type=int, default=2, help="how often tests/test_kill.py kills a run")

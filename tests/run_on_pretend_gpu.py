@@ -57,15 +57,21 @@ CASES = {
         gradient_accumulation_steps=2,
         doubly_stochastic=1.0,
     ),
-    "dot attention": replace(FROZEN, cell="rnn", attention="dot"),
     "adaptive attention": replace(FROZEN, decoder="adaptive", image_first=True, layers=2),
-    "up_down": replace(FROZEN, decoder="up_down"),
-    "fine-tuned encoder": replace(FROZEN, attention="none", fine_tune_encoder=True, in_memory=True),
+    "fine-tuned encoder, dot attention": replace(
+        FROZEN, cell="rnn", attention="dot", fine_tune_encoder=True, in_memory=True
+    ),
     "transformer": replace(
         FROZEN, decoder="transformer", encoder_layers=1, scheduled_sampling_max_prob=0.5, doubly_stochastic=1.0
     ),
-    "objects": replace(
-        FROZEN, regions="both", box_features=True, graph_layers=1, graph_edges="spatial", grounding_weight=1.0
+    "up_down, objects": replace(
+        FROZEN,
+        decoder="up_down",
+        regions="both",
+        box_features=True,
+        graph_layers=1,
+        graph_edges="spatial",
+        grounding_weight=1.0,
     ),
     "scst": replace(FROZEN, objective="scst", gradient_accumulation_steps=2),  # from the hard attention
 }
@@ -91,7 +97,7 @@ def run_scripts(name, device, settings, data, folder):
     with paths_of_gpus(), patch.object(eval, "has_java", lambda: False):  # METEOR takes seconds
         train.main(replace(settings, run_folder=str(run), device=device, epochs=1, **common))
         train.main(train.Settings(resume=str(run / "last.pt"), epochs=2))  # on the device that was saved
-        result = {} if name in ("dot attention", "scst") else decode(run, device, settings, common)
+        result = {} if name == "scst" else decode(run, device, settings, common)
     result["log"] = without_times(read_jsonl(run / "log.jsonl"))
     model = torch.load(run / "last.pt", weights_only=True)["model"]
     return result | {"weights": sum(weights.double().abs().sum().item() for weights in model.values())}
@@ -192,9 +198,8 @@ def waits(folder):
     data, gpu = prepare_shapes(folder / "data", num_scenes=8), the_gpu()
     table = {}
     for name, settings in STEPS.items():
-        steps, kernels = Steps(settings, data, gpu), gpu.kernels
+        steps = Steps(settings, data, gpu)
         table[f"step, {name}"] = steps.take()
-        print(f"{name}: {gpu.kernels - kernels} kernels a step")
     steps.state.settings = replace(FROZEN, fine_tune_encoder=True, objective="scst", max_length=2)
     steps.state.captioner.decoder.output.bias.data[END] = -100.0  # no caption ends before max_length
     reward = CiderD([[caption[1:] for caption in captions] for captions in steps.dataset.captions])

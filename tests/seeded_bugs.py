@@ -5,9 +5,7 @@ import textwrap
 
 import modules.attention
 import modules.decoders
-import modules.graph
 import modules.recurrent
-import training.losses
 import training.optim
 import training.steps
 from training.state import TrainState
@@ -15,21 +13,6 @@ from training.state import TrainState
 # Description, settings of `run_on_pretend_gpu.STEPS`, and the bug:
 # where a function is looked up, its name, and two texts of its source.
 BUGS = [
-    (
-        "the graph's grid stays on the CPU",
-        "graph",
-        (modules.graph, "similar_neighbors"),
-        (
-            "(copy_to_device(x, features.device) for x in (first, excluded))",
-            "(first, copy_to_device(excluded, features.device))",
-        ),
-    ),
-    (
-        "a mask stays on the CPU",
-        "hard attention",
-        (training.losses, "hard_attention_loss"),
-        ("copy_to_device(caption_mask(lengths), word_losses.device)", "caption_mask(lengths)"),
-    ),
     (
         "features stay on the CPU",
         "soft attention",

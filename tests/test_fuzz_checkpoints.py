@@ -14,11 +14,12 @@ import zipfile
 
 import pytest
 import torch
+from test_models import inference_checkpoint
 
 import train
 from conftest import SMALL, beams, build, peak_memory
 from decoding.beam_search import beam_search
-from models import CHECKPOINT_FORMAT, load_captioner, model_settings
+from models import load_captioner, model_settings
 from text.vocabulary import SPECIAL_TOKENS
 from utils import InputError
 
@@ -63,16 +64,7 @@ def original(tmp_path_factory):
     captioner = build(type(SMALL)(**TINY), WORDS)
     for parameter in captioner.decoder.parameters():
         parameter.data *= 4  # far from uniform, so that captions differ
-    content = {
-        "format": CHECKPOINT_FORMAT,
-        "model": captioner.state_dict(),
-        "model_settings": model_settings(type(SMALL)(**TINY)),
-        "image_size": 32,
-        "resize": "squash",
-        "feature_dim": 0,
-        "fine_tune_encoder": True,
-        "words": WORDS,
-    }
+    content = inference_checkpoint(captioner, type(SMALL)(**TINY))
     path = tmp_path_factory.mktemp("original") / "best.pt"
     torch.save(content, path)
     return content, path, captions_of(load_captioner(path, "cpu"))

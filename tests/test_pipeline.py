@@ -30,14 +30,3 @@ def test_from_shapes_to_a_captioned_photo(tmp_path):
     assert "| 5 |" in run(tmp_path, "eval.py")
     out = run(tmp_path, "caption.py", "data/shapes/photos/test_00044.png")
     assert "log-probability" in out and Image.open(tmp_path / "captions/test_00044_attention.png").size > (300, 100)
-
-
-@pytest.mark.slow
-def test_an_error_is_one_line_and_exit_status_2(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--data_folder", "nowhere"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 2
-    assert result.stderr == (
-        "train.py: error: no data folder nowhere: run create_input_files.py --output_folder nowhere first\n"
-    )
-    assert not list(tmp_path.iterdir())

@@ -38,8 +38,7 @@ def assert_same_run(whole, parts):
             assert one[name] == other[name], name
 
 
-@pytest.mark.parametrize("fine_tune", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("fine_tune", "precision"), [(True, "fp32"), (False, "bf16")])
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shapes, tmp_path, fine_tune, precision):
     folder = shutil.copytree(shapes, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
@@ -133,41 +132,26 @@ def test_a_signal_saves_the_epoch_under_way_and_the_resumed_run_equals_the_whole
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.fixture
-def running(shapes, tmp_path):
-    """A run folder in which another process trains, and the process."""
-    arguments = [*flags(shapes, tmp_path / "run"), "--workers", "2", "--epochs", "999", "--patience", "999"]
-    command = [sys.executable, train.__file__, *arguments]
+@pytest.mark.slow
+def test_a_run_folder_takes_one_process_at_a_time_and_a_signal_to_the_group_leaves_its_workers_alone(
+    shapes, tmp_path, command
+):
+    folder, fresh = tmp_path / "run", flags(shapes, tmp_path / "run")
+    running = [sys.executable, train.__file__, *fresh, "--workers", "2", "--epochs", "999", "--patience", "999"]
     with open(tmp_path / "errors", "w") as errors:
-        process = subprocess.Popen(command, stderr=errors, start_new_session=True)
-    while not read_jsonl(tmp_path / "run" / "log.jsonl"):
+        process = subprocess.Popen(running, stderr=errors, start_new_session=True)
+    while not read_jsonl(folder / "log.jsonl"):
         assert process.poll() is None
         time.sleep(0.05)
-    yield tmp_path / "run", process
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.slow
-def test_a_signal_to_the_whole_group_leaves_the_workers_alone(running, tmp_path):
-    _, process = running
-    os.killpg(process.pid, signal.SIGTERM)
-    status, err = process.wait(), (tmp_path / "errors").read_text()
-    assert status == 128 + signal.SIGTERM and err.rstrip().endswith("last.pt"), err
-
-
-@pytest.mark.slow
-def test_a_run_folder_takes_one_process_at_a_time(shapes, running, command):
-    folder, process = running
-    fresh = flags(shapes, folder)
     for arguments in (fresh, [*fresh, "--overwrite"], ["--resume", folder / "last.pt"]):
         status, _, err = command(train, *arguments)
         assert status == 2 and f"{folder} is in use by another train.py: wait until it ends" in err, err
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", train.__file__, *fresh, "--overwrite"]
     result = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
     assert result.stderr.count("train.py: error: ") == result.stderr.count("is in use by another train.py") == 2
-    process.kill()
-    process.wait()
+    os.killpg(process.pid, signal.SIGTERM)
+    status, err = process.wait(), (tmp_path / "errors").read_text()
+    assert status == 128 + signal.SIGTERM and err.rstrip().endswith("last.pt"), err
     epochs = len(read_jsonl(folder / "log.jsonl")) + 1
     status, _, err = command(train, "--resume", folder / "last.pt", "--epochs", epochs)
     assert status == 0 and logged_epochs(folder) == list(range(1, epochs + 1)), err

@@ -36,13 +36,12 @@ def exhaustive_best(decoder, regions, max_length, length_penalty, constraints=No
     [None, Constraints(1), Constraints(2), Constraints(0, 2), Constraints(0, 0, (4, 5)), Constraints(2, 2, (6,))],
 )
 def test_a_wide_beam_equals_exhaustive_search(tiny_decoder, length_penalty, constraints):
-    for seed in range(3 if constraints is None else 1):
-        regions = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(seed))
-        _, log_prob, caption = exhaustive_best(tiny_decoder, regions, 4, length_penalty, constraints)
-        settings = beams(4**4, 4, length_penalty=length_penalty)
-        captions, log_probs = beam_search(tiny_decoder, regions, settings, constraints=constraints)
-        assert tuple(captions[0, 0].tolist()) == (*caption, *[END] * 4)[: captions.shape[2]]
-        assert log_probs[0, 0].item() == pytest.approx(log_prob, abs=1e-4)
+    regions = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(0))
+    _, log_prob, caption = exhaustive_best(tiny_decoder, regions, 4, length_penalty, constraints)
+    settings = beams(4**4, 4, length_penalty=length_penalty)
+    captions, log_probs = beam_search(tiny_decoder, regions, settings, constraints=constraints)
+    assert tuple(captions[0, 0].tolist()) == (*caption, *[END] * 4)[: captions.shape[2]]
+    assert log_probs[0, 0].item() == pytest.approx(log_prob, abs=1e-4)
 
 
 def obeys(constraints, caption, max_length):

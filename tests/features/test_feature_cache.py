@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import h5py
@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import train
-from conftest import CPU, SMALL, build, flags
+from conftest import CPU, SMALL, build
 from features import feature_cache
 from features.feature_cache import build_dataset
 from preparation.storage import read_metadata, write_captions
@@ -211,15 +210,20 @@ def test_features_that_cannot_be_continued_are_begun_anew(copied, content):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.slow
-def test_two_programs_that_compute_the_same_features_at_once_both_train(copied, tmp_path):
-    settings = replace(SMALL, fine_tune_encoder=False, epochs=1)
-    commands = [[sys.executable, train.__file__, *flags(copied, tmp_path / name, settings)] for name in ("a", "b")]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    assert all(process.communicate()[1] is not None and process.returncode == 0 for process in processes)
-    assert sorted(path.name[:4] for path in (copied / "features").iterdir()) == ["trai", "val_"]
-    rows = [(tmp_path / name / "log.jsonl").read_text().split('"lr"')[0] for name in ("a", "b")]
-    assert rows[0] == rows[1]
+def test_features_that_another_program_computes_are_waited_for(copied, monkeypatch, small_steps, capsys):
+    """Two threads stand for the programs: a lock keeps out both alike."""
+
+    def write_slowly(*arguments, original=feature_cache.write_features):
+        time.sleep(0.5)
+        original(*arguments)
+
+    monkeypatch.setattr(feature_cache, "write_features", write_slowly)
+    captioners = [small_captioner(), small_captioner()]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda captioner: open_dataset(copied, captioner).feature_paths, captioners)
+    assert first == second == list((copied / "features").iterdir())
+    assert sorted(small_steps) == [0, 1]  # each image of the split once
+    assert capsys.readouterr().out.count("is being computed by another program, waiting for it") == 1
 
 
 @pytest.mark.parametrize(("name", "value"), [("image_size", 64), ("resize", "pad")])

@@ -140,11 +140,6 @@ def test_a_layer_or_head_that_does_not_exist_is_an_error(decoder, choice):
         decoder.choose_alpha(**choice)
 
 
-def test_heads_that_do_not_divide_the_width_are_an_error():
-    with pytest.raises(InputError, match="--heads 3: does not divide --hidden_dim 8"):
-        make_decoder(heads=3)
-
-
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_attention_is_that_of_torch(is_causal):
     query, key, value = torch.randn(3, 2, 4, 5, 6)

@@ -104,11 +104,3 @@ def test_a_model_starts_from_pretrained_embeddings(command, shapes, tmp_path, fr
     assert torch.allclose(red / red[1], torch.arange(16.0), atol=1e-5) == freeze
     if freeze:
         torch.testing.assert_close(blue, red * 4 / 3)
-
-
-def test_pretrained_embeddings_contradict_init_from(command, shapes, run_folder, tmp_path):
-    status, _, error = command(
-        train, "--data_folder", shapes, "--run_folder", tmp_path, "--init_from", run_folder / "best.pt",
-        "--pretrained_embeddings", "vectors.txt",
-    )  # fmt: skip
-    assert status == 2 and "--pretrained_embeddings vectors.txt cannot be combined with --init_from" in error
