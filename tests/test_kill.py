@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
-import numpy as np
 import pytest
 from PIL import Image
 from test_resume import assert_same_run
@@ -77,42 +76,11 @@ utils.run_script(train.main, train.Settings)
 """
 
 
-# Run before it: features of 4 images at once, on disk after 8.
-SMALL_STEPS = """
-from features import feature_cache
-feature_cache.BATCH_SIZE, feature_cache.SAVE_EVERY = 4, 2
-"""
-
-
-def die(phase, number, arguments, program=DYING):
+def die(phase, number, arguments):
     """Run train.py until a signal ends it in a phase (module, function, call); return its status and last line."""
-    command = [sys.executable, "-c", program, *map(str, phase), str(number), *arguments]
+    command = [sys.executable, "-c", DYING, *map(str, phase), str(number), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     return result.returncode, (result.stderr.splitlines() or [""])[-1]
-
-
-@pytest.mark.slow
-def test_features_of_a_run_that_died_are_continued_bit_for_bit(shapes, tmp_path):
-    features = {}
-    for name, call, number in (
-        ("whole", -1, 0),
-        ("died", 3, signal.SIGTERM),
-        ("died", 4, signal.SIGKILL),
-        ("died", -1, 0),
-    ):
-        data = tmp_path / name / "data"
-        shutil.copytree(shapes, data, ignore=shutil.ignore_patterns("features"), dirs_exist_ok=True)
-        arguments = flags(data, tmp_path / name / "run", replace(SMALL, fine_tune_encoder=False, epochs=1))
-        phase = ("numpy", "isfinite", call)  # at -1 never; the first call is for validation, the others for training
-        assert die(phase, number, arguments, f"{SMALL_STEPS}{DYING}")[0] == -number
-        if number:
-            assert len(list((data / "features").glob("train*.npy.partial"))) == 1
-        else:
-            features[name] = {path.name: path.read_bytes() for path in (data / "features").iterdir()}
-        if number == signal.SIGKILL:
-            (partial,) = (data / "features").glob("*.partial")
-            assert np.load(partial, mmap_mode="r").shape[0] == 8  # the four rows after them do not count
-    assert features["whole"] == features["died"] and len(features["whole"]) == 2
 
 
 @pytest.mark.parametrize(

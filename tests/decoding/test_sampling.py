@@ -75,16 +75,12 @@ def test_sampled_words_follow_the_softmax(tiny_decoder, options):
             assert ((expected > 0) | (frequencies == 0)).all()
             torch.testing.assert_close(frequencies, expected, atol=0.05, rtol=0)
             checked += int((expected > 0).sum())
-    assert checked < 16 or options in ({}, {"temperature": 0.5})  # truncation has truncated
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sampled_captions_repeat_end_after_their_end(tiny_decoder, temperature):
-    torch.manual_seed(0)
-    tiny_decoder.output.weight.data /= 4  # flatter distributions
-    for sampled in sample(tiny_decoder, torch.rand(2, 4, 6), samples(4000, 3, temperature=temperature)):
-        ended = sampled[sampled[:, 0] == END]
-        assert len(ended) and (ended == END).all()
+    ended = sampled[sampled[:, :, 0] == END]
+    assert (ended == END).all()  # captions repeat it
+    if options.keys() <= {"temperature"}:
+        assert len(ended)
+    else:
+        assert checked < 16  # truncation has truncated
 
 
 def test_a_seed_reproduces_samples(tiny_decoder):

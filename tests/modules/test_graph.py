@@ -1,6 +1,4 @@
-"""Graph layers against a computation by hand, and the graphs they run on."""
-
-import math
+"""Graph layers against their equations, and the graphs they run on."""
 
 import pytest
 import torch
@@ -8,52 +6,13 @@ import torch
 from models import ModelSettings
 from modules.graph import (
     GRAPH_LAYERS,
-    Edges,
     GatedGraphLayer,
-    GraphLayer,
     RegionGraph,
     build_edges,
     edge_attribution,
     grid_neighbors,
 )
 from modules.regions import grid_boxes, reverse_relations
-
-CHAIN = [(1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)]  # features of three regions
-CHAIN_NEIGHBORS = torch.tensor([[[0, 1, -1], [0, 1, 2], [1, 2, -1]]])
-
-
-def chain_layer():
-    """A graph layer with one head and round weights for regions of width 2."""
-    layer = GraphLayer(ModelSettings(graph_heads=1, dropout=0.0), region_dim=2)
-    layer.source_proj.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    layer.target_proj.weight.data = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    layer.score.data = torch.tensor([[1.0, -1.0]])
-    return layer
-
-
-def chain_by_hand():
-    """The regions after `chain_layer`, and each region's edge weights."""
-    regions, edge_weights = [], []
-    for target, sources in enumerate([(0, 1), (0, 1, 2), (1, 2)]):
-        x, y = CHAIN[target]
-        projected = [(CHAIN[source][0], 2 * CHAIN[source][1]) for source in sources]
-        leaky = [[value if value > 0 else 0.2 * value for value in (y + a, x + b)] for a, b in projected]
-        powers = [math.exp(first - second) for first, second in leaky]
-        weights = [power / sum(powers) for power in powers]
-        a, b = (old + sum(w * p[i] for w, p in zip(weights, projected, strict=True)) for i, old in enumerate((x, y)))
-        mean, deviation = (a + b) / 2, math.sqrt(((a - b) / 2) ** 2 + 1e-5)
-        regions.append([(a - mean) / deviation, (b - mean) / deviation])
-        edge_weights.append(weights)
-    return torch.tensor([regions]), edge_weights
-
-
-def test_a_layer_equals_a_computation_by_hand_on_three_nodes():
-    regions, edge_weights = chain_layer()(torch.tensor([CHAIN]), Edges(CHAIN_NEIGHBORS, None))
-    expected_regions, expected_weights = chain_by_hand()
-    torch.testing.assert_close(regions, expected_regions)
-    for target, expected in enumerate(expected_weights):
-        assert edge_weights[0, target, : len(expected)].tolist() == pytest.approx(expected)
-    assert edge_weights[0, 0, 2] == edge_weights[0, 2, 2] == 0
 
 
 def some_boxes(B, R, seed=0):
@@ -133,20 +92,25 @@ def test_a_gated_layer_equals_its_equation(relations):
         assert (edges.neighbors[0] >= 0).sum() > 10 and len(edges.relations.unique()) > 4
 
 
-def test_relations_change_score_and_message_of_attention():
-    layer = make_graph(edges="spatial").layers[0]
+@pytest.mark.parametrize("kind", ["all", "spatial", "similar"])
+def test_attention_over_the_graph_equals_its_equations(kind):
+    layer = make_graph(edges=kind).layers[0]
     regions, boxes = torch.randn(1, 5, 8), some_boxes(1, 5, seed=3)
-    edges = build_edges("spatial", regions, boxes, 0)
-    source, target = layer.source_proj(regions)[0], layer.target_proj(regions)[0]
-    i = 2
-    present = edges.neighbors[0, i] >= 0
-    sent = source[present] + layer.relation.weight[edges.relations[0, i, present]]
-    scores = torch.nn.functional.leaky_relu(target[i] + sent, 0.2).view(-1, 2, 4).mul(layer.score).sum(-1)
-    weights = scores.softmax(0)  # (N, G)
-    expected = layer.norm(regions[0, i] + (weights.unsqueeze(-1) * sent.view(-1, 2, 4)).sum(0).flatten())
+    edges = build_edges(kind, regions, boxes, 2)
     output, edge_weights = layer(regions, edges)
-    torch.testing.assert_close(output[0, i], expected)
-    torch.testing.assert_close(edge_weights[0, i, present], weights.mean(1))
+    for i in range(5):
+        present = edges.neighbors[0, i] >= 0
+        neighbors = edges.neighbors[0, i, present]
+        sent = regions[0, neighbors] @ layer.source_proj.weight.T + layer.source_proj.bias
+        if kind == "spatial":
+            sent = sent + layer.relation.weight[edges.relations[0, i, present]]
+        target = layer.target_proj.weight @ regions[0, i] + layer.target_proj.bias
+        scores = torch.nn.functional.leaky_relu(target + sent, 0.2).view(-1, 2, 4).mul(layer.score).sum(-1)
+        weights = scores.softmax(0)  # (N, G)
+        message = (weights.unsqueeze(-1) * sent.view(-1, 2, 4)).sum(0).flatten()
+        torch.testing.assert_close(output[0, i], layer.norm(regions[0, i] + message))
+        torch.testing.assert_close(edge_weights[0, i, present], weights.mean(1))
+        assert (edge_weights[0, i, ~present] == 0).all()
 
 
 def test_grid_neighbors_surround_a_region():

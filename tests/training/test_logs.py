@@ -101,6 +101,7 @@ def test_nothing_is_drawn_without_tensorboard(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_and_its_resume_show_all_epochs_once(shapes, tmp_path, command):
+    pytest.importorskip("tensorboard")
     train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path)))
     assert command(train, "--resume", tmp_path / "last.pt", "--epochs", 3)[0] == 0
     epochs, texts = read_tensorboard(tmp_path / "tensorboard")
