@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pretend_gpu import GPUTensor, PretendGPU
-from seeded_bugs import BUGS, edit
 
 import caption
 import eval
@@ -186,12 +185,6 @@ class Steps:
         train.optimization_step(self.state, self.batch, self.runtime, 10, self.batch.counts(), reward)
         return self.gpu.waits - waits
 
-    def resume(self, folder):
-        """Go on from a checkpoint of this run."""
-        self.state.settings = replace(self.state.settings, run_folder=str(folder))
-        self.state.save("last.pt", with_training_state=True)
-        self.state.restore(torch.load(folder / "last.pt", weights_only=True))
-
 
 def waits(folder):
     """The waits of a training step in several settings, and those of decoding."""
@@ -273,33 +266,40 @@ def readable(waits):
     }
 
 
-# -------------------------------------------------------------------------------------------------- seeded bugs
+# ------------------------------------------------------------------------------------------------ rules of CUDA
+
+# Code that CUDA refuses or that waits for it, for a vector x on the device, and what the pretend device finds.
+RULES = [
+    (lambda x: x + torch.ones(4), "error"),
+    (lambda x: torch.stack([x[0], torch.tensor(1.0)]), "error"),
+    (lambda x: x.masked_fill_(torch.ones(4, dtype=torch.bool), 1.0), "error"),
+    (lambda x: x * torch.tensor(2.0), None),  # a scalar of the CPU may be an operand
+    (lambda x: x[torch.tensor([0, 1])], "index with a tensor of the CPU"),
+    (lambda x: x[..., [0, 1]], "index with a list"),
+    (lambda x: x[x > 1], "index with a mask"),
+    (lambda x: x.sum().item(), "read a number"),
+    (lambda x: x.nonzero(), "count the nonzero elements"),
+    (lambda x: x.cpu(), "copy to the CPU"),
+    (lambda x: x.copy_(torch.ones(4)), "copy to the device"),
+    (lambda x: torch.ones(4).pin_memory().to(x.device), "copy to the device"),
+    (lambda x: torch.ones(4).to(x.device, non_blocking=True), "copy to the device"),  # not from page-locked memory
+    (lambda x: torch.ones(4).pin_memory().to(x.device, non_blocking=True), None),
+]
 
 
-def bugs(folder):
-    """How each seeded bug shows: the error, or the waits that a step has more."""
-    data, caught = prepare_shapes(folder / "data", num_scenes=8), {}
-    without = {name: waits_of_a_step(STEPS[name], False, data, folder) for name in {name for _, name, *_ in BUGS}}
-    for description, name, (owner, function), (old, new) in BUGS:
-        edited = edit(getattr(owner, function), old, new)
+def rules(folder):
+    """What the pretend device finds where it should find something else: [number of the rule, found]."""
+    gpu, wrong = the_gpu(), []
+    for number, (operation, expected) in enumerate(RULES):
+        x, before = copy_to_device(torch.arange(4.0), torch.device("gpu")), gpu.waits.copy()
         try:
-            with patch.object(owner, function, edited):
-                waits = waits_of_a_step(STEPS[name], "resumed" in description, data, folder)
-            caught[description] = readable(waits - without[name])
+            operation(x)
+            found = next((name for name, _ in gpu.waits - before), None)
         except RuntimeError as error:
-            if "is on the CPU and others on" not in str(error):
-                raise
-            caught[description] = str(error)
-    return caught
-
-
-def waits_of_a_step(settings, resumes, data, folder):
-    """The waits of a step, after another and a checkpoint where it `resumes`."""
-    steps = Steps(settings, data, the_gpu())
-    if resumes:
-        steps.take()
-        steps.resume(folder)
-    return steps.take()
+            found = "error" if "is on the CPU and others on" in str(error) else str(error)
+        if found != expected:
+            wrong.append([number, found])
+    return wrong
 
 
 # ---------------------------------------------------------------------------------------------------- all of it
@@ -330,5 +330,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     output, sys.stdout = sys.stdout, sys.stderr
     with checkpoints_of_gpus(), PretendGPU(ROOT):
-        result = {"program": program, "waits": waits, "bugs": bugs}[part](Path(folder))
+        result = {"program": program, "waits": waits, "rules": rules}[part](Path(folder))
     print(json.dumps(result), file=output)
