@@ -84,14 +84,10 @@ def test_the_scripts_take_the_commands(run_record):
     assert flags[-3]["--consensus_index"] == str(run_record.folder / "consensus.pt")
 
 
-def test_one_training_needs_no_mean(run_record):
+def test_one_training_needs_no_mean_and_every_second_photo_is_in_each_half(run_record, shapes):
     status, _, commands = run_record.run("--seeds", 0)
     assert status == 0
     assert scripts(commands) == ["train.py"] * 2 + ["tools/index_captions.py"] + ["eval.py"] * 4
-
-
-def test_every_second_photo_is_in_each_half(run_record, shapes):
-    run_record.run("--seeds", 0)
     halves = [(run_record.folder / f"{half}.txt").read_text().split("\n")[:-1] for half in record.HALVES]
     names = sorted(entry["image"] for entry in record.read_captions(shapes, "train").entries)
     assert halves == [names[::2], names[1::2]]

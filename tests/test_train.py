@@ -114,19 +114,6 @@ def test_the_validation_loss_is_that_of_each_word_of_each_caption(shapes, run_fo
     assert read_jsonl(run_folder / "log.jsonl")[epoch - 1]["val/loss"] == pytest.approx(-log_prob / words, rel=1e-4)
 
 
-def test_training_overfits_four_images():
-    torch.manual_seed(0)
-    captions = [[[1, *words, 2]] for words in ([4, 5, 6], [5, 5, 4, 6, 4], [6], [4, 4, 4, 4])]
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    batch = collate([Example(i, images[i], captions[i]) for i in range(4)])
-    settings = replace(SMALL, dropout=0.0, doubly_stochastic=0.0, label_smoothing=0.0)
-    captioner = build(settings, 7).train()
-    optimizer = make_optimizer(captioner, settings)
-    arguments = (captioner, optimizer, batch, settings, CPU)
-    losses = [loss / words for loss, words in (train.train_step(*arguments) for _ in range(150))]
-    assert losses[0] > 1.5 and losses[-1] < 0.1
-
-
 def test_a_frozen_encoder_stays_as_it_is_and_runs_once_an_image(shapes, tmp_path, monkeypatch):
     encoded = []
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import make_tiny_decoder
-from modules.adaptive import AdaptiveAttention, AdaptiveDecoder
+from modules.adaptive import AdaptiveDecoder
 from text.vocabulary import START
 
 
@@ -26,22 +26,6 @@ def attend_by_equations(attention, regions, hidden, sentinel):
     z_sentinel = attention.score.weight[0] @ (attention.sentinel_key(sentinel) + query).tanh()
     beta = torch.cat([z, z_sentinel.view(1)]).softmax(0)[-1]  # equation 12
     return beta * sentinel + (1 - beta) * c, alpha, beta  # equation 11
-
-
-def test_adaptive_attention_equals_its_equations():
-    torch.manual_seed(1)
-    attention = AdaptiveAttention(region_dim=6, hidden_dim=8, attention_dim=4)
-    for parameter in attention.parameters():
-        parameter.data = torch.randn_like(parameter)
-    regions, hidden, sentinel = torch.randn(2, 3, 6), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    context, alpha, gate, _ = attention(regions, attention.keys(regions), hidden, sentinel=sentinel)
-    for b in range(2):
-        for c in range(5):
-            expected, expected_alpha, beta = attend_by_equations(attention, regions[b], hidden[b, c], sentinel[b, c])
-            torch.testing.assert_close(context[b, c], expected)
-            torch.testing.assert_close(alpha[b, c], expected_alpha)
-            torch.testing.assert_close(gate[b, c], 1 - beta)
-    assert gate.max() - gate.min() > 0.2
 
 
 def test_the_decoder_equals_an_lstm_cell_with_a_sentinel_and_returns_its_gate(decoder):

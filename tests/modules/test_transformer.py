@@ -211,15 +211,17 @@ def torch_layer(layer):
 
 @pytest.mark.parametrize("positions", ["none", "learned", "sine"])
 def test_the_encoder_equals_torch_layers_with_its_weights(positions):
-    encoder, regions = make_encoder(positions=positions), torch.randn(3, 9, 8)
-    expected = regions
+    """Of nine cells, which have positions, and two objects."""
+    encoder, regions = make_encoder(positions=positions), torch.randn(3, 11, 8)
+    expected = regions.clone()
     if positions == "learned":
-        expected = regions + encoder.learned_positions
+        expected[:, :9] += encoder.learned_positions
     if positions == "sine":
-        expected = regions + grid_positions(3, 8)
+        expected[:, :9] += grid_positions(3, 8)
     for layer in encoder.layers:
         expected = torch_layer(layer)(expected)
     torch.testing.assert_close(encoder(regions), encoder.norm(expected), atol=1e-5, rtol=1e-4)
+    assert make_encoder(positions=positions, num_cells=0).learned_positions is None
 
 
 def test_without_layers_it_is_the_identity_and_has_no_weights():
@@ -278,15 +280,3 @@ def test_a_masked_region_changes_no_other(geometry):
     padded = torch.cat([boxes, torch.zeros(2, 3, 4)], dim=1)
     mask = torch.arange(8).expand(2, -1) < 5
     torch.testing.assert_close(encoder(longer, padded, mask)[:, :5], encoder(regions, boxes))
-
-
-@pytest.mark.parametrize("positions", ["sine", "learned"])
-def test_positions_are_those_of_the_cells_before_the_objects(positions):
-    regions, encoder = torch.randn(2, 11, 8), make_encoder(positions=positions, layers=1)
-    codes = grid_positions(3, 8) if positions == "sine" else encoder.learned_positions
-    without = make_encoder(positions="none", layers=1)
-    weights = {name: weight for name, weight in encoder.state_dict().items() if name != "learned_positions"}
-    without.load_state_dict(weights)
-    moved = torch.cat([regions[:, :9] + codes, regions[:, 9:]], dim=1)
-    torch.testing.assert_close(encoder(regions), without(moved))
-    assert make_encoder(positions=positions, num_cells=0).learned_positions is None

@@ -43,11 +43,3 @@ def test_up_down_equals_two_lstm_cells(decoder):
             torch.testing.assert_close(step.alpha[0, 0], alpha)
             assert step.gate is None
     assert alpha.max() < 0.999  # or the scores would not matter
-
-
-def test_the_mean_region_is_mapped_once_per_image(decoder):
-    calls = []
-    decoder.mean_region.register_forward_hook(lambda *_: calls.append(None))
-    words = torch.tensor([[[1, 4, 5, 2], [1, 4, 2, 0]], [[1, 6, 2, 0], [1, 2, 0, 0]]])
-    decoder(torch.randn(2, 3, 6), words, torch.tensor([[3, 2], [2, 1]]))
-    assert len(calls) == 1
