@@ -103,16 +103,17 @@ def run_scripts(name, device, settings, data, folder):
 
 
 def decode(run, device, settings, common):
-    """The scores and captions of eval.py for a run, after caption.py with its pictures."""
+    """The scores and captions of eval.py for a run, after caption.py with its pictures on the pretend device."""
     decoding = {"device": device, "precision": settings.precision, "max_length": 4}
-    best, photo = str(run / "best.pt"), str(min(Path(common["data_folder"], "photos").glob("*.png")))
+    best, data = str(run / "best.pt"), Path(common["data_folder"])
     eval.main(eval.Settings(checkpoint=(best,), beam_sizes=(3,), **decoding, **common))
-    if settings.graph_layers:
-        decoding["graph_word"] = "a"
-    if settings.regions != "grid":
-        decoding["objects"] = str(Path(common["data_folder"], "dataset_shapes.json"))
-    output_folder = str(run / "pictures")
-    caption.main(caption.Settings(photos=(photo,), checkpoint=(best,), output_folder=output_folder, **decoding))
+    if device == "gpu":
+        if settings.graph_layers:
+            decoding["graph_word"] = "a"
+        if settings.regions != "grid":
+            decoding["objects"] = str(data / "dataset_shapes.json")
+        photos, output_folder = (str(min((data / "photos").glob("*.png"))),), str(run / "pictures")
+        caption.main(caption.Settings(photos=photos, checkpoint=(best,), output_folder=output_folder, **decoding))
     scores = read_json(next(run.glob("scores_best_*.json")))["scores"]
     return {"scores": without_times(scores), "captions": read_json(next(run.glob("results_*.json")))}
 
@@ -154,9 +155,7 @@ STEPS = {
     "graph": replace(FROZEN, graph_layers=2),
     "scheduled sampling": replace(FROZEN, scheduled_sampling_max_prob=0.5),
     "two micro-batches": replace(FROZEN, gradient_accumulation_steps=2),
-    "transformer": replace(
-        FROZEN, decoder="transformer", encoder_layers=1, scheduled_sampling_max_prob=0.5, doubly_stochastic=1.0
-    ),
+    "transformer": CASES["transformer"],
     "fine-tuned encoder": replace(FROZEN, fine_tune_encoder=True),
 }
 

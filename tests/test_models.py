@@ -302,21 +302,6 @@ def test_a_loaded_model_is_the_same_and_trainable_and_loading_draws_no_random_nu
     assert all(parameter.requires_grad for parameter in captioner.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("dropout", 1.0, "--dropout 1.0"),
-        ("grid_size", 33, "--grid_size 33: exceeds"),
-        ("graph_knn", -1, "--graph_knn -1"),
-        ("encoder_layers", 10**15, "--encoder_layers 1000000000000000: must be at most"),
-        ("layers", 0, "--layers 0: must be at least 1"),
-    ],
-)
-def test_sizes_out_of_range_are_an_error(name, value, message):
-    with pytest.raises(InputError, match=message):
-        build(replace(SMALL, **{name: value}), 7)
-
-
 def test_regions_are_a_dense_layer_with_relu_on_the_features():
     captioner = build(SMALL, 7).eval()
     features = torch.randn(2, 16, 64)

@@ -23,20 +23,18 @@ def hard_decoder():
     return ShowAttendTell(ModelSettings(attention="hard", **sizes), vocab_size=6, region_dim=6).train()
 
 
-def scores_by_formula(name, attention, regions, hidden):
-    keys, query = attention.keys(regions), attention.query(hidden)
-    if name == "dot":
-        return torch.einsum("bra,bca->bcr", keys, query) / math.sqrt(keys.shape[-1])
-    return attention.score((keys.unsqueeze(1) + query.unsqueeze(2)).tanh()).squeeze(-1)
-
-
 @pytest.mark.parametrize("name", ["soft", "dot", "hard"])
 def test_attention_is_a_gated_mean_of_the_regions(name):
     torch.manual_seed(0)
     attention = ATTENTIONS[name](**DIMS).eval()
     regions, hidden = torch.randn(2, 4, 6), torch.randn(2, 3, 8)
     context, alpha, gate, log_probs = attention(regions, attention.keys(regions), hidden)
-    torch.testing.assert_close(alpha, scores_by_formula(name, attention, regions, hidden).softmax(-1))
+    keys, query = attention.keys(regions), attention.query(hidden)
+    if name == "dot":
+        scores = torch.einsum("bra,bca->bcr", keys, query) / math.sqrt(keys.shape[-1])
+    else:
+        scores = attention.score((keys.unsqueeze(1) + query.unsqueeze(2)).tanh()).squeeze(-1)
+    torch.testing.assert_close(alpha, scores.softmax(-1))
     torch.testing.assert_close(gate, attention.gate(hidden).sigmoid().squeeze(-1))
     torch.testing.assert_close(context, gate.unsqueeze(-1) * torch.einsum("bcr,brd->bcd", alpha, regions))
     assert log_probs is None

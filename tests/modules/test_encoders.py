@@ -29,11 +29,6 @@ def test_encoder_equals_torchvision(resnet18):
     torch.testing.assert_close(encoder(images), x.flatten(2).transpose(1, 2), rtol=1e-3, atol=1e-4)
 
 
-def test_grid_size_pools_the_grid():
-    encoder = Encoder("resnet18", layer="layer1", grid_size=3)
-    assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 9, 64)
-
-
 def test_batch_norm_moves_with_random_weights_alone(resnet18):
     for weights in ("", resnet18[1]):
         encoder = Encoder("resnet18", layer="layer1", weights=weights)
