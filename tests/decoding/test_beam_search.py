@@ -150,7 +150,11 @@ def test_diverse_groups_are_those_of_a_simple_search(tiny_decoder, beam_size, gr
 
 
 def test_groups_must_share_the_beams():
-    for groups, message in ((0, "must be at least 1"), (2, "does not divide the beam size 5"), (6, "does not divide the beam size 5")):
+    for groups, message in (
+        (0, "must be at least 1"),
+        (2, "does not divide the beam size 5"),
+        (6, "does not divide the beam size 5"),
+    ):
         with pytest.raises(InputError, match=f"--num_beam_groups {groups}: {message}"):
             DecodingSettings(beam_size=5, num_beam_groups=groups)
 
