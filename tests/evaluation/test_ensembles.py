@@ -77,10 +77,8 @@ def test_an_ensemble_of_one_model_captions_as_the_model(images):
         assert one.gates == pytest.approx(other.gates)
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_log_probabilities_are_those_of_the_mean(images, shuffled):
-    order = [*range(4), 9, 7, 5, 4, 6, 8] if shuffled else list(range(10))
-    other = Vocabulary([VOCABULARY.idx2word[i] for i in order])
+def test_log_probabilities_are_those_of_the_mean(images):
+    other = Vocabulary([VOCABULARY.idx2word[i] for i in (*range(4), 9, 7, 5, 4, 6, 8)])  # in another order
     captioners = [captioner_of(1), captioner_of(2, other, decoder="transformer")]
     ensemble = ensemble_of(captioners)
     for image in caption_batch(ensemble, images[:1], DECODING, CPU):
