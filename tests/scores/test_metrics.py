@@ -95,7 +95,7 @@ def reference_meteor():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
-@pytest.mark.parametrize("locale", ["en_US", "de_DE", "tr_TR"])
+@pytest.mark.parametrize("locale", ["de_DE", "tr_TR"])
 def test_meteor_is_that_of_pycocoevalcap_in_every_locale(monkeypatch, reference_meteor, locale):
     language, country = locale.split("_")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", f"-Duser.language={language} -Duser.country={country}")
