@@ -1,5 +1,6 @@
 """Ensembles of captioners and of views, against what each captioner does alone."""
 
+import functools
 from collections import Counter
 from dataclasses import replace
 
@@ -23,12 +24,19 @@ FROZEN = replace(SMALL, fine_tune_encoder=False)
 DECODING = beams(3, 6)
 
 
+@functools.cache
+def encoder_weights():
+    """Return the weights of a random encoder."""
+    torch.manual_seed(0)
+    return build(FROZEN, VOCABULARY.idx2word).encoder.state_dict()
+
+
 def captioner_of(seed, vocabulary=VOCABULARY, **changes):
     """Return a random captioner in eval mode; all have the same encoder."""
+    weights = encoder_weights()
     torch.manual_seed(seed)
     captioner = build(replace(FROZEN, **changes), vocabulary.idx2word).eval()
-    torch.manual_seed(0)
-    captioner.encoder.load_state_dict(build(FROZEN, VOCABULARY.idx2word).encoder.state_dict())
+    captioner.encoder.load_state_dict(weights)
     for parameter in captioner.decoder.parameters():
         parameter.data *= 3  # far from uniform, so that rankings are clear
     return captioner
