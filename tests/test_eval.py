@@ -129,7 +129,7 @@ def test_nothing_replaces_the_scores_of_something_else(evaluate, shapes, run_fol
         (("--data_folder", "missing"), "no data folder missing"),
         (("--beam_sizes", "0"), "--beam_sizes 0: must be at least 1"),
         (("--output_folder", __file__), "cannot be written"),
-        (("--num_beam_groups", "3", "--beam_sizes", "3", "4"), "--num_beam_groups 3: cannot share 4 beams evenly"),
+        (("--num_beam_groups", "3", "--beam_sizes", "3", "4"), "--num_beam_groups 3: does not divide the beam size 4"),
     ],
 )
 def test_bad_input_ends_in_one_line(command, shapes, run_folder, arguments, message):
