@@ -39,12 +39,12 @@ def encode(photo, suffix, **options):
 
 
 def photo_files(folder):
-    """Return the first 12 photos of a prepared folder as files of three formats, by name; EXIF turns the JPEGs."""
+    """Return 8 photos of a prepared folder as files of three formats, by name; EXIF turns the JPEGs in all 8 ways."""
     found = {}
-    for i, path in enumerate(sorted((folder / "photos").glob("*.png"))[:12]):
+    for i, path in enumerate(sorted((folder / "photos").glob("*.png"))[:8]):
         photo = Image.open(path).convert("RGB").resize((40 + i, 30))
         orientation = Image.Exif()
-        orientation[0x0112] = 1 + i % 8
+        orientation[0x0112] = 1 + i
         found[f"{i} ä.png"] = encode(photo, "png")
         found[f"{i}.jpg"] = encode(photo, "jpg", exif=orientation)
         found[f"{i}.gif"] = encode(photo, "gif")

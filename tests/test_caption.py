@@ -17,11 +17,10 @@ from PIL import Image
 
 import caption
 import eval as eval_script
-import train
-from conftest import SMALL, beams
+from conftest import SMALL, beams, build
 from decoding.beam_search import beam_search
 from evaluation.photo_regions import photo_records
-from models import load_captioner
+from models import load_captioner, model_settings
 from preparation.detection import Detector, detect_objects
 from preparation.images import load_image
 
@@ -43,6 +42,16 @@ def test_caption_imports_only_what_it_needs():
     folder = Path(caption.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def random_model(run_folder, path, **changes):
+    """Write a checkpoint of a random model with other settings than the small run; return its path."""
+    checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
+    torch.manual_seed(0)
+    captioner = build(replace(SMALL, **changes), checkpoint["words"])
+    checkpoint["model_settings"] = model_settings(replace(SMALL, **changes))
+    torch.save(checkpoint | {"model": captioner.state_dict()}, path)
+    return path
 
 
 @pytest.fixture
@@ -102,9 +111,9 @@ def test_a_model_of_objects_captions_a_photo_with_its_objects(command, photo, ob
     assert [len(record.boxes) for record in records] == [18, 17]  # cells, the whole photo, the object
 
 
-def test_the_shapes_have_their_objects_in_their_captions_file(command, shapes, objects_run, tmp_path):
+def test_the_shapes_have_their_objects_in_their_captions_file(command, shapes, objects_run):
     arguments = ("--checkpoint", objects_run / "best.pt", "--objects", shapes / "dataset_shapes.json")
-    status, out, err = command(caption, shapes / "photos", *arguments, "--output_folder", tmp_path)
+    status, out, err = command(caption, shapes / "photos", *arguments, "--no-pictures")
     assert status == 0 and out.count("log-probability") == 28 and "objects in 28 photos, 0 photos have none" in err
 
 
@@ -173,10 +182,9 @@ def test_decoding_is_as_the_flags_say(command, photo, run_folder):
     assert len(with_views) == 1
 
 
-def test_a_head_of_a_transformer_is_drawn(command, shapes, photo, tmp_path):
-    settings = replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path / "run"), epochs=1)
-    train.main(replace(settings, decoder="transformer", heads=2))
-    arguments = (photo, "--checkpoint", tmp_path / "run" / "last.pt", "--max_length", 3)
+def test_a_head_of_a_transformer_is_drawn(command, run_folder, photo, tmp_path):
+    checkpoint = random_model(run_folder, tmp_path / "best.pt", decoder="transformer", heads=2)
+    arguments = (photo, "--checkpoint", checkpoint, "--max_length", 3)
     pictures = []
     for flags in ((), ("--alpha_layer", 1), ("--alpha_layer", 2, "--alpha_head", 2)):
         assert command(caption, *arguments, "--output_folder", tmp_path, *flags)[0] == 0
@@ -186,47 +194,33 @@ def test_a_head_of_a_transformer_is_drawn(command, shapes, photo, tmp_path):
     assert status == 2 and err.endswith("--alpha_head 3: the decoder has 2: give 1 to 2, or 0\n")
 
 
-@pytest.fixture(scope="module")
-def graph_arguments(shapes, photo, tmp_path_factory):
-    """The command line that captions a photo with a model that has graph layers."""
-    folder = tmp_path_factory.mktemp("graph")
-    train.main(replace(SMALL, data_folder=str(shapes), run_folder=str(folder), graph_layers=2, epochs=1))
-    return (photo, "--checkpoint", folder / "best.pt", "--max_length", 4)
+def test_the_edges_that_mattered_for_a_word_are_plotted(command, run_folder, photo, tmp_path):
+    checkpoint = random_model(run_folder, tmp_path / "best.pt", graph_layers=2)
+    folder = tmp_path / "out"
+    arguments = (photo, "--checkpoint", checkpoint, "--max_length", 4, "--output_folder", folder)
+    _, out, _ = command(caption, *arguments)
+    word = re.search(r"\.png: (\w+)", out)[1]
+    absent = next(color for color in ("red", "green", "blue", "yellow") if color not in out)
 
+    status, out, _ = command(caption, *arguments, "--graph_word", absent)
+    assert status == 0 and f"{absent} is not in this caption" in out
+    assert list(folder.iterdir()) == [picture_of(photo, folder)]
 
-def test_the_edges_that_mattered_for_a_word_are_plotted(command, photo, graph_arguments, tmp_path):
-    arguments = (*graph_arguments, "--output_folder", tmp_path)
-    status, out, _ = command(caption, *arguments)
-    assert status == 0
-    word = re.search(r"\.png: (\w+)", out).group(1)
     status, out, _ = command(caption, *arguments, "--graph_word", word)
-    picture = picture_of(photo, tmp_path, "edges")
+    picture = picture_of(photo, folder, "edges")
     assert status == 0 and str(picture) in out
     with Image.open(picture) as plotted:
         red, green, blue = np.asarray(plotted.convert("RGB")).astype(int).reshape(-1, 3).T
     assert ((red > green + 60) & (green > blue + 60)).sum() > 100  # orange arrows
 
-
-def test_a_graph_word_that_the_caption_lacks_plots_nothing(command, photo, graph_arguments, tmp_path):
-    arguments = (*graph_arguments, "--output_folder", tmp_path)
-    _, out, _ = command(caption, *arguments)
-    absent = next(color for color in ("red", "green", "blue", "yellow") if color not in out)
-    status, out, _ = command(caption, *arguments, "--graph_word", absent)
-    assert status == 0 and f"{absent} is not in this caption" in out
-    assert list(tmp_path.iterdir()) == [picture_of(photo, tmp_path)]
+    status, _, err = command(caption, *arguments, "--graph_word", "and/or")
+    assert status == 2 and "--graph_word and/or" in err and "does not know this word" in err
 
 
-def test_an_unknown_graph_word_is_an_error(command, graph_arguments, tmp_path):
-    status, _, error = command(caption, *graph_arguments, "--output_folder", tmp_path, "--graph_word", "and/or")
-    assert status == 2 and "--graph_word and/or" in error and "does not know this word" in error
-
-
-def test_without_attention_the_picture_is_the_photo(command, shapes, photo, tmp_path):
-    settings = replace(SMALL, data_folder=str(shapes), run_folder=str(tmp_path / "run"), attention="none", epochs=1)
-    train.main(settings)
-    arguments = (photo, "--checkpoint", tmp_path / "run" / "best.pt", "--output_folder", tmp_path / "out")
-    assert command(caption, *arguments, "--max_length", 4)[0] == 0
-    with Image.open(picture_of(photo, tmp_path / "out")) as picture:
+def test_without_attention_the_picture_is_the_photo(command, run_folder, photo, tmp_path):
+    checkpoint = random_model(run_folder, tmp_path / "best.pt", attention="none")
+    assert command(caption, photo, "--checkpoint", checkpoint, "--output_folder", tmp_path, "--max_length", 4)[0] == 0
+    with Image.open(picture_of(photo, tmp_path)) as picture:
         assert picture.width < 300
 
 
@@ -237,28 +231,19 @@ def test_without_attention_the_picture_is_the_photo(command, shapes, photo, tmp_
         ((__file__,), "test_caption.py: not a photo"),
         (("{photo}", "--checkpoint", "missing.pt"), "no such file: missing.pt"),
         (("{photo}", "--beam_size", "0"), "--beam_size 0: must be at least 1"),
-        (("{photo}", "--max_length", "0"), "--max_length 0: must be at least 1"),
         (("{photo}", "--output_folder", "{photo}"), "cannot be written"),
         (("{photo}", "--n_best", "6"), "--n_best 6: more than --beam_size 5"),
-        (("{photo}", "--batch_size", "0"), "--batch_size 0: must be at least 1"),
         (("{photo}", "--no-pictures", "--show"), "--show requires --pictures"),
         (("{photo}", "--checkpoint", "{folder}"), "is a folder, not a checkpoint: give"),
         (("{photo}", "--graph_word", "red"), "best.pt has no graph to plot, train with"),
         (("{photo}", "--alpha_layer", "1"), "--alpha_layer 1: only a transformer decoder has several"),
         (("{photo}", "--num_beam_groups", "2"), "--num_beam_groups 2: does not divide the beam size 5"),
         (("{photo}", "--top_k", "2"), "--top_k 2 requires --samples"),
-        (("{photo}", "--samples", "5", "--beam_size", "5"), "--beam_size 5 cannot be combined with --samples"),
         (("{photo}", "--diversity_penalty", "1"), "--diversity_penalty 1.0 requires --num_beam_groups above 1"),
         (("{photo}", "--min_length", "30"), "--min_length 30: must be below --max_length 30"),
         (("{photo}", "--banned_endings", "xyzzy"), "--banned_endings xyzzy: the model does not know this word"),
         (("{photo}", "--samples", "2", "--n_best", "3"), "--n_best 3: more than --samples 2"),
-        (("{photo}", "--samples", "2", "--temperature", "0"), "--temperature 0.0: must be above 0"),
-        (("{photo}", "--samples", "5", "--top_p", "1.5"), "--top_p 1.5: must be at most 1"),
-        (("{photo}", "--samples", "5", "--top_p", "0"), "--top_p 0.0: must be above 0"),
         (("--checkpoint", "x.pt"), "photos are missing: name files or folders, or drop photos on the page of tools/se"),
-        (("{photo}", "--serve"), "unrecognized arguments: --serve"),
-        (("{photo}", "--port", "1"), "unrecognized arguments: --port 1"),
-        (("{photo}", "--views", "upside_down"), "--views upside_down: choose from original hflip crop"),
         (("{photo}", "--consensus_index", "{photo}"), "test_00026.png is refused: it is damaged, or holds more"),
     ],
 )
@@ -279,10 +264,9 @@ def test_files_of_the_user_are_never_replaced(command, run_folder, several):
     status, out, err = command(caption, several / "c.png", several / "a.png", *arguments)
     assert status == 2 and "a_attention.png is not a picture of caption.py and is not replaced" in err and not out
     assert mine.read_bytes() == before and not (several / "c_attention.png").exists()
-    for _ in range(2):  # our own are
-        assert command(caption, several / "c.png", *arguments)[0] == 0
+    assert command(caption, several / "c.png", *arguments)[0] == 0
     mine.unlink()
-    status, out, _ = command(caption, several, *arguments)
+    status, out, _ = command(caption, several, *arguments)  # our own are
     assert status == 1 and "c_attention.png:" not in out  # our pictures are no photos
 
 
@@ -295,12 +279,11 @@ def test_broken_photos_are_skipped_and_listed_at_the_end(command, run_folder, se
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_attention.png", "c_attention.png"}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_json_lines_hold_the_captions_of_each_photo(command, run_folder, several, monkeypatch, tmp_path, batch_size):
+def test_json_lines_hold_the_captions_of_each_photo(command, run_folder, several, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = f"{several}/a.png\n{several}/c.png\n".encode()
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(names)))
-    arguments = ("--checkpoint", run_folder / "best.pt", "--max_length", 3, "--batch_size", batch_size)
+    arguments = ("--checkpoint", run_folder / "best.pt", "--max_length", 3)
     status, out, _ = command(caption, "-", "--json", "--no-pictures", "--n_best", 2, *arguments)
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [row["file"] for row in rows] == [str(several / "a.png"), str(several / "c.png")]

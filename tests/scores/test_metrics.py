@@ -12,7 +12,6 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from conftest import random_captions
 from scores.metrics import bleu_statistics, compute_meteor, compute_metrics, corpus_bleu, image_scores
-from utils import InputError
 
 REFERENCES = [
     [["a", "dog", "runs", "on", "the", "grass"], ["the", "brown", "dog", "is", "running", "outside"]],
@@ -20,12 +19,10 @@ REFERENCES = [
     [["a", "child", "on", "a", "swing"]],
 ]
 PREDICTIONS = [
-    ["a", "dog", "runs", "on", "the", "street"],
+    ["A", "DOG", "IS", "IN"],  # in Turkish, the small I has no dot
     ["two", "men", "play", "football"],
-    ["a", "child", "on", "a", "red", "swing"],
+    ["zebra"],
 ]
-
-
 BLEU = [f"bleu_{n}" for n in range(1, 5)]
 
 
@@ -34,12 +31,11 @@ def texts(captions):
     return {i: [" ".join(words) for words in of_image] for i, of_image in enumerate(captions)}
 
 
-def meteor_of(predictions):
-    return compute_meteor(texts(REFERENCES), texts([[words] for words in predictions]))[0]
+METEOR_ARGUMENTS = texts(REFERENCES), texts([[words] for words in PREDICTIONS])
 
 
 @pytest.mark.filterwarnings("ignore:\n")  # of nltk, of captions without a common n-gram
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_bleu_is_that_of_nltk(seed):
     references, predictions = random_captions(15, seed)
     scores = compute_metrics(references, predictions)
@@ -91,31 +87,19 @@ def test_perfect_hopeless_and_empty_captions():
     assert corpus_bleu(bleu_statistics([[["a"]]], [[]])[0]).tolist() == [0, 0, 0, 0]
 
 
-NEEDS_JAVA = pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+@pytest.fixture(scope="module")
+def reference_meteor():
+    """The METEOR of pycocoevalcap for PREDICTIONS: of all captions, and of each."""
+    return Meteor().compute_score(*METEOR_ARGUMENTS)
 
 
 @pytest.mark.slow
-@NEEDS_JAVA
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
 @pytest.mark.parametrize("locale", ["de_DE", "tr_TR"])
-def test_meteor_is_the_same_in_every_locale(monkeypatch, locale):
-    expected = meteor_of([["A", "DOG", "IS", "IN"], [], []])
+def test_meteor_is_that_of_pycocoevalcap_in_every_locale(monkeypatch, reference_meteor, locale):
     language, country = locale.split("_")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", f"-Duser.language={language} -Duser.country={country}")
     monkeypatch.setenv("LC_ALL", f"{locale}.UTF-8")
-    assert meteor_of([["A", "DOG", "IS", "IN"], [], []]) == expected > 0.05
-
-
-@pytest.mark.slow
-@NEEDS_JAVA
-def test_meteor_equals_pycocoevalcap_and_prefers_the_better_captions():
-    arguments = texts(REFERENCES), texts([[words] for words in PREDICTIONS])
-    assert compute_meteor(*arguments) == Meteor().compute_score(*arguments)
-    assert meteor_of(PREDICTIONS) > 0.3 > 0.01 > meteor_of([["x"], [], []])
-
-
-def test_a_java_that_fails_is_an_error(monkeypatch, tmp_path):
-    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "java").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(InputError, match="METEOR's Java program failed"):
-        meteor_of(PREDICTIONS)
+    assert compute_meteor(*METEOR_ARGUMENTS) == reference_meteor
+    _, of_images = reference_meteor
+    assert of_images[1] > 0.3 and of_images[2] < 0.01

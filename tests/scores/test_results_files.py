@@ -31,14 +31,8 @@ def test_captions_come_in_the_order_of_the_split(tmp_path, keys):
         ([], "lacks images of the val split: 0.jpg, 1.jpg, 2.jpg and 3 more."),
         ([*RESULTS, RESULTS[3]], "has several captions of an image: 3.jpg. Keep one of each"),
         ([*RESULTS, {"image": "x.jpg", "caption": "a"}], "has images that the val split does not have: x.jpg."),
-        (
-            [*RESULTS, {"image_id": 3, "caption": "a"}],
-            "has images that the val split does not have: 3. Give the --split",
-        ),
-        (
-            [{"image_id": 10, "image": "1.jpg", "caption": "an id of another photo"}],
-            "has images that the val split does not have: 1.jpg.",
-        ),
+        ([*RESULTS, {"image_id": 3, "caption": "a"}], "has images that the val split does not have: 3."),
+        ([{"image_id": 10, "image": "1.jpg", "caption": "a"}], "has images that the val split does not have: 1.jpg."),
     ],
 )
 def test_wrong_results_are_named(tmp_path, results, message):
@@ -47,8 +41,3 @@ def test_wrong_results_are_named(tmp_path, results, message):
     with pytest.raises(InputError) as error:
         read_results(path, ENTRIES, "the val split")
     assert str(error.value).startswith(str(path)) and message in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"no such file: .*nothing"):
-        read_results(tmp_path / "nothing", ENTRIES, "the val split")

@@ -26,14 +26,6 @@ def test_words_depend_neither_on_line_breaks_nor_on_the_locale(monkeypatch):
     assert ptb_tokenize(["A\nDOG\r\nIS\u2028IN", "\u00c9T\u00c9"]) == [["a", "dog", "is", "in"], ["\u00e9t\u00e9"]]
 
 
-def test_a_java_that_fails_is_an_error(monkeypatch, tmp_path):
-    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "java").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="the Java program of --tokenizer ptb failed"):
-        ptb_tokenize(["a dog"])
-
-
 def test_references_are_of_the_original_sentences(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr("scores.tokenization.ptb_tokenize", lambda sentences: [[text] for text in sentences])
     entries = json.loads((shapes / "val_captions.json").read_text())

@@ -30,8 +30,8 @@ def test_an_index_needs_no_objects(command, without_objects, run_folder, tmp_pat
     checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
     checkpoint["model_settings"]["regions"] = "objects"
     torch.save(checkpoint, tmp_path / "best.pt")
-    paths = {"checkpoint": tmp_path / "best.pt", "data_folder": without_objects, "output": tmp_path / "index.pt"}
-    assert command(index_captions, *(part for name, path in paths.items() for part in (f"--{name}", path)))[0] == 0
+    arguments = ("--checkpoint", tmp_path / "best.pt", "--data_folder", without_objects)
+    assert command(index_captions, *arguments, "--output", tmp_path / "index.pt")[0] == 0
 
 
 def test_only_an_index_is_replaced_and_only_when_asked(command, shapes, run_folder, tmp_path):

@@ -109,25 +109,20 @@ def test_each_photo_is_captioned_as_by_caption_py_or_named(command, server, run_
             assert status == 400 and answer.keys() == {"error"} and answer["error"].startswith(message)
         else:
             status, card = upload(server, name, photos[name])
+            assert card.keys() == describe_photo(name, Image.new("RGB", (2, 2)), []).keys()  # as in a report
             (found,) = card["captions"]
+            assert {"words", "log_prob", "n_best", "alpha", "cells", "boxes"} <= found.keys()
             assert status == 200 and card["name"] == name and " ".join(found["words"]) == expected[name]["caption"]
             assert found["log_prob"] == pytest.approx(expected[name]["log_prob"], abs=2e-3)
 
-    order = random.Random(0).choices([*photos, *BROKEN], k=200)
-    for name in order[:150]:
+    for name in [*photos, *BROKEN]:
         check(name)
     with ThreadPoolExecutor(10) as pool:  # ten at once
-        list(pool.map(check, order[150:]))
+        list(pool.map(check, random.Random(0).choices([*photos, *BROKEN], k=40)))
     status, answer = upload(server, "large.jpg", bytes(50 * 2**20))
     assert (status, answer) == (413, {"error": "more than 32 MB: make the photo smaller"})
     check(next(iter(photos)))
     assert not [*(tmp_path / "working").iterdir(), *(tmp_path / "temporary").iterdir()]
-
-
-def test_a_card_is_that_of_the_report(server, photos):
-    _, card = upload(server, "0.jpg", photos["0.jpg"])
-    assert card.keys() == describe_photo("0.jpg", Image.new("RGB", (2, 2)), []).keys()
-    assert {"words", "log_prob", "n_best", "alpha", "cells", "boxes"} <= card["captions"][0].keys()
 
 
 def test_photos_wait_for_each_other(quick_server):
@@ -169,12 +164,10 @@ POST = "POST /caption HTTP/1.1\r\nHOST\r\n"
 REQUESTS = [
     ("GET /../../etc/passwd HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is http://127.0.0.1:"),
     ("GET /%2e%2e/caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is"),
-    ("GET //caption.py HTTP/1.1\r\nHOST\r\n\r\n", 404, "the only page is"),
     ("POST /caption/x HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 404, "the only page is"),
     ("GET /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "GET is not a method of /caption: POST"),
     ("POST / HTTP/1.1\r\nHOST\r\nContent-Length: 1\r\n\r\nx", 405, "POST is not a method of /: GET HEAD"),
     ("DELETE / HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method ('DELETE')"),
-    ("OPTIONS /caption HTTP/1.1\r\nHOST\r\n\r\n", 405, "Unsupported method"),
     ("POST /caption HTTP/1.1\r\n\r\n", 403, "another host"),
     (f"{POST}HOST\r\nContent-Length: 1\r\n\r\nx", 403, "another host"),
     (f"{POST}\r\n", 411, "a photo needs a Content-Length"),
@@ -267,16 +260,11 @@ def test_the_address_is_printed_and_ctrl_c_ends_it(command, run_folder, monkeypa
     ("arguments", "message"),
     [
         (("a.jpg",), "unrecognized arguments: a.jpg"),
-        (("--report",), "unrecognized arguments: --report"),
-        (("--alpha_layer", "1"), "unrecognized arguments: --alpha_layer 1"),
-        (("--objects", "x.json"), "unrecognized arguments: --objects x.json"),
-        (("--n_best", "6"), "unrecognized arguments: --n_best 6"),
         (("--batch_size", "2"), "unrecognized arguments: --batch_size 2"),
         (("--port", "65536"), "--port 65536: must be at most 65535"),
         (("--port", "-1"), "--port -1: must be at least 0"),
         (("--port", "USED"), ": give another one, or 0 for any that is free"),
         (("--detect", "x"), "--detect x: the model does not look at objects, leave it out"),
-        (("--detector_weights", "x"), "--detector_weights x requires --detect"),
         (("--top_k", "2"), "--top_k 2 requires --samples"),
     ],
 )

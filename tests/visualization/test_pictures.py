@@ -55,12 +55,12 @@ def test_all_pictures_share_one_scale():
     np.testing.assert_array_equal(both[0], first[0])
 
 
-@pytest.mark.parametrize("size", [(300, 4000), (3000, 1), (1, 3000), (500, 375)])
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (500, 375)])
 def test_both_sides_of_a_picture_are_bounded(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "photo.png")
     photo = open_for_picture(tmp_path / "photo.png", "squash")
     assert max(photo.size) == 400 and min(photo.size) >= 160
-    for words in (0, 8, 60):
+    for words in (0, 60):
         width, height = plot_attention(photo, ["word"] * words, np.full((words, 49), 1 / 49)).get_size_inches()
         assert width <= 11.51 and height <= 16
     width, height = plot_edges(photo, "word", np.full(49, 1 / 49), {}, cells(7)).get_size_inches()
@@ -80,8 +80,9 @@ def test_thirty_words_stay_readable(tmp_path):
 
 
 def test_words_that_are_not_valid_mathtext_are_drawn(tmp_path):
-    for word in ("$5_$", "$\\frac$", "a_b^c"):
-        save_picture(plot_attention(WHITE, [word], np.full((1, 4), 0.25)), tmp_path / "a.png")
+    words = ["$5_$", "$\\frac$", "a_b^c"]
+    save_picture(plot_attention(WHITE, words, np.full((3, 4), 0.25)), tmp_path / "a.png")
+    for word in words:
         save_picture(plot_edges(WHITE, word, np.full(4, 0.25), {}, cells(2)), tmp_path / "b.png")
 
 
