@@ -131,7 +131,7 @@ def read_token(path: Path, images: Path) -> list[ImageRecord]:
 def read_karpathy(path: Path, images: Path) -> list[ImageRecord]:
     """Read Karpathy's JSON (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json).
 
-    Raises InputError if it has another form.
+    Raises InputError if its format is another.
     """
     records = []
     try:
@@ -140,12 +140,12 @@ def read_karpathy(path: Path, images: Path) -> list[ImageRecord]:
     except KeyError as error:
         raise InputError(f"{path}: no key {error} in images[{len(records)}], is this Karpathy's JSON?") from None
     except (TypeError, AttributeError, OverflowError):
-        raise InputError(f"{path}: images[{len(records)}] has another form, is this Karpathy's JSON?") from None
+        raise InputError(f"{path}: images[{len(records)}] has an unexpected format, is this Karpathy's JSON?") from None
     return records
 
 
 def _karpathy_record(image: Any, index: int, path: Path, images: Path) -> ImageRecord:
-    """Make a record of an image. Raises KeyError, TypeError or AttributeError if it has another form."""
+    """Make a record of an image. Raises KeyError, TypeError or AttributeError for another format."""
     name = require_type(image["filename"], str)
     if image.get("filepath"):
         name = f"{require_type(image['filepath'], str)}/{name}"
@@ -164,7 +164,7 @@ def _karpathy_record(image: Any, index: int, path: Path, images: Path) -> ImageR
 def read_coco(paths: list[Path], images: Path) -> list[ImageRecord]:
     """Read COCO's files, such as captions_train2014.json; the names of several files give their splits.
 
-    Raises InputError if a file has another form, or captions of images that it does not list.
+    Raises InputError if a file has another format, or captions of images that it does not list.
     """
     records = []
     for path in paths:

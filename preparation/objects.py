@@ -42,7 +42,7 @@ class ObjectFile:
         sizes: width and height of photos, if the file has them.
         names: file names of photos, if the file has them.
 
-    The keys of photos are their file names or ids. Raises InputError if the file is missing or has another form.
+    The keys of photos are their file names or ids. Raises InputError if the file is missing or has another format.
     """
 
     def __init__(self, path: Path) -> None:

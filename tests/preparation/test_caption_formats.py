@@ -186,7 +186,7 @@ DOG = {"words": ["dog"], "box": [0, 0, 1, 1]}
         ("image_name| comment_number| comment\na.jpg A dog", "line 2: not image_name"),
         ("a.jpg#0\tA dog\nA cat", "line 2: not an image's name"),
         ("{", "is not valid JSON"),
-        ("[1, 2]", "images[0] has another form, is this Karpathy's JSON"),
+        ("[1, 2]", "images[0] has an unexpected format, is this Karpathy's JSON"),
         ('{"pictures": []}', "no key 'images'"),
         ('{"images": []}', "names no images"),
         ('{"images": [3]}', "is this Karpathy's JSON"),
