@@ -235,11 +235,13 @@ def train(settings: Settings, device: torch.device) -> None:
         settings.data_folder,
         captioner=state.captioner,
         runtime=runtime,
-        in_memory=settings.in_memory,
         features_folder=settings.features_folder,
     )
     validation = open_split("val")
     training = open_split("train", hflip=settings.hflip)
+    if settings.in_memory:
+        training.load_into_memory()
+        validation.load_into_memory()
     if settings.grounding_weight:
         training.use_names(state.captioner.vocabulary)
     if len(training) < world_size():

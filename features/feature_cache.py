@@ -35,7 +35,6 @@ def build_dataset(
     runtime: Runtime,
     *,
     hflip: bool = False,
-    in_memory: bool = False,
     features_folder: str = "",
     cached: bool = True,
     with_objects: bool = True,
@@ -44,7 +43,6 @@ def build_dataset(
 
     Args:
         hflip: also cache the features of flipped images.
-        in_memory: read all images into memory at once.
         features_folder: where to cache features; "": `features` in the data folder, or the user's cache if the data
             folder cannot be written.
         cached: False yields images even if the encoder is frozen, for several views of a photo.
@@ -76,8 +74,6 @@ def build_dataset(
         dataset.use_objects()
     if cached and not captioner.fine_tune_encoder:
         dataset.use_features(cache_features(dataset, encoder, runtime, hflip, features_folder))
-    elif in_memory:
-        dataset.load_into_memory()
     return dataset
 
 
