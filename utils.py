@@ -117,7 +117,7 @@ def require_needs(settings: BaseSettings) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         is_given = field.name in settings.given or (value and not field.default)
-        is_off = not value and (not field.default or value in (False, "", ()))
+        is_off = value is False or value in ("", ()) or not (value or field.default)
         if is_off or not is_given:
             continue
         needs = field.metadata.get("needs", "").split("; ")
@@ -196,15 +196,15 @@ def parse_settings(settings_class: type[S], arguments: Sequence[str] | None = No
 
 def _describe_fields(settings_class: type) -> Iterator[tuple[str, str, str]]:
     """Yield the name, group and help of each flag: fields of the class itself first, then those of its base classes."""
-    hidden = set(settings_class.NOT_FLAGS)
+    left = {field.name for field in dataclasses.fields(settings_class)} - set(settings_class.NOT_FLAGS)
     for owner in settings_class.__mro__[:-1]:
         source, group = inspect.getsource(owner), ""
         # A field is one line, or several if a formatter has wrapped it; the comment ends the last one.
         pattern = r"^    (?:# group: (.*)|(\w+): (?:.*\(\n(?: {8}.*\n)+    \)|.*?)(?:  # (.*))?)$"
         for title, name, comment in re.findall(pattern, source, re.MULTILINE):
             group = title or group
-            if name and name in {field.name for field in dataclasses.fields(settings_class)} - hidden:
-                hidden.add(name)  # a class may give an inherited field another default
+            if name in left:
+                left.remove(name)  # a class may give an inherited field another default
                 yield name, group, comment
 
 

@@ -25,6 +25,7 @@ class Base(BaseSettings):
     rate: float = setting(0.5, above=0, maximum=1)  # a share, 100% at most
     hidden: int = 3  # set by the script
     warmup: int = setting(0, minimum=0, below=10, needs="cell=gru")  # steps
+    decay: float = setting(0.8, minimum=0, needs="cell=gru")  # a factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Example(Base):
     )  # a field that a formatter has wrapped
 
     NOT_FLAGS: ClassVar = ("hidden",)
-    INHERITED_NEEDS: ClassVar = {"": "not plain", "warmup": ""}
+    INHERITED_NEEDS: ClassVar = {"": "not plain", "warmup": "", "decay": ""}
 
 
 def test_every_field_becomes_a_flag():
@@ -127,6 +128,7 @@ def test_values_out_of_range_are_refused_however_they_come(values, message):
         (["--groups", "2", "--no-fast"], "--groups 2 requires --fast"),
         (["--rate", "0.5", "--plain", "--groups", "2"], "--rate 0.5 cannot be combined with --plain"),
         (["--warmup", "1"], "--warmup 1 requires --cell gru"),
+        (["--decay", "0"], "--decay 0.0 requires --cell gru"),  # not off: its default is another
     ],
 )
 def test_a_flag_without_effect_is_refused(arguments, message):
@@ -153,7 +155,7 @@ def test_flags_with_effect_pass(arguments):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rates": 0.5}, "rates is not a setting: did you mean rate? choose from rate hidden warmup photos cell"),
+        ({"rates": 0.5}, "rates is not a setting: did you mean rate? choose from rate hidden warmup decay photos cell"),
         ({"num_size": 2}, "did you mean sizes?"),
         ({"xyz": 2}, "xyz is not a setting: choose from rate"),
         ({"rate": "0.5"}, "rate='0.5': must be of type float"),
