@@ -16,7 +16,7 @@ from common.files import path_text, read_json, require_writable, write_json
 from datasets import CaptionDataset
 from decoding.constraints import Constraints
 from evaluation.consensus import CaptionIndex, Consensus
-from evaluation.ensemble import Ensemble, EnsembleSettings, combine, load_models
+from evaluation.ensemble import Ensemble, EnsembleSettings, combine, load_models, summarize_decoding
 from evaluation.scoring import caption_split
 from features.feature_cache import build_dataset, require_fitting_images
 from models import Captioner
@@ -316,7 +316,8 @@ def main(settings: Settings) -> None:
     print(f"{paths['scores']} holds the tables, {paths['scores_per_image']} the last row's captions and their scores")
     if settings.report:
         table = table_cells(rows, caption_scores.half_intervals(rows))
-        report_split(described, table, captions, settings.report_photos).write(report_path)
+        decoding = summarize_decoding(described["decoding"]) if "decoding" in described else ""
+        report_split(described, decoding, table, captions, settings.report_photos).write(report_path)
         print(f"{report_path} shows them: open it in a browser")
 
 

@@ -4,9 +4,9 @@ Shapes: B images, R regions.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,19 @@ class EnsembleSettings(DecodingSettings):
         super().__post_init__()
         if "original" not in self.views:
             raise InputError(f"--views {' '.join(self.views)}: add original, whose attention is shown")
+
+
+def summarize_decoding(decoding: dict[str, Any]) -> str:
+    """Return how captions were decoded: beam size or samples, and all settings that are not at their defaults."""
+    first, other = ("samples", "beam_size") if decoding["samples"] else ("beam_size", "samples")
+    defaults = asdict(EnsembleSettings())
+    of_index = ("consensus_weight", "similar_photos")  # shown at their defaults, too, if there is an index
+    parts = {first: decoding[first], "length_penalty": decoding["length_penalty"]}
+    for name, value in decoding.items():
+        is_changed = name not in of_index and value != defaults[name]
+        if name != other and (is_changed or (name in of_index and decoding["consensus_index"])):
+            parts[name] = " ".join(value) if isinstance(value, tuple) else value
+    return ", ".join(f"{name} {value}" for name, value in parts.items())
 
 
 class Member(NamedTuple):

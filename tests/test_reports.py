@@ -15,8 +15,8 @@ import caption
 import eval as eval_script
 from conftest import report_data
 from decoding.settings import DecodingSettings
+from evaluation.ensemble import summarize_decoding
 from models import load_captioner
-from visualization.split_report import describe_decoding
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_model_compared_with_itself_keeps_its_rows(evaluate, shapes, run_folde
 def test_the_decoding_is_described():
     plain = asdict(DecodingSettings(beam_size=3)) | {"views": ("original",), "consensus_index": ""}
     plain |= {"consensus_weight": 10.0, "similar_photos": 50}
-    assert describe_decoding(plain) == "beam_size 3, length_penalty 0.5"
+    assert summarize_decoding(plain) == "beam_size 3, length_penalty 0.5"
     sampled = plain | {"samples": 2, "temperature": 0.5, "views": ("original", "hflip"), "consensus_index": "a.pt"}
     expected = "samples 2, length_penalty 0.5, temperature 0.5, views original hflip, consensus_index a.pt"
-    assert describe_decoding(sampled) == f"{expected}, consensus_weight 10.0, similar_photos 50"
+    assert summarize_decoding(sampled) == f"{expected}, consensus_weight 10.0, similar_photos 50"

@@ -1,7 +1,7 @@
 """The report of a split: its photos with the captions of one model, or of two to compare."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from decoding.captions import CaptioningModel, ImageCaption
-from decoding.settings import DecodingSettings
 from preparation.storage import open_images, read_captions
 from scores.caption_scores import ScoredCaptions
 from scores.metrics import TITLES
@@ -36,12 +35,13 @@ class SplitCaptions:
 
 
 def report_split(
-    described: dict[str, Any], table: list[list[str]], captions: Sequence[SplitCaptions], count: int
+    described: dict[str, Any], decoding: str, table: list[list[str]], captions: Sequence[SplitCaptions], count: int
 ) -> Report:
     """Return the report of the first `count` photos of a split; 0: of all.
 
     Args:
         described: what the file of scores says about data and decoding; the report shows none of its paths.
+        decoding: how captions were decoded; "" if that is not known.
         table: scores of all rows.
         captions: captions of one model, or of two to compare.
     """
@@ -52,8 +52,8 @@ def report_split(
     details = {"captions": ", ".join(models), "photos": f"{count} of {len(entries)}"}
     shown = ("dataset", "split", "tokenizer", "dtype", "date")
     details |= {name: str(described[name]) for name in shown if name in described}
-    if "decoding" in described:
-        details["decoding"] = describe_decoding(described["decoding"])
+    if decoding:
+        details["decoding"] = decoding
     title = f"Captions of {folder.name}, {described['split']} split"
     report = Report(title, models, {name: TITLES[name] for name in PER_IMAGE}, details, table)
     with open_images(folder / f"{described['split']}_images.hdf5") as images:
@@ -62,16 +62,3 @@ def report_split(
             of_models = [each.describe(i, objects[i]) for each in captions]
             report.cards.append(describe_photo(entries[i]["image"], photo, of_models, references[i]))
     return report
-
-
-def describe_decoding(decoding: dict[str, Any]) -> str:
-    """Return how captions were decoded: beam size or samples, and all settings that are not at their defaults."""
-    first, other = ("samples", "beam_size") if decoding["samples"] else ("beam_size", "samples")
-    defaults = asdict(DecodingSettings()) | {"views": ("original",), "consensus_index": ""}
-    of_index = ("consensus_weight", "similar_photos")  # shown at their defaults, too, if there is an index
-    parts = {first: decoding[first], "length_penalty": decoding["length_penalty"]}
-    for name, value in decoding.items():
-        is_changed = name not in of_index and value != defaults.get(name, value)
-        if name != other and (is_changed or (name in of_index and decoding["consensus_index"])):
-            parts[name] = " ".join(value) if isinstance(value, tuple) else value
-    return ", ".join(f"{name} {value}" for name, value in parts.items())
