@@ -292,6 +292,23 @@ def command(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="module")
+def server(run_folder):
+    """A running server of the small run's page."""
+    from served_photos import serve_run
+
+    with serve_run(run_folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def sent_photos(shapes):
+    """Files of photos to send to the page, by name."""
+    from served_photos import photo_files
+
+    return photo_files(shapes)
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A browser without a window."""

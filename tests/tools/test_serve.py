@@ -16,24 +16,11 @@ from PIL import Image
 
 import caption
 from models import Captioner
-from served_photos import DECODING, STRANGE, encode, photo_files, running, serve_run
+from served_photos import DECODING, STRANGE, encode, running, serve_run
 from tools import serve
 from tools.serve import MAX_UPLOAD, CaptionServer, Handler
 from utils import InputError
 from visualization.report import describe_photo
-
-
-@pytest.fixture(scope="module")
-def server(run_folder):
-    """A running server of the small run."""
-    with serve_run(run_folder) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def photos(shapes):
-    """Files of photos by name."""
-    return photo_files(shapes)
 
 
 @pytest.fixture
@@ -90,13 +77,15 @@ BROKEN = {
 
 
 @pytest.mark.slow
-def test_each_photo_is_captioned_as_by_caption_py_or_named(command, server, run_folder, photos, tmp_path, monkeypatch):
-    for name, content in photos.items():
+def test_each_photo_is_captioned_as_by_caption_py_or_named(
+    command, server, run_folder, sent_photos, tmp_path, monkeypatch
+):
+    for name, content in sent_photos.items():
         (tmp_path / name).write_bytes(content)
     arguments = ("--checkpoint", run_folder / "best.pt", "--no-pictures", "--json", "--batch_size", 1)
     status, out, _ = command(caption, tmp_path, *arguments, *flags_of(DECODING))
     expected = {row["file"].split("/")[-1]: row for row in map(json.loads, out.splitlines())}
-    assert status == 0 and expected.keys() == photos.keys()
+    assert status == 0 and expected.keys() == sent_photos.keys()
     for folder in ("working", "temporary"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "working")
@@ -108,20 +97,20 @@ def test_each_photo_is_captioned_as_by_caption_py_or_named(command, server, run_
             status, answer = upload(server, name, content)
             assert status == 400 and answer.keys() == {"error"} and answer["error"].startswith(message)
         else:
-            status, card = upload(server, name, photos[name])
+            status, card = upload(server, name, sent_photos[name])
             assert card.keys() == describe_photo(name, Image.new("RGB", (2, 2)), []).keys()  # as in a report
             (found,) = card["captions"]
             assert {"words", "log_prob", "n_best", "alpha", "cells", "boxes"} <= found.keys()
             assert status == 200 and card["name"] == name and " ".join(found["words"]) == expected[name]["caption"]
             assert found["log_prob"] == pytest.approx(expected[name]["log_prob"], abs=2e-3)
 
-    for name in [*photos, *BROKEN]:
+    for name in [*sent_photos, *BROKEN]:
         check(name)
     with ThreadPoolExecutor(10) as pool:  # ten at once
-        list(pool.map(check, random.Random(0).choices([*photos, *BROKEN], k=40)))
+        list(pool.map(check, random.Random(0).choices([*sent_photos, *BROKEN], k=40)))
     status, answer = upload(server, "large.jpg", bytes(50 * 2**20))
     assert (status, answer) == (413, {"error": "more than 32 MB: make the photo smaller"})
-    check(next(iter(photos)))
+    check(next(iter(sent_photos)))
     assert not [*(tmp_path / "working").iterdir(), *(tmp_path / "temporary").iterdir()]
 
 
@@ -281,23 +270,23 @@ def test_models_of_region_features_take_no_photos(command, run_folder, monkeypat
 
 
 @pytest.mark.slow
-def test_a_detector_finds_the_objects_of_each_photo(command, objects_run, detector_weights, photos, tmp_path):
+def test_a_detector_finds_the_objects_of_each_photo(command, objects_run, detector_weights, sent_photos, tmp_path):
     best, name = str(objects_run / "best.pt"), "fasterrcnn_mobilenet_v3_large_320_fpn"
     status, _, err = command(serve, "--checkpoint", best)
     assert status == 2 and err.endswith("best.pt looks at objects: find them with --detect NAME\n")
     detect = {"detect": name, "detector_weights": detector_weights}
-    (tmp_path / "1.jpg").write_bytes(photos["1.jpg"])
+    (tmp_path / "1.jpg").write_bytes(sent_photos["1.jpg"])
     arguments = ("--checkpoint", best, "--no-pictures", "--json", *flags_of(detect | DECODING))
     _, out, _ = command(caption, tmp_path / "1.jpg", *arguments)
     with serve_run(objects_run, **detect) as server:
-        status, card = upload(server, "1.jpg", photos["1.jpg"])
+        status, card = upload(server, "1.jpg", sent_photos["1.jpg"])
     (found,), expected = card["captions"], json.loads(out)
     assert status == 200 and found["cells"] == 16 and found["names"][:2] == ["", "dog"]
     assert " ".join(found["words"]) == expected["caption"]
     assert found["log_prob"] == pytest.approx(expected["log_prob"], abs=2e-3)
 
 
-def test_samples_are_those_of_a_single_photo(run_folder, photos):
+def test_samples_are_those_of_a_single_photo(run_folder, sent_photos):
     with serve_run(run_folder, samples=4, seed=3) as server:
-        first, _, again = (upload(server, name, photos[name])[1] for name in ("0.gif", "1.gif", "0.gif"))
+        first, _, again = (upload(server, name, sent_photos[name])[1] for name in ("0.gif", "1.gif", "0.gif"))
     assert first == again and len(first["captions"][0]["n_best"]) > 1

@@ -6,20 +6,7 @@ import numpy as np
 import pytest
 
 from report_page import hover, names, overlapping, words_of
-from served_photos import STRANGE, photo_files, serve_run
-
-
-@pytest.fixture(scope="module")
-def server(run_folder):
-    """A running server of the small run."""
-    with serve_run(run_folder) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def photos(shapes):
-    """Files of photos by name."""
-    return photo_files(shapes)
+from served_photos import STRANGE
 
 
 def wait_for(page, progress):
@@ -45,10 +32,10 @@ def drop_and_paste(page, content):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
-def test_chosen_photos_become_cards_newest_first(open_page, server, photos, tmp_path, width):
+def test_chosen_photos_become_cards_newest_first(open_page, server, sent_photos, tmp_path, width):
     chosen = []
     for name in ("1.jpg", STRANGE):
-        (tmp_path / name).write_bytes(photos["1.jpg"])
+        (tmp_path / name).write_bytes(sent_photos["1.jpg"])
         chosen.append(str(tmp_path / name))
     (tmp_path / "b.txt").write_text("no photo")
     page = open_page(f"http://127.0.0.1:{server.server_port}/", width)
@@ -66,7 +53,7 @@ def test_chosen_photos_become_cards_newest_first(open_page, server, photos, tmp_
     )
     assert np.mean(blackness) > 10
     page.execute_script("document.querySelector('.card .word').focus()")
-    drop_and_paste(page, photos["1.jpg"])
+    drop_and_paste(page, sent_photos["1.jpg"])
     wait_for(page, "2 of 2 captioned")
     assert names(page) == ["pasted.jpg", "dropped.jpg", STRANGE, "1.jpg"]
     assert page.execute_script("return document.activeElement.closest('.card').ariaLabel") == STRANGE
