@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import h5py
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CPU, SMALL, build
+import train
+from common.files import hold_lock
+from conftest import CPU, SMALL, build, flags
 from features import feature_cache
 from features.feature_cache import build_dataset
 from preparation.storage import read_metadata, write_captions
@@ -205,18 +209,35 @@ def test_features_that_cannot_be_continued_are_begun_anew(copied, content):
     assert path.read_bytes() == whole
 
 
-def test_features_that_another_program_computes_are_waited_for(copied, monkeypatch, small_steps, capsys):
-    """Two threads stand for the programs: a lock keeps out both alike."""
+@pytest.mark.slow
+def test_two_programs_that_compute_the_same_features_at_once_both_train(copied, tmp_path):
+    settings = replace(SMALL, fine_tune_encoder=False, epochs=1)
+    commands = [[sys.executable, train.__file__, *flags(copied, tmp_path / name, settings)] for name in ("a", "b")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    assert all(process.communicate()[1] is not None and process.returncode == 0 for process in processes)
+    assert sorted(path.name[:4] for path in (copied / "features").iterdir()) == ["trai", "val_"]
+    rows = [(tmp_path / name / "log.jsonl").read_text().split('"lr"')[0] for name in ("a", "b")]
+    assert rows[0] == rows[1]
 
-    def write_slowly(*arguments, original=feature_cache.write_features):
-        time.sleep(0.5)
-        original(*arguments)
 
-    monkeypatch.setattr(feature_cache, "write_features", write_slowly)
-    captioners = [small_captioner(), small_captioner()]
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda captioner: open_dataset(copied, captioner).feature_paths, captioners)
-    assert first == second == list((copied / "features").iterdir())
+def test_features_that_another_program_computes_are_waited_for(copied, small_steps, capsys):
+    """A thread holds the lock as another program would; it computes nothing, since torch.fx traces in one thread."""
+    (path,) = open_dataset(copied, small_captioner()).feature_paths
+    path.unlink()
+    small_steps.clear()
+    held = threading.Event()
+
+    def hold():
+        with hold_lock(path.with_name(f".{path.name}.lock"), ""):
+            held.set()
+            time.sleep(0.5)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    assert open_dataset(copied, small_captioner()).feature_paths == [path]
+    holder.join()
+    assert [path] == list((copied / "features").iterdir())
     assert sorted(small_steps) == [0, 1]  # each image of the split once
     assert capsys.readouterr().out.count("is being computed by another program, waiting for it") == 1
 
